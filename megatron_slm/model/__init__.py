@@ -1,0 +1,1 @@
+"""GPT models for policy and reference."""

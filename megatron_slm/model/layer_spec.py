@@ -1,0 +1,185 @@
+"""A transformer layer of plain torch that allows sequence and context parallelism.
+
+Megatron's local layers refuse both without Transformer Engine: its torch norm has no
+sequence-parallel weight, its attention no context parallelism.  This spec replaces just these two,
+and is used only where Transformer Engine is absent.  Checkpoints have the same keys either way.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.nn.functional import dropout, scaled_dot_product_attention
+
+from megatron_slm.errors import UserError
+
+
+def plain_block_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """Layers of one (virtual) pipeline stage.
+
+    Args:
+        config: a GPTModelConfig or TransformerConfig.
+
+    Raises:
+        UserError: for an option that only Transformer Engine offers.
+    """
+    _check(config)
+    layer = get_gpt_layer_local_spec(
+        qk_layernorm=config.qk_layernorm, normalization=config.normalization
+    )
+    parts = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = SequenceParallelNorm
+    attention = parts.self_attention.submodules
+    attention.core_attention = GatheredAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = SequenceParallelNorm
+    count = get_num_layers_to_build(getattr(config, "transformer", config), vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=SequenceParallelNorm)
+
+
+def _check(config: Any) -> None:
+    unsupported = {
+        "num_moe_experts": "mixture of experts",
+        "multi_latent_attention": "multi-latent attention",
+        "experimental_attention_variant": "experimental attention variants",
+        "fp8": "fp8",
+        "fp4": "fp4",
+        "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
+    }
+    for name, what in unsupported.items():
+        if getattr(config, name, None):
+            raise UserError(f"{what} needs Transformer Engine, which is not installed here")
+
+
+class SequenceParallelNorm:
+    """torch's RMSNorm or LayerNorm; with sequence parallelism each rank normalises its own part of
+    the sequence, so Megatron has to sum the weight's gradient over tensor-parallel ranks."""
+
+    def __new__(  # type: ignore[misc]
+        cls, config: Any, hidden_size: int, eps: float = 1e-5, **kwargs: Any
+    ) -> torch.nn.Module:
+        kind = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}[config.normalization]
+        norm = kind(hidden_size, eps=eps, dtype=config.params_dtype)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        return norm
+
+
+class GatheredAttention(MegatronModule):
+    """Causal attention over keys and values gathered from all context-parallel ranks.
+
+    Queries, keys and values are [s/c, b, heads/t, d] for c ranks, in Megatron's zigzag order (rank
+    r holds chunks r and 2c-1-r of 2c).  One all-gather of keys and values forward, one all-reduce
+    of their gradients backward.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(config=config)
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+        self.cp_group = groups.cp
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.scale = softmax_scale or config.kv_channels**-0.5
+        self.window = config.window_size
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """[s/c, b, heads/t * d].  attention_mask is not read: the mask is causal."""
+        length, batch = query.shape[:2]
+        size, rank = self.cp_group.size(), self.cp_group.rank()
+        allowed = None
+        if size > 1:
+            key = _GatherSequence.apply(key, self.cp_group)
+            value = _GatherSequence.apply(value, self.cp_group)
+        if size > 1 or self.window is not None or self._drops():
+            from_ = _positions(length, rank, size, query.device)
+            to = torch.cat([_positions(length, r, size, query.device) for r in range(size)])
+            distance = from_[:, None] - to[None, :]
+            allowed = distance >= 0
+            if self.window is not None and self.window[0] >= 0:
+                allowed &= distance <= self.window[0]
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        if self._drops():
+            context = self._with_dropout(query, key, value, allowed)
+        else:
+            context = scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=allowed,
+                is_causal=allowed is None,
+                scale=self.scale,
+                enable_gqa=key.shape[1] != query.shape[1],
+            )
+        return context.permute(2, 0, 1, 3).reshape(length, batch, -1)
+
+    def _drops(self) -> bool:
+        return self.training and self.dropout > 0.0
+
+    def _with_dropout(
+        self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None
+    ) -> Tensor:
+        assert allowed is not None
+        repeat = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+        scores = query.float() @ key.float().transpose(-1, -2) * self.scale
+        weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
+        # Each tensor-parallel rank has heads of its own, and so dropout of its own.
+        with get_cuda_rng_tracker().fork():
+            weights = dropout(weights, self.dropout)
+        return weights.to(value.dtype) @ value
+
+
+def _positions(length: int, rank: int, size: int, device: torch.device) -> Tensor:
+    """Sequence positions of a rank's tokens, int64 [length]."""
+    if size == 1:
+        return torch.arange(length, device=device)
+    chunk = torch.arange(length // 2, device=device)
+    return torch.cat([chunk + rank * len(chunk), chunk + (2 * size - 1 - rank) * len(chunk)])
+
+
+class _GatherSequence(torch.autograd.Function):
+    """[s/c, ...] on each rank -> [s, ...], rank by rank; the backward sums and slices."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(local) for _ in range(group.size())]
+        torch.distributed.all_gather(parts, local.contiguous(), group=group)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        gradient = grad_outputs[0].contiguous()
+        torch.distributed.all_reduce(gradient, group=ctx.group)
+        return gradient.chunk(ctx.group.size())[ctx.group.rank()], None
