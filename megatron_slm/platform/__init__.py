@@ -17,12 +17,20 @@ import os
 
 import torch
 
+# Defaults of Megatron's arguments that mean a GPU: NCCL, kernels of Apex or Transformer Engine.
+ARGUMENT_DEFAULTS = {
+    "distributed_backend": "gloo",
+    "use_cpu_initialization": True,
+    "transformer_impl": "local",
+    "gradient_accumulation_fusion": False,
+    "masked_softmax_fusion": False,
+    "bias_gelu_fusion": False,
+    "bias_swiglu_fusion": False,
+    "bias_dropout_fusion": False,
+    "apply_rope_fusion": False,
+}
+
 _installed = False
-
-
-def needed() -> bool:
-    """Whether this process has no CUDA device, so that `install()` has to run."""
-    return not _installed and not torch.cuda.is_available()
 
 
 def install() -> None:
@@ -36,6 +44,9 @@ def install() -> None:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     # Megatron asks for it with tensor parallelism; it has no meaning on a CPU.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+    # Dynamo tabulates torch's functions by identity when first imported, and Megatron imports it.
+    import torch._dynamo  # noqa: F401
 
     from megatron_slm.platform import devices, optimizer, rng
 

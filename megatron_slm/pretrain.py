@@ -1,0 +1,104 @@
+"""Selective Language Modeling pretraining: torchrun ... -m megatron_slm.pretrain [arguments]
+
+Takes all arguments of Megatron's GPT pretraining and the group "selective language modeling".
+With --slm-token-ratio 1 and no reference it is causal language modeling, which is how reference
+models are trained.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from argparse import ArgumentParser, Namespace
+
+import torch
+
+from megatron_slm.errors import exit_on_user_error
+
+
+def main() -> None:
+    """Parse the command line, check it, and train."""
+    first_rank = int(os.getenv("RANK", "0")) == 0
+    if not first_rank:
+        warnings.filterwarnings("ignore")
+    cpu = not torch.cuda.is_available()
+    if cpu:
+        from megatron_slm import platform
+
+        if first_rank:
+            print("> no CUDA device found: running on the CPU platform (gloo)", flush=True)
+        platform.install()
+    with exit_on_user_error():
+        _pretrain(_parse_arguments(cpu))
+
+
+def _parse_arguments(cpu: bool) -> Namespace:
+    from megatron.training.arguments import parse_and_validate_args
+
+    from megatron_slm.training.arguments import add_arguments
+
+    def add_all(parser: ArgumentParser) -> ArgumentParser:
+        add_arguments(parser)
+        if cpu:
+            from megatron_slm import platform
+
+            parser.set_defaults(**platform.ARGUMENT_DEFAULTS)
+        return parser
+
+    args: Namespace = parse_and_validate_args(
+        extra_args_provider=add_all, args_defaults={"tokenizer_type": "GPT2BPETokenizer"}
+    )
+    return args
+
+
+def _pretrain(args: Namespace) -> None:
+    # Megatron may be imported only when the platform is installed.
+    from megatron.core.enums import ModelType
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+    from megatron.training import get_tokenizer, inprocess_restart, pretrain
+    from megatron.training.argument_utils import (
+        gpt_config_from_args,
+        pretrain_cfg_container_from_args,
+    )
+
+    from megatron_slm.model import plain_block_spec
+    from megatron_slm.reference.online import OnlineReference, reference_arguments
+    from megatron_slm.training import datasets, report, seam
+    from megatron_slm.training.arguments import (
+        check_tokenizer,
+        record_tokenizer,
+        settings_from_arguments,
+        validate_arguments,
+    )
+    from megatron_slm.training.forward_step import make_forward_step
+
+    checkpoint = validate_arguments(args)
+    record_tokenizer(args, get_tokenizer())
+    layer_spec = plain_block_spec if args.spec is None and not HAVE_TE else None
+    build_reference = None
+    if checkpoint is not None:
+        check_tokenizer(args, checkpoint)
+        reference_arguments(checkpoint, args)  # raises what would go wrong later
+        build_reference = lambda: OnlineReference(  # noqa: E731
+            checkpoint, args, args.slm_vocab_size, layer_spec
+        )
+
+    datasets.use_prebuilt_helpers()
+    seam.install(build_reference)
+    report.install()
+
+    model = gpt_config_from_args(args)
+    if layer_spec is not None:
+        model.transformer_layer_spec = layer_spec
+    run, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
+    run(
+        pretrain_cfg_container_from_args(args, model),
+        datasets.train_valid_test_datasets,
+        ModelType.encoder_or_decoder,
+        make_forward_step(settings_from_arguments(args)),
+        store=store,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Where reference losses come from."""

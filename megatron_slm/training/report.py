@@ -1,0 +1,47 @@
+"""Megatron's log line leaves out negative averages; an excess loss below zero is a good sign."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from megatron.training import get_args, training
+from megatron.training.utils import print_rank_last
+
+
+def install() -> None:
+    """Print, after Megatron's line, the averages it leaves out.  Call once, before `pretrain()`."""
+    training_log = training.training_log
+
+    @functools.wraps(training_log)
+    def log(
+        loss_dict: dict[str, Any],
+        total_loss_dict: dict[str, Any],
+        learning_rate: float | None,
+        iteration: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        due = iteration % get_args().log_interval == 0 or kwargs.get("is_first_iteration", False)
+        before = dict(total_loss_dict) if due else {}
+        result = training_log(
+            loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs
+        )
+        if due:
+            negative = _negative_averages(before, loss_dict)
+            if negative:
+                values = "".join(f" {name}: {value:.6E} |" for name, value in negative.items())
+                print_rank_last(f" iteration {iteration:8d} |{values}")
+        return result
+
+    training.training_log = log
+
+
+def _negative_averages(before: dict[str, Any], losses: dict[str, Any]) -> dict[str, float]:
+    """Averages below zero over the log interval: what it had before this iteration, and this."""
+    iterations = before.get("advanced iterations", 0) + 1
+    averages = {
+        name: (float(before.get(name, 0.0)) + float(loss)) / iterations
+        for name, loss in losses.items()
+    }
+    return {name: average for name, average in averages.items() if average < 0.0}
