@@ -173,5 +173,6 @@ def _load(model: torch.nn.Module, checkpoint: ReferenceCheckpoint) -> None:
     inner = model.module if isinstance(model, Float16Module) else model
     assert isinstance(inner, GPTModel)
     dp_cp_group = mpu.get_data_parallel_group(with_context_parallel=True)
-    wanted = inner.sharded_state_dict(metadata={"dp_cp_group": dp_cp_group})
-    inner.load_state_dict(dist_checkpointing.load(wanted, str(checkpoint.directory)))
+    wanted = {"reference": inner.sharded_state_dict(metadata={"dp_cp_group": dp_cp_group})}
+    loaded = dist_checkpointing.load(wanted, str(checkpoint.directory))
+    inner.load_state_dict(loaded["reference"])
