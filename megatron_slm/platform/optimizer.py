@@ -79,3 +79,10 @@ def install() -> None:
     distrib_optimizer.Adam = FusedAdam
     distrib_optimizer.HAVE_APEX_OR_TE = True
     distrib_optimizer.USING_APEX_OPTIMIZER = True
+
+    # Loading copies into the parameters themselves when they are float32, which autograd forbids.
+    # On a GPU few train in float32, and Megatron has the guard only on its other formats.
+    optimizer = distrib_optimizer.DistributedOptimizer
+    optimizer.load_parameter_state_from_dp_reshardable = torch.no_grad()(
+        optimizer.load_parameter_state_from_dp_reshardable
+    )

@@ -19,16 +19,27 @@ def install() -> None:
         total_loss_dict: dict[str, Any],
         learning_rate: float | None,
         iteration: int,
+        loss_scale: float,
+        report_memory_flag: bool,
+        skipped_iter: int,
         *args: Any,
         **kwargs: Any,
     ) -> Any:
         due = iteration % get_args().log_interval == 0 or kwargs.get("is_first_iteration", False)
-        before = dict(total_loss_dict) if due else {}
+        before = dict(total_loss_dict)  # which Megatron resets when it prints
         result = training_log(
-            loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs
+            loss_dict,
+            total_loss_dict,
+            learning_rate,
+            iteration,
+            loss_scale,
+            report_memory_flag,
+            skipped_iter,
+            *args,
+            **kwargs,
         )
         if due:
-            negative = _negative_averages(before, loss_dict)
+            negative = _negative_averages(before, {} if skipped_iter else loss_dict)
             if negative:
                 values = "".join(f" {name}: {value:.6E} |" for name, value in negative.items())
                 print_rank_last(f" iteration {iteration:8d} |{values}")
@@ -38,10 +49,11 @@ def install() -> None:
 
 
 def _negative_averages(before: dict[str, Any], losses: dict[str, Any]) -> dict[str, float]:
-    """Averages below zero over the log interval: what it had before this iteration, and this."""
-    iterations = before.get("advanced iterations", 0) + 1
+    """Averages below zero over a log interval, given its sums before the last iteration, and that
+    iteration's losses."""
+    iterations = before.get("advanced iterations", 0) + bool(losses)
     averages = {
-        name: (float(before.get(name, 0.0)) + float(loss)) / iterations
-        for name, loss in losses.items()
+        name: (float(before.get(name, 0.0)) + float(losses.get(name, 0.0))) / max(1, iterations)
+        for name in losses.keys() | before.keys()
     }
     return {name: average for name, average in averages.items() if average < 0.0}

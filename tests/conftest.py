@@ -1,0 +1,147 @@
+"""What distributed tests share: one small dataset of real text, checkpoints to start from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from launch import pretrain
+from real_text import docstrings
+
+SEQUENCE = 64
+GLOBAL_BATCH = 12
+STEPS = 5
+VOCABULARY = 257  # bytes and an end-of-document token
+SPLIT = "90,10,0"
+
+
+@dataclass
+class Corpus:
+    """prefix: of the indexed dataset; arguments: for a run that reads it."""
+
+    prefix: Path
+
+    @property
+    def arguments(self) -> list[str]:
+        return (
+            f"--data-path {self.prefix} --split {SPLIT} --seq-length {SEQUENCE} "
+            f"--tokenizer-type NullTokenizer --vocab-size {VOCABULARY} --eod-mask-loss"
+        ).split()
+
+
+# A policy of two key-value groups, and a reference of another depth and width.
+POLICY = (
+    "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --group-query-attention "
+    "--num-query-groups 2 --make-vocab-size-divisible-by 256"
+).split()
+REFERENCE = (
+    "--num-layers 2 --hidden-size 96 --num-attention-heads 6 --make-vocab-size-divisible-by 64"
+).split()
+LLAMA = (
+    f"--max-position-embeddings {SEQUENCE} --position-embedding-type rope --swiglu "
+    "--normalization RMSNorm --disable-bias-linear --attention-dropout 0 --hidden-dropout 0 "
+    "--no-rope-fusion"
+).split()
+UNTIED = ["--untie-embeddings-and-output-weights"]
+OPTIMIZER = (
+    f"--global-batch-size {GLOBAL_BATCH} --lr 1e-3 --lr-decay-style constant --clip-grad 1.0 "
+    "--weight-decay 0.01 --adam-beta2 0.999 --eval-iters 1 --eval-interval 1000 --log-interval 1"
+).split()
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    prefix = tmp_path_factory.mktemp("corpus") / "docstrings"
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.uint16)
+    for text in docstrings(["argparse", "difflib", "statistics"]):
+        ids = [*text.encode(), VOCABULARY - 1]
+        builder.add_document(torch.tensor(ids), [len(ids)])
+    builder.finalize(f"{prefix}.idx")
+    return Corpus(prefix)
+
+
+@pytest.fixture(scope="session")
+def samples(corpus: Corpus) -> dict[str, torch.Tensor]:
+    """The training samples in the order a run reads them, by Megatron's own dataset: tokens,
+    labels, loss_mask [N, s]."""
+    from megatron.core.datasets.blended_megatron_dataset_builder import (
+        BlendedMegatronDatasetBuilder,
+    )
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.tokenizers import MegatronTokenizer
+
+    count = STEPS * GLOBAL_BATCH
+    config = GPTDatasetConfig(
+        random_seed=1234,
+        sequence_length=SEQUENCE,
+        blend=([str(corpus.prefix)], None),
+        split=SPLIT,
+        tokenizer=MegatronTokenizer.from_pretrained(
+            metadata_path={"library": "null-text"}, vocab_size=VOCABULARY
+        ),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=True,
+        create_attention_mask=False,
+        mid_level_dataset_surplus=0.005,
+    )
+    train, _, _ = BlendedMegatronDatasetBuilder(
+        GPTDataset, [count, GLOBAL_BATCH, 0], lambda: True, config
+    ).build()
+    rows = [train[i] for i in range(count)]
+    return {
+        name: torch.stack([torch.as_tensor(row[name]) for row in rows])
+        for name in ("tokens", "labels", "loss_mask")
+    }
+
+
+@dataclass
+class Checkpoints:
+    """Two models after a few steps of plain causal language modeling on one rank."""
+
+    policy: Path
+    reference: Path
+    tied: bool
+
+    @property
+    def embeddings(self) -> list[str]:
+        return [] if self.tied else UNTIED
+
+    @property
+    def arguments(self) -> list[str]:
+        """Start from the policy at iteration 0, with the reference at hand."""
+        return [
+            *POLICY,
+            *LLAMA,
+            *self.embeddings,
+            *OPTIMIZER,
+            *f"--load {self.policy} --finetune --no-load-optim --no-load-rng".split(),
+            *f"--slm-reference-load {self.reference}".split(),
+        ]
+
+
+def _train_checkpoints(corpus: Corpus, directory: Path, tied: bool) -> Checkpoints:
+    made = Checkpoints(directory / "policy", directory / "reference", tied)
+    for path, model, steps in ((made.policy, POLICY, 2), (made.reference, REFERENCE, 10)):
+        arguments = f"--train-iters {steps} --micro-batch-size 4 --save {path} --save-interval 10"
+        pretrain(
+            1,
+            [*corpus.arguments, *model, *LLAMA, *made.embeddings, *OPTIMIZER, *arguments.split()],
+            directory / f"run-{path.name}",
+        )
+    return made
+
+
+@pytest.fixture(scope="session")
+def untied(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    return _train_checkpoints(corpus, tmp_path_factory.mktemp("untied"), tied=False)
+
+
+@pytest.fixture(scope="session")
+def tied(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    return _train_checkpoints(corpus, tmp_path_factory.mktemp("tied"), tied=True)

@@ -1,0 +1,168 @@
+"""Selective language modeling in one process: Hugging Face Llama, plain PyTorch, float32.
+
+Shares no code with megatron_slm or Megatron.  Weights come from a Megatron checkpoint through
+torch's own converter; tokens from the test's dataset.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+@dataclass
+class Step:
+    """One step of the oracle: scores and selected are [global batch, s]."""
+
+    lm_loss: float
+    unselected_loss: float
+    all_token_loss: float
+    reference_loss: float
+    excess_loss: float
+    grad_norm: float
+    scores: Tensor
+    selected: Tensor
+    thresholds: Tensor  # one per sample: that of its micro-batch
+
+
+def llama(checkpoint: Path, scratch: Path, *, heads: int, groups: int, tied: bool) -> LlamaForCausalLM:
+    """A Hugging Face model with the weights of a Megatron torch_dist checkpoint."""
+    file = scratch / f"{checkpoint.parent.name}.pt"
+    dcp_to_torch_save(str(checkpoint), str(file))
+    saved = torch.load(file, weights_only=False)
+    qkv = saved["decoder.layers.self_attention.linear_qkv.weight"]
+    gate_up = saved["decoder.layers.mlp.linear_fc1.weight"]
+    layers, _, hidden = qkv.shape
+    embedding = saved["embedding.word_embeddings.weight"]
+    head_dim = hidden // heads
+    config = LlamaConfig(
+        vocab_size=embedding.shape[0],
+        hidden_size=hidden,
+        intermediate_size=gate_up.shape[1] // 2,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=tied,
+        attention_bias=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
+    weights = {
+        "model.embed_tokens.weight": embedding,
+        "model.norm.weight": saved["decoder.final_layernorm.weight"],
+        "lm_head.weight": embedding if tied else saved["output_layer.weight"],
+    }
+    per_group = heads // groups
+    for i in range(layers):
+        # Rows: for every group its query heads, then its key head, then its value head.
+        rows = qkv[i].view(groups, per_group + 2, head_dim, hidden)
+        gate, up = gate_up[i].chunk(2)
+        prefix = f"model.layers.{i}."
+        weights |= {
+            prefix + "self_attn.q_proj.weight": rows[:, :per_group].reshape(-1, hidden),
+            prefix + "self_attn.k_proj.weight": rows[:, per_group].reshape(-1, hidden),
+            prefix + "self_attn.v_proj.weight": rows[:, per_group + 1].reshape(-1, hidden),
+            prefix + "self_attn.o_proj.weight": saved[
+                "decoder.layers.self_attention.linear_proj.weight"
+            ][i],
+            prefix + "mlp.gate_proj.weight": gate,
+            prefix + "mlp.up_proj.weight": up,
+            prefix + "mlp.down_proj.weight": saved["decoder.layers.mlp.linear_fc2.weight"][i],
+            prefix + "input_layernorm.weight": saved[
+                "decoder.layers.self_attention.linear_qkv.layer_norm_weight"
+            ][i],
+            prefix + "post_attention_layernorm.weight": saved[
+                "decoder.layers.mlp.linear_fc1.layer_norm_weight"
+            ][i],
+        }
+    model = LlamaForCausalLM(config).float()
+    model.load_state_dict({name: value.clone() for name, value in weights.items()})
+    return model
+
+
+def train(
+    policy: LlamaForCausalLM,
+    reference: LlamaForCausalLM,
+    samples: dict[str, Tensor],
+    *,
+    steps: int,
+    global_batch: int,
+    micro_batch: int,
+    ratio: float,
+    vocabulary: int,
+    lr: float = 1e-3,
+    weight_decay: float = 0.01,
+    clip: float = 1.0,
+) -> list[Step]:
+    """Train for `steps` on consecutive samples; tokens, labels int64, loss_mask float [N, s].
+
+    vocabulary: number of tokens; the reference's logits beyond it are padding, and not its.
+    """
+    decay = [p for p in policy.parameters() if p.ndim > 1]
+    rest = [p for p in policy.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}],
+        lr=lr,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+    )
+    done = []
+    for step in range(steps):
+        rows = slice(step * global_batch, (step + 1) * global_batch)
+        tokens, labels, mask = (samples[key][rows] for key in ("tokens", "labels", "loss_mask"))
+        valid = mask > 0
+        with torch.no_grad():
+            reference_losses = _token_losses(reference(tokens).logits[..., :vocabulary], labels)
+        losses = _token_losses(policy(tokens).logits, labels)
+        scores = losses.detach() - reference_losses
+        selected = torch.zeros_like(valid)
+        thresholds = torch.zeros(len(tokens))
+        for start in range(0, global_batch, micro_batch):
+            part = slice(start, start + micro_batch)
+            chosen = _top(scores[part].flatten(), valid[part].flatten(), ratio)
+            selected[part] = chosen.view(micro_batch, -1)
+            thresholds[part] = scores[part].flatten()[chosen].min()
+        loss = losses[selected].sum() / selected.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), clip)
+        optimizer.step()
+        done.append(
+            Step(
+                lm_loss=loss.item(),
+                unselected_loss=losses[valid & ~selected].mean().item(),
+                all_token_loss=losses[valid].mean().item(),
+                reference_loss=reference_losses[valid].mean().item(),
+                excess_loss=scores[valid].mean().item(),
+                grad_norm=norm.item(),
+                scores=scores,
+                selected=selected,
+                thresholds=thresholds,
+            )
+        )
+    return done
+
+
+def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    losses = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    return losses.view(labels.shape)
+
+
+def _top(scores: Tensor, valid: Tensor, ratio: float) -> Tensor:
+    """The k highest of the valid scores, ties to the lower position; k = N * ratio, half up."""
+    number = int(valid.sum())
+    exact = Fraction(str(ratio)) * number
+    count = min(number, max(1, int(exact + Fraction(1, 2))))
+    order = sorted(
+        valid.nonzero().flatten().tolist(), key=lambda i: (-scores[i].item(), i)
+    )
+    chosen = torch.zeros_like(valid)
+    chosen[order[:count]] = True
+    return chosen
