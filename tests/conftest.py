@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+
 from launch import pretrain
 from real_text import docstrings
 
@@ -33,23 +34,23 @@ class Corpus:
 
 
 # A policy of two key-value groups, and a reference of another depth and width.
-POLICY = (
-    "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --group-query-attention "
-    "--num-query-groups 2 --make-vocab-size-divisible-by 256"
-).split()
-REFERENCE = (
-    "--num-layers 2 --hidden-size 96 --num-attention-heads 6 --make-vocab-size-divisible-by 64"
-).split()
-LLAMA = (
-    f"--max-position-embeddings {SEQUENCE} --position-embedding-type rope --swiglu "
-    "--normalization RMSNorm --disable-bias-linear --attention-dropout 0 --hidden-dropout 0 "
-    "--no-rope-fusion"
-).split()
+POLICY = """
+    --num-layers 4 --hidden-size 64 --num-attention-heads 4 --group-query-attention
+    --num-query-groups 2 --make-vocab-size-divisible-by 256
+""".split()
+REFERENCE = """
+    --num-layers 2 --hidden-size 96 --num-attention-heads 6 --make-vocab-size-divisible-by 64
+""".split()
+LLAMA = f"""
+    --max-position-embeddings {SEQUENCE} --position-embedding-type rope --swiglu
+    --normalization RMSNorm --disable-bias-linear --attention-dropout 0 --hidden-dropout 0
+    --init-method-std 0.04
+""".split()
 UNTIED = ["--untie-embeddings-and-output-weights"]
-OPTIMIZER = (
-    f"--global-batch-size {GLOBAL_BATCH} --lr 1e-3 --lr-decay-style constant --clip-grad 1.0 "
-    "--weight-decay 0.01 --adam-beta2 0.999 --eval-iters 1 --eval-interval 1000 --log-interval 1"
-).split()
+OPTIMIZER = f"""
+    --global-batch-size {GLOBAL_BATCH} --lr 3e-4 --lr-decay-style constant --clip-grad 1.0
+    --weight-decay 0.01 --adam-beta2 0.999 --eval-iters 1 --eval-interval 1000 --log-interval 1
+""".split()
 
 
 @pytest.fixture(scope="session")

@@ -99,6 +99,4 @@ def pretrain(
 ) -> Run:
     """Run a pretraining module with TensorBoard logs in directory/tensorboard."""
     logs = ["--tensorboard-dir", "tensorboard"]
-    return launch(
-        ranks, ["-m", module, *logs, *arguments], directory, check=check, timeout=timeout
-    )
+    return launch(ranks, ["-m", module, *logs, *arguments], directory, check=check, timeout=timeout)

@@ -32,7 +32,9 @@ class Step:
     thresholds: Tensor  # one per sample: that of its micro-batch
 
 
-def llama(checkpoint: Path, scratch: Path, *, heads: int, groups: int, tied: bool) -> LlamaForCausalLM:
+def llama(
+    checkpoint: Path, scratch: Path, *, heads: int, groups: int, tied: bool
+) -> LlamaForCausalLM:
     """A Hugging Face model with the weights of a Megatron torch_dist checkpoint."""
     file = scratch / f"{checkpoint.parent.name}.pt"
     dcp_to_torch_save(str(checkpoint), str(file))
@@ -97,7 +99,7 @@ def train(
     micro_batch: int,
     ratio: float,
     vocabulary: int,
-    lr: float = 1e-3,
+    lr: float = 3e-4,
     weight_decay: float = 0.01,
     clip: float = 1.0,
 ) -> list[Step]:
@@ -160,9 +162,7 @@ def _top(scores: Tensor, valid: Tensor, ratio: float) -> Tensor:
     number = int(valid.sum())
     exact = Fraction(str(ratio)) * number
     count = min(number, max(1, int(exact + Fraction(1, 2))))
-    order = sorted(
-        valid.nonzero().flatten().tolist(), key=lambda i: (-scores[i].item(), i)
-    )
+    order = sorted(valid.nonzero().flatten().tolist(), key=lambda i: (-scores[i].item(), i))
     chosen = torch.zeros_like(valid)
     chosen[order[:count]] = True
     return chosen

@@ -210,7 +210,7 @@ class _WeightGradient:
         self.fused = accumulate_into_main_grad and weight.requires_grad
         self.total: Tensor | None = None
         if self.fused:
-            self.total = weight.main_grad  # type: ignore[attr-defined]
+            self.total = weight.main_grad
         elif weight.requires_grad:
             self.total = torch.zeros_like(weight, dtype=torch.float32)
 
@@ -229,7 +229,7 @@ class _WeightGradient:
             return self.total.to(self.weight.dtype)
         # As in Megatron's fused linear: the DDP hook must run, and must not add this tensor, unless
         # the weight is tied and the hook expects a zero to add.
-        self.weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+        self.weight.grad_added_to_main_grad = True
         if getattr(self.weight, "zero_out_wgrad", False):
             return torch.zeros_like(self.weight)
         return torch.empty_like(self.weight)

@@ -66,13 +66,13 @@ class SequenceParallelNorm:
     """torch's RMSNorm or LayerNorm; with sequence parallelism each rank normalises its own part of
     the sequence, so Megatron has to sum the weight's gradient over tensor-parallel ranks."""
 
-    def __new__(  # type: ignore[misc]
+    def __new__(
         cls, config: Any, hidden_size: int, eps: float = 1e-5, **kwargs: Any
     ) -> torch.nn.Module:
         kind = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}[config.normalization]
         norm = kind(hidden_size, eps=eps, dtype=config.params_dtype)
         for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+            parameter.sequence_parallel = config.sequence_parallel
         return norm
 
 

@@ -15,8 +15,6 @@ points import this one, when `torch.cuda.is_available()` is false.  `install()` 
 
 import os
 
-import torch
-
 # Defaults of Megatron's arguments that mean a GPU: NCCL, kernels of Apex or Transformer Engine.
 ARGUMENT_DEFAULTS = {
     "distributed_backend": "gloo",

@@ -18,11 +18,11 @@ import torch
 CPU = torch.device("cpu")
 
 # Everything in torch's namespace that takes device= and that Megatron or its data path may call.
-FACTORIES = (
-    "arange as_tensor empty empty_like empty_strided eye full full_like linspace logspace ones "
-    "ones_like rand rand_like randint randint_like randn randn_like randperm scalar_tensor tensor "
-    "tril_indices triu_indices zeros zeros_like"
-).split()
+FACTORIES = """
+    arange as_tensor empty empty_like empty_strided eye full full_like linspace logspace ones
+    ones_like rand rand_like randint randint_like randn randn_like randperm scalar_tensor tensor
+    tril_indices triu_indices zeros zeros_like
+""".split()
 TENSOR_FACTORIES = "new_empty new_empty_strided new_full new_ones new_tensor new_zeros".split()
 
 
@@ -136,13 +136,13 @@ def _install_tensor_methods() -> None:
         # Megatron's optimizers sort parameters by the string "torch.cuda.FloatTensor".
         return result.replace("torch.", "torch.cuda.") if isinstance(result, str) else result
 
-    torch.Tensor.to = to  # type: ignore[method-assign]
-    torch.nn.Module.to = to_module  # type: ignore[method-assign, assignment]
-    torch.Tensor.type = type_  # type: ignore[method-assign, assignment]
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
-    torch.Tensor.pin_memory = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
-    torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign, assignment]
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment, return-value]
+    torch.Tensor.to = to
+    torch.nn.Module.to = to_module
+    torch.Tensor.type = type_
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    torch.Tensor.pin_memory = lambda self, *args, **kwargs: self
+    torch.Tensor.record_stream = lambda self, stream: None
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
 
 
 def _install_cuda_module() -> None:
@@ -185,10 +185,10 @@ def _install_cuda_module() -> None:
     torch.cuda.nvtx.range_pop = nothing
 
     # torch's DataLoader and Megatron ask the accelerator module which device there is: none.
-    torch.accelerator.is_available = lambda *args: False  # type: ignore[assignment]
-    torch.accelerator.current_accelerator = lambda *args, **kwargs: None  # type: ignore[assignment]
+    torch.accelerator.is_available = lambda *args: False
+    torch.accelerator.current_accelerator = lambda *args, **kwargs: None
     torch.accelerator.current_device_index = lambda: 0
-    torch.accelerator.current_stream = lambda *args: stream  # type: ignore[assignment]
+    torch.accelerator.current_stream = lambda *args: stream
 
 
 class _ZeroStatistics(dict[str, int]):

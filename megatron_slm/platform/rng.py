@@ -42,10 +42,10 @@ def _install_generator() -> None:
         cuda_generator.manual_seed(seed)
 
     for module in (torch.cuda, torch.cuda.random):
-        module.get_rng_state = get_state  # type: ignore[attr-defined]
-        module.set_rng_state = set_state  # type: ignore[attr-defined]
-        module.manual_seed = manual_seed  # type: ignore[attr-defined]
-        module.manual_seed_all = manual_seed  # type: ignore[attr-defined]
+        module.get_rng_state = get_state
+        module.set_rng_state = set_state
+        module.manual_seed = manual_seed
+        module.manual_seed_all = manual_seed
     torch.cuda.default_generators = (cuda_generator,)
 
     # Megatron calls into torch's C++ bindings here, past the functions above.
@@ -122,4 +122,4 @@ def _draw_from_stream(module: type[torch.nn.Module], name: Callable[..., str]) -
         with _stream(name(**kwargs)):
             construct(self, *args, **kwargs)
 
-    module.__init__ = construct_from_stream  # type: ignore[method-assign]
+    module.__init__ = construct_from_stream

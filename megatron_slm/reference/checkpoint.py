@@ -21,18 +21,18 @@ TRACKER = "latest_checkpointed_iteration.txt"
 # What shapes a dense GPT or its arithmetic; everything else (parallelism, precision, recompute) the
 # reference takes from the policy's run.
 ARCHITECTURE = """
-num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups group_query_attention
-kv_channels max_position_embeddings position_embedding_type add_position_embedding
-use_rotary_position_embeddings rotary_base rotary_percent rotary_interleaved
-rotary_seq_len_interpolation_factor use_rope_scaling rope_scaling_factor no_rope_freq
-yarn_original_max_position_embeddings yarn_beta_fast yarn_beta_slow
-yarn_correction_range_round_to_int add_bias_linear add_qkv_bias swiglu squared_relu quick_geglu
-openai_gelu glu_linear_offset activation_func_clamp_value normalization layernorm_epsilon
-norm_epsilon layernorm_zero_centered_gamma apply_layernorm_1p
-apply_residual_connection_post_layernorm apply_query_key_layer_scaling qk_layernorm qk_l2_norm
-softmax_type window_size window_attn_skip_freq attention_output_gate
-untie_embeddings_and_output_weights use_mup mup_width_mult mup_base_hidden_size mup_embedding_mult
-mup_output_mult mup_base_head_dim mup_attn_scale_power
+    num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups
+    group_query_attention kv_channels max_position_embeddings position_embedding_type
+    add_position_embedding use_rotary_position_embeddings rotary_base rotary_percent
+    rotary_interleaved rotary_seq_len_interpolation_factor use_rope_scaling rope_scaling_factor
+    no_rope_freq yarn_original_max_position_embeddings yarn_beta_fast yarn_beta_slow
+    yarn_correction_range_round_to_int add_bias_linear add_qkv_bias swiglu squared_relu quick_geglu
+    openai_gelu glu_linear_offset activation_func_clamp_value normalization layernorm_epsilon
+    norm_epsilon layernorm_zero_centered_gamma apply_layernorm_1p
+    apply_residual_connection_post_layernorm apply_query_key_layer_scaling qk_layernorm qk_l2_norm
+    softmax_type window_size window_attn_skip_freq attention_output_gate
+    untie_embeddings_and_output_weights use_mup mup_width_mult mup_base_hidden_size
+    mup_embedding_mult mup_output_mult mup_base_head_dim mup_attn_scale_power
 """.split()
 
 UNSUPPORTED = {
@@ -48,7 +48,9 @@ UNSUPPORTED = {
 
 @dataclass(frozen=True)
 class ReferenceCheckpoint:
-    """directory: one iteration's torch_dist checkpoint.  arguments: those of the run that saved it."""
+    """directory: one iteration's torch_dist checkpoint.
+    arguments: those of the run that saved it.
+    """
 
     directory: Path
     arguments: Namespace
@@ -103,7 +105,9 @@ def _iteration_directory(load: Path, step: int | None) -> Path:
     directory = load / name
     if not directory.is_dir():
         have = sorted(path.name for path in load.glob("iter_*"))
-        raise UserError(f"--slm-reference-load {load}: there is no {name}, only {have or 'nothing'}")
+        raise UserError(
+            f"--slm-reference-load {load}: there is no {name}, only {have or 'nothing'}"
+        )
     return directory
 
 

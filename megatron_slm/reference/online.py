@@ -59,9 +59,7 @@ class OnlineReference:
         _load(self.model, checkpoint)
 
     @torch.no_grad()
-    def score(
-        self, micro_batches: Iterator[Any], count: int, micro_batch_size: int
-    ) -> list[Any]:
+    def score(self, micro_batches: Iterator[Any], count: int, micro_batch_size: int) -> list[Any]:
         """Read `count` micro-batches and set reference_losses, float32 [b, s/c], where the last
         pipeline stage is.  Collective over the pipeline, tensor- and context-parallel ranks."""
         read: list[Any] = []

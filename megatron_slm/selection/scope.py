@@ -27,10 +27,6 @@ def select_in_micro_batch(
     samples, length = scores.shape
     segments = None
     if cp_group.size() > 1:
-        segments = Segments.zigzag(
-            samples, length, cp_group.rank(), cp_group.size(), scores.device
-        )
-    selection = select_top_fraction(
-        scores.flatten(), valid.flatten(), ratio, cp_group, segments
-    )
+        segments = Segments.zigzag(samples, length, cp_group.rank(), cp_group.size(), scores.device)
+    selection = select_top_fraction(scores.flatten(), valid.flatten(), ratio, cp_group, segments)
     return replace(selection, selected=selection.selected.view(samples, length))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from argparse import ArgumentParser, Namespace
-from typing import Any
+from typing import Any, Literal
 
 from megatron.core.extensions.transformer_engine import HAVE_TE
 
@@ -119,8 +119,9 @@ def validate_arguments(args: Namespace) -> ReferenceCheckpoint | None:
 
 
 def settings_from_arguments(args: Namespace) -> SelectiveSettings:
+    """What the forward step needs of the validated arguments."""
     selective = args.slm_reference_load is not None
-    head = args.slm_head or ("chunked" if selective else "dense")
+    head: Literal["dense", "chunked"] = args.slm_head or ("chunked" if selective else "dense")
     return SelectiveSettings(token_ratio=args.slm_token_ratio, selective=selective, head=head)
 
 

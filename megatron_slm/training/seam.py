@@ -74,9 +74,7 @@ def _own_iterator(data_iterator: Any) -> Any:
     return data_iterator[0 if mpu.is_pipeline_first_stage() else -1]
 
 
-def _for_model_chunks(
-    data_iterator: Any, micro_batches: Iterator[MicroBatch], count: int
-) -> Any:
+def _for_model_chunks(data_iterator: Any, micro_batches: Iterator[MicroBatch], count: int) -> Any:
     """Micro-batches in the form of data_iterator; a chunk that reads none gets empty ones."""
     if not isinstance(data_iterator, list):
         return micro_batches

@@ -15,6 +15,7 @@ train = pretrain._pretrain
 
 def train_recorded(args: Namespace) -> None:
     from megatron.core import mpu
+
     from megatron_slm.training.objective import MicroBatchObjective
 
     records: list[dict[str, Any]] = []

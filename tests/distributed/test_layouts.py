@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import oracle
 import pytest
 import torch
+from torch import Tensor
+
+import oracle
 from conftest import GLOBAL_BATCH, SEQUENCE, STEPS, VOCABULARY, Checkpoints, Corpus
 from launch import Run, pretrain
-from torch import Tensor
 
 RATIO = 0.6
 # Scores this close to the threshold may fall on either side of it.
@@ -90,7 +91,16 @@ def test_layout_agrees_with_oracle(
     tmp_path: Path,
 ) -> None:
     is_tied, micro_batch, extra, head = options
-    _compare(layout, is_tied, micro_batch, f"{extra} --slm-head {head}", request, corpus, oracles, tmp_path)
+    _compare(
+        layout,
+        is_tied,
+        micro_batch,
+        f"{extra} --slm-head {head}",
+        request,
+        corpus,
+        oracles,
+        tmp_path,
+    )
 
 
 @pytest.mark.parametrize("layout", ["dp2", "tp2 sp", "pp2 vpp2", "tp2 cp2"])
