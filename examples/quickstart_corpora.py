@@ -1,0 +1,82 @@
+"""Three corpora for quickstart.sh from the Python installation it runs on, as jsonl.
+
+    clean.jsonl    prose: the language reference (pydoc topics) and long docstrings
+    target.jsonl   prose of the same kind, held out
+    noisy.jsonl    raw source files: prose somewhere between code, tables and licences
+
+A module whose docstrings are held out appears in none of the others.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+LEAST = 200  # characters; shorter docstrings say little
+HELD_OUT_EVERY = 10
+NOISY_CHARACTERS = 6_000_000
+
+
+def source_files() -> list[Path]:
+    """Modules of the standard library in a fixed order, without tests and applications."""
+    library = Path(sysconfig.get_path("stdlib"))
+    skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "pydoc_data"}
+    found = [path for path in library.rglob("*.py") if not skip & set(path.parts)]
+    # In the order of a hash of the name, so that every part of it is mixed.
+    return sorted(found, key=lambda path: hash_of(path.relative_to(library).as_posix()))
+
+
+def hash_of(text: str) -> int:
+    """The same on every machine and in every run, as hash() is not."""
+    value = 0
+    for byte in text.encode():
+        value = (value * 16_777_619 ^ byte) & 0xFFFFFFFF
+    return value
+
+
+def docstrings(source: str) -> Iterator[str]:
+    """Long docstrings of a module and all it defines."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            text = ast.get_docstring(node)
+            if text and len(text) >= LEAST:
+                yield text
+
+
+def main(directory: Path) -> None:
+    """Write the three corpora to `directory`."""
+    from pydoc_data.topics import topics
+
+    clean: list[str] = []
+    target: list[str] = []
+    noisy: list[str] = []
+    for number, text in enumerate(topics[name] for name in sorted(topics)):
+        (target if number % HELD_OUT_EVERY == 0 else clean).append(text)
+    room = NOISY_CHARACTERS
+    for number, path in enumerate(source_files()):
+        try:
+            source = path.read_text(encoding="utf-8")
+            texts = list(docstrings(source))
+        except (UnicodeDecodeError, SyntaxError):
+            continue
+        if number % HELD_OUT_EVERY == 0:
+            target += texts
+            continue
+        clean += texts
+        if source and room > 0:
+            noisy.append(source[:room])
+            room -= len(source)
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, documents in (("clean", clean), ("target", target), ("noisy", noisy)):
+        with (directory / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps({"text": text}) + "\n" for text in documents)
+        size = sum(map(len, documents)) / 1e6
+        print(f"  {name:7}{len(documents):6} documents {size:6.2f} million characters")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

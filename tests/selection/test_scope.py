@@ -1,0 +1,14 @@
+"""Ranks that hold a micro-batch together select as one rank would."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from launch import launch
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_context_parallel_ranks_select_as_one(ranks: int, tmp_path: Path) -> None:
+    run = launch(ranks, ["-m", "selection.scope_ranks"], tmp_path)
+    assert all("agreed" in output for output in run.outputs)

@@ -1,0 +1,40 @@
+# Make or reuse .venv at the repository's root and activate it:  source tools/environment.sh [extra]
+#
+# Installs this package in place with its dependencies, and again only when setup.py has changed.
+# PYTHON names an interpreter to use instead of the first suitable one.
+
+megatron_slm_environment() {
+    local extra="${1:-}" root python candidate wanted stamp
+    root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+    if [ ! -x "$root/.venv/bin/python" ]; then
+        for candidate in ${PYTHON:-python3.12 python3.13 python3 python}; do
+            if (cd "$root" && "$candidate" -c \
+                'import sys, venv, ensurepip; sys.exit(not (3, 12) <= sys.version_info < (3, 14))') \
+                2>/dev/null; then
+                python="$candidate"
+                break
+            fi
+        done
+        if [ -z "${python:-}" ]; then
+            echo "error: megatron-slm needs Python 3.12 or 3.13 with its venv module, and none of" \
+                "${PYTHON:-python3.12 python3.13 python3 python} is that. Install one, for example:" \
+                "apt install python3.12-venv, conda create -n slm python=3.12, or pyenv install 3.12;" \
+                "or name it: PYTHON=/path/to/python3.12 bash ..." >&2
+            return 2
+        fi
+        echo "> making .venv with $(cd "$root" && "$python" --version)"
+        (cd "$root" && "$python" -m venv .venv) || return 1
+    fi
+    # shellcheck disable=SC1091
+    source "$root/.venv/bin/activate"
+    wanted="$extra $(cksum < "$root/setup.py")"
+    stamp="$root/.venv/installed${extra:+-$extra}"
+    if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+        echo "> installing megatron-slm and what it needs into .venv (torch and CUDA: 5 GB)"
+        pip install --quiet --disable-pip-version-check --editable "$root${extra:+[$extra]}" \
+            || return 1
+        echo "$wanted" > "$stamp"
+    fi
+}
+
+megatron_slm_environment "$@"
