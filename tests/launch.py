@@ -42,6 +42,7 @@ def launch(
     *,
     check: bool = True,
     timeout: float = 300,
+    threads: int = 1,
 ) -> Run:
     """Start `ranks` processes of `python command...` in `directory` and wait for them.
 
@@ -57,7 +58,7 @@ def launch(
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
-        "OMP_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": str(threads),
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")]),
     }
     files = [directory / f"rank{rank}.log" for rank in range(ranks)]
@@ -96,7 +97,8 @@ def pretrain(
     module: str = "megatron_slm.pretrain",
     check: bool = True,
     timeout: float = 300,
+    threads: int = 1,
 ) -> Run:
     """Run a pretraining module with TensorBoard logs in directory/tensorboard."""
-    logs = ["--tensorboard-dir", "tensorboard"]
-    return launch(ranks, ["-m", module, *logs, *arguments], directory, check=check, timeout=timeout)
+    command = ["-m", module, "--tensorboard-dir", "tensorboard", *arguments]
+    return launch(ranks, command, directory, check=check, timeout=timeout, threads=threads)

@@ -117,6 +117,7 @@ def _install_tensor_methods() -> None:
     module_to = torch.nn.Module.to
     tensor_type = torch.Tensor.type
 
+    @functools.wraps(tensor_to)
     def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if args and _names_cuda(args[0]):
             args = (CPU, *args[1:])
@@ -124,6 +125,7 @@ def _install_tensor_methods() -> None:
             kwargs["device"] = CPU
         return tensor_to(self, *args, **kwargs)
 
+    @functools.wraps(module_to)
     def to_module(self: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
         if args and _names_cuda(args[0]):
             args = (CPU, *args[1:])
@@ -131,6 +133,7 @@ def _install_tensor_methods() -> None:
             kwargs["device"] = CPU
         return module_to(self, *args, **kwargs)
 
+    @functools.wraps(tensor_type)
     def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         result = tensor_type(self, *args, **kwargs)
         # Megatron's optimizers sort parameters by the string "torch.cuda.FloatTensor".

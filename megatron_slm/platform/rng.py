@@ -56,6 +56,7 @@ def _install_generator() -> None:
 
 
 def _install_dropout() -> None:
+    @functools.wraps(torch.nn.functional.dropout)
     def dropout(
         input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
     ) -> torch.Tensor:

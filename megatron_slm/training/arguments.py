@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from argparse import ArgumentParser, Namespace
 from typing import Any, Literal
 
@@ -87,6 +88,10 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     if not HAVE_TE:
         defaults |= {"transformer_impl": "local", "no_persist_layer_norm": True}
     parser.set_defaults(**defaults)
+    # One of Megatron's help texts has a bare per cent sign, over which --help stumbles.
+    for action in parser._actions:
+        if action.help is not None:
+            action.help = re.sub(r"(?<!%)%(?![%(])", "%%", action.help)
     return parser
 
 

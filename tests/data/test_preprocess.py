@@ -33,17 +33,21 @@ Document = tuple[int, ...]
 def read_dataset(prefix: Path) -> list[Document]:
     """The documents of an indexed dataset, by its file format and nothing else."""
     index = Path(f"{prefix}.idx").read_bytes()
+
+    def numbers(dtype: Any, count: int, offset: int) -> list[int]:
+        return [int(n) for n in np.frombuffer(index, dtype, count, offset)]
+
     assert index[:9] == b"MMIDIDX\0\0"
     assert int.from_bytes(index[9:17], "little") == 1
-    dtype = {4: np.dtype("<i4"), 8: np.dtype("<u2")}[index[17]]
-    sequences, documents = (int(n) for n in np.frombuffer(index, "<u8", 2, 18))
-    lengths = np.frombuffer(index, "<i4", sequences, 34)
-    offsets = np.frombuffer(index, "<i8", sequences, 34 + 4 * sequences)
-    ends = np.frombuffer(index, "<i8", documents, 34 + 12 * sequences)
+    dtype: Any = {4: np.dtype("<i4"), 8: np.dtype("<u2")}[index[17]]
+    sequences, documents = numbers("<u8", 2, 18)
+    lengths = numbers("<i4", sequences, 34)
+    offsets = numbers("<i8", sequences, 34 + 4 * sequences)
+    ends = numbers("<i8", documents, 34 + 12 * sequences)
     assert len(index) == 34 + 12 * sequences + 8 * documents
-    assert ends.tolist() == list(range(sequences + 1)), "one sequence a document"
+    assert ends == list(range(sequences + 1)), "one sequence a document"
     data = Path(f"{prefix}.bin").read_bytes()
-    assert len(data) == dtype.itemsize * lengths.sum()
+    assert len(data) == dtype.itemsize * sum(lengths)
     return [
         tuple(np.frombuffer(data, dtype, length, offset).tolist())
         for length, offset in zip(lengths, offsets, strict=True)
@@ -187,7 +191,21 @@ def test_two_keys_without_eod(
     sp_options: list[object],
     tmp_path: Path,
     run_here: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    steps: list[str] = []
+    sync, replace = os.fsync, Path.replace
+
+    def recorded_sync(file: int) -> None:
+        steps.append("fsync")
+        sync(file)
+
+    def recorded_replace(path: Path, target: Path) -> Path:
+        steps.append(target.suffix)
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", recorded_sync)
+    monkeypatch.setattr(Path, "replace", recorded_replace)
     rows = [{"question": text, "answer": text[::-1]} for text in texts[:100]]
     rows[7]["answer"] = ""
     data = tmp_path / "data.jsonl"
@@ -201,6 +219,7 @@ def test_two_keys_without_eod(
             tuple(pieces.encode(row[key])) for row in rows if row[key]
         ]
     assert "99 documents" in out and "100 documents" in out
+    assert steps == ["fsync"] * 4 + [".bin"] * 2 + [".idx"] * 2
 
 
 @pytest.mark.parametrize("special_tokens", [True, False])
@@ -226,9 +245,9 @@ def test_hugging_face_tokenizer(
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 0)]
     )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(tmp_path / "tokenizer")
+    tokenizer_class: Any = PreTrainedTokenizerFast
+    wrapped = tokenizer_class(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    wrapped.save_pretrained(tmp_path / "tokenizer")
 
     options: list[object] = ["--tokenizer-type", "HuggingFaceTokenizer", "--append-eod"]
     options += ["--tokenizer-model", tmp_path / "tokenizer", "--workers", 2]

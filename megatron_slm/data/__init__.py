@@ -1,0 +1,1 @@
+"""Text and token files: what training reads and the tools that make it."""

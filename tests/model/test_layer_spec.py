@@ -1,0 +1,60 @@
+"""The plain attention of layer_spec.py against attention written out with a mask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from megatron.core.transformer import TransformerConfig
+from megatron_slm.model.layer_spec import GatheredAttention
+from torch import Tensor, distributed
+
+
+@pytest.fixture
+def alone() -> Iterator[SimpleNamespace]:
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield SimpleNamespace(cp=distributed.group.WORLD)
+    distributed.destroy_process_group()
+
+
+def written_out(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
+    """[s, b, heads, d] and grouped keys and values -> [s, b, heads * d], a loop over positions."""
+    length, batch, heads, width = query.shape
+    per_group = heads // key.shape[2]
+    result = torch.zeros(length, batch, heads, width)
+    for position in range(length):
+        first = 0 if window is None else max(0, position - window)
+        for head in range(heads):
+            keys = key[first : position + 1, :, head // per_group]
+            scores = (query[position, :, head] * keys).sum(-1) / width**0.5
+            weights = scores.softmax(0)[..., None]
+            result[position, :, head] = (
+                weights * value[first : position + 1, :, head // per_group]
+            ).sum(0)
+    return result.reshape(length, batch, heads * width)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_causal_attention(alone: SimpleNamespace, window: int | None, groups: int) -> None:
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=32,
+        num_attention_heads=4,
+        num_query_groups=groups,
+        attention_dropout=0.0,
+        window_size=None if window is None else (window, 0),
+    )
+    attention = GatheredAttention(config, 1, None, "self", pg_collection=alone)
+    query = torch.randn(12, 2, 4, 8, requires_grad=True)
+    key, value = (torch.randn(12, 2, groups, 8, requires_grad=True) for _ in range(2))
+    got = attention(query, key, value, None)
+    expected = written_out(query, key, value, window)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    weight = torch.randn_like(got)
+    for tensor in (query, key, value):
+        (mine,) = torch.autograd.grad((got * weight).sum(), tensor, retain_graph=True)
+        (theirs,) = torch.autograd.grad((expected * weight).sum(), tensor, retain_graph=True)
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
