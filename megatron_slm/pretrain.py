@@ -28,6 +28,11 @@ def main() -> None:
         if first_rank:
             print("> no CUDA device found: running on the CPU platform (gloo)", flush=True)
         platform.install()
+    run(cpu)
+
+
+def run(cpu: bool) -> None:
+    """Do what the command line says; `cpu` if the CPU platform is installed."""
     with exit_on_user_error():
         _pretrain(_parse_arguments(cpu))
 
@@ -90,8 +95,8 @@ def _pretrain(args: Namespace) -> None:
     model = gpt_config_from_args(args)
     if layer_spec is not None:
         model.transformer_layer_spec = layer_spec
-    run, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
-    run(
+    run_pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
+    run_pretrain(
         pretrain_cfg_container_from_args(args, model),
         datasets.train_valid_test_datasets,
         ModelType.encoder_or_decoder,

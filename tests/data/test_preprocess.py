@@ -14,6 +14,7 @@ import sys
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -454,7 +455,8 @@ def wait_for(condition: Callable[[], Any]) -> Any:
 def stalled(texts: list[str], sp_options: list[object], tmp_path: Path) -> Iterator[Stalled]:
     tool = Stalled(texts, sp_options, tmp_path)
     yield tool
-    tool.process.kill()
+    with suppress(ProcessLookupError):
+        os.killpg(tool.process.pid, signal.SIGKILL)  # workers that a failed test left, too
     tool.process.wait()
 
 

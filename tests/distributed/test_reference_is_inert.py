@@ -27,6 +27,6 @@ def test_reference_is_inert(corpus: Corpus, untied: Checkpoints, tmp_path: Path)
         # Compared around the build and around every score.
         assert seen["generators moved by build"] == []
         assert seen["generators moved by score"] == []
-        assert seen["scores"] == 3 + 2  # steps, validation and test
+        assert seen["scores"] == 3 + 1  # steps and a validation
         assert seen["weights before"] == seen["weights after"]
         assert seen["optimizer numbers"] == seen["policy numbers"]

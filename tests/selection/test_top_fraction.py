@@ -51,7 +51,15 @@ def test_selects_what_a_sort_selects(data: tuple[list[float], list[bool]], ratio
 
 @pytest.mark.parametrize(
     ("number", "ratio", "count"),
-    [(0, 0.6, 0), (1, 0.01, 1), (10, 0.6, 6), (45, 0.7, 32), (5, 0.5, 3), (3, 1.0, 3), (7, 1e-6, 1)],
+    [
+        (0, 0.6, 0),
+        (1, 0.01, 1),
+        (10, 0.6, 6),
+        (45, 0.7, 32),
+        (5, 0.5, 3),
+        (3, 1.0, 3),
+        (7, 1e-6, 1),
+    ],
 )
 def test_count_rounds_half_up(number: int, ratio: float, count: int) -> None:
     selection = select_top_fraction(torch.randn(number), torch.ones(number).bool(), ratio)

@@ -3,6 +3,7 @@ every rank, without waiting for another."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from conftest import STEPS, Checkpoints, Corpus
-from launch import pretrain
+from launch import launch, pretrain
+
+
+NO_REFERENCE = "ratio without reference"
 
 
 def _missing(reference: Path) -> list[str]:
@@ -55,11 +59,16 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "no such iteration": (lambda _: ["--slm-reference-ckpt-step", "7"], "iter_0000007"),
     "another vocabulary": (lambda _: ["--vocab-size", "300"], "vocabulary of 257"),
     "another tokenizer": (lambda _: ["--null-tokenizer-eod-id", "3"], "another tokenizer"),
+    NO_REFERENCE: (lambda _: [], "give its checkpoint with --slm-reference-load"),
     "ratio zero": (lambda _: ["--slm-token-ratio", "0"], "(0, 1]"),
     "ratio above one": (lambda _: ["--slm-token-ratio", "1.5"], "(0, 1]"),
     "layers do not divide": (
-        lambda _: ["--pipeline-model-parallel-size", "2", "--num-layers", "4"],
-        "has 3 layers",
+        lambda _: ["--pipeline-model-parallel-size", "4"],
+        "has 2 layers",
+    ),
+    "heads do not divide": (
+        lambda _: ["--tensor-model-parallel-size", "4", "--num-query-groups", "4"],
+        "has 6 attention heads",
     ),
     "option that cannot be honoured": (
         lambda _: ["--defer-embedding-wgrad-compute"],
@@ -74,38 +83,49 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def refusals(
+    corpus: Corpus, untied: Checkpoints, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[tuple[int, str]]]:
+    """Exit code and output of two ranks of every case."""
+    directory = tmp_path_factory.mktemp("bad-input")
+    commands = {}
+    for number, (case, (spoil, _)) in enumerate(CASES.items()):
+        reference = directory / f"reference{number}"
+        shutil.copytree(untied.reference, reference)
+        commands[case] = [
+            *corpus.arguments,
+            *untied.arguments,
+            *f"--train-iters {STEPS} --micro-batch-size 3 --slm-token-ratio 0.6".split(),
+            *["--slm-reference-load", str(reference)],
+            *spoil(reference),
+        ]
+    while "--slm-reference-load" in commands[NO_REFERENCE]:
+        at = commands[NO_REFERENCE].index("--slm-reference-load")
+        del commands[NO_REFERENCE][at : at + 2]
+    (directory / "commands.json").write_text(json.dumps(commands))
+    launch(1, [str(Path(__file__).with_name("refused_commands.py"))], directory)
+    return json.loads((directory / "refusals.json").read_text())
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_refused(case: str, corpus: Corpus, untied: Checkpoints, tmp_path: Path) -> None:
-    spoil, message = CASES[case]
-    reference = tmp_path / "reference"
-    shutil.copytree(untied.reference, reference)
-    arguments = [
-        *corpus.arguments,
-        *untied.arguments,
-        *f"--train-iters {STEPS} --micro-batch-size 3 --slm-token-ratio 0.6".split(),
-        *["--slm-reference-load", str(reference)],
-        *spoil(reference),
-    ]
-    _check_refused(arguments, message, tmp_path / "run")
-
-
-def test_ratio_without_reference(corpus: Corpus, untied: Checkpoints, tmp_path: Path) -> None:
-    arguments = [
-        *corpus.arguments,
-        *untied.arguments,
-        *f"--train-iters {STEPS} --micro-batch-size 3 --slm-token-ratio 0.6".split(),
-    ]
-    at = arguments.index("--slm-reference-load")
-    del arguments[at : at + 2]
-    _check_refused(arguments, "--slm-reference-load", tmp_path / "run")
-
-
-def _check_refused(arguments: list[str], message: str, directory: Path) -> None:
-    run = pretrain(2, arguments, directory, check=False, timeout=120)
-    assert run.codes == [2, 2], run.outputs[0][-3000:]
-    for output in run.outputs:
+def test_refused(case: str, refusals: dict[str, list[tuple[int, str]]]) -> None:
+    _, message = CASES[case]
+    for code, output in refusals[case]:
+        assert code == 2, output[-3000:]
         errors = [line for line in output.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1
         assert message in errors[0]
         assert "Traceback" not in output
-        assert "iteration        1/" not in output
+
+
+def test_refused_ranks_do_not_wait(corpus: Corpus, untied: Checkpoints, tmp_path: Path) -> None:
+    """A whole job from the command line: both ranks end, before the first step."""
+    arguments = [
+        *corpus.arguments,
+        *untied.arguments,
+        *f"--train-iters {STEPS} --micro-batch-size 3 --slm-token-ratio 2".split(),
+    ]
+    run = pretrain(2, arguments, tmp_path, check=False, timeout=120)
+    assert run.codes == [2, 2], run.outputs[0][-3000:]
+    assert "iteration        1/" not in run.outputs[1]
