@@ -16,6 +16,7 @@ runs="${1:-$root/runs/quickstart}"
 started=$SECONDS
 # shellcheck source=tools/environment.sh
 source "$root/tools/environment.sh"
+use_environment
 
 step() { printf '\n== %s (%d s)\n' "$*" $((SECONDS - started)); }
 

@@ -4,7 +4,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=tools/environment.sh
-source tools/environment.sh dev
+source tools/environment.sh
+use_environment dev
 
 ruff check .
 ruff format --check .

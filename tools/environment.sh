@@ -1,9 +1,11 @@
-# Make or reuse .venv at the repository's root and activate it:  source tools/environment.sh [extra]
+# Make or reuse .venv at the repository's root and activate it:
+#
+#   source tools/environment.sh && use_environment [extra of setup.py]
 #
 # Installs this package in place with its dependencies, and again only when setup.py has changed.
 # PYTHON names an interpreter to use instead of the first suitable one.
 
-megatron_slm_environment() {
+use_environment() {
     local extra="${1:-}" root python candidate wanted stamp
     root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
     if [ ! -x "$root/.venv/bin/python" ]; then
@@ -36,5 +38,3 @@ megatron_slm_environment() {
         echo "$wanted" > "$stamp"
     fi
 }
-
-megatron_slm_environment "$@"

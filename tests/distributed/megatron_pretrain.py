@@ -12,21 +12,21 @@ from megatron_slm import platform
 
 platform.install()
 
-from megatron.core import mpu  # noqa: E402
-from megatron.core.enums import ModelType  # noqa: E402
-from megatron.core.utils import (  # noqa: E402
+from megatron.core import mpu
+from megatron.core.enums import ModelType
+from megatron.core.utils import (
     get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
 )
-from megatron.training import get_args, pretrain  # noqa: E402
-from megatron.training.argument_utils import (  # noqa: E402
+from megatron.training import get_args, pretrain
+from megatron.training.argument_utils import (
     gpt_config_from_args,
     pretrain_cfg_container_from_args,
 )
-from megatron.training.arguments import parse_and_validate_args  # noqa: E402
+from megatron.training.arguments import parse_and_validate_args
 
-from megatron_slm.model import plain_block_spec  # noqa: E402
-from megatron_slm.training import datasets  # noqa: E402
+from megatron_slm.model import plain_block_spec
+from megatron_slm.training import datasets
 
 
 def loss_function(loss_mask: torch.Tensor, output: torch.Tensor) -> Any:

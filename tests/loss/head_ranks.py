@@ -9,9 +9,10 @@ from __future__ import annotations
 import sys
 
 import torch
-from megatron_slm.loss import chunked
 from torch import distributed
 from torch.nn.functional import cross_entropy
+
+from megatron_slm.loss import chunked
 
 ROWS, HIDDEN, VOCABULARY, PADDED = 97, 24, 61, 64
 

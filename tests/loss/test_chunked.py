@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import launch
-from megatron_slm.loss import chunked
 from torch import Tensor, distributed
 from torch.nn.functional import cross_entropy
+
+from launch import launch
+from megatron_slm.loss import chunked
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

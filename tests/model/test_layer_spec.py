@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from megatron.core.transformer import TransformerConfig
-from megatron_slm.model.layer_spec import GatheredAttention
 from torch import Tensor, distributed
+
+from megatron_slm.model.layer_spec import GatheredAttention
 
 
 @pytest.fixture

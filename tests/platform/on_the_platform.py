@@ -6,7 +6,7 @@ import torch
 
 real_to = torch.Tensor.to
 
-from megatron_slm import platform  # noqa: E402
+from megatron_slm import platform
 
 platform.install()
 once = torch.Tensor.to
@@ -66,7 +66,7 @@ torch.distributed.init_process_group(
 torch.distributed.barrier(device_ids=[0])
 
 # FusedAdam is AdamW with its step count in the parameter group.
-from megatron_slm.platform.optimizer import FusedAdam  # noqa: E402
+from megatron_slm.platform.optimizer import FusedAdam
 
 for adam_w_mode, reference in ((True, torch.optim.AdamW), (False, torch.optim.Adam)):
     mine, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 50)) for _ in range(2))

@@ -6,6 +6,7 @@ import ast
 from pathlib import Path
 
 import pytest
+
 from conftest import LLAMA, OPTIMIZER, POLICY, UNTIED, Corpus
 from launch import REPOSITORY, launch, pretrain
 

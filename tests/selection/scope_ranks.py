@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 
 import torch
-from megatron_slm.selection import select_in_micro_batch, select_top_fraction
 from torch import Tensor, distributed
+
+from megatron_slm.selection import select_in_micro_batch, select_top_fraction
 
 CASES = 60
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from megatron_slm.selection import select_top_fraction
 from torch import Tensor
+
+from megatron_slm.selection import select_top_fraction
 
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=True, allow_subnormal=True)
 # Few distinct values, so that ties at the threshold are the rule.

@@ -14,9 +14,10 @@ from megatron_slm import platform
 
 platform.install()
 
-import megatron.training.arguments  # noqa: E402, F401
-from megatron_slm import pretrain  # noqa: E402
-from megatron_slm.training import forward_step, seam  # noqa: E402, F401
+import megatron.training.arguments  # noqa: F401
+
+from megatron_slm import pretrain
+from megatron_slm.training import forward_step, seam  # noqa: F401
 
 PATIENCE = 60  # seconds, before a rank counts as hanging
 

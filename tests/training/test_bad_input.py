@@ -13,7 +13,6 @@ import pytest
 from conftest import STEPS, Checkpoints, Corpus
 from launch import launch, pretrain
 
-
 NO_REFERENCE = "ratio without reference"
 
 
