@@ -25,7 +25,7 @@ mkdir -p "$runs"/{data,logs,tensorboard,checkpoints}
 cd "$runs"
 export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore
 
-VOCABULARY=4096 SEQUENCE=256 BATCH=16 STEPS=160
+VOCABULARY=4096 SEQUENCE=256 BATCH=16 STEPS=120
 TOKENIZER=(--tokenizer-type SentencePieceTokenizer --tokenizer-model "$runs/data/tokenizer.model")
 
 step "corpora"
@@ -62,12 +62,16 @@ run() {
         --micro-batch-size 8 --global-batch-size $BATCH --train-iters $STEPS \
         --lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --lr-warmup-iters 10 --weight-decay 0.1 \
         --train-data-path "data/${corpus}_text_document" \
-        --valid-data-path data/target_text_document --test-data-path data/target_text_document \
-        "${TOKENIZER[@]}" --num-workers 0 --eval-iters 0 --log-interval 10 \
+        --valid-data-path data/target_text_document \
+        "${TOKENIZER[@]}" --num-workers 0 --eval-iters 0 --eval-interval $STEPS --log-interval 10 \
         --tensorboard-dir "tensorboard/$name" --tensorboard-log-interval 1 \
         --log-timers-to-tensorboard "$@" 2>&1 | tee "logs/$name.log" | sed -unE \
         's|.* iteration +([0-9]+)/ +([0-9]+) .* lm loss: ([^ ]+) .*|  step \1 of \2, lm loss \3|p' ||
-        { tail -n 30 "logs/$name.log"; echo "error: $name failed; see $runs/logs/$name.log"; exit 1; } >&2
+        {
+            grep -E '^(error:|\[rank0\])' "logs/$name.log" | tail -n 20
+            echo "error: the run \"$name\" failed; its whole log is $runs/logs/$name.log"
+            exit 1
+        } >&2
 }
 
 save() { echo "--save checkpoints/$1 --save-interval $STEPS"; }
@@ -85,8 +89,8 @@ run slm noisy $(save slm) "${SELECT[@]}"
 step "both on the target domain"
 for method in clm slm; do
     run $method-evaluation noisy --load checkpoints/$method --no-load-optim --no-load-rng \
-        --skip-train --eval-iters 8 --eval-interval $STEPS "${SELECT[@]}"
+        --skip-train --eval-iters 8 "${SELECT[@]}"
 done
 echo
-python "$root/examples/quickstart_report.py" tensorboard $((BATCH * SEQUENCE))
+python "$root/examples/quickstart_report.py" . $((BATCH * SEQUENCE))
 step "done. Curves: tensorboard --logdir $runs/tensorboard"

@@ -1,7 +1,8 @@
-"""The table at the end of quickstart.sh, read from the runs' TensorBoard logs."""
+"""The table at the end of quickstart.sh, read from what its runs logged."""
 
 from __future__ import annotations
 
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -16,18 +17,22 @@ def scalars(directory: Path, tag: str) -> list[float]:
     return [event.value for event in events.Scalars(tag)]
 
 
-def main(logs: Path, tokens_per_step: int) -> None:
+def validation(log: Path, name: str) -> float:
+    """A value of the one validation in a run's log."""
+    return float(re.search(rf"on validation set .*\| {name} value: (\S+)", log.read_text())[1])
+
+
+def main(runs: Path, tokens_per_step: int) -> None:
     """Print one row for each method: final losses on held-out target text, and speed."""
     columns = ("target loss", "selected", "unselected", "tokens/s")
     print(f"{'':6}" + "".join(f"{name:>13}" for name in columns))
     target = {}
     for method in ("clm", "slm"):
-        evaluation = logs / f"{method}-evaluation"
+        log = runs / "logs" / f"{method}-evaluation.log"
         losses = [
-            scalars(evaluation, f"{tag} validation")[-1]
-            for tag in ("lm loss", "selected loss", "unselected loss")
+            validation(log, name) for name in ("lm loss", "selected loss", "unselected loss")
         ]
-        step = statistics.median(scalars(logs / method, "iteration-time"))
+        step = statistics.median(scalars(runs / "tensorboard" / method, "iteration-time"))
         target[method] = losses[0]
         print(
             f"{method.upper():6}"
