@@ -65,6 +65,7 @@ TOKENIZER_OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def build_parser() -> ArgumentParser:
+    """The command line."""
     parser = ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add(
@@ -101,6 +102,7 @@ def build_parser() -> ArgumentParser:
 
 
 def report(summary: Summary) -> str:
+    """One line for each dataset written."""
     lines = []
     for dataset in summary.datasets:
         empty = summary.documents - dataset.documents
@@ -113,6 +115,7 @@ def report(summary: Summary) -> str:
 
 
 def main(arguments: list[str]) -> None:
+    """Do what the command line says; exit with code 2 on bad input."""
     args: Namespace = build_parser().parse_args(arguments)
     with exit_on_user_error():
         settings = PreprocessSettings(

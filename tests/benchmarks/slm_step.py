@@ -25,7 +25,7 @@ MODEL = """
     --disable-bias-linear --untie-embeddings-and-output-weights --attention-dropout 0
     --hidden-dropout 0 --tokenizer-type NullTokenizer --vocab-size 31999 --mock-data
     --micro-batch-size 1 --global-batch-size 2 --lr 1e-4 --lr-decay-style constant
-    --eval-iters 0 --log-interval 1 --log-timers-to-tensorboard
+    --eval-iters 0 --eval-interval 1000 --log-interval 1 --log-timers-to-tensorboard
 """.split()
 STEPS = 8
 
@@ -53,7 +53,7 @@ def main() -> None:
             )
             return statistics.median(list(done.scalars("iteration-time").values())[1:])
 
-        run("reference-run", "--save", str(reference), "--save-interval", "2", steps=2)
+        run("reference-run", "--save", str(reference), "--save-interval", "3", steps=3)
         select = ("--slm-reference-load", str(reference), "--slm-token-ratio", "0.6")
         times: dict[str, list[float]] = {"CLM": [], "SLM chunked": [], "SLM dense": []}
         for number in range(args.rounds):
