@@ -20,12 +20,18 @@ use_environment
 
 step() { printf '\n== %s (%d s)\n' "$*" $((SECONDS - started)); }
 
+if [ -e "$runs" ] && [ ! -e "$runs/quickstart" ]; then
+    echo "error: $runs exists and is not of this script's making; name another directory" >&2
+    exit 2
+fi
 rm -rf "$runs"
 mkdir -p "$runs"/{data,logs,tensorboard,checkpoints}
+touch "$runs/quickstart"
 cd "$runs"
+runs="$PWD"
 export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore
 
-VOCABULARY=4096 SEQUENCE=256 BATCH=16 STEPS=120
+VOCABULARY=4096 SEQUENCE=256 BATCH=16 STEPS=100
 TOKENIZER=(--tokenizer-type SentencePieceTokenizer --tokenizer-model "$runs/data/tokenizer.model")
 
 step "corpora"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import warnings
 from argparse import ArgumentParser, Namespace
+from functools import partial
 
 import torch
 
@@ -60,12 +61,13 @@ def _pretrain(args: Namespace) -> None:
     # Megatron may be imported only when the platform is installed.
     from megatron.core.enums import ModelType
     from megatron.core.extensions.transformer_engine import HAVE_TE
-    from megatron.training import get_tokenizer, inprocess_restart, pretrain
+    from megatron.training import get_tokenizer, pretrain
     from megatron.training.argument_utils import (
         gpt_config_from_args,
         pretrain_cfg_container_from_args,
     )
 
+    from megatron_slm.loss import Scoring
     from megatron_slm.model import plain_block_spec
     from megatron_slm.reference.online import OnlineReference, reference_arguments
     from megatron_slm.training import datasets, report, seam
@@ -75,33 +77,34 @@ def _pretrain(args: Namespace) -> None:
         settings_from_arguments,
         validate_arguments,
     )
-    from megatron_slm.training.forward_step import make_forward_step
+    from megatron_slm.training.carried_state import load_carried
+    from megatron_slm.training.step import SelectiveStep
 
     checkpoint = validate_arguments(args)
     record_tokenizer(args, get_tokenizer())
-    layer_spec = plain_block_spec if args.spec is None and not HAVE_TE else None
+    layer_spec = None if HAVE_TE else plain_block_spec
     build_reference = None
     if checkpoint is not None:
         check_tokenizer(args, checkpoint)
         reference_arguments(checkpoint, args)  # raises what would go wrong later
-        build_reference = lambda: OnlineReference(  # noqa: E731
-            checkpoint, args, args.slm_vocab_size, layer_spec
-        )
+        scoring = Scoring(args.slm_vocab_size, entropies=args.slm_score == "reference-entropy")
+        build_reference = partial(OnlineReference, checkpoint, args, scoring, layer_spec)
 
     datasets.use_prebuilt_helpers()
-    seam.install(build_reference)
+    step = SelectiveStep(
+        settings_from_arguments(args), build_reference, partial(load_carried, args)
+    )
+    seam.install(step.run)
     report.install()
 
     model = gpt_config_from_args(args)
-    if layer_spec is not None:
+    if layer_spec is not None and args.spec is None:
         model.transformer_layer_spec = layer_spec
-    run_pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
-    run_pretrain(
+    pretrain(
         pretrain_cfg_container_from_args(args, model),
         datasets.train_valid_test_datasets,
         ModelType.encoder_or_decoder,
-        make_forward_step(settings_from_arguments(args)),
-        store=store,
+        step.forward_step,
     )
 
 

@@ -1,28 +1,32 @@
 """Vocab-parallel cross entropy in chunks: all losses first, gradients for the selected only.
 
-    token_losses    for chunk of rows: logits = h W^T; keep max, sum exp, target logit     (no grad)
+    token_losses    for chunk of columns: logits = h W^T; update max, sum exp, target     (no grad)
                     then one all-reduce MAX [n] and one SUM [2, n] over TP make losses [n]
-    (selection)     k of the n rows
+    (selection)     k of the n rows, perhaps with a weight each
     selected_loss   forward: sum of the losses already known, nothing is recomputed
-                    backward, for chunk of the k rows: logits again, softmax - one-hot,
-                    dh = dlogits W (all-reduced over TP while dW is computed), dW += dlogits^T h
+                    backward, for chunk of columns, k rows: logits again, softmax - one-hot,
+                    dh += dlogits W, this chunk's rows of dW = dlogits^T h
 
-No [n, v/t] tensor exists; logits live one chunk at a time.  n tokens, k selected, h hidden,
-v padded vocabulary, t tensor-parallel size, e bytes per weight; against Megatron's dense head:
+No [n, v/t] tensor exists; logits live one chunk of the vocabulary at a time.  A chunk has all
+rows, so its products are large and its part of dW is complete: dW needs no accumulator.  n tokens,
+k selected, h hidden, v padded vocabulary, t tensor-parallel size, e bytes per weight; against
+Megatron's dense head:
 
                      this head                          dense head
     FLOPs            (2n + 6k) h v/t                     6n h v/t
-    logits, bytes    one chunk, <= 64 MiB in float32     2 [n, v/t]: e-byte logits, float32 softmax
-    kept for bwd     k h e + 12 k                        n h e (or /t with SP) + the softmax
+    logits, bytes    one chunk: 16 MiB (GPU 64) of       [n, v/t]: float32 softmax, and in bf16
+                     float32, or 4 KiB a row if more     the e-byte logits or their gradient
+    kept for bwd     k h e + 24 k (28 k with weights)    n h e (or /t with SP) + the softmax
     TP collectives   fwd MAX [n], SUM [2, n], bcast [n]  fwd MAX, SUM, SUM of [n]
-                     bwd SUM [k, h]                      bwd SUM [n, h] (SP: reduce-scatter both)
+                     bwd SUM [k, h]                      bwd SUM [n, h]
 
-With sequence parallelism the caller gathers hidden states (and its backward reduce-scatters).
+With sequence parallelism the caller gathers hidden states (and its backward reduce-scatters); the
+dense head gathers them twice.  With entropies, SUM is of [3, n] and the broadcast of [2, n].
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +34,10 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
-CHUNK_BYTES = 64 << 20
+# A CPU's cache holds a chunk; a GPU wants fewer and larger kernels.  Products of fewer than
+# MIN_COLUMNS are slow on both.
+CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 64 << 20}
+MIN_COLUMNS = 1024
 
 
 @dataclass(frozen=True)
@@ -39,16 +46,18 @@ class TokenLosses:
 
     losses: nats, the same bits on every tensor-parallel rank.
     maximum, sum_exp: over the whole vocabulary, so softmax = exp(logits - maximum) / sum_exp.
+    entropies: of the softmax, nats, the same bits on every rank; None unless asked for.
     """
 
     losses: Tensor
     maximum: Tensor
     sum_exp: Tensor
+    entropies: Tensor | None = None
 
 
-def chunk_rows(vocabulary: int) -> int:
-    """Rows whose float32 logits over `vocabulary` local columns fill CHUNK_BYTES."""
-    return max(64, CHUNK_BYTES // (4 * max(1, vocabulary)))
+def chunk_columns(rows: int, device: str) -> int:
+    """Columns of a chunk: float32 logits of `rows` rows fill CHUNK_BYTES; a multiple of 64."""
+    return max(MIN_COLUMNS, CHUNK_BYTES[device] // (4 * max(1, rows)) // 64 * 64)
 
 
 def token_losses(
@@ -59,8 +68,12 @@ def token_losses(
     *,
     scale_logits: Callable[[Tensor], Tensor] | None = None,
     vocabulary: int | None = None,
+    entropies: bool = False,
 ) -> TokenLosses:
     """-log P(label) of every token, without gradient.
+
+    The softmax is summed online: when a chunk of the vocabulary raises a row's maximum, the sums
+    so far are brought to the new one.
 
     Args:
         hidden: [n, h], the same on every rank of tp_group.
@@ -69,37 +82,40 @@ def token_losses(
         scale_logits: applied to logits, as GPTModel does with MuP.
         vocabulary: columns from here on are left out of the softmax.  A model's vocabulary is
             padded to suit its tensor-parallel size; without this the padding is part of P.
+        entropies: also -sum P log P of every token.
     """
     rank, size = tp_group.rank(), tp_group.size()
     start = rank * weight.shape[0]
     if vocabulary is not None:
         weight = weight[: max(0, min(weight.shape[0], vocabulary - start))]
     rows = hidden.shape[0]
-    maximum = hidden.new_full((rows,), -torch.inf, dtype=torch.float32)
-    sum_exp_and_target = hidden.new_zeros((2, rows), dtype=torch.float32)
-    if weight.shape[0] > 0:
-        with torch.no_grad():
-            step = chunk_rows(weight.shape[0])
-            for begin in range(0, rows, step):
-                chunk = slice(begin, begin + step)
-                logits = _logits(hidden[chunk], weight, scale_logits)
-                column, here = _local_columns(labels[chunk], start, weight.shape[0])
-                maximum[chunk] = logits.amax(-1)
-                target = logits.gather(-1, column[:, None]).squeeze(-1)
-                logits.sub_(maximum[chunk, None]).exp_()
-                sum_exp_and_target[0, chunk] = logits.sum(-1)
-                sum_exp_and_target[1, chunk] = torch.where(here, target, 0.0)
+    # Lower than any logit, but finite: the difference of two maxima is a number.
+    maximum = hidden.new_full((rows,), torch.finfo(torch.float32).min, dtype=torch.float32)
+    # Target logit, sum of exp(logit - maximum), and with entropies that of exp(...) (...).
+    sums = hidden.new_zeros((3 if entropies else 2, rows), dtype=torch.float32)
+    with torch.no_grad():
+        for columns in _chunks(hidden, weight.shape[0]):
+            maximum = _add_chunk(
+                sums,
+                maximum,
+                _logits(hidden, weight[columns], scale_logits),
+                labels - (start + columns.start),
+            )
     if size > 1:
-        local_maximum = maximum.clone()
-        torch.distributed.all_reduce(maximum, ReduceOp.MAX, group=tp_group)
-        sum_exp_and_target[0] *= torch.exp(local_maximum - maximum)
-        torch.distributed.all_reduce(sum_exp_and_target, group=tp_group)
-    sum_exp, target = sum_exp_and_target
-    losses = torch.log(sum_exp) - (target - maximum)
+        highest = maximum.clone()
+        torch.distributed.all_reduce(highest, ReduceOp.MAX, group=tp_group)
+        maximum = _raise_maximum(maximum, highest, sums)
+        torch.distributed.all_reduce(sums, group=tp_group)
+    target, sum_exp = sums[0], sums[1]
+    log_sum = torch.log(sum_exp)
+    results = [log_sum - (target - maximum)]
+    if entropies:
+        results.append(log_sum - sums[2] / sum_exp)
+    result = torch.stack(results)
     if size > 1:
         # Ranks that disagreed on a bit would select, and train on, different tokens.
-        torch.distributed.broadcast(losses, group=tp_group, group_src=0)
-    return TokenLosses(losses, maximum, sum_exp)
+        torch.distributed.broadcast(result, group=tp_group, group_src=0)
+    return TokenLosses(result[0], maximum, sum_exp, result[1] if entropies else None)
 
 
 def selected_loss(
@@ -110,6 +126,7 @@ def selected_loss(
     index: Tensor,
     tp_group: ProcessGroup,
     *,
+    weights: Tensor | None = None,
     reduce_hidden_gradient: bool,
     scale_logits: Callable[[Tensor], Tensor] | None = None,
     accumulate_into_main_grad: bool = False,
@@ -121,6 +138,7 @@ def selected_loss(
 
     Args:
         index: int64 [k], rows of hidden.
+        weights: float32 [k], multiplies each of these rows' losses; None for all 1.
         reduce_hidden_gradient: sum the hidden gradient over tp_group (TP without SP; with SP the
             gather's own backward does it).
         accumulate_into_main_grad: add the weight's gradient to weight.main_grad, as Megatron's
@@ -132,6 +150,7 @@ def selected_loss(
         labels,
         scored,
         index,
+        weights,
         tp_group,
         reduce_hidden_gradient and tp_group.size() > 1,
         scale_logits,
@@ -148,6 +167,7 @@ class _SelectedLoss(torch.autograd.Function):
         labels: Tensor,
         scored: TokenLosses,
         index: Tensor,
+        weights: Tensor | None,
         tp_group: ProcessGroup,
         reduce_hidden_gradient: bool,
         scale_logits: Callable[[Tensor], Tensor] | None,
@@ -160,94 +180,146 @@ class _SelectedLoss(torch.autograd.Function):
             scored.maximum[index],
             scored.sum_exp[index],
             index,
+            weights,
         )
         ctx.hidden_shape = hidden.shape
         ctx.tp_group = tp_group
         ctx.reduce_hidden_gradient = reduce_hidden_gradient
         ctx.scale_logits = scale_logits
         ctx.accumulate_into_main_grad = accumulate_into_main_grad
-        return scored.losses[index].sum()
+        losses = scored.losses[index]
+        return (losses if weights is None else losses * weights).sum()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_output,) = grad_outputs
-        hidden, weight, labels, maximum, sum_exp, index = ctx.saved_tensors
-        start = ctx.tp_group.rank() * weight.shape[0]
+        hidden, weight, labels, maximum, sum_exp, index, weights = ctx.saved_tensors
+        rows, columns_here = hidden.shape[0], weight.shape[0]
+        start = ctx.tp_group.rank() * columns_here
         scale = grad_output.float()
         if ctx.scale_logits is not None:
             scale = scale * ctx.scale_logits(torch.ones_like(scale))
-        grad_hidden = hidden.new_zeros(ctx.hidden_shape)
-        grad_selected = torch.empty_like(hidden)
+        scale = scale.expand(rows) if weights is None else scale * weights
+        grad_selected = torch.zeros_like(hidden, dtype=torch.float32)
         weight_gradient = _WeightGradient(weight, ctx.accumulate_into_main_grad)
-        pending = []
-        step = chunk_rows(weight.shape[0])
-        for begin in range(0, hidden.shape[0], step):
-            chunk = slice(begin, begin + step)
-            logits = _logits(hidden[chunk], weight, ctx.scale_logits)
-            gradient = logits.sub_(maximum[chunk, None]).exp_().div_(sum_exp[chunk, None])
-            column, here = _local_columns(labels[chunk], start, weight.shape[0])
-            gradient.scatter_add_(-1, column[:, None], -here[:, None].to(gradient.dtype))
-            gradient = gradient.mul_(scale).to(weight.dtype)
-            torch.mm(gradient, weight, out=grad_selected[chunk])
-            if ctx.reduce_hidden_gradient:
-                pending.append(
-                    torch.distributed.all_reduce(
-                        grad_selected[chunk], group=ctx.tp_group, async_op=True
+        pending = None
+        for columns in _chunks(hidden, columns_here):
+            gradient = _logits_gradient(
+                _logits(hidden, weight[columns], ctx.scale_logits),
+                labels - (start + columns.start),
+                maximum,
+                sum_exp,
+                scale,
+            ).to(weight.dtype)
+            _add_product(grad_selected, gradient, weight[columns])
+            if columns.stop == columns_here:
+                grad_selected = grad_selected.to(hidden.dtype)
+                if ctx.reduce_hidden_gradient:
+                    pending = torch.distributed.all_reduce(
+                        grad_selected, group=ctx.tp_group, async_op=True
                     )
-                )
-            weight_gradient.add(gradient, hidden[chunk])
-        for work in pending:
-            work.wait()
+            weight_gradient.set(columns, gradient, hidden)
+            del gradient  # before there are the next chunk's logits
+        grad_hidden = hidden.new_zeros(ctx.hidden_shape)
+        if pending is not None:
+            pending.wait()
         grad_hidden.index_copy_(0, index, grad_selected)
-        return grad_hidden, weight_gradient.result(), None, None, None, None, None, None, None
+        return grad_hidden, weight_gradient.result(), *[None] * 8
 
 
 class _WeightGradient:
-    """dW = sum over chunks of dlogits^T h, in float32 where the weight is narrower."""
+    """dW = dlogits^T h, a chunk of its rows at a time: in the weight's gradient or main_grad."""
 
     def __init__(self, weight: Tensor, accumulate_into_main_grad: bool) -> None:
         self.weight = weight
         self.fused = accumulate_into_main_grad and weight.requires_grad
-        self.total: Tensor | None = None
-        if self.fused:
-            self.total = weight.main_grad
-        elif weight.requires_grad:
-            self.total = torch.zeros_like(weight, dtype=torch.float32)
+        needs_own = weight.requires_grad and not self.fused
+        self.gradient = torch.empty_like(weight) if needs_own else None
 
-    def add(self, gradient: Tensor, hidden: Tensor) -> None:
-        if self.total is None:
-            return
-        if gradient.dtype == self.total.dtype:
-            self.total.addmm_(gradient.t(), hidden)
-        else:
-            self.total.add_(gradient.t() @ hidden)
+    def set(self, columns: slice, gradient: Tensor, hidden: Tensor) -> None:
+        if self.fused:
+            _add_product(self.weight.main_grad[columns], gradient.t(), hidden)
+        elif self.gradient is not None:
+            torch.mm(gradient.t(), hidden, out=self.gradient[columns])
 
     def result(self) -> Tensor | None:
-        if self.total is None:
-            return None
-        if not self.fused:
-            return self.total.to(self.weight.dtype)
         # As in Megatron's fused linear: the DDP hook must run, and must not add this tensor, unless
         # the weight is tied and the hook expects a zero to add.
+        if not self.fused:
+            return self.gradient
         self.weight.grad_added_to_main_grad = True
         if getattr(self.weight, "zero_out_wgrad", False):
             return torch.zeros_like(self.weight)
         return torch.empty_like(self.weight)
 
 
+def _chunks(hidden: Tensor, columns: int) -> Iterator[slice]:
+    """Consecutive slices of this rank's columns, to be computed for all rows of hidden."""
+    step = chunk_columns(hidden.shape[0], hidden.device.type)
+    for start in range(0, columns, step):
+        yield slice(start, min(start + step, columns))
+
+
 def _logits(
     hidden: Tensor, weight: Tensor, scale_logits: Callable[[Tensor], Tensor] | None
 ) -> Tensor:
-    """float32 [rows, v/t], owned by the caller.  The product itself runs in the weight's dtype."""
+    """float32 [rows, columns], owned by the caller.  The product runs in the weight's dtype."""
     logits = hidden @ weight.t()
     if scale_logits is not None:
         logits = scale_logits(logits)
     return logits.float()
 
 
-def _local_columns(labels: Tensor, start: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Column of each label within this rank's slice (0 where it lies elsewhere), and whether it
-    lies here."""
-    column = labels - start
+def _add_chunk(sums: Tensor, maximum: Tensor, logits: Tensor, column: Tensor) -> Tensor:
+    """Add a chunk's logits, which are overwritten, to sums; returns the maximum with them.
+
+    column, int64 [n]: of each label within the chunk; outside where it lies elsewhere.
+    """
+    column, here = _inside(column, logits.shape[1])
+    sums[0] += torch.where(here, logits.gather(-1, column[:, None]).squeeze(-1), 0.0)
+    maximum = _raise_maximum(maximum, torch.maximum(maximum, logits.amax(-1)), sums)
+    shifted = logits.sub_(maximum[:, None])
+    if sums.shape[0] == 2:
+        sums[1] += shifted.exp_().sum(-1)
+    else:
+        exp = shifted.exp()
+        sums[1] += exp.sum(-1)
+        sums[2] += exp.mul_(shifted).sum(-1)
+    return maximum
+
+
+def _logits_gradient(
+    logits: Tensor, column: Tensor, maximum: Tensor, sum_exp: Tensor, scale: Tensor
+) -> Tensor:
+    """scale (softmax - one-hot), float32 [k, columns], in the place of logits.
+
+    column, int64 [k]: of each label within the chunk; outside where it lies elsewhere.
+    scale, float32 [k]: derivative by each row's loss.
+    """
+    column, here = _inside(column, logits.shape[1])
+    gradient = logits.sub_(maximum[:, None]).exp_().mul_((scale / sum_exp)[:, None])
+    return gradient.scatter_add_(-1, column[:, None], torch.where(here, -scale, 0.0)[:, None])
+
+
+def _inside(column: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """column, 0 where it is outside of [0, columns), and whether it is inside."""
     here = (column >= 0) & (column < columns)
     return torch.where(here, column, 0), here
+
+
+def _raise_maximum(old: Tensor, new: Tensor, sums: Tensor) -> Tensor:
+    """Bring sums of exp(logit - old) and of exp(logit - old) (logit - old) to `new`, [n], in place;
+    returns new."""
+    down = old - new
+    if sums.shape[0] == 3:
+        sums[2] += down * sums[1]
+    sums[1:] *= torch.exp(down)
+    return new
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left right, in total's dtype."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)

@@ -8,12 +8,38 @@ gathers, use the tied weight, say where gradients are summed.  chunked.py does t
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from megatron_slm.loss.chunked import selected_loss, token_losses
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Context of `all_losses`.
+
+    vocabulary: its size without padding, to leave padding out of the softmax; None to keep it in.
+    entropies: whether they are wanted too.
+    """
+
+    vocabulary: int | None = None
+    entropies: bool = False
+
+
+@dataclass(frozen=True)
+class Selecting:
+    """Context of `loss_of_selected`.
+
+    weigh: called with the losses of all tokens, and their entropies if these are wanted, each
+        float32 [b, s]; returns how much each token counts, float32 [b, s], or which, bool [b, s].
+    """
+
+    weigh: Callable[..., Tensor]
+    entropies: bool = False
 
 
 def all_losses(
@@ -24,14 +50,11 @@ def all_losses(
     labels: Tensor,
     scale_logits: Callable[[Tensor], Tensor],
     config: Any,
-    context: int | None = None,
+    context: Scoring,
     **_: Any,
 ) -> Tensor:
-    """Losses of all tokens, float32 [b, s], in nats, without gradient.
-
-    An output processor; its context is the vocabulary size without padding, to leave padding out
-    of the softmax, or None.
-    """
+    """Losses of all tokens, float32 [b, s], in nats, without gradient; with entropies, both as
+    [2, b, s].  An output processor."""
     hidden, weight = _inputs(hidden_states, output_layer, output_weight)
     scored = token_losses(
         hidden.flatten(0, 1),
@@ -39,9 +62,13 @@ def all_losses(
         labels.t().flatten(),
         output_layer.tp_group,
         scale_logits=scale_logits if config.use_mup else None,
-        vocabulary=context,
+        vocabulary=context.vocabulary,
+        entropies=context.entropies,
     )
-    return scored.losses.view(hidden.shape[:2]).t().contiguous()
+    losses = _sample_by_sample(scored.losses, hidden)
+    if scored.entropies is None:
+        return losses
+    return torch.stack([losses, _sample_by_sample(scored.entropies, hidden)])
 
 
 def loss_of_selected(
@@ -52,32 +79,44 @@ def loss_of_selected(
     labels: Tensor,
     scale_logits: Callable[[Tensor], Tensor],
     config: Any,
-    context: Callable[[Tensor], Tensor],
+    context: Selecting,
     **_: Any,
 ) -> Tensor:
-    """Sum of the selected tokens' losses, float32 0-dim, differentiable.
-
-    An output processor; its context takes all losses, float32 [b, s], and returns the selected
-    tokens, bool [b, s].
-    """
+    """Weighted sum of the losses of tokens that count, float32 0-dim, differentiable.  An output
+    processor."""
     hidden, weight = _inputs(hidden_states, output_layer, output_weight)
     rows, row_labels = hidden.flatten(0, 1), labels.t().flatten()
     group = output_layer.tp_group
     scale = scale_logits if config.use_mup else None
-    # Hidden states are [s, b, h], losses and labels [b, s]: rows are in the order of the former.
-    scored = token_losses(rows.detach(), weight.detach(), row_labels, group, scale_logits=scale)
-    selected = context(scored.losses.view(hidden.shape[:2]).t().contiguous())
+    scored = token_losses(
+        rows.detach(),
+        weight.detach(),
+        row_labels,
+        group,
+        scale_logits=scale,
+        entropies=context.entropies,
+    )
+    known = [scored.losses] if scored.entropies is None else [scored.losses, scored.entropies]
+    counting = context.weigh(*(_sample_by_sample(values, hidden) for values in known))
+    weights = counting.t().flatten()
+    index = weights.nonzero().squeeze(1)
     return selected_loss(
         rows,
         weight,
         row_labels,
         scored,
-        selected.t().flatten().nonzero().squeeze(1),
+        index,
         group,
+        weights=None if weights.dtype == torch.bool else weights[index],
         reduce_hidden_gradient=not output_layer.sequence_parallel,
         scale_logits=scale,
         accumulate_into_main_grad=output_layer.gradient_accumulation_fusion,
     )
+
+
+def _sample_by_sample(values: Tensor, hidden: Tensor) -> Tensor:
+    """[s * b] in the order of hidden states [s, b, h] -> [b, s], as labels and masks are."""
+    return values.view(hidden.shape[:2]).t().contiguous()
 
 
 def _inputs(

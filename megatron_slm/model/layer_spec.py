@@ -2,7 +2,8 @@
 
 Megatron's local layers refuse both without Transformer Engine: its torch norm has no
 sequence-parallel weight, its attention no context parallelism.  This spec replaces just these two,
-and is used only where Transformer Engine is absent.  Checkpoints have the same keys either way.
+and is used only where Transformer Engine is absent.  Weights have the same names in checkpoints
+either way.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.functional import dropout, scaled_dot_product_attention
@@ -57,6 +59,8 @@ def _check(config: Any) -> None:
         "fp4": "fp4",
         "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
     }
+    if config.softmax_type != "vanilla":
+        raise UserError(f"--softmax-type {config.softmax_type} needs Transformer Engine")
     for name, what in unsupported.items():
         if getattr(config, name, None):
             raise UserError(f"{what} needs Transformer Engine, which is not installed here")
@@ -101,7 +105,10 @@ class GatheredAttention(MegatronModule):
         self.cp_group = groups.cp
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.scale = softmax_scale or config.kv_channels**-0.5
-        self.window = config.window_size
+        windowed = is_layer_window_attention(
+            config.window_size, config.window_attn_skip_freq, layer_number
+        )
+        self.window = config.window_size if windowed else None
 
     def forward(
         self,

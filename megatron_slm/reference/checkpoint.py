@@ -26,7 +26,8 @@ ARCHITECTURE = """
     add_position_embedding use_rotary_position_embeddings rotary_base rotary_percent
     rotary_interleaved rotary_seq_len_interpolation_factor use_rope_scaling rope_scaling_factor
     no_rope_freq yarn_original_max_position_embeddings yarn_beta_fast yarn_beta_slow
-    yarn_correction_range_round_to_int add_bias_linear add_qkv_bias swiglu squared_relu quick_geglu
+    yarn_correction_range_round_to_int rotary_scaling_factor mscale mscale_all_dim
+    add_bias_linear add_qkv_bias swiglu squared_relu quick_geglu
     openai_gelu glu_linear_offset activation_func_clamp_value normalization layernorm_epsilon
     norm_epsilon layernorm_zero_centered_gamma apply_layernorm_1p
     apply_residual_connection_post_layernorm apply_query_key_layer_scaling qk_layernorm qk_l2_norm

@@ -31,8 +31,8 @@ from megatron.training.models.gpt import GPTModelBuilder
 from torch import Tensor
 
 from megatron_slm.errors import UserError
-from megatron_slm.loss import all_losses
-from megatron_slm.reference.checkpoint import ReferenceCheckpoint
+from megatron_slm.loss import Scoring, all_losses
+from megatron_slm.reference.checkpoint import UNSUPPORTED, ReferenceCheckpoint
 
 
 class OnlineReference:
@@ -41,8 +41,8 @@ class OnlineReference:
     Args:
         checkpoint: where its weights are, resharded as they load.
         arguments: of the policy's run, validated.
-        vocabulary: number of tokens without padding.  Padding is left out of the reference's
-            softmax, so that it does not matter how much of it the checkpoint has.
+        scoring: what is wanted.  Padding of the vocabulary is left out of the reference's softmax,
+            so that it does not matter how much of it the checkpoint has.
         layer_spec: layers of a (GPTModelConfig, vp_stage), None for Megatron's choice.
     """
 
@@ -50,18 +50,21 @@ class OnlineReference:
         self,
         checkpoint: ReferenceCheckpoint,
         arguments: Namespace,
-        vocabulary: int,
+        scoring: Scoring,
         layer_spec: Callable[..., Any] | None,
     ) -> None:
-        self.vocabulary = vocabulary
+        self.scoring = scoring
         self.seq_length = arguments.seq_length
-        self.model = _build(reference_arguments(checkpoint, arguments), layer_spec)
+        # An embedding of learned positions draws its weights whatever it is told.
+        with torch.random.fork_rng(devices=[]):
+            self.model = _build(reference_arguments(checkpoint, arguments), layer_spec)
         _load(self.model, checkpoint)
 
     @torch.no_grad()
     def score(self, micro_batches: Iterator[Any], count: int, micro_batch_size: int) -> list[Any]:
-        """Read `count` micro-batches and set reference_losses, float32 [b, s/c], where the last
-        pipeline stage is.  Collective over the pipeline, tensor- and context-parallel ranks."""
+        """Read `count` micro-batches and set reference_losses (and reference_entropies), float32
+        [b, s/c], where the last pipeline stage is.  Collective over the pipeline, tensor- and
+        context-parallel ranks."""
         read: list[Any] = []
 
         def forward_step(
@@ -75,9 +78,9 @@ class OnlineReference:
                 attention_mask=None,
                 labels=batch.labels,
                 output_processor=all_losses,
-                output_processor_context=self.vocabulary,
+                output_processor_context=self.scoring,
             )
-            return output, lambda losses, non_loss_data: losses
+            return output, lambda scored, non_loss_data: scored
 
         pipelined = mpu.get_pipeline_model_parallel_world_size() > 1
         schedule = (
@@ -85,7 +88,7 @@ class OnlineReference:
             if pipelined
             else forward_backward_no_pipelining
         )
-        losses = schedule(
+        scored = schedule(
             forward_step_func=forward_step,
             data_iterator=micro_batches,
             model=[self.model],
@@ -96,8 +99,11 @@ class OnlineReference:
             collect_non_loss_data=True,
         )
         if mpu.is_pipeline_last_stage():
-            for batch, batch_losses in zip(read, losses, strict=True):
-                batch.reference_losses = batch_losses
+            for batch, values in zip(read, scored, strict=True):
+                if self.scoring.entropies:
+                    batch.reference_losses, batch.reference_entropies = values
+                else:
+                    batch.reference_losses = values
         return read
 
 
@@ -112,6 +118,9 @@ def reference_arguments(checkpoint: ReferenceCheckpoint, arguments: Namespace) -
         setattr(own, name, value)
     own.attention_dropout = own.hidden_dropout = 0.0
     own.perform_initialization = False
+    for name in UNSUPPORTED:  # what the reference is known not to have, though the policy may
+        setattr(own, name, None)
+    own.multi_latent_attention = False
     # The reference has one model chunk per stage, whatever layout the policy's layers have.
     own.virtual_pipeline_model_parallel_size = None
     own.num_layers_per_virtual_pipeline_stage = None
@@ -121,8 +130,15 @@ def reference_arguments(checkpoint: ReferenceCheckpoint, arguments: Namespace) -
     own.account_for_embedding_in_pipeline_split = own.account_for_loss_in_pipeline_split = False
     own.overlap_p2p_comm = False
     own.overlap_p2p_comm_warmup_flush = False
+    # Its own precision, so that it is a fixed function: scales of fp8 would be the policy's.
+    own.fp8 = own.fp4 = own.te_precision_config_file = None
+    own.fp8_param_gather = own.fp4_param_gather = False
+    # Buffers and hooks that are made for the policy's sizes, or registered once a process.
+    own.tp_comm_overlap = own.fine_grained_activation_offloading = False
+    own.cpu_offloading = own.init_model_with_meta_device = False
+    own.cpu_offloading_num_layers = 0
     # Nothing to accumulate, to recompute or to capture in a pass without a backward.
-    own.gradient_accumulation_fusion = False
+    own.gradient_accumulation_fusion = own.bias_gelu_fusion = False
     own.recompute_granularity = own.recompute_method = own.recompute_num_layers = None
     own.distribute_saved_activations = False
     own.cuda_graph_impl = "none"
@@ -130,6 +146,7 @@ def reference_arguments(checkpoint: ReferenceCheckpoint, arguments: Namespace) -
     for what, value, name, size in (
         ("layers", own.num_layers, "pipeline", own.pipeline_model_parallel_size),
         ("attention heads", own.num_attention_heads, "tensor", own.tensor_model_parallel_size),
+        ("feed-forward units", own.ffn_hidden_size, "tensor", own.tensor_model_parallel_size),
     ):
         if value % size:
             raise UserError(
@@ -144,6 +161,10 @@ def reference_arguments(checkpoint: ReferenceCheckpoint, arguments: Namespace) -
             f"{where} has {own.max_position_embeddings} learned positions, fewer than "
             f"--seq-length {own.seq_length}"
         )
+    try:
+        core_transformer_config_from_args(own)
+    except (AssertionError, ValueError) as error:
+        raise UserError(f"{where} does not fit this run's arguments: {error}") from error
     return own
 
 
@@ -170,7 +191,16 @@ def _load(model: torch.nn.Module, checkpoint: ReferenceCheckpoint) -> None:
     """Load weights alone, each rank its part, from a checkpoint of any layout."""
     inner = model.module if isinstance(model, Float16Module) else model
     assert isinstance(inner, GPTModel)
-    dp_cp_group = mpu.get_data_parallel_group(with_context_parallel=True)
-    wanted = {"reference": inner.sharded_state_dict(metadata={"dp_cp_group": dp_cp_group})}
-    loaded = dist_checkpointing.load(wanted, str(checkpoint.directory))
-    inner.load_state_dict(loaded["reference"])
+    directory = str(checkpoint.directory)
+    metadata = dist_checkpointing.load_content_metadata(directory) or {}
+    metadata["dp_cp_group"] = mpu.get_data_parallel_group(with_context_parallel=True)
+    # Extra states are those of fp8, which layers have or lack with Transformer Engine's version.
+    wanted = {
+        name: tensor
+        for name, tensor in inner.sharded_state_dict(metadata=metadata).items()
+        if not name.endswith("_extra_state")
+    }
+    loaded = dist_checkpointing.load({"reference": wanted}, directory)["reference"]
+    missing, unexpected = inner.load_state_dict(loaded, strict=False)
+    if unexpected or any(not name.endswith("_extra_state") for name in missing):
+        raise RuntimeError(f"reference {directory}: missing {missing}, unexpected {unexpected}")

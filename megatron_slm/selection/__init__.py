@@ -1,6 +1,37 @@
-"""Which tokens count: exact top-k over one rank or many.  Tensors and process groups only."""
+"""Which tokens count, and how much.  Tensors and process groups only."""
 
-from megatron_slm.selection.scope import select_in_micro_batch
-from megatron_slm.selection.top_fraction import Segments, Selection, select_top_fraction
+from megatron_slm.selection.carried import CarriedThreshold
+from megatron_slm.selection.ratio import RatioSchedule
+from megatron_slm.selection.scores import (
+    NEED_REFERENCE,
+    SCORES,
+    context_parallel_part,
+    random_scores,
+)
+from megatron_slm.selection.selector import (
+    SCOPES,
+    Choice,
+    Ranks,
+    SelectionSettings,
+    TokenSelector,
+)
+from megatron_slm.selection.top_fraction import Placement, Selection, select_top_fraction
+from megatron_slm.selection.weights import WEIGHTINGS
 
-__all__ = ["Segments", "Selection", "select_in_micro_batch", "select_top_fraction"]
+__all__ = [
+    "NEED_REFERENCE",
+    "SCOPES",
+    "SCORES",
+    "WEIGHTINGS",
+    "CarriedThreshold",
+    "Choice",
+    "Placement",
+    "Ranks",
+    "RatioSchedule",
+    "Selection",
+    "SelectionSettings",
+    "TokenSelector",
+    "context_parallel_part",
+    "random_scores",
+    "select_top_fraction",
+]

@@ -8,12 +8,14 @@ How the k-th largest score is found (a radix select on the bits of float32):
     digit 3      counts of the last 10 bits -> the k-th score itself, and how many of its ties fit
     ties         counts of ties per segment of the token order -> which of the ties fit
 
-That is four all-reduces of at most 8 + 8 + 4 KiB and 4 bytes a segment, whatever the number of
-tokens; on one rank there are none.  Nothing synchronises with the host.
+That is four all-reduces of 8 + 8 + 4 KiB and 4 bytes a segment, whatever the number of tokens; on
+one rank there are none.  Several sets of tokens (sequences, domains) are selected from at once, in
+the same four all-reduces.  Nothing synchronises with the host.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,35 +24,39 @@ from torch.distributed import ProcessGroup
 
 _DIGITS = ((21, 11), (10, 11), (0, 10))  # (shift, width) of the key, most significant first
 _RATIO_UNITS = 1_000_000
+MAX_SEGMENTS = ((64 - 20) << 10) // 4
 
 
 @dataclass(frozen=True)
-class Segments:
-    """How a rank's tokens lie in the token order of all ranks of a group.
+class Placement:
+    """How the samples of a scope lie over the ranks of a group, and so the order of its tokens:
+    sample by sample, position by position.
 
-    A segment is a run of consecutive token positions that one rank holds.
-    index: int64 [n], the segment of each local token, never decreasing along n.
-    count: segments in the whole scope, the same on every rank.
+    samples: int64 [b], the number within the scope of each local sample, ascending.
+    total: samples in the scope.
+    run: local samples come in runs of this many with consecutive numbers, the first of which is
+        divisible by it.
+    cp_rank, cp_size: of the c context-parallel ranks that share a sample, rank r holds chunks r
+        and 2c-1-r of its 2c (Megatron's zigzag order).
+    group: the ranks; None if this one has them all.
     """
 
-    index: Tensor
-    count: int
+    samples: Tensor
+    total: int
+    run: int = 1
+    cp_rank: int = 0
+    cp_size: int = 1
+    group: ProcessGroup | None = None
 
-    @staticmethod
-    def zigzag(samples: int, length: int, rank: int, size: int, device: torch.device) -> Segments:
-        """Megatron's context-parallel order: rank r holds chunks r and 2*size-1-r of a sequence.
-
-        samples, length: local tokens are [samples, length], flattened.
-        """
-        chunk = torch.tensor([rank, 2 * size - 1 - rank], device=device)
-        within = chunk.repeat_interleave(length // 2)
-        start = torch.arange(samples, device=device) * (2 * size)
-        return Segments((start[:, None] + within).flatten(), samples * 2 * size)
+    @property
+    def shared(self) -> bool:
+        """Whether other ranks hold part of the scope."""
+        return self.group is not None and self.group.size() > 1
 
 
 @dataclass(frozen=True)
 class Selection:
-    """selected: bool [n].  The rest are 0-dim and describe the whole scope, over all ranks:
+    """selected: bool [b, s].  The rest are [sets] and hold for whole sets, over all ranks:
     threshold: float32, the lowest selected score; valid, count: int64, valid and selected tokens.
     """
 
@@ -63,67 +69,127 @@ class Selection:
 def select_top_fraction(
     scores: Tensor,
     valid: Tensor,
-    ratio: float,
-    group: ProcessGroup | None = None,
-    segments: Segments | None = None,
+    ratios: Sequence[float] | Tensor,
+    sets: Tensor | None = None,
+    placement: Placement | None = None,
 ) -> Selection:
-    """Select exactly k = max(1, round_half_up(ratio * N)) of the N valid tokens of a scope.
+    """Select exactly k = max(1, round_half_up(ratio * N)) of the N valid tokens of each set.
 
     The k highest scores are selected; among equal scores those at lower token positions (+0 and -0
-    are equal).  N = 0 selects nothing.  `ratio` counts in millionths, so that 0.7 * 45 = 31.5
-    rounds up as written and not as binary floats have it.
+    are equal).  N = 0 selects nothing.  Ratios count in millionths, so that 0.7 * 45 = 31.5 rounds
+    up as written and not as binary floats have it.
 
     Args:
-        scores: float32 [n], local tokens in token order; no NaN where valid.
-        valid: bool [n], tokens that may be selected.
-        ratio: in (0, 1].
-        group: ranks that hold the scope together; None when this rank holds it alone.
-        segments: where local tokens lie in the order of all; needed with a group of several.
+        scores: float32 [b, s], this rank's part of b samples; no NaN where valid.
+        valid: bool [b, s], tokens that may be selected.
+        ratios: of each set, in (0, 1].
+        sets: int64 [b], the set each sample belongs to; None if there is one.
+        placement: how the samples lie over ranks; None if this rank has all, in order.
+
+    Raises:
+        ValueError: too many ranks and samples for the bound on traffic.
     """
-    shared = group is not None and group.size() > 1
-    if shared and segments is None:
-        raise ValueError("a scope over several ranks needs the segments of its token order")
-
-    def total(counts: Tensor) -> Tensor:
-        if shared:
-            torch.distributed.all_reduce(counts, group=group)
-        return counts.long()
-
+    if placement is None:
+        placement = Placement(torch.arange(len(scores), device=scores.device), len(scores))
+    if sets is None:
+        sets = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
+    number_of_sets = len(ratios)
+    exact = torch.as_tensor(ratios, dtype=torch.float64, device=scores.device)
+    units = (exact * _RATIO_UNITS).round().long()
     keys = _descending_keys(scores)
     candidates = valid
-    prefix = torch.zeros((), dtype=torch.int64, device=scores.device)
+    prefix = torch.zeros(number_of_sets, dtype=torch.int64, device=scores.device)
     for position, (shift, width) in enumerate(_DIGITS):
         digits = (keys >> shift) & ((1 << width) - 1)
-        counts = torch.zeros(1 << width, dtype=torch.int32, device=scores.device)
-        counts.index_add_(0, digits, candidates.to(torch.int32))
-        upto = total(counts).cumsum(0)
+        counts = torch.zeros(number_of_sets << width, dtype=torch.int32, device=scores.device)
+        where = digits + (sets << width)[:, None]
+        counts.index_add_(0, where.flatten(), candidates.flatten().to(torch.int32))
+        upto = _total(counts, placement).view(number_of_sets, -1).cumsum(1)
         if position == 0:
-            number_valid = upto[-1]
-            number_selected = _round_half_up(ratio, number_valid)
+            number_valid = upto[:, -1]
+            number_selected = _round_half_up(units, number_valid)
             remaining = number_selected
-        digit = (upto < remaining).sum()
-        before = torch.where(digit > 0, upto[(digit - 1).clamp(min=0)], 0)
-        remaining = remaining - before
-        candidates = candidates & (digits == digit)
+        digit = (upto < remaining[:, None]).sum(1)
+        before = upto.gather(1, (digit - 1).clamp(min=0)[:, None]).squeeze(1)
+        remaining = remaining - torch.where(digit > 0, before, 0)
+        candidates = candidates & (digits == digit[sets][:, None])
         prefix = (prefix << width) | digit
 
-    # candidates are now the ties at the threshold, of which `remaining` fit.
-    ties = candidates.to(torch.int64)
-    rank_among_ties = ties.cumsum(0) - ties
-    if shared:
-        assert segments is not None
-        mine = torch.zeros(segments.count, dtype=torch.int32, device=scores.device)
-        mine.index_add_(0, segments.index, ties.to(torch.int32))
-        mine_before = _exclusive_cumsum(mine.long())
-        all_before = _exclusive_cumsum(total(mine))
-        rank_among_ties = rank_among_ties + (all_before - mine_before)[segments.index]
-    selected = (valid & (keys < prefix)) | (candidates & (rank_among_ties < remaining))
+    # candidates are now the ties at the thresholds, of which `remaining` fit.
+    fits = _rank_among_ties(candidates, sets, placement, number_of_sets) < remaining[sets][:, None]
+    selected = (valid & (keys < prefix[sets][:, None])) | (candidates & fits)
     return Selection(selected, _score_of(prefix), number_valid, number_selected)
 
 
-def _round_half_up(ratio: float, number: Tensor) -> Tensor:
+def _total(counts: Tensor, placement: Placement) -> Tensor:
+    """Sum over the ranks of a placement, int64."""
+    if placement.shared:
+        torch.distributed.all_reduce(counts, group=placement.group)
+    return counts.long()
+
+
+def _rank_among_ties(
+    ties: Tensor, sets: Tensor, placement: Placement, number_of_sets: int
+) -> Tensor:
+    """How many ties of a token's set come before it in token order, int64 [b, s].
+
+    A segment is a run of consecutive positions that lies on one rank and in one set; the table of
+    ties per segment is all that ranks exchange.
+    """
+    chunks = 2 * placement.cp_size if placement.cp_size > 1 else 1
+    run = placement.run if chunks == 1 and number_of_sets == 1 else 1
+    segments = (placement.total + run - 1) // run * chunks
+    if placement.shared and segments > MAX_SEGMENTS:
+        raise ValueError(
+            f"a scope of {placement.total} samples over {placement.cp_size} context-parallel ranks "
+            f"has {segments} segments, more than {MAX_SEGMENTS}; use a narrower scope"
+        )
+    length = ties.shape[1]
+    chunk = torch.zeros(length, dtype=torch.int64, device=ties.device)
+    if chunks > 1:
+        chunk[: length // 2] = placement.cp_rank
+        chunk[length // 2 :] = chunks - 1 - placement.cp_rank
+    segment = (placement.samples // run * chunks)[:, None] + chunk
+
+    table = torch.zeros(2 * segments, dtype=torch.int32, device=ties.device)
+    mine = table[:segments]
+    mine.index_add_(0, segment.flatten(), ties.flatten().to(torch.int32))
+    local = mine.long()
+    if number_of_sets > 1 and placement.cp_rank == 0:
+        every = segment[:, :1] + torch.arange(chunks, device=ties.device)
+        table[segments:][every] = sets[:, None].to(torch.int32)
+    if number_of_sets == 1:
+        table = mine
+    whole = _total(table, placement)
+    set_of_segment = whole[segments:] if number_of_sets > 1 else torch.zeros_like(local)
+    before = _before_in_set(whole[:segments], set_of_segment, number_of_sets)
+    before_here = _before_in_set(local, set_of_segment, number_of_sets)
+
+    # Local positions ascend with token order, so a running count per set is the rank among local
+    # ties; what other ranks hold before a segment is the rest.
+    flat = ties.long()
+    within = flat.cumsum(1) - flat
+    per_sample = flat.sum(1)
+    same = (sets[:, None] == sets[None, :]).tril(-1)
+    samples_before = (same * per_sample[None, :]).sum(1)
+    return within + samples_before[:, None] + (before - before_here)[segment]
+
+
+def _before_in_set(ties: Tensor, sets: Tensor, number_of_sets: int) -> Tensor:
+    """Ties in earlier segments of the same set, int64 [segments]."""
+    if number_of_sets == 1:
+        return ties.cumsum(0) - ties
+    order = sets.argsort(stable=True)
+    running = ties[order].cumsum(0) - ties[order]
+    # Where a set begins in the order, what earlier sets counted is taken off.
+    totals = torch.zeros(number_of_sets, dtype=torch.int64, device=ties.device)
+    totals.index_add_(0, sets, ties)
+    running -= (totals.cumsum(0) - totals)[sets[order]]
+    return torch.empty_like(running).index_copy_(0, order, running)
+
+
+def _round_half_up(units: Tensor, number: Tensor) -> Tensor:
     """max(1, floor(ratio * number + 1/2)) in integers; 0 of 0."""
-    units = round(ratio * _RATIO_UNITS)
     rounded = (2 * units * number + _RATIO_UNITS) // (2 * _RATIO_UNITS)
     return torch.minimum(rounded.clamp(min=1), number)
 
@@ -138,7 +204,3 @@ def _score_of(key: Tensor) -> Tensor:
     """The inverse of _descending_keys."""
     bits = torch.where(key >= 1 << 31, key - (1 << 32), (1 << 31) - 1 - key)
     return bits.to(torch.int32).view(torch.float32)
-
-
-def _exclusive_cumsum(counts: Tensor) -> Tensor:
-    return counts.cumsum(0) - counts

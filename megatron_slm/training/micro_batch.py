@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from megatron.core import mpu
 from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from megatron.training import get_args
 from torch import Tensor
+
+from megatron_slm.selection import Choice
 
 FIELDS = ("tokens", "position_ids", "labels", "loss_mask")
 
@@ -18,10 +21,13 @@ FIELDS = ("tokens", "position_ids", "labels", "loss_mask")
 class MicroBatch:
     """One micro-batch of b samples on one rank: tensors [b, s/c] for c context-parallel ranks.
 
+    number: position within the step, from 0.
     tokens, position_ids: int64, on the first pipeline stage, None elsewhere.
     labels: int64 and loss_mask: float32, on the last pipeline stage, None elsewhere.
-    reference_losses: float32 in nats, on the last stage where there is a reference.
-    number: position within the step, from 0.
+    domains: int64 [b], the blend's dataset of each sample, on the last stage of a blended run.
+    reference_losses, reference_entropies: float32 in nats, on the last stage, as far as known.
+    scores: float32, what tokens were ranked by, set on the last stage when they have been.
+    choice: the tokens chosen, if that was done before the policy's pass.
     """
 
     number: int
@@ -29,15 +35,26 @@ class MicroBatch:
     position_ids: Tensor | None = None
     labels: Tensor | None = None
     loss_mask: Tensor | None = None
+    domains: Tensor | None = None
     reference_losses: Tensor | None = None
+    reference_entropies: Tensor | None = None
+    scores: Tensor | None = None
+    choice: Choice | None = None
+
+    @property
+    def valid(self) -> Tensor:
+        """Tokens that may be selected, bool [b, s/c]; on the last pipeline stage."""
+        assert self.loss_mask is not None
+        return self.loss_mask > 0
 
 
 def read_micro_batches(
-    data_iterator: Any, micro_batch_size: int, count: int
+    data_iterator: Any, micro_batch_size: int, count: int, with_domains: bool
 ) -> Iterator[MicroBatch]:
     """Read `count` micro-batches lazily; empty ones on a pipeline stage that needs no data.
 
     Collective over the tensor-parallel ranks, of which only the first has a data iterator.
+    `with_domains` needs samples of a blend, which carry the number of their dataset.
     """
     args = get_args()
     first = mpu.is_pipeline_first_stage()
@@ -48,9 +65,21 @@ def read_micro_batches(
             yield MicroBatch(number)
             continue
         batch: dict[str, Any] = {}
+        domains = None
         if tp_rank == 0:
             sample = next(data_iterator)
             batch = {name: sample[name].cuda(non_blocking=True) for name in FIELDS}
+        if with_domains and last:
+            domains = torch.empty(
+                micro_batch_size, dtype=torch.int64, device=torch.cuda.current_device()
+            )
+            if tp_rank == 0:
+                domains.copy_(sample["dataset_id"])
+            torch.distributed.broadcast(
+                domains,
+                mpu.get_tensor_model_parallel_src_rank(),
+                group=mpu.get_tensor_model_parallel_group(),
+            )
         batch = get_batch_on_this_tp_rank(
             batch,
             has_cu_seqlens=False,
@@ -70,7 +99,7 @@ def read_micro_batches(
         batch = get_batch_on_this_cp_rank(
             batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
         )
-        yield MicroBatch(number, **{name: batch[name] for name in FIELDS})
+        yield MicroBatch(number, domains=domains, **{name: batch[name] for name in FIELDS})
 
 
 def model_inputs(micro_batch: MicroBatch) -> dict[str, Tensor | None]:

@@ -1,9 +1,9 @@
 """The loss of one micro-batch as Megatron's schedules want it, and what it reports.
 
-Training maximises nothing but the log-likelihood of the selected tokens (paper, eq. 3-5):
+Training maximises nothing but the log-likelihood of the selected tokens (Rho-1, eq. 3-5):
 
-    excess = policy loss - reference loss       per token, no gradient
-    selected = top k% of the excess             over the valid tokens of the micro-batch
+    excess = policy loss - reference loss       per token, no gradient (or another score)
+    selected = top k% of the excess             over the valid tokens of the micro-batch (or scope)
     loss = sum of the policy loss over selected / number selected over the global batch
 
 The schedule is given sum and number; Megatron's per-token-loss path adds both up over micro-batches
@@ -12,9 +12,7 @@ and data- and context-parallel ranks, and divides once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 from megatron.core import mpu
@@ -22,59 +20,96 @@ from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.training import get_args
 from torch import Tensor
 
-from megatron_slm.selection import Selection, select_in_micro_batch
+from megatron_slm.selection import Choice, TokenSelector, context_parallel_part, random_scores
 from megatron_slm.training.micro_batch import MicroBatch
+from megatron_slm.training.settings import SelectiveSettings, Step
 
 # Megatron's own definition of a spiky loss: this many times the largest loss so far.
 SPIKY_LOSS_FACTOR = 10
 
 
-@dataclass(frozen=True)
-class SelectiveSettings:
-    """token_ratio: k, the part of the valid tokens that is trained on, in (0, 1].
-    selective: whether there are reference losses to select by; otherwise all valid tokens count.
-    head: how the policy's output layer and loss are computed (loss/chunked.py compares the two).
-    """
+def token_scores(
+    batch: MicroBatch,
+    losses: Tensor,
+    entropies: Tensor | None,
+    settings: SelectiveSettings,
+    step: Step,
+) -> Tensor:
+    """Scores of a micro-batch, float32 [b, s/c], given the policy's losses and entropies."""
+    match settings.selection.score:
+        case "policy":
+            scores = losses
+        case "policy-entropy":
+            assert entropies is not None
+            scores = entropies
+        case "random":
+            scores = _random(batch, losses, settings.seed, step.iteration)
+        case "reference-entropy":
+            assert batch.reference_entropies is not None
+            scores = -batch.reference_entropies
+        case score:
+            reference = batch.reference_losses
+            assert reference is not None
+            known = {
+                "excess": losses - reference,
+                "lowest": reference - losses,
+                "reference": -reference,
+            }
+            scores = known[score]
+    return scores
 
-    token_ratio: float
-    selective: bool
-    head: Literal["dense", "chunked"]
+
+def _random(batch: MicroBatch, losses: Tensor, seed: int, iteration: int) -> Tensor:
+    samples, length = losses.shape
+    size = mpu.get_context_parallel_world_size()
+    first = batch.number * mpu.get_data_parallel_world_size() + mpu.get_data_parallel_rank()
+    numbers = torch.arange(samples) + first * samples
+    whole = random_scores(seed, iteration, numbers, length * size, losses.device)
+    if size == 1:
+        return whole
+    return context_parallel_part(whole, mpu.get_context_parallel_rank(), size)
 
 
 class MicroBatchObjective:
     """Selects tokens when the policy's losses are known; called by the schedule for the loss."""
 
     def __init__(
-        self, micro_batch: MicroBatch, settings: SelectiveSettings, training: bool
+        self,
+        micro_batch: MicroBatch,
+        settings: SelectiveSettings,
+        step: Step,
+        selector: TokenSelector,
     ) -> None:
         self.micro_batch = micro_batch
         self.settings = settings
-        self.training = training
+        self.step = step
+        self.selector = selector
         self.losses: Tensor | None = None
-        self.scores: Tensor | None = None
-        self.selection: Selection | None = None
+        self.choice: Choice | None = None
 
-    def select(self, losses: Tensor) -> Tensor:
-        """Selected tokens, bool [b, s/c], given the policy's losses, float32 [b, s/c]."""
+    def weigh(self, losses: Tensor, entropies: Tensor | None = None) -> Tensor:
+        """How much each token counts, given the policy's losses (and entropies, if the score needs
+        them), float32 [b, s/c]: its weight, float32, or whether it is selected, bool."""
         batch = self.micro_batch
-        assert batch.loss_mask is not None
-        valid = batch.loss_mask > 0
         self.losses = losses
-        if not self.settings.selective:
-            return valid
-        assert batch.reference_losses is not None
-        self.scores = losses - batch.reference_losses
-        self.selection = select_in_micro_batch(
-            self.scores, valid, self.settings.token_ratio, mpu.get_context_parallel_group()
-        )
-        return self.selection.selected
+        if not self.step.selects:
+            return batch.valid
+        batch.scores = token_scores(batch, losses, entropies, self.settings, self.step)
+        self.choice = batch.choice or self._choose(batch, batch.scores)
+        return self.choice.selected if self.choice.weights is None else self.choice.weights
+
+    def _choose(self, batch: MicroBatch, scores: Tensor) -> Choice:
+        if self.step.thresholds is not None:
+            thresholds = self.step.thresholds
+            return self.selector.choose_above(scores, batch.valid, thresholds, batch.domains)
+        return self.selector.choose(scores, batch.valid, self.step.ratio, batch.domains)
 
     def __call__(self, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Megatron's loss function.
 
         Args:
             output: losses of all tokens, [b, s/c], from Megatron's output layer (the dense head),
-                or the sum of the selected tokens' losses, 0-dim (the chunked head).
+                or the weighted sum of the selected tokens' losses, 0-dim (the chunked head).
 
         Returns:
             The sum of the losses to train on, their number (int32, 0-dim), and a report of
@@ -83,50 +118,47 @@ class MicroBatchObjective:
         loss_mask = self.micro_batch.loss_mask
         assert loss_mask is not None
         if self.settings.head == "dense":
-            selected = self.select(_same_on_tensor_parallel_ranks(output.detach().float()))
-            mask = selected.float() if self.settings.selective else loss_mask
+            mask = loss_mask
+            if self.step.selects:
+                mask = self.weigh(_same_on_tensor_parallel_ranks(output.detach().float()))
             # As Megatron's own loss function, so that with k = 100% not a bit differs.
             loss = torch.sum(output.view(-1).float() * mask.view(-1).float())
-            count = mask.sum().to(torch.int)
         else:
             loss = output
-            count = self._count_selected()
+        counted = loss_mask if self.choice is None else self.choice.selected
+        count = counted.sum().to(torch.int)
         self._check(loss)
         return loss, count, self._report(loss, count)
 
-    def _count_selected(self) -> Tensor:
-        assert self.micro_batch.loss_mask is not None
-        selected = (
-            self.selection.selected if self.selection is not None else self.micro_batch.loss_mask
-        )
-        return selected.sum().to(torch.int)
-
     def _report(self, loss: Tensor, count: Tensor) -> dict[str, Tensor]:
-        if self.selection is None:
-            return {"lm loss": torch.stack([loss.detach().clone(), count.float()])}
-        assert self.losses is not None and self.scores is not None
-        batch = self.micro_batch
-        assert batch.loss_mask is not None and batch.reference_losses is not None
-        valid = batch.loss_mask > 0
-        selected = self.selection.selected
-        any_selected = (self.selection.count > 0).float()
+        objective = torch.stack([loss.detach().clone(), count.float()])
+        if self.choice is None:
+            return {"lm loss": objective}
+        batch, choice = self.micro_batch, self.choice
+        assert self.losses is not None and batch.scores is not None
+        valid, selected = batch.valid, choice.selected
         all_tokens = _pair(self.losses, valid)
         report = {
             # In validation lm loss means what it means in every Megatron run: all tokens.
-            "lm loss": torch.stack([loss.detach().clone(), count.float()])
-            if self.training
-            else all_tokens,
+            "lm loss": objective if self.step.training else all_tokens,
             "selected loss": _pair(self.losses, selected),
             "unselected loss": _pair(self.losses, valid & ~selected),
             "all-token loss": all_tokens,
-            "reference loss": _pair(batch.reference_losses, valid),
-            "excess loss": _pair(self.scores, valid),
-            "selected ratio": torch.stack([selected.sum().float(), valid.sum().float()]),
+            "selected ratio": _ratio(selected, valid),
             # Averaged over micro-batches; of one without valid tokens there is none.
             "threshold": torch.stack(
-                [torch.where(any_selected > 0, self.selection.threshold, 0.0), any_selected]
+                [torch.where(choice.any_valid, choice.threshold, 0.0), choice.any_valid.float()]
             ),
         }
+        if batch.reference_losses is not None:
+            report["reference loss"] = _pair(batch.reference_losses, valid)
+            report["excess loss"] = _pair(self.losses - batch.reference_losses, valid)
+        if batch.domains is not None and self.step.training:
+            for number, name in enumerate(self.settings.domains):
+                here = valid & (batch.domains == number)[:, None]
+                report[f"selected loss {name}"] = _pair(self.losses, here & selected)
+                report[f"unselected loss {name}"] = _pair(self.losses, here & ~selected)
+                report[f"selected ratio {name}"] = _ratio(here & selected, here)
         return {name: _nonzero_denominator(pair) for name, pair in report.items()}
 
     def _check(self, loss: Tensor) -> None:
@@ -135,13 +167,13 @@ class MicroBatchObjective:
         rerun = get_rerun_state_machine()
         validate = partial(rerun.validate_result, result=loss, tolerance=0.0)
         if args.check_for_nan_in_loss_and_grad:
-            if self.scores is not None:
-                assert self.micro_batch.loss_mask is not None
-                nan = self.scores.isnan() & (self.micro_batch.loss_mask > 0)
-                samples = nan.any(1).nonzero().flatten().tolist()
+            if self.micro_batch.scores is not None:
+                nan = self.micro_batch.scores.isnan() & self.micro_batch.valid
+                found = bool(nan.any())
+                samples = nan.any(1).nonzero().flatten().tolist() if found else []
                 validate(
-                    rejection_func=lambda _: bool(samples),
-                    message=f"found NaN in the excess loss of samples {samples} of micro-batch "
+                    rejection_func=lambda _: found,
+                    message=f"found NaN in the token scores of samples {samples} of micro-batch "
                     f"{self.micro_batch.number}",
                     fatal=True,
                 )
@@ -164,6 +196,10 @@ class MicroBatchObjective:
 def _pair(values: Tensor, where: Tensor) -> Tensor:
     """[sum, count] of the values at `where`, float32."""
     return torch.stack([torch.where(where, values, 0.0).sum(), where.sum().float()])
+
+
+def _ratio(part: Tensor, whole: Tensor) -> Tensor:
+    return torch.stack([part.sum().float(), whole.sum().float()])
 
 
 def _nonzero_denominator(pair: Tensor) -> Tensor:

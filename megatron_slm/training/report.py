@@ -1,16 +1,18 @@
-"""Megatron's log line leaves out negative averages; an excess loss below zero is a good sign."""
+"""What Megatron's log line leaves out: averages below zero, and our own timers."""
 
 from __future__ import annotations
 
 import functools
 from typing import Any
 
-from megatron.training import get_args, training
+from megatron.training import get_args, get_timers, training
 from megatron.training.utils import print_rank_last
+
+TIMERS = ["slm-reference", "slm-ranking"]
 
 
 def install() -> None:
-    """Print, after Megatron's line, the averages it leaves out.  Call once, before `pretrain()`."""
+    """Print, after Megatron's line, what it leaves out.  Call once, before `pretrain()`."""
     training_log = training.training_log
 
     @functools.wraps(training_log)
@@ -43,6 +45,8 @@ def install() -> None:
             if negative:
                 values = "".join(f" {name}: {value:.6E} |" for name, value in negative.items())
                 print_rank_last(f" iteration {iteration:8d} |{values}")
+            # Those of them that ran; the time is that of one iteration.
+            get_timers().log(TIMERS, normalizer=get_args().log_interval)
         return result
 
     training.training_log = log

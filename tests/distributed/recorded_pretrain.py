@@ -19,23 +19,22 @@ def train_recorded(args: Namespace) -> None:
     from megatron_slm.training.objective import MicroBatchObjective
 
     records: list[dict[str, Any]] = []
-    select = MicroBatchObjective.select
+    weigh = MicroBatchObjective.weigh
 
-    def select_recorded(self: MicroBatchObjective, losses: torch.Tensor) -> torch.Tensor:
-        selected = select(self, losses)
-        if self.training:
+    def weigh_recorded(self: MicroBatchObjective, *known: torch.Tensor) -> torch.Tensor:
+        weights = weigh(self, *known)
+        if self.step.training:
             records.append(
                 {
-                    "iteration": args.curr_iteration,
+                    "iteration": self.step.iteration,
                     "number": self.micro_batch.number,
-                    "selected": selected.clone(),
-                    "labels": self.micro_batch.labels,
-                    "loss_mask": self.micro_batch.loss_mask,
+                    "selected": weights.clone() if self.choice is None else self.choice.selected,
+                    "weights": weights.clone(),
                 }
             )
-        return selected
+        return weights
 
-    MicroBatchObjective.select = select_recorded
+    MicroBatchObjective.weigh = weigh_recorded
     train(args)
     Path("recorded").mkdir(exist_ok=True)
     where = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,19 +19,13 @@ def test_tensor_parallel_ranks(ranks: int, tmp_path: Path) -> None:
     assert all("agreed" in output for output in run.outputs)
 
 
-@pytest.fixture
-def group() -> Iterator[distributed.ProcessGroup]:
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    yield distributed.group.WORLD
-    distributed.destroy_process_group()
-
-
 def test_no_logits_of_all_tokens(
     group: distributed.ProcessGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The largest tensor of head and loss, forward and backward, is a chunk of logits."""
-    monkeypatch.setattr(chunked, "CHUNK_BYTES", 4 * 64 * 512)
-    rows, hidden_size, vocabulary = 1024, 8, 512
+    rows, hidden_size, vocabulary, columns = 1024, 8, 512, 64
+    monkeypatch.setattr(chunked, "CHUNK_BYTES", {"cpu": 4 * rows * columns})
+    monkeypatch.setattr(chunked, "MIN_COLUMNS", 1)
     hidden = torch.randn(rows, hidden_size, requires_grad=True)
     weight = torch.randn(vocabulary, hidden_size, requires_grad=True)
     labels = torch.randint(0, vocabulary, (rows,))
@@ -53,6 +46,37 @@ def test_no_logits_of_all_tokens(
             hidden, weight, labels, scored, index, group, reduce_hidden_gradient=False
         )
         loss.backward()
-    assert largest == chunked.chunk_rows(vocabulary) * vocabulary
+    assert largest == rows * columns
     expected = cross_entropy(hidden @ weight.t(), labels, reduction="none")[index].sum()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1 << 22), (4096, 1024), (5000, 1024)])
+def test_chunks_are_of_a_size(rows: int, columns: int) -> None:
+    """16 MiB, unless that would make products too narrow."""
+    assert chunked.chunk_columns(rows, "cpu") == columns
+
+
+def test_large_logits(group: distributed.ProcessGroup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Far beyond what exp can take, with maxima anywhere in the vocabulary."""
+    monkeypatch.setattr(chunked, "MIN_COLUMNS", 5)
+    monkeypatch.setattr(chunked, "CHUNK_BYTES", {"cpu": 0})
+    hidden, weight = 30.0 * torch.randn(64, 24), torch.randn(47, 24)
+    logits = hidden.double() @ weight.double().t()
+    assert logits.amax() > 200 and logits.argmax(-1).unique().numel() > 10
+    labels = torch.randint(0, 47, (64,))
+    scored = chunked.token_losses(hidden, weight, labels, group, entropies=True)
+    expected = cross_entropy(logits, labels, reduction="none").float()
+    torch.testing.assert_close(scored.losses, expected, rtol=1e-5, atol=1e-4)
+    probability = logits.softmax(-1)
+    entropies = torch.special.entr(probability).sum(-1).float()
+    assert scored.entropies is not None
+    torch.testing.assert_close(scored.entropies, entropies, rtol=1e-3, atol=1e-5)
+
+
+def test_nan_is_not_hidden(group: distributed.ProcessGroup) -> None:
+    """A NaN in a row's hidden state makes that row's loss NaN, and no other's."""
+    hidden, weight = torch.randn(5, 8), torch.randn(16, 8)
+    hidden[3, 2] = torch.nan
+    losses = chunked.token_losses(hidden, weight, torch.arange(5), group).losses
+    assert losses.isnan().tolist() == [False, False, False, True, False]

@@ -1,4 +1,4 @@
-"""Ranks that hold a micro-batch together select as one rank would."""
+"""Ranks that share a scope select as one rank would, within the bound on traffic."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ from launch import launch
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_context_parallel_ranks_select_as_one(ranks: int, tmp_path: Path) -> None:
+def test_ranks_select_as_one(ranks: int, tmp_path: Path) -> None:
     run = launch(ranks, ["-m", "selection.scope_ranks"], tmp_path)
     assert all("agreed" in output for output in run.outputs)

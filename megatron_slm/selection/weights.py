@@ -1,0 +1,66 @@
+"""How much each token counts, once it is known which are selected.
+
+    hard      1 for a selected token
+    relu      in proportion to max(score, 0)
+    softmax   in proportion to exp(score / temperature)
+
+Soft weights go to all valid tokens of a set and add up to the number that hard selection would
+select, so that losses and gradients keep their scale.  On top of either, the guard gives every
+unselected token w * (selected / unselected): w times the mean loss of unselected tokens is added
+to the mean loss of selected ones (against the rise of the former that Rho-1 reports).
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.distributed import ReduceOp
+
+from megatron_slm.selection.top_fraction import Placement, Selection
+
+Weighting = Literal["hard", "relu", "softmax"]
+# A sum of positive scores up to this counts as none: nothing could be divided by it.
+TINY = 1e-30
+WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
+
+
+def soft_weights(
+    scores: Tensor,
+    valid: Tensor,
+    selection: Selection,
+    weighting: Weighting,
+    temperature: float,
+    sets: Tensor,
+    placement: Placement,
+) -> Tensor:
+    """Weights, float32 [b, s], that add up to selection.count over each set.
+
+    A set without any positive score has relu weights of its hard selection: there is nothing to be
+    in proportion to.
+    """
+    number_of_sets = len(selection.count)
+    if weighting == "relu":
+        raw = torch.where(valid, scores.clamp(min=0.0), 0.0)
+    else:
+        highest = scores.new_full((number_of_sets,), -torch.inf)
+        masked = torch.where(valid, scores, -torch.inf)
+        highest.scatter_reduce_(0, sets, masked.amax(1), "amax")
+        if placement.shared:
+            torch.distributed.all_reduce(highest, ReduceOp.MAX, group=placement.group)
+        highest = torch.where(highest.isfinite(), highest, 0.0)
+        raw = torch.exp((masked - highest[sets][:, None]) / temperature)
+    totals = scores.new_zeros(number_of_sets).index_add_(0, sets, raw.sum(1))
+    if placement.shared:
+        torch.distributed.all_reduce(totals, group=placement.group)
+    factor = selection.count / totals.clamp(min=TINY)
+    soft = raw * factor[sets][:, None]
+    return torch.where((totals > TINY)[sets][:, None], soft, selection.selected.float())
+
+
+def guard_weights(valid: Tensor, selection: Selection, guard: float, sets: Tensor) -> Tensor:
+    """Weights of unselected tokens, float32 [b, s], 0 elsewhere."""
+    unselected = (selection.valid - selection.count).clamp(min=1)
+    each = guard * selection.count / unselected
+    return torch.where(valid & ~selection.selected, each[sets][:, None], 0.0).float()

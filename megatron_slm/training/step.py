@@ -1,0 +1,253 @@
+"""A step of selective language modeling around Megatron's schedule.
+
+reference     scores all micro-batches of the step in a forward-only pass of its own
+ranking       scope global-batch, exact: so does the policy, and all tokens are ranked at once
+schedule      the policy's forward and backward passes, each micro-batch with its objective
+threshold     scope global-batch, carried: what this step's exact threshold would have been
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+from megatron.core import mpu
+from megatron.core.utils import get_attr_wrapped_model
+from megatron.training import get_args, get_timers
+from torch import Tensor
+
+from megatron_slm.loss import Scoring, Selecting, all_losses, loss_of_selected
+from megatron_slm.selection import CarriedThreshold, Choice, Ranks, TokenSelector
+from megatron_slm.training import seam
+from megatron_slm.training.micro_batch import MicroBatch, model_inputs, read_micro_batches
+from megatron_slm.training.objective import MicroBatchObjective, token_scores
+from megatron_slm.training.settings import SelectiveSettings, Step
+
+
+class Reference(Protocol):
+    """Where reference losses come from."""
+
+    def score(
+        self, micro_batches: Iterator[MicroBatch], count: int, micro_batch_size: int
+    ) -> list[MicroBatch]:
+        """The micro-batches of a step, with what the reference says of their tokens set on the last
+        pipeline stage.  Collective over the ranks that share them."""
+
+
+class SelectiveStep:
+    """Runs steps.  `run` goes to seam.install, `forward_step` to Megatron's pretrain().
+
+    Args:
+        build_reference: called once on all ranks, when the policy has been built and loaded and its
+            training or evaluation begins; None without a reference.
+        load_carried: what CarriedThreshold.state() was when the policy's checkpoint was saved.
+    """
+
+    def __init__(
+        self,
+        settings: SelectiveSettings,
+        build_reference: Callable[[], Reference] | None,
+        load_carried: Callable[[], Any],
+    ) -> None:
+        self.settings = settings
+        self.build_reference = build_reference
+        self.load_carried = load_carried
+        self.step: Step | None = None
+
+    def _build(self) -> None:
+        """What needs process groups and the loaded policy."""
+        self.selector = TokenSelector(
+            self.settings.selection,
+            Ranks(
+                cp_group=mpu.get_context_parallel_group(),
+                dp_cp_group=mpu.get_data_parallel_group(with_context_parallel=True),
+                dp_rank=mpu.get_data_parallel_rank(),
+                dp_size=mpu.get_data_parallel_world_size(),
+            ),
+        )
+        self.reference = self.build_reference() if self.build_reference is not None else None
+        self.carried = CarriedThreshold.from_state(self.load_carried())
+
+    def run(
+        self,
+        schedule: Callable[..., Any],
+        *,
+        data_iterator: Any,
+        num_microbatches: int,
+        micro_batch_size: int,
+        forward_only: bool = False,
+        **rest: Any,
+    ) -> Any:
+        """Call the schedule, with what has to be known before, and after, it."""
+        if self.step is None:
+            self._build()
+        self.step = step = self._begin(training=not forward_only)
+        settings = self.settings
+        micro_batches = read_micro_batches(
+            seam.own_iterator(data_iterator),
+            micro_batch_size,
+            num_microbatches,
+            with_domains=bool(settings.domains) and step.training,
+        )
+        if self.reference is not None and step.selects:
+            timer = get_timers()("slm-reference", log_level=1)
+            timer.start()
+            scored = self.reference.score(micro_batches, num_microbatches, micro_batch_size)
+            timer.stop()
+            micro_batches = iter(scored)
+        sizes = {"num_microbatches": num_microbatches, "micro_batch_size": micro_batch_size}
+        whole_step = step.training and step.selects and settings.selection.scope == "global-batch"
+        seen: list[MicroBatch] = []
+        if whole_step:
+            if settings.selection.exact:
+                timer = get_timers()("slm-ranking", log_level=0)
+                timer.start()
+                ranked = self._rank_step(schedule, data_iterator, micro_batches, sizes | rest)
+                timer.stop()
+                micro_batches = iter(ranked)
+            else:
+                micro_batches = _noting(micro_batches, seen)
+        result = schedule(
+            data_iterator=seam.for_model_chunks(data_iterator, micro_batches, num_microbatches),
+            forward_only=forward_only,
+            **sizes,
+            **rest,
+        )
+        if whole_step and not settings.selection.exact:
+            self._carry(seen)
+        return result
+
+    def forward_step(
+        self, data_iterator: Iterator[MicroBatch], model: torch.nn.Module
+    ) -> tuple[Tensor, MicroBatchObjective]:
+        """Megatron's `forward_step_func`: one micro-batch through the policy."""
+        assert self.step is not None
+        micro_batch = next(data_iterator)
+        objective = MicroBatchObjective(micro_batch, self.settings, self.step, self.selector)
+        extra: dict[str, Any] = {}
+        if self.settings.head == "chunked" and get_attr_wrapped_model(model, "post_process"):
+            extra = {
+                "output_processor": loss_of_selected,
+                "output_processor_context": Selecting(objective.weigh, self._wants_entropies),
+            }
+        return model(**model_inputs(micro_batch), **extra), objective
+
+    @property
+    def _wants_entropies(self) -> bool:
+        return self.settings.selection.score == "policy-entropy"
+
+    def _begin(self, training: bool) -> Step:
+        args, settings = get_args(), self.settings
+        # Validation alone (--skip-train) never sets the current iteration.
+        iteration = getattr(args, "curr_iteration", args.iteration)
+        warming_up = args.consumed_train_samples * args.seq_length < settings.warmup_tokens
+        thresholds = None
+        if training and settings.selection.scope == "global-batch":
+            carried = self.carried.before(iteration)
+            if carried is not None:
+                thresholds = torch.tensor(carried, device=torch.cuda.current_device())
+        return Step(
+            iteration=iteration,
+            training=training,
+            selects=settings.selective and not (training and warming_up),
+            ratio=settings.schedule.at(iteration),
+            thresholds=thresholds,
+        )
+
+    def _rank_step(
+        self,
+        schedule: Callable[..., Any],
+        data_iterator: Any,
+        micro_batches: Iterator[MicroBatch],
+        arguments: dict[str, Any],
+    ) -> list[MicroBatch]:
+        """Read all micro-batches, score them with the policy, and choose from all at once."""
+        read: list[MicroBatch] = []
+
+        def score_step(
+            data_iterator: Iterator[MicroBatch], model: torch.nn.Module
+        ) -> tuple[Tensor, Callable[..., Any]]:
+            extra = {
+                "output_processor": all_losses,
+                "output_processor_context": Scoring(entropies=self._wants_entropies),
+            }
+            output = model(**model_inputs(next(data_iterator)), **extra)
+            return output, lambda scored, non_loss_data: scored
+
+        count = arguments["num_microbatches"]
+        models = arguments["model"]
+        # Dropout would draw numbers that the training pass has to draw.
+        for model in models:
+            model.eval()
+        with torch.no_grad():
+            scored = schedule(
+                **arguments
+                | {
+                    "forward_step_func": score_step,
+                    "data_iterator": seam.for_model_chunks(
+                        data_iterator, _noting(micro_batches, read), count
+                    ),
+                    "forward_only": True,
+                    "collect_non_loss_data": True,
+                }
+            )
+        for model in models:
+            model.train()
+        if mpu.is_pipeline_last_stage():
+            assert self.step is not None
+            for batch, said in zip(read, scored, strict=True):
+                losses, entropies = said if self._wants_entropies else (said, None)
+                batch.scores = token_scores(batch, losses, entropies, self.settings, self.step)
+            choice, _ = self._choose_from_step(read)
+            for batch, part in zip(read, _split(choice, count), strict=True):
+                batch.choice = part
+        return read
+
+    def _choose_from_step(self, read: list[MicroBatch]) -> Any:
+        assert self.step is not None
+        scores = [batch.scores for batch in read if batch.scores is not None]
+        domains = [batch.domains for batch in read if batch.domains is not None]
+        return self.selector.choose_from_step(
+            torch.cat(scores),
+            torch.cat([batch.valid for batch in read]),
+            self.step.ratio,
+            torch.cat(domains) if domains else None,
+            len(read),
+        )
+
+    def _carry(self, seen: list[MicroBatch]) -> None:
+        """Take this step's exact thresholds into the running ones, on every pipeline stage: any of
+        them may write the checkpoint."""
+        assert self.step is not None
+        number = max(1, len(self.settings.selection.domain_ratios))
+        found = torch.zeros(2, number, device=torch.cuda.current_device())
+        if mpu.is_pipeline_last_stage():
+            _, selection = self._choose_from_step(seen)
+            found[0] = torch.where(selection.count > 0, selection.threshold, 0.0)
+            found[1] = selection.count > 0
+        if mpu.get_pipeline_model_parallel_world_size() > 1:
+            torch.distributed.broadcast(
+                found,
+                mpu.get_pipeline_model_parallel_last_rank(),
+                group=mpu.get_pipeline_model_parallel_group(),
+            )
+        thresholds, has_tokens = found.tolist()
+        self.carried.after(self.step.iteration, thresholds, [bool(any_) for any_ in has_tokens])
+        # Megatron's checkpoints carry the arguments, and so this.
+        get_args().slm_carried_threshold = self.carried.state()
+
+
+def _noting(micro_batches: Iterator[MicroBatch], seen: list[MicroBatch]) -> Iterator[MicroBatch]:
+    for micro_batch in micro_batches:
+        seen.append(micro_batch)
+        yield micro_batch
+
+
+def _split(choice: Choice, count: int) -> list[Choice]:
+    """The choices of each of `count` micro-batches."""
+    weights = [None] * count if choice.weights is None else choice.weights.chunk(count)
+    return [
+        Choice(selected, part, choice.threshold, choice.any_valid)
+        for selected, part in zip(choice.selected.chunk(count), weights, strict=True)
+    ]

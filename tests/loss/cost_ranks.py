@@ -1,0 +1,176 @@
+"""One rank of test_costs.py: FLOPs, collectives and kept bytes of the chunked and the dense head.
+
+What the table in chunked.py says is counted in Megatron's own output layer and loss and in
+loss_of_selected, run over the same layer, with and without sequence parallelism.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+from megatron_slm import platform
+
+platform.install()
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import ColumnParallelLinear, vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor, distributed
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop
+
+from megatron_slm.loss import Selecting, chunked, loss_of_selected
+
+SEQUENCE, BATCH, HIDDEN, VOCABULARY = 12, 2, 16, 64
+TOKENS = SEQUENCE * BATCH
+COLLECTIVES = """
+    all_reduce broadcast reduce all_gather all_gather_into_tensor reduce_scatter
+    reduce_scatter_tensor all_to_all all_to_all_single
+""".split()
+
+
+@contextmanager
+def collectives() -> Iterator[list[tuple[Any, ...]]]:
+    """Collectives called meanwhile: name, reduction and the shape that each rank gives."""
+    calls: list[tuple[Any, ...]] = []
+    originals = {name: getattr(distributed, name) for name in COLLECTIVES}
+
+    def watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            operation = kwargs.get("op", next((a for a in args[1:] if _is_operation(a)), None))
+            given = args[1] if name.endswith(("into_tensor", "scatter_tensor")) else args[0]
+            is_maximum = operation == distributed.ReduceOp.MAX
+            calls.append((name, *(["MAX"] if is_maximum else []), tuple(given.shape)))
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    try:
+        for name, function in originals.items():
+            setattr(distributed, name, watched(name, function))
+        yield calls
+    finally:
+        for name, function in originals.items():
+            setattr(distributed, name, function)
+
+
+def _is_operation(value: Any) -> bool:
+    return isinstance(value, type(distributed.ReduceOp.MAX))
+
+
+def measure(
+    layer: torch.nn.Module, forward: Callable[[], Tensor]
+) -> tuple[int, int, list[Any], list[Any]]:
+    """FLOPs, bytes kept for the backward besides the weight, collectives forward and backward."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() != layer.weight.untyped_storage().data_ptr():
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    in_place = {torch.ops.aten.addmm_: addmm_flop}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as flops:
+        with collectives() as before, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss = forward()
+        with collectives() as after:
+            loss.backward()
+    return flops.get_total_flops(), sum(kept.values()), before, after
+
+
+def check(sequence_parallel: bool, entropies: bool) -> None:
+    """Both heads' costs are those of the table."""
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    layer = ColumnParallelLinear(
+        HIDDEN,
+        VOCABULARY,
+        config=TransformerConfig(
+            num_layers=1,
+            hidden_size=HIDDEN,
+            num_attention_heads=2,
+            tensor_model_parallel_size=size,
+            sequence_parallel=sequence_parallel,
+            use_cpu_initialization=True,
+        ),
+        init_method=torch.nn.init.normal_,
+        bias=False,
+    )
+    rows_here = SEQUENCE // size if sequence_parallel else SEQUENCE
+    hidden = torch.randn(rows_here, BATCH, HIDDEN, requires_grad=True)
+    labels = torch.randint(0, VOCABULARY, (BATCH, SEQUENCE), generator=torch.manual_seed(5))
+    selected = torch.zeros(BATCH, SEQUENCE, dtype=torch.bool)
+    selected[:, ::3] = True
+    count = int(selected.sum())
+
+    def run_chunked() -> Tensor:
+        return loss_of_selected(
+            hidden_states=hidden,
+            output_layer=layer,
+            output_weight=None,
+            labels=labels,
+            scale_logits=lambda logits: logits,
+            config=SimpleNamespace(use_mup=False),
+            context=Selecting(lambda *scored: selected, entropies),
+        )
+
+    def run_dense() -> Tensor:
+        losses = vocab_parallel_cross_entropy(
+            layer(hidden)[0], labels.t().contiguous(), tp_group=layer.tp_group
+        )
+        return losses.t()[selected].sum()
+
+    product = HIDDEN * VOCABULARY // size
+    gathered = ("all_gather_into_tensor", (rows_here, BATCH, HIDDEN))
+    scattered = ("reduce_scatter_tensor", (SEQUENCE, BATCH, HIDDEN))
+
+    flops, kept, before, after = measure(layer, run_chunked)
+    assert flops == (2 * TOKENS + 6 * count) * product, flops
+    assert kept == count * (4 * HIDDEN + 24), kept
+    assert before == [
+        *([gathered] if sequence_parallel else []),
+        ("all_reduce", "MAX", (TOKENS,)),
+        ("all_reduce", (3 if entropies else 2, TOKENS)),
+        ("broadcast", (2 if entropies else 1, TOKENS)),
+    ], before
+    assert after == [scattered if sequence_parallel else ("all_reduce", (count, HIDDEN))], after
+    own_gradients = hidden.grad, layer.weight.grad
+
+    hidden.grad = layer.weight.grad = None
+    flops, kept, before, after = measure(layer, run_dense)
+    assert flops == 6 * TOKENS * product, flops
+    assert kept > 4 * TOKENS * VOCABULARY // size, kept
+    tokens = (SEQUENCE, BATCH)
+    assert before == [
+        *([gathered] if sequence_parallel else []),
+        ("all_reduce", "MAX", tokens),
+        ("all_reduce", tokens),
+        ("all_reduce", tokens),
+    ], before
+    assert after == (
+        [gathered, scattered] if sequence_parallel else [("all_reduce", (*tokens, HIDDEN))]
+    ), after
+    for own, dense in zip(own_gradients, (hidden.grad, layer.weight.grad), strict=True):
+        torch.testing.assert_close(own, dense, rtol=1e-5, atol=1e-6)
+
+
+def main() -> None:
+    """Every combination, in several chunks."""
+    chunked.CHUNK_BYTES, chunked.MIN_COLUMNS = {"cpu": 0}, 10
+    distributed.init_process_group("gloo")
+    parallel_state.initialize_model_parallel(distributed.get_world_size())
+    model_parallel_cuda_manual_seed(1)
+    for sequence_parallel in (False, True):
+        for entropies in (False, True):
+            torch.manual_seed(3)
+            check(sequence_parallel, entropies)
+    distributed.destroy_process_group()
+    print("as stated")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
