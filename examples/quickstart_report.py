@@ -29,9 +29,7 @@ def main(runs: Path, tokens_per_step: int) -> None:
     target = {}
     for method in ("clm", "slm"):
         log = runs / "logs" / f"{method}-evaluation.log"
-        losses = [
-            validation(log, name) for name in ("lm loss", "selected loss", "unselected loss")
-        ]
+        losses = [validation(log, name) for name in ("lm loss", "selected loss", "unselected loss")]
         step = statistics.median(scalars(runs / "tensorboard" / method, "iteration-time"))
         target[method] = losses[0]
         print(

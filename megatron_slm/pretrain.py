@@ -77,7 +77,7 @@ def _pretrain(args: Namespace) -> None:
         settings_from_arguments,
         validate_arguments,
     )
-    from megatron_slm.training.carried_state import load_carried
+    from megatron_slm.training.resumed import carried_threshold, check_same_reference
     from megatron_slm.training.step import SelectiveStep
 
     checkpoint = validate_arguments(args)
@@ -88,11 +88,14 @@ def _pretrain(args: Namespace) -> None:
         check_tokenizer(args, checkpoint)
         reference_arguments(checkpoint, args)  # raises what would go wrong later
         scoring = Scoring(args.slm_vocab_size, entropies=args.slm_score == "reference-entropy")
-        build_reference = partial(OnlineReference, checkpoint, args, scoring, layer_spec)
+
+        def build_reference() -> OnlineReference:
+            check_same_reference(args)
+            return OnlineReference(checkpoint, args, scoring, layer_spec)
 
     datasets.use_prebuilt_helpers()
     step = SelectiveStep(
-        settings_from_arguments(args), build_reference, partial(load_carried, args)
+        settings_from_arguments(args), build_reference, partial(carried_threshold, args)
     )
     seam.install(step.run)
     report.install()

@@ -53,16 +53,21 @@ OPTIMIZER = f"""
 """.split()
 
 
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+def write_dataset(prefix: Path, texts: list[str]) -> None:
+    """An indexed dataset of bytes, an end-of-document token after each text."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    prefix = tmp_path_factory.mktemp("corpus") / "docstrings"
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.uint16)
-    for text in docstrings(["argparse", "difflib", "statistics"]):
+    for text in texts:
         ids = [*text.encode(), VOCABULARY - 1]
         builder.add_document(torch.tensor(ids), [len(ids)])
     builder.finalize(f"{prefix}.idx")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    prefix = tmp_path_factory.mktemp("corpus") / "docstrings"
+    write_dataset(prefix, docstrings(["argparse", "difflib", "statistics"]))
     return Corpus(prefix)
 
 

@@ -6,7 +6,7 @@ torch's own converter; tokens from the test's dataset.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -19,17 +19,19 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 @dataclass
 class Step:
-    """One step of the oracle: scores and selected are [global batch, s]."""
+    """One step of the oracle: scores, valid and selected are [global batch, s]."""
 
     lm_loss: float
+    selected_loss: float
     unselected_loss: float
     all_token_loss: float
     reference_loss: float
     excess_loss: float
     grad_norm: float
     scores: Tensor
+    valid: Tensor
     selected: Tensor
-    thresholds: Tensor  # one per sample: that of its micro-batch
+    thresholds: Tensor  # one per sample: that of its scope
 
 
 def llama(
@@ -89,15 +91,31 @@ def llama(
     return model
 
 
+@dataclass
+class Method:
+    """What is selected and how it counts.
+
+    scope_samples: consecutive samples whose tokens compete; None for a threshold carried from step
+        to step, with micro-batches of `micro_batch` samples in the first.
+    """
+
+    ratio: float
+    scope_samples: int | None
+    micro_batch: int
+    score: str = "excess"
+    weighting: str = "hard"
+    temperature: float = 1.0
+    guard: float = 0.0
+
+
 def train(
     policy: LlamaForCausalLM,
     reference: LlamaForCausalLM,
     samples: dict[str, Tensor],
+    method: Method,
     *,
     steps: int,
     global_batch: int,
-    micro_batch: int,
-    ratio: float,
     vocabulary: int,
     lr: float = 3e-4,
     weight_decay: float = 0.01,
@@ -116,22 +134,31 @@ def train(
         eps=1e-8,
     )
     done = []
+    carried = None
     for step in range(steps):
         rows = slice(step * global_batch, (step + 1) * global_batch)
         tokens, labels, mask = (samples[key][rows] for key in ("tokens", "labels", "loss_mask"))
         valid = mask > 0
         with torch.no_grad():
-            reference_losses = _token_losses(reference(tokens).logits[..., :vocabulary], labels)
-        losses = _token_losses(policy(tokens).logits, labels)
-        scores = losses.detach() - reference_losses
-        selected = torch.zeros_like(valid)
-        thresholds = torch.zeros(len(tokens))
-        for start in range(0, global_batch, micro_batch):
-            part = slice(start, start + micro_batch)
-            chosen = _top(scores[part].flatten(), valid[part].flatten(), ratio)
-            selected[part] = chosen.view(micro_batch, -1)
-            thresholds[part] = scores[part].flatten()[chosen].min()
-        loss = losses[selected].sum() / selected.sum()
+            reference_logits = reference(tokens).logits[..., :vocabulary]
+            reference_losses = _token_losses(reference_logits, labels)
+        logits = policy(tokens).logits
+        losses = _token_losses(logits, labels)
+        excess = losses.detach() - reference_losses
+        scores = {
+            "excess": excess,
+            "lowest": -excess,
+            "reference": -reference_losses,
+            "policy": losses.detach(),
+            "policy-entropy": _entropies(logits.detach()),
+            "reference-entropy": -_entropies(reference_logits),
+        }[method.score]
+        selected, thresholds = _select(scores, valid, method, carried)
+        if method.scope_samples is None:
+            _, exact = _select(scores, valid, replace(method, scope_samples=global_batch), None)
+            carried = exact[0] if carried is None else 0.8 * carried + 0.2 * exact[0]
+        weights = _weights(scores, valid, selected, method)
+        loss = (weights * losses).sum() / selected.sum()
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), clip)
@@ -139,17 +166,59 @@ def train(
         done.append(
             Step(
                 lm_loss=loss.item(),
+                selected_loss=losses[selected].mean().item(),
                 unselected_loss=losses[valid & ~selected].mean().item(),
                 all_token_loss=losses[valid].mean().item(),
                 reference_loss=reference_losses[valid].mean().item(),
-                excess_loss=scores[valid].mean().item(),
+                excess_loss=excess[valid].mean().item(),
                 grad_norm=norm.item(),
                 scores=scores,
+                valid=valid,
                 selected=selected,
                 thresholds=thresholds,
             )
         )
     return done
+
+
+def _select(
+    scores: Tensor, valid: Tensor, method: Method, carried: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Selected tokens, and the threshold of each sample."""
+    if method.scope_samples is None and carried is not None:
+        return valid & (scores >= carried), carried.expand(len(scores))
+    size = method.scope_samples or method.micro_batch
+    selected = torch.zeros_like(valid)
+    thresholds = torch.zeros(len(scores))
+    for start in range(0, len(scores), size):
+        part = slice(start, start + size)
+        chosen = _top(scores[part].flatten(), valid[part].flatten(), method.ratio)
+        selected[part] = chosen.view(selected[part].shape)
+        thresholds[part] = scores[part].flatten()[chosen].min()
+    return selected, thresholds
+
+
+def _weights(scores: Tensor, valid: Tensor, selected: Tensor, method: Method) -> Tensor:
+    """How much each token counts; soft weights and guard over each scope on its own."""
+    weights = selected.float()
+    assert method.scope_samples or (method.weighting == "hard" and not method.guard)
+    for start in range(0, len(scores), method.scope_samples or len(scores)):
+        part = slice(start, start + (method.scope_samples or len(scores)))
+        here, count = valid[part], selected[part].sum()
+        if method.weighting == "relu":
+            raw = scores[part].clamp(min=0) * here
+            weights[part] = raw / raw.sum() * count
+        elif method.weighting == "softmax":
+            raw = (scores[part] / method.temperature).masked_fill(~here, -torch.inf)
+            weights[part] = raw.flatten().softmax(0).view(raw.shape) * count
+        if method.guard:
+            unselected = here & ~selected[part]
+            weights[part] += method.guard * unselected * count / unselected.sum()
+    return weights
+
+
+def _entropies(logits: Tensor) -> Tensor:
+    return torch.distributions.Categorical(logits=logits).entropy()
 
 
 def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:

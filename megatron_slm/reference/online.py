@@ -28,6 +28,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
 from megatron.training.models.gpt import GPTModelBuilder
+from megatron.training.utils import print_rank_0
 from torch import Tensor
 
 from megatron_slm.errors import UserError
@@ -192,6 +193,14 @@ def _load(model: torch.nn.Module, checkpoint: ReferenceCheckpoint) -> None:
     inner = model.module if isinstance(model, Float16Module) else model
     assert isinstance(inner, GPTModel)
     directory = str(checkpoint.directory)
+    everywhere: list[str] = [""] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everywhere, directory)
+    if len(set(everywhere)) > 1:
+        raise UserError(
+            f"ranks found different reference checkpoints, {sorted(set(everywhere))}: name one "
+            "with --slm-reference-ckpt-step"
+        )
+    print_rank_0(f"> loading the reference model from {directory}")
     metadata = dist_checkpointing.load_content_metadata(directory) or {}
     metadata["dp_cp_group"] = mpu.get_data_parallel_group(with_context_parallel=True)
     # Extra states are those of fp8, which layers have or lack with Transformer Engine's version.

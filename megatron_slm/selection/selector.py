@@ -85,7 +85,8 @@ class TokenSelector:
         Args:
             scores: float32 [b, s/c].  valid: bool [b, s/c].
             ratio: of the datasets without a ratio of their own.
-            domains: int64 [b], the dataset of each sample; needed with domain_ratios.
+            domains: int64 [b], the dataset of each sample; None where there is no blend, as in
+                validation, and then all take `ratio`.
         """
         sets, ratios = self.sets(len(scores), ratio, domains, scores.device)
         wide = self.settings.scope == "data-parallel"
@@ -116,13 +117,12 @@ class TokenSelector:
     ) -> tuple[Tensor, Tensor]:
         """The set of each sample, int64 [b], and the ratio of each set, float64 [sets]."""
         own = self.settings.domain_ratios
-        if not own:
+        if not own or domains is None:
             by_domain = torch.tensor([ratio], dtype=torch.float64, device=device)
             domains = torch.zeros(samples, dtype=torch.int64, device=device)
         else:
             ratios = [ratio if value is None else value for value in own]
             by_domain = torch.tensor(ratios, dtype=torch.float64, device=device)
-            assert domains is not None
         if self.settings.scope == "sequence":
             return torch.arange(samples, device=device), by_domain[domains]
         return domains, by_domain

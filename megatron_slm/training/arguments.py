@@ -230,7 +230,9 @@ def validate_arguments(args: Namespace) -> ReferenceCheckpoint | None:
         if args.slm_reference_ckpt_step is not None:
             raise UserError("--slm-reference-ckpt-step needs --slm-reference-load")
         return None
-    return open_checkpoint(args.slm_reference_load, args.slm_reference_ckpt_step)
+    checkpoint = open_checkpoint(args.slm_reference_load, args.slm_reference_ckpt_step)
+    args.slm_reference_iteration = checkpoint.directory.name
+    return checkpoint
 
 
 def settings_from_arguments(args: Namespace) -> SelectiveSettings:

@@ -42,6 +42,12 @@ def _resumed(corpus: Corpus, start: Checkpoints, saved: Path, extra: str) -> lis
         pytest.param(2, "--use-distributed-optimizer", [], id="dp2 distopt"),
         pytest.param(
             2,
+            "--pipeline-model-parallel-size 2 --slm-scope global-batch",
+            ["--slm-scope global-batch"],
+            id="pp2 carried threshold, then dp2",
+        ),
+        pytest.param(
+            2,
             RESHARDABLE,
             [f"--tensor-model-parallel-size 2 {RESHARDABLE}"],
             id="dp2 distopt, then tp2",

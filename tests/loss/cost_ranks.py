@@ -18,11 +18,16 @@ platform.install()
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import ColumnParallelLinear, vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    layers,
+    mappings,
+    vocab_parallel_cross_entropy,
+)
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, distributed
-from torch.utils.flop_counter import FlopCounterMode, addmm_flop
+from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_slm.loss import Selecting, chunked, loss_of_selected
 
@@ -32,35 +37,42 @@ COLLECTIVES = """
     all_reduce broadcast reduce all_gather all_gather_into_tensor reduce_scatter
     reduce_scatter_tensor all_to_all all_to_all_single
 """.split()
+# Where they are called; Megatron has its own names for two of them.
+CALLED = [(distributed, name) for name in COLLECTIVES] + [
+    (module, name)
+    for module in (layers, mappings)
+    for name in ("dist_all_gather_func", "dist_reduce_scatter_func")
+]
 
 
 @contextmanager
 def collectives() -> Iterator[list[tuple[Any, ...]]]:
-    """Collectives called meanwhile: name, reduction and the shape that each rank gives."""
+    """Collectives called meanwhile: name, MAX if it is one, and the shape that each rank gives."""
     calls: list[tuple[Any, ...]] = []
-    originals = {name: getattr(distributed, name) for name in COLLECTIVES}
+    originals = [(owner, name, getattr(owner, name)) for owner, name in CALLED]
 
     def watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            operation = kwargs.get("op", next((a for a in args[1:] if _is_operation(a)), None))
-            given = args[1] if name.endswith(("into_tensor", "scatter_tensor")) else args[0]
-            is_maximum = operation == distributed.ReduceOp.MAX
-            calls.append((name, *(["MAX"] if is_maximum else []), tuple(given.shape)))
+            of_two = next((n for n in ("all_gather", "reduce_scatter") if n in name), None)
+            is_maximum = distributed.ReduceOp.MAX in (*args[1:2], kwargs.get("op"))
+            given = args[1 if of_two else 0]
+            calls.append((of_two or name, *(["MAX"] if is_maximum else []), tuple(given.shape)))
             return function(*args, **kwargs)
 
         return wrapper
 
     try:
-        for name, function in originals.items():
-            setattr(distributed, name, watched(name, function))
+        for owner, name, function in originals:
+            setattr(owner, name, watched(name, function))
         yield calls
     finally:
-        for name, function in originals.items():
-            setattr(distributed, name, function)
+        for owner, name, function in originals:
+            setattr(owner, name, function)
 
 
-def _is_operation(value: Any) -> bool:
-    return isinstance(value, type(distributed.ReduceOp.MAX))
+def added_product(total: Any, left: Any, right: Any, **_: Any) -> int:
+    """FLOPs of addmm_, given shapes."""
+    return int(2 * left[0] * left[1] * right[1])
 
 
 def measure(
@@ -74,7 +86,7 @@ def measure(
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    in_place = {torch.ops.aten.addmm_: addmm_flop}
+    in_place = {torch.ops.aten.addmm_: added_product}
     with FlopCounterMode(display=False, custom_mapping=in_place) as flops:
         with collectives() as before, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             loss = forward()
@@ -125,8 +137,8 @@ def check(sequence_parallel: bool, entropies: bool) -> None:
         return losses.t()[selected].sum()
 
     product = HIDDEN * VOCABULARY // size
-    gathered = ("all_gather_into_tensor", (rows_here, BATCH, HIDDEN))
-    scattered = ("reduce_scatter_tensor", (SEQUENCE, BATCH, HIDDEN))
+    gathered = ("all_gather", (rows_here, BATCH, HIDDEN))
+    scattered = ("reduce_scatter", (SEQUENCE, BATCH, HIDDEN))
 
     flops, kept, before, after = measure(layer, run_chunked)
     assert flops == (2 * TOKENS + 6 * count) * product, flops

@@ -24,102 +24,128 @@ def dense(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return cross_entropy(logits, labels, reduction="none"), -(log_p.exp() * log_p).sum(-1)
 
 
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of what is expected."""
-    return ((actual.double() - expected).norm() / expected.norm()).item()
+class Case:
+    """Inputs in `dtype` and this rank's part; tolerance is relative, of norms."""
+
+    def __init__(self, dtype: torch.dtype, tolerance: float) -> None:
+        self.dtype, self.tolerance = dtype, tolerance
+        self.group = distributed.group.WORLD
+        rank, size = self.group.rank(), self.group.size()
+        draw = torch.Generator().manual_seed(7)
+        self.hidden = torch.randn(ROWS, HIDDEN, generator=draw).to(dtype)
+        self.weight = torch.randn(PADDED, HIDDEN, generator=draw).to(dtype)
+        self.labels = torch.randint(0, VOCABULARY, (ROWS,), generator=draw)
+        self.index = (torch.rand(ROWS, generator=draw) < 0.6).nonzero().squeeze(1)
+        self.weights = 2.0 * torch.rand(self.index.shape, generator=draw) - 0.5
+        self.mine = slice(rank * PADDED // size, (rank + 1) * PADDED // size)
+        self.score = partial(
+            chunked.token_losses,
+            self.hidden,
+            self.weight[self.mine],
+            tp_group=self.group,
+            scale_logits=scale,
+        )
+        self.loss = partial(
+            chunked.selected_loss,
+            labels=self.labels,
+            scored=self.score(self.labels),
+            index=self.index,
+            tp_group=self.group,
+            reduce_hidden_gradient=True,
+            scale_logits=scale,
+        )
+
+    def leaves(self) -> tuple[Tensor, Tensor]:
+        """Hidden states and this rank's weight, to be differentiated by."""
+        return (
+            self.hidden.clone().requires_grad_(),
+            self.weight[self.mine].clone().requires_grad_(),
+        )
+
+    def close(self, actual: Tensor, expected: Tensor) -> None:
+        """Norm of the difference over the norm of what is expected."""
+        error = (actual.double() - expected).norm() / expected.norm()
+        assert error < self.tolerance, f"{error} on {self.group.size()} ranks in {self.dtype}"
 
 
-def check(dtype: torch.dtype, columns: int, tolerance: float) -> None:
-    """Compare in `dtype`, `columns` to a chunk; tolerance is relative, of norms."""
-    chunked.CHUNK_BYTES, chunked.MIN_COLUMNS = {"cpu": 0}, columns
-    group = distributed.group.WORLD
-    rank, size = group.rank(), group.size()
-    draw = torch.Generator().manual_seed(7)
-    hidden = torch.randn(ROWS, HIDDEN, generator=draw).to(dtype)
-    weight = torch.randn(PADDED, HIDDEN, generator=draw).to(dtype)
-    labels = torch.randint(0, VOCABULARY, (ROWS,), generator=draw)
-    index = (torch.rand(ROWS, generator=draw) < 0.6).nonzero().squeeze(1)
-    weights = 2.0 * torch.rand(index.shape, generator=draw) - 0.5
+def scale(logits: Tensor) -> Tensor:
+    return 0.7 * logits
 
-    mine = slice(rank * PADDED // size, (rank + 1) * PADDED // size)
-    scale = lambda logits: 0.7 * logits  # noqa: E731
-    logits = 0.7 * hidden.double() @ weight.double().t()
-    score = partial(chunked.token_losses, hidden, weight[mine], tp_group=group, scale_logits=scale)
-    # Without a limit the padding counts; with 20 tokens some ranks have none of them.
+
+def check_scores(case: Case) -> None:
+    """With padding in the softmax, without, and with so few tokens that some ranks have none."""
+    logits = scale(case.hidden.double() @ case.weight.double().t())
     for limit in (None, VOCABULARY, 20):
-        own_labels = labels if limit != 20 else labels % 20
-        losses, entropies = dense(logits[:, :limit], own_labels)
-        scored = score(own_labels, vocabulary=limit, entropies=True)
+        labels = case.labels if limit != 20 else case.labels % 20
+        losses, entropies = dense(logits[:, :limit], labels)
+        scored = case.score(labels, vocabulary=limit, entropies=True)
         assert scored.entropies is not None
-        assert relative_error(scored.losses, losses) < tolerance
-        assert relative_error(scored.entropies, entropies) < tolerance
-        without = score(own_labels, vocabulary=limit)
+        case.close(scored.losses, losses)
+        case.close(scored.entropies, entropies)
+        without = case.score(labels, vocabulary=limit)
         assert without.entropies is None
-        assert relative_error(without.losses, losses) < tolerance
+        case.close(without.losses, losses)
 
-    scored = score(labels)
-    run = partial(
-        chunked.selected_loss,
-        labels=labels,
-        scored=scored,
-        index=index,
-        tp_group=group,
-        reduce_hidden_gradient=True,
-        scale_logits=scale,
-    )
-    for row_weights in (None, weights):
-        whole_hidden = hidden.double().requires_grad_()
-        whole_weight = weight.double().requires_grad_()
-        losses, _ = dense(0.7 * whole_hidden @ whole_weight.t(), labels)
-        factor = 1.0 if row_weights is None else row_weights.double()
-        total = (losses[index] * factor).sum()
-        (3.0 * total).backward()
-        assert whole_hidden.grad is not None and whole_weight.grad is not None
 
-        own_hidden = hidden.clone().requires_grad_()
-        own_weight = weight[mine].clone().requires_grad_()
-        loss = run(own_hidden, own_weight, weights=row_weights)
-        assert relative_error(loss.detach(), total.detach()) < tolerance
-        (3.0 * loss).backward()
-        assert own_hidden.grad is not None and own_weight.grad is not None
-        assert own_hidden.grad.dtype == own_weight.grad.dtype == dtype
-        assert relative_error(own_hidden.grad, whole_hidden.grad) < tolerance
-        assert relative_error(own_weight.grad, whole_weight.grad[mine]) < tolerance
+def check_gradients(case: Case, weights: Tensor | None) -> None:
+    """The sum of the selected tokens' (weighted) losses, and its gradients."""
+    whole_hidden = case.hidden.double().requires_grad_()
+    whole_weight = case.weight.double().requires_grad_()
+    losses, _ = dense(scale(whole_hidden @ whole_weight.t()), case.labels)
+    expected = (losses[case.index] * (1.0 if weights is None else weights.double())).sum()
+    (3.0 * expected).backward()
+    assert whole_hidden.grad is not None and whole_weight.grad is not None
 
-        # Fused accumulation adds to main_grad and leaves grad to be ignored.
-        fused = weight[mine].clone().requires_grad_()
-        fused.main_grad = torch.ones(fused.shape)
-        (
-            3.0 * run(own_hidden, fused, weights=row_weights, accumulate_into_main_grad=True)
-        ).backward()
-        assert fused.grad_added_to_main_grad
-        assert relative_error(fused.main_grad - 1.0, whole_weight.grad[mine]) < tolerance
+    hidden, weight = case.leaves()
+    loss = case.loss(hidden, weight, weights=weights)
+    case.close(loss.detach(), expected.detach())
+    (3.0 * loss).backward()
+    assert hidden.grad is not None and weight.grad is not None
+    assert hidden.grad.dtype == weight.grad.dtype == case.dtype
+    case.close(hidden.grad, whole_hidden.grad)
+    case.close(weight.grad, whole_weight.grad[case.mine])
 
-    # A frozen output layer, and a weight whose hook expects a zero to add.
-    own_hidden = hidden.clone().requires_grad_()
-    run(own_hidden, weight[mine]).backward()
-    assert own_hidden.grad is not None
-    tied = weight[mine].clone().requires_grad_()
+    # Fused accumulation adds to main_grad and leaves grad to be ignored.
+    hidden, fused = case.leaves()
+    fused.main_grad = torch.ones(fused.shape)
+    (3.0 * case.loss(hidden, fused, weights=weights, accumulate_into_main_grad=True)).backward()
+    assert fused.grad_added_to_main_grad
+    case.close(fused.main_grad - 1.0, whole_weight.grad[case.mine])
+
+
+def check_edges(case: Case) -> None:
+    """A frozen layer, a tied one, nothing selected."""
+    hidden, weight = case.leaves()
+    case.loss(hidden, weight.detach()).backward()
+    assert hidden.grad is not None and hidden.grad.any()
+
+    # With fused accumulation the hook of a tied weight expects a zero to add.
+    hidden, tied = case.leaves()
     tied.main_grad, tied.zero_out_wgrad = torch.zeros(tied.shape), True
-    run(own_hidden, tied, accumulate_into_main_grad=True).backward()
+    case.loss(hidden, tied, accumulate_into_main_grad=True).backward()
     assert tied.grad is not None and not tied.grad.any() and tied.main_grad.any()
 
-    # Nothing selected: a zero that still carries the graph, on every rank.
-    empty_hidden = hidden.clone().requires_grad_()
-    empty_weight = weight[mine].clone().requires_grad_()
-    empty = run(empty_hidden, empty_weight, index=torch.zeros(0, dtype=torch.long))
+    # A zero that still carries the graph, on every rank.
+    hidden, weight = case.leaves()
+    empty = case.loss(hidden, weight, index=torch.zeros(0, dtype=torch.long))
     empty.backward()
     assert empty.item() == 0.0
-    assert empty_hidden.grad is not None and not empty_hidden.grad.any()
-    assert empty_weight.grad is not None and not empty_weight.grad.any()
+    for leaf in (hidden, weight):
+        assert leaf.grad is not None and not leaf.grad.any()
 
 
 def main() -> None:
-    """Float32 exactly, bfloat16 to its precision."""
+    """Float32 exactly, bfloat16 to its precision; in many chunks and in one."""
     distributed.init_process_group("gloo")
+    chunked.CHUNK_BYTES = {"cpu": 0}
     for columns in (7, 1024):
-        check(torch.float32, columns, 1e-5)
-        check(torch.bfloat16, columns, 1e-2)
+        chunked.MIN_COLUMNS = columns
+        for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+            case = Case(dtype, tolerance)
+            check_scores(case)
+            check_gradients(case, weights=None)
+            check_gradients(case, weights=case.weights)
+            check_edges(case)
     distributed.destroy_process_group()
     print("agreed")
 

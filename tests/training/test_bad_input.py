@@ -59,6 +59,29 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "another vocabulary": (lambda _: ["--vocab-size", "300"], "vocabulary of 257"),
     "another tokenizer": (lambda _: ["--null-tokenizer-eod-id", "3"], "another tokenizer"),
     NO_REFERENCE: (lambda _: [], "give its checkpoint with --slm-reference-load"),
+    "schedule without its end": (
+        lambda _: ["--slm-ratio-schedule", "linear"],
+        "--slm-final-token-ratio",
+    ),
+    "steps that are none": (
+        lambda _: ["--slm-ratio-schedule", "steps", "--slm-ratio-steps", "100=0.5"],
+        "--slm-ratio-steps 100=0.5",
+    ),
+    "steps out of order": (
+        lambda _: ["--slm-ratio-schedule", "steps", "--slm-ratio-steps", "9:0.5", "3:0.6"],
+        "in the order",
+    ),
+    "no such domain": (lambda _: ["--slm-domain-ratio", "web=0.5"], "no dataset 'web'"),
+    "temperature zero": (lambda _: ["--slm-softmax-temperature", "0"], "above 0"),
+    "exact without its scope": (
+        lambda _: ["--slm-global-batch", "exact"],
+        "--slm-scope global-batch",
+    ),
+    "entropy from the dense head": (
+        lambda _: ["--slm-score", "policy-entropy", "--slm-head", "dense"],
+        "--slm-head chunked",
+    ),
+    "negative guard": (lambda _: ["--slm-unselected-weight", "-1"], "negative"),
     "ratio zero": (lambda _: ["--slm-token-ratio", "0"], "(0, 1]"),
     "ratio above one": (lambda _: ["--slm-token-ratio", "1.5"], "(0, 1]"),
     "layers do not divide": (

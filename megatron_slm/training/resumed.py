@@ -1,0 +1,44 @@
+"""What a resumed run has to take over from its checkpoint, beside what Megatron does.
+
+Megatron's checkpoints keep the arguments of the run that wrote them, and so what we put there.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+from megatron.core import dist_checkpointing
+from megatron.training.checkpointing import get_checkpoint_name
+
+from megatron_slm.errors import UserError
+
+
+def saved_arguments(args: Namespace) -> Namespace:
+    """Arguments in the checkpoint that the policy resumed from; empty if it started afresh."""
+    if args.load is None or args.iteration == 0:
+        return Namespace()
+    directory = get_checkpoint_name(args.load, args.iteration, return_base_dir=True)
+    saved: Namespace = dist_checkpointing.load_common_state_dict(directory)["args"]
+    return saved
+
+
+def carried_threshold(args: Namespace) -> Any:
+    """CarriedThreshold.state() when the checkpoint was written, or None."""
+    return getattr(saved_arguments(args), "slm_carried_threshold", None)
+
+
+def check_same_reference(args: Namespace) -> None:
+    """A reference that has trained on since would silently change what the policy learns.
+
+    Raises:
+        UserError: the checkpoint was written with another iteration of the reference, and none was
+            asked for.
+    """
+    before = getattr(saved_arguments(args), "slm_reference_iteration", None)
+    now = args.slm_reference_iteration
+    if args.slm_reference_ckpt_step is None and before not in (None, now):
+        raise UserError(
+            f"this run selected tokens by {before} of the reference so far, and the latest in "
+            f"{args.slm_reference_load} is {now}: say which one with --slm-reference-ckpt-step"
+        )

@@ -1,0 +1,87 @@
+"""What a run logged and selected, against the oracle's steps."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import oracle
+from conftest import GLOBAL_BATCH, SEQUENCE, STEPS, VOCABULARY, Checkpoints
+from launch import Run
+
+# Scores this close to the threshold may fall on either side of it.
+NEAR_TIE = 1e-6
+
+
+def train_oracle(
+    start: Checkpoints, samples: dict[str, Tensor], method: oracle.Method
+) -> list[oracle.Step]:
+    """The oracle's steps from the checkpoints that runs start from."""
+    with tempfile.TemporaryDirectory() as scratch:
+        models = [
+            oracle.llama(directory, Path(scratch), heads=heads, groups=groups, tied=start.tied)
+            for directory, heads, groups in (
+                (start.policy / "iter_0000002", 4, 2),
+                (start.reference / "iter_0000010", 6, 6),
+            )
+        ]
+    return oracle.train(
+        *models,
+        samples,
+        method,
+        steps=STEPS,
+        global_batch=GLOBAL_BATCH,
+        vocabulary=VOCABULARY,
+    )
+
+
+def agrees_with_oracle(run: Run, expected: list[oracle.Step], micro_batch: int) -> None:
+    """Losses and gradient norms to 1e-5, selected tokens exactly but for near-ties."""
+    chosen = selected_tokens(run, micro_batch)
+    for number, step in enumerate(expected, start=1):
+        for tag, value in (
+            ("lm loss", step.lm_loss),
+            ("selected loss", step.selected_loss),
+            ("unselected loss", step.unselected_loss),
+            ("all-token loss", step.all_token_loss),
+            ("reference loss", step.reference_loss),
+            ("excess loss", step.excess_loss),
+            ("threshold", step.thresholds.mean().item()),
+            ("grad-norm", step.grad_norm),
+            ("selected ratio", (step.selected.sum() / step.valid.sum()).item()),
+        ):
+            near = 1e-5 if tag in ("excess loss", "threshold") else 0.0
+            logged = run.scalars(tag)[number]
+            assert logged == pytest.approx(value, rel=1e-5, abs=near), (tag, number)
+        apart = (step.scores - step.thresholds[:, None]).abs() > NEAR_TIE
+        assert torch.equal(chosen[number][apart], step.selected[apart])
+        assert chosen[number].sum() == step.selected.sum()
+
+
+def selected_tokens(run: Run, micro_batch: int) -> dict[int, Tensor]:
+    """Selected tokens by iteration, bool [global batch, s], put together from all ranks."""
+    whole = {
+        number: torch.zeros(GLOBAL_BATCH, SEQUENCE, dtype=torch.bool)
+        for number in range(1, STEPS + 1)
+    }
+    seen: dict[tuple[int, ...], Tensor] = {}
+    for file in sorted((run.directory / "recorded").glob("rank*.pt")):
+        saved = torch.load(file)
+        where = saved["where"]
+        assert bool(saved["records"]) == where["last_stage"]
+        for record in saved["records"]:
+            key = (record["iteration"], record["number"], where["dp"], where["cp"])
+            if key in seen:  # tensor-parallel ranks agree to the bit
+                assert torch.equal(seen[key], record["weights"])
+            seen[key] = record["weights"]
+            first = (record["number"] * where["dp_size"] + where["dp"]) * micro_batch
+            rows = whole[record["iteration"] + 1][first : first + micro_batch]
+            chunks = rows.chunk(2 * where["cp_size"], dim=1)
+            mine = (where["cp"], 2 * where["cp_size"] - 1 - where["cp"])
+            for chunk, part in zip(mine, record["selected"].chunk(2, dim=1), strict=True):
+                chunks[chunk].copy_(part)
+    return whole
