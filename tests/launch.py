@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import runpy
 import socket
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -35,6 +38,13 @@ class Run:
         return events.Tags()["scalars"]
 
 
+# Ranks are forked from a process that has torch imported already: the import is most of the time of
+# a short run.  What torch reads from the environment at import has to be there before.
+os.environ |= {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+FORKING = multiprocessing.get_context("forkserver")
+FORKING.set_forkserver_preload(["torch", "torch._dynamo"])
+
+
 def launch(
     ranks: int,
     command: list[str],
@@ -42,41 +52,40 @@ def launch(
     *,
     check: bool = True,
     timeout: float = 300,
-    threads: int = 1,
+    fresh_threads: int | None = None,
 ) -> Run:
     """Start `ranks` processes of `python command...` in `directory` and wait for them.
 
     Without torchrun, which kills the other ranks as soon as one has failed: here every rank must
-    end by itself.
+    end by itself.  With fresh_threads each rank is a Python started anew, with that many threads.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = os.environ | {
+    job = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
-        "OMP_NUM_THREADS": str(threads),
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")]),
     }
     files = [directory / f"rank{rank}.log" for rank in range(ranks)]
-    processes = []
-    for rank, file in enumerate(files):
-        with file.open("w") as output:
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, *command],
-                    cwd=directory,
-                    env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                )
-            )
+    start = _start_forked if fresh_threads is None else _start_fresh
+    processes = [
+        start(
+            command,
+            directory,
+            job
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            | ({} if fresh_threads is None else {"OMP_NUM_THREADS": str(fresh_threads)}),
+            file,
+        )
+        for rank, file in enumerate(files)
+    ]
     deadline = time.monotonic() + timeout
     try:
-        codes = [process.wait(max(0.1, deadline - time.monotonic())) for process in processes]
+        codes = [_exit_code(process, deadline) for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -89,6 +98,50 @@ def launch(
     return run
 
 
+def _start_fresh(command: list[str], directory: Path, job: dict[str, str], file: Path) -> Any:
+    with file.open("w") as output:
+        return subprocess.Popen(
+            [sys.executable, *command],
+            cwd=directory,
+            env=os.environ | job,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def _start_forked(command: list[str], directory: Path, job: dict[str, str], file: Path) -> Any:
+    process = FORKING.Process(target=run_command, args=(command, directory, job, file))
+    process.start()
+    return process
+
+
+def run_command(command: list[str], directory: Path, job: dict[str, str], file: Path) -> None:
+    """In the forked process: what `python command...` would do."""
+    output = file.open("w")
+    os.dup2(output.fileno(), 1)
+    os.dup2(output.fileno(), 2)
+    multiprocessing.set_start_method(None, force=True)  # not that of this process
+    os.environ |= job
+    os.chdir(directory)
+    sys.path[:0] = job["PYTHONPATH"].split(os.pathsep)
+    if command[0] == "-m":
+        sys.argv = command[1:]
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = command
+        runpy.run_path(command[0], run_name="__main__")
+
+
+def _exit_code(process: Any, deadline: float) -> int:
+    seconds = max(0.1, deadline - time.monotonic())
+    if isinstance(process, subprocess.Popen):
+        return process.wait(seconds)
+    process.join(seconds)
+    if process.exitcode is None:
+        raise TimeoutError(f"a rank did not end within {seconds:.0f} s")
+    return process.exitcode
+
+
 def pretrain(
     ranks: int,
     arguments: list[str],
@@ -97,8 +150,10 @@ def pretrain(
     module: str = "megatron_slm.pretrain",
     check: bool = True,
     timeout: float = 300,
-    threads: int = 1,
+    fresh_threads: int | None = None,
 ) -> Run:
     """Run a pretraining module with TensorBoard logs in directory/tensorboard."""
     command = ["-m", module, "--tensorboard-dir", "tensorboard", *arguments]
-    return launch(ranks, command, directory, check=check, timeout=timeout, threads=threads)
+    return launch(
+        ranks, command, directory, check=check, timeout=timeout, fresh_threads=fresh_threads
+    )

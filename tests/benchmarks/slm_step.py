@@ -52,7 +52,7 @@ def main() -> None:
                 [*common, "--train-iters", str(steps), *arguments],
                 directory / name,
                 timeout=3600,
-                threads=args.threads,
+                fresh_threads=args.threads,
             )
             return statistics.median(list(done.scalars("iteration-time").values())[1:])
 

@@ -12,7 +12,9 @@ from launch import REPOSITORY, launch, pretrain
 
 
 def test_names_of_cuda_mean_the_cpu(tmp_path: Path) -> None:
-    run = launch(1, [str(Path(__file__).with_name("on_the_platform.py"))], tmp_path)
+    run = launch(
+        1, [str(Path(__file__).with_name("on_the_platform.py"))], tmp_path, fresh_threads=1
+    )
     assert "all right" in run.outputs[0]
 
 
@@ -42,7 +44,7 @@ def test_a_gpu_machine_never_imports_the_platform(tmp_path: Path) -> None:
         "assert not [name for name in sys.modules if name.startswith('megatron_slm.platform')]\n"
         "assert 'megatron.training.arguments' in sys.modules\n"
     )
-    run = launch(1, ["-c", script], tmp_path)
+    run = launch(1, ["-c", script], tmp_path, fresh_threads=1)
     assert "selective language modeling" in run.outputs[0]
     assert "--slm-token-ratio" in run.outputs[0]
 
@@ -65,7 +67,7 @@ def test_initial_weights_do_not_depend_on_the_layout(
         *OPTIMIZER,
         *"--train-iters 2 --micro-batch-size 3".split(),
     ]
-    one = pretrain(1, common, tmp_path / "one").scalars("lm loss")
+    one = pretrain(1, common, tmp_path / "one", fresh_threads=1).scalars("lm loss")
     cut = pretrain(ranks, [*common, *layout.split()], tmp_path / "cut").scalars("lm loss")
     assert cut == pytest.approx(one, rel=1e-6)
     log = (tmp_path / "one" / "rank0.log").read_text()

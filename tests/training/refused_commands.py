@@ -17,7 +17,7 @@ platform.install()
 import megatron.training.arguments  # noqa: F401
 
 from megatron_slm import pretrain
-from megatron_slm.training import forward_step, seam  # noqa: F401
+from megatron_slm.training import seam, step  # noqa: F401
 
 PATIENCE = 60  # seconds, before a rank counts as hanging
 

@@ -126,7 +126,7 @@ def refusals(
         at = commands[NO_REFERENCE].index("--slm-reference-load")
         del commands[NO_REFERENCE][at : at + 2]
     (directory / "commands.json").write_text(json.dumps(commands))
-    launch(1, [str(Path(__file__).with_name("refused_commands.py"))], directory)
+    launch(1, [str(Path(__file__).with_name("refused_commands.py"))], directory, fresh_threads=1)
     return json.loads((directory / "refusals.json").read_text())
 
 
@@ -148,6 +148,6 @@ def test_refused_ranks_do_not_wait(corpus: Corpus, untied: Checkpoints, tmp_path
         *untied.arguments,
         *f"--train-iters {STEPS} --micro-batch-size 3 --slm-token-ratio 2".split(),
     ]
-    run = pretrain(2, arguments, tmp_path, check=False, timeout=120)
+    run = pretrain(2, arguments, tmp_path, check=False, timeout=120, fresh_threads=1)
     assert run.codes == [2, 2], run.outputs[0][-3000:]
     assert "iteration        1/" not in run.outputs[1]
