@@ -21,7 +21,8 @@ Megatron's dense head:
                      bwd SUM [k, h]                      bwd SUM [n, h]
 
 With sequence parallelism the caller gathers hidden states (and its backward reduce-scatters); the
-dense head gathers them twice.  With entropies, SUM is of [3, n] and the broadcast of [2, n].
+dense head gathers them twice.  With entropies, SUM is of [3, n], the broadcast of [2, n], and the
+logits of token_losses take two chunks.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def token_losses(
     rows = hidden.shape[0]
     # Lower than any logit, but finite: the difference of two maxima is a number.
     maximum = hidden.new_full((rows,), torch.finfo(torch.float32).min, dtype=torch.float32)
-    # Target logit, sum of exp(logit - maximum), and with entropies that of exp(...) (...).
+    # Target logit, sum of e^x with x = logit - maximum, and with entropies sum of x e^x.
     sums = hidden.new_zeros((3 if entropies else 2, rows), dtype=torch.float32)
     with torch.no_grad():
         for columns in _chunks(hidden, weight.shape[0]):
@@ -213,6 +214,7 @@ class _SelectedLoss(torch.autograd.Function):
             ).to(weight.dtype)
             _add_product(grad_selected, gradient, weight[columns])
             if columns.stop == columns_here:
+                # Complete, and summed over ranks while the last rows of dW are computed.
                 grad_selected = grad_selected.to(hidden.dtype)
                 if ctx.reduce_hidden_gradient:
                     pending = torch.distributed.all_reduce(
@@ -308,8 +310,7 @@ def _inside(column: Tensor, columns: int) -> tuple[Tensor, Tensor]:
 
 
 def _raise_maximum(old: Tensor, new: Tensor, sums: Tensor) -> Tensor:
-    """Bring sums of exp(logit - old) and of exp(logit - old) (logit - old) to `new`, [n], in place;
-    returns new."""
+    """Bring sums, in place, from the maximum `old` to `new`, [n]; returns new."""
     down = old - new
     if sums.shape[0] == 3:
         sums[2] += down * sums[1]
