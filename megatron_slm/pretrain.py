@@ -71,14 +71,11 @@ def _pretrain(args: Namespace) -> None:
     from megatron_slm.model import plain_block_spec
     from megatron_slm.reference.online import OnlineReference, reference_arguments
     from megatron_slm.training import datasets, report, seam
-    from megatron_slm.training.arguments import (
-        check_tokenizer,
-        record_tokenizer,
-        settings_from_arguments,
-        validate_arguments,
-    )
+    from megatron_slm.training.arguments import validate_arguments
     from megatron_slm.training.resumed import carried_threshold, check_same_reference
+    from megatron_slm.training.settings import settings_from_arguments
     from megatron_slm.training.step import SelectiveStep
+    from megatron_slm.training.tokenizer import check_tokenizer, record_tokenizer
 
     checkpoint = validate_arguments(args)
     record_tokenizer(args, get_tokenizer())

@@ -1,67 +1,22 @@
-"""What distributed tests share: one small dataset of real text, checkpoints to start from."""
+"""What distributed tests share, made once a session."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-
-import numpy
 import pytest
 import torch
 
-from launch import pretrain
+from jobs import (
+    GLOBAL_BATCH,
+    SEQUENCE,
+    SPLIT,
+    STEPS,
+    VOCABULARY,
+    Checkpoints,
+    Corpus,
+    train_checkpoints,
+    write_dataset,
+)
 from real_text import docstrings
-
-SEQUENCE = 64
-GLOBAL_BATCH = 12
-STEPS = 5
-VOCABULARY = 257  # bytes and an end-of-document token
-SPLIT = "90,10,0"
-
-
-@dataclass
-class Corpus:
-    """prefix: of the indexed dataset; arguments: for a run that reads it."""
-
-    prefix: Path
-
-    @property
-    def arguments(self) -> list[str]:
-        return (
-            f"--data-path {self.prefix} --split {SPLIT} --seq-length {SEQUENCE} "
-            f"--tokenizer-type NullTokenizer --vocab-size {VOCABULARY} --eod-mask-loss"
-        ).split()
-
-
-# A policy of two key-value groups, and a reference of another depth and width.
-POLICY = """
-    --num-layers 4 --hidden-size 64 --num-attention-heads 4 --group-query-attention
-    --num-query-groups 2 --make-vocab-size-divisible-by 256
-""".split()
-REFERENCE = """
-    --num-layers 2 --hidden-size 96 --num-attention-heads 6 --make-vocab-size-divisible-by 64
-""".split()
-LLAMA = f"""
-    --max-position-embeddings {SEQUENCE} --position-embedding-type rope --swiglu
-    --normalization RMSNorm --disable-bias-linear --attention-dropout 0 --hidden-dropout 0
-    --init-method-std 0.04
-""".split()
-UNTIED = ["--untie-embeddings-and-output-weights"]
-OPTIMIZER = f"""
-    --global-batch-size {GLOBAL_BATCH} --lr 3e-4 --lr-decay-style constant --clip-grad 1.0
-    --weight-decay 0.01 --adam-beta2 0.999 --eval-iters 1 --eval-interval 1000 --log-interval 1
-""".split()
-
-
-def write_dataset(prefix: Path, texts: list[str]) -> None:
-    """An indexed dataset of bytes, an end-of-document token after each text."""
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.uint16)
-    for text in texts:
-        ids = [*text.encode(), VOCABULARY - 1]
-        builder.add_document(torch.tensor(ids), [len(ids)])
-    builder.finalize(f"{prefix}.idx")
 
 
 @pytest.fixture(scope="session")
@@ -106,48 +61,11 @@ def samples(corpus: Corpus) -> dict[str, torch.Tensor]:
     }
 
 
-@dataclass
-class Checkpoints:
-    """Two models after a few steps of plain causal language modeling on one rank."""
-
-    policy: Path
-    reference: Path
-    tied: bool
-
-    @property
-    def embeddings(self) -> list[str]:
-        return [] if self.tied else UNTIED
-
-    @property
-    def arguments(self) -> list[str]:
-        """Start from the policy at iteration 0, with the reference at hand."""
-        return [
-            *POLICY,
-            *LLAMA,
-            *self.embeddings,
-            *OPTIMIZER,
-            *f"--load {self.policy} --finetune --no-load-optim --no-load-rng".split(),
-            *f"--slm-reference-load {self.reference}".split(),
-        ]
-
-
-def _train_checkpoints(corpus: Corpus, directory: Path, tied: bool) -> Checkpoints:
-    made = Checkpoints(directory / "policy", directory / "reference", tied)
-    for path, model, steps in ((made.policy, POLICY, 2), (made.reference, REFERENCE, 10)):
-        arguments = f"--train-iters {steps} --micro-batch-size 4 --save {path} --save-interval 10"
-        pretrain(
-            1,
-            [*corpus.arguments, *model, *LLAMA, *made.embeddings, *OPTIMIZER, *arguments.split()],
-            directory / f"run-{path.name}",
-        )
-    return made
-
-
 @pytest.fixture(scope="session")
 def untied(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
-    return _train_checkpoints(corpus, tmp_path_factory.mktemp("untied"), tied=False)
+    return train_checkpoints(corpus, tmp_path_factory.mktemp("untied"), tied=False)
 
 
 @pytest.fixture(scope="session")
 def tied(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
-    return _train_checkpoints(corpus, tmp_path_factory.mktemp("tied"), tied=True)
+    return train_checkpoints(corpus, tmp_path_factory.mktemp("tied"), tied=True)

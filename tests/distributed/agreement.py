@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import oracle
-from conftest import GLOBAL_BATCH, SEQUENCE, STEPS, VOCABULARY, Checkpoints
+from jobs import GLOBAL_BATCH, SEQUENCE, STEPS, VOCABULARY, Checkpoints
 from launch import Run
 
 # Scores this close to the threshold may fall on either side of it.

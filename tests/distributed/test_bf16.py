@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from conftest import Checkpoints, Corpus
 from distributed.test_layouts import LAYOUTS
+from jobs import Checkpoints, Corpus
 from launch import pretrain
 
 

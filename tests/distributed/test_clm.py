@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import LLAMA, OPTIMIZER, POLICY, UNTIED, Checkpoints, Corpus
+from jobs import LLAMA, OPTIMIZER, POLICY, UNTIED, Checkpoints, Corpus
 from launch import pretrain
 
 LAYOUTS = {

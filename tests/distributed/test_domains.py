@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import Checkpoints, Corpus, write_dataset
+from jobs import Checkpoints, Corpus, write_dataset
 from launch import pretrain
 from real_text import docstrings
 

@@ -8,8 +8,8 @@ import pytest
 from torch import Tensor
 
 import oracle
-from conftest import STEPS, Checkpoints, Corpus
 from distributed.agreement import agrees_with_oracle, train_oracle
+from jobs import STEPS, Checkpoints, Corpus
 from launch import pretrain
 
 RATIO = 0.6

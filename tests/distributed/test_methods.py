@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import oracle
-from conftest import GLOBAL_BATCH, STEPS, Checkpoints, Corpus
 from distributed.agreement import agrees_with_oracle, selected_tokens, train_oracle
 from distributed.test_layouts import LAYOUTS, RATIO
+from jobs import GLOBAL_BATCH, STEPS, Checkpoints, Corpus
 from launch import Run, pretrain
 
 MICRO_BATCH = 3

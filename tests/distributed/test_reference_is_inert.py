@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from conftest import Checkpoints, Corpus
+from jobs import Checkpoints, Corpus
 from launch import pretrain
 
 

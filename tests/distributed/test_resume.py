@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import Checkpoints, Corpus
+from jobs import Checkpoints, Corpus
 from launch import pretrain
 
 TAGS = ("lm loss", "grad-norm", "threshold", "excess loss")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import LLAMA, OPTIMIZER, POLICY, UNTIED, Corpus
+from jobs import LLAMA, OPTIMIZER, POLICY, UNTIED, Corpus
 from launch import REPOSITORY, launch, pretrain
 
 

@@ -10,8 +10,25 @@ from pathlib import Path
 
 import pytest
 
-from conftest import STEPS, Checkpoints, Corpus
+from jobs import STEPS, Checkpoints, Corpus
 from launch import launch, pretrain
+from real_text import docstrings
+
+
+def _sentencepiece(reference: Path) -> list[str]:
+    """Another tokenizer with as many tokens."""
+    import sentencepiece
+
+    model = reference.parent / f"{reference.name}-tokenizer"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(docstrings(["argparse", "difflib"])),
+        model_prefix=str(model),
+        vocab_size=257,
+        model_type="bpe",
+        minloglevel=2,
+    )
+    return ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", f"{model}.model"]
+
 
 NO_REFERENCE = "ratio without reference"
 
@@ -82,6 +99,7 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         "--slm-head chunked",
     ),
     "negative guard": (lambda _: ["--slm-unselected-weight", "-1"], "negative"),
+    "tokenizer of another kind": (_sentencepiece, "another tokenizer"),
     "ratio zero": (lambda _: ["--slm-token-ratio", "0"], "(0, 1]"),
     "ratio above one": (lambda _: ["--slm-token-ratio", "1.5"], "(0, 1]"),
     "layers do not divide": (
