@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import warnings
 from argparse import ArgumentParser, Namespace
-from functools import partial
+from functools import cache, partial
 
 import torch
 
@@ -71,28 +71,31 @@ def _pretrain(args: Namespace) -> None:
     from megatron_slm.model import plain_block_spec
     from megatron_slm.reference.online import OnlineReference, reference_arguments
     from megatron_slm.training import datasets, report, seam
-    from megatron_slm.training.arguments import validate_arguments
-    from megatron_slm.training.resumed import carried_threshold, check_same_reference
+    from megatron_slm.training.arguments import open_reference, validate_arguments
+    from megatron_slm.training.resumed import check_same_reference, saved_arguments
     from megatron_slm.training.settings import settings_from_arguments
     from megatron_slm.training.step import SelectiveStep
     from megatron_slm.training.tokenizer import check_tokenizer, record_tokenizer
 
-    checkpoint = validate_arguments(args)
+    validate_arguments(args)
+    settings = settings_from_arguments(args)
+    checkpoint = open_reference(args)
     record_tokenizer(args, get_tokenizer())
     layer_spec = None if HAVE_TE else plain_block_spec
+    saved = cache(partial(saved_arguments, args))  # known when the policy has been loaded
     build_reference = None
     if checkpoint is not None:
         check_tokenizer(args, checkpoint)
-        reference_arguments(checkpoint, args)  # raises what would go wrong later
+        own_args = reference_arguments(checkpoint, args)
         scoring = Scoring(args.slm_vocab_size, entropies=args.slm_score == "reference-entropy")
 
         def build_reference() -> OnlineReference:
-            check_same_reference(args)
-            return OnlineReference(checkpoint, args, scoring, layer_spec)
+            check_same_reference(args, saved())
+            return OnlineReference(checkpoint, own_args, scoring, layer_spec)
 
     datasets.use_prebuilt_helpers()
     step = SelectiveStep(
-        settings_from_arguments(args), build_reference, partial(carried_threshold, args)
+        settings, build_reference, lambda: getattr(saved(), "slm_carried_threshold", None)
     )
     seam.install(step.run)
     report.install()

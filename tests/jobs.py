@@ -75,16 +75,20 @@ class Checkpoints:
         return [] if self.tied else UNTIED
 
     @property
-    def arguments(self) -> list[str]:
-        """Start from the policy at iteration 0, with the reference at hand."""
+    def without_reference(self) -> list[str]:
+        """Start from the policy at iteration 0."""
         return [
             *POLICY,
             *LLAMA,
             *self.embeddings,
             *OPTIMIZER,
             *f"--load {self.policy} --finetune --no-load-optim --no-load-rng".split(),
-            *f"--slm-reference-load {self.reference}".split(),
         ]
+
+    @property
+    def arguments(self) -> list[str]:
+        """The same, with the reference at hand."""
+        return [*self.without_reference, "--slm-reference-load", str(self.reference)]
 
 
 def train_checkpoints(corpus: Corpus, directory: Path, tied: bool) -> Checkpoints:

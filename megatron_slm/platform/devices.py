@@ -46,6 +46,20 @@ def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def _to_on_cpu(to: Callable[..., Any]) -> Callable[..., Any]:
+    """A `to` method, whose device may also come first, in the same way."""
+
+    @functools.wraps(to)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if args and _names_cuda(args[0]):
+            args = (CPU, *args[1:])
+        if _names_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU
+        return to(self, *args, **kwargs)
+
+    return wrapper
+
+
 class Stream:
     """A CUDA stream on a device that runs everything in order."""
 
@@ -113,25 +127,7 @@ def install() -> None:
 
 
 def _install_tensor_methods() -> None:
-    tensor_to = torch.Tensor.to
-    module_to = torch.nn.Module.to
     tensor_type = torch.Tensor.type
-
-    @functools.wraps(tensor_to)
-    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if args and _names_cuda(args[0]):
-            args = (CPU, *args[1:])
-        if _names_cuda(kwargs.get("device")):
-            kwargs["device"] = CPU
-        return tensor_to(self, *args, **kwargs)
-
-    @functools.wraps(module_to)
-    def to_module(self: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
-        if args and _names_cuda(args[0]):
-            args = (CPU, *args[1:])
-        if _names_cuda(kwargs.get("device")):
-            kwargs["device"] = CPU
-        return module_to(self, *args, **kwargs)
 
     @functools.wraps(tensor_type)
     def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -139,8 +135,8 @@ def _install_tensor_methods() -> None:
         # Megatron's optimizers sort parameters by the string "torch.cuda.FloatTensor".
         return result.replace("torch.", "torch.cuda.") if isinstance(result, str) else result
 
-    torch.Tensor.to = to
-    torch.nn.Module.to = to_module
+    torch.Tensor.to = _to_on_cpu(torch.Tensor.to)
+    torch.nn.Module.to = _to_on_cpu(torch.nn.Module.to)
     torch.Tensor.type = type_
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     torch.Tensor.pin_memory = lambda self, *args, **kwargs: self

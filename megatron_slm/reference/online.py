@@ -41,7 +41,7 @@ class OnlineReference:
 
     Args:
         checkpoint: where its weights are, resharded as they load.
-        arguments: of the policy's run, validated.
+        arguments: its own, from reference_arguments().
         scoring: what is wanted.  Padding of the vocabulary is left out of the reference's softmax,
             so that it does not matter how much of it the checkpoint has.
         layer_spec: layers of a (GPTModelConfig, vp_stage), None for Megatron's choice.
@@ -58,7 +58,7 @@ class OnlineReference:
         self.seq_length = arguments.seq_length
         # An embedding of learned positions draws its weights whatever it is told.
         with torch.random.fork_rng(devices=[]):
-            self.model = _build(reference_arguments(checkpoint, arguments), layer_spec)
+            self.model = _build(arguments, layer_spec)
         _load(self.model, checkpoint)
 
     @torch.no_grad()
@@ -74,10 +74,7 @@ class OnlineReference:
             batch = next(data_iterator)
             read.append(batch)
             output = model(
-                input_ids=batch.tokens,
-                position_ids=batch.position_ids,
-                attention_mask=None,
-                labels=batch.labels,
+                **batch.model_inputs(),
                 output_processor=all_losses,
                 output_processor_context=self.scoring,
             )

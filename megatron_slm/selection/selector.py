@@ -88,20 +88,21 @@ class TokenSelector:
             domains: int64 [b], the dataset of each sample; None where there is no blend, as in
                 validation, and then all take `ratio`.
         """
-        sets, ratios = self.sets(len(scores), ratio, domains, scores.device)
         wide = self.settings.scope == "data-parallel"
-        placement = self._placement(len(scores), 1, wide, scores.device)
-        selection = select_top_fraction(scores, valid, ratios, sets, placement)
-        return self._weigh(scores, valid, selection, sets, placement)
+        return self._weigh(scores, valid, *self._select(scores, valid, ratio, domains, 1, wide))
 
     def choose_from_step(
         self, scores: Tensor, valid: Tensor, ratio: float, domains: Tensor | None, count: int
-    ) -> tuple[Choice, Selection]:
+    ) -> Choice:
         """Choose from all micro-batches of a step: [count * b, s/c], one after the other."""
-        sets, ratios = self.sets(len(scores), ratio, domains, scores.device)
-        placement = self._placement(len(scores) // count, count, True, scores.device)
-        selection = select_top_fraction(scores, valid, ratios, sets, placement)
-        return self._weigh(scores, valid, selection, sets, placement), selection
+        return self._weigh(scores, valid, *self._select(scores, valid, ratio, domains, count, True))
+
+    def select_from_step(
+        self, scores: Tensor, valid: Tensor, ratio: float, domains: Tensor | None, count: int
+    ) -> Selection:
+        """The same, without weights: for its thresholds."""
+        selection, _, _ = self._select(scores, valid, ratio, domains, count, True)
+        return selection
 
     def choose_above(
         self, scores: Tensor, valid: Tensor, thresholds: Tensor, domains: Tensor | None
@@ -126,6 +127,21 @@ class TokenSelector:
         if self.settings.scope == "sequence":
             return torch.arange(samples, device=device), by_domain[domains]
         return domains, by_domain
+
+    def _select(
+        self,
+        scores: Tensor,
+        valid: Tensor,
+        ratio: float,
+        domains: Tensor | None,
+        count: int,
+        wide: bool,
+    ) -> tuple[Selection, Tensor, Placement]:
+        """Exactly, from `count` micro-batches, over the data-parallel ranks if `wide`; with the
+        sets and the placement it was made by."""
+        sets, ratios = self.sets(len(scores), ratio, domains, scores.device)
+        placement = self._placement(len(scores) // count, count, wide, scores.device)
+        return select_top_fraction(scores, valid, ratios, sets, placement), sets, placement
 
     def _placement(self, samples: int, count: int, wide: bool, device: torch.device) -> Placement:
         """Of `count` micro-batches of `samples` each, over the data-parallel ranks if `wide`."""

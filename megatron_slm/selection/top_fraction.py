@@ -136,10 +136,21 @@ def _rank_among_ties(
     A segment is a run of consecutive positions that lies on one rank and in one set; the table of
     ties per segment is all that ranks exchange.
     """
+    # Local positions ascend with token order, so a running count per set is the rank among local
+    # ties; what other ranks hold before a segment is the rest.
+    flat = ties.long()
+    within = flat.cumsum(1) - flat
+    per_sample = flat.sum(1)
+    same = (sets[:, None] == sets[None, :]).tril(-1)
+    samples_before = (same * per_sample[None, :]).sum(1)
+    local_rank = within + samples_before[:, None]
+    if not placement.shared:
+        return local_rank
+
     chunks = 2 * placement.cp_size if placement.cp_size > 1 else 1
     run = placement.run if chunks == 1 and number_of_sets == 1 else 1
     segments = (placement.total + run - 1) // run * chunks
-    if placement.shared and segments > MAX_SEGMENTS:
+    if segments > MAX_SEGMENTS:
         raise ValueError(
             f"a scope of {placement.total} samples over {placement.cp_size} context-parallel ranks "
             f"has {segments} segments, more than {MAX_SEGMENTS}; use a narrower scope"
@@ -164,15 +175,7 @@ def _rank_among_ties(
     set_of_segment = whole[segments:] if number_of_sets > 1 else torch.zeros_like(local)
     before = _before_in_set(whole[:segments], set_of_segment, number_of_sets)
     before_here = _before_in_set(local, set_of_segment, number_of_sets)
-
-    # Local positions ascend with token order, so a running count per set is the rank among local
-    # ties; what other ranks hold before a segment is the rest.
-    flat = ties.long()
-    within = flat.cumsum(1) - flat
-    per_sample = flat.sum(1)
-    same = (sets[:, None] == sets[None, :]).tril(-1)
-    samples_before = (same * per_sample[None, :]).sum(1)
-    return within + samples_before[:, None] + (before - before_here)[segment]
+    return local_rank + (before - before_here)[segment]
 
 
 def _before_in_set(ties: Tensor, sets: Tensor, number_of_sets: int) -> Tensor:

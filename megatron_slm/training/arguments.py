@@ -17,7 +17,6 @@ from megatron_slm.selection import (
     SCORES,
     WEIGHTINGS,
 )
-from megatron_slm.training.settings import settings_from_arguments
 
 # Megatron's options that this loss cannot honour, and why.
 UNSUPPORTED = {
@@ -192,8 +191,8 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     return parser
 
 
-def validate_arguments(args: Namespace) -> ReferenceCheckpoint | None:
-    """Check everything that can be checked before distributed initialisation.
+def validate_arguments(args: Namespace) -> None:
+    """Refuse Megatron's options that cannot be honoured.
 
     Raises:
         UserError: naming the argument and what to do about it.
@@ -216,7 +215,14 @@ def validate_arguments(args: Namespace) -> ReferenceCheckpoint | None:
             "--use-distributed-optimizer needs Transformer Engine or Apex: without them Megatron "
             "saves checkpoints that it cannot resume from"
         )
-    settings_from_arguments(args)  # raises what is wrong with the group's own arguments
+
+
+def open_reference(args: Namespace) -> ReferenceCheckpoint | None:
+    """The reference's checkpoint, checked; None without a reference.
+
+    Raises:
+        UserError: as open_checkpoint, or an iteration of no reference.
+    """
     if args.slm_reference_load is None:
         if args.slm_reference_ckpt_step is not None:
             raise UserError("--slm-reference-ckpt-step needs --slm-reference-load")

@@ -47,6 +47,15 @@ class MicroBatch:
         assert self.loss_mask is not None
         return self.loss_mask > 0
 
+    def model_inputs(self) -> dict[str, Tensor | None]:
+        """Arguments of GPTModel.forward.  No attention mask: attention is causal."""
+        return {
+            "input_ids": self.tokens,
+            "position_ids": self.position_ids,
+            "attention_mask": None,
+            "labels": self.labels,
+        }
+
 
 def read_micro_batches(
     data_iterator: Any, micro_batch_size: int, count: int, with_domains: bool
@@ -100,13 +109,3 @@ def read_micro_batches(
             batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
         )
         yield MicroBatch(number, domains=domains, **{name: batch[name] for name in FIELDS})
-
-
-def model_inputs(micro_batch: MicroBatch) -> dict[str, Tensor | None]:
-    """Arguments of GPTModel.forward.  No attention mask: attention is causal."""
-    return {
-        "input_ids": micro_batch.tokens,
-        "position_ids": micro_batch.position_ids,
-        "attention_mask": None,
-        "labels": micro_batch.labels,
-    }

@@ -153,7 +153,7 @@ class MicroBatchObjective:
         if batch.reference_losses is not None:
             report["reference loss"] = _pair(batch.reference_losses, valid)
             report["excess loss"] = _pair(self.losses - batch.reference_losses, valid)
-        if batch.domains is not None and self.step.training:
+        if batch.domains is not None:
             for number, name in enumerate(self.settings.domains):
                 here = valid & (batch.domains == number)[:, None]
                 report[f"selected loss {name}"] = _pair(self.losses, here & selected)

@@ -6,7 +6,6 @@ Megatron's checkpoints keep the arguments of the run that wrote them, and so wha
 from __future__ import annotations
 
 from argparse import Namespace
-from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.training.checkpointing import get_checkpoint_name
@@ -23,19 +22,14 @@ def saved_arguments(args: Namespace) -> Namespace:
     return saved
 
 
-def carried_threshold(args: Namespace) -> Any:
-    """CarriedThreshold.state() when the checkpoint was written, or None."""
-    return getattr(saved_arguments(args), "slm_carried_threshold", None)
-
-
-def check_same_reference(args: Namespace) -> None:
+def check_same_reference(args: Namespace, saved: Namespace) -> None:
     """A reference that has trained on since would silently change what the policy learns.
 
     Raises:
         UserError: the checkpoint was written with another iteration of the reference, and none was
             asked for.
     """
-    before = getattr(saved_arguments(args), "slm_reference_iteration", None)
+    before = getattr(saved, "slm_reference_iteration", None)
     now = args.slm_reference_iteration
     if args.slm_reference_ckpt_step is None and before not in (None, now):
         raise UserError(

@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_slm.loss import Scoring, Selecting, all_losses, loss_of_selected
 from megatron_slm.selection import CarriedThreshold, Choice, Ranks, TokenSelector
 from megatron_slm.training import seam
-from megatron_slm.training.micro_batch import MicroBatch, model_inputs, read_micro_batches
+from megatron_slm.training.micro_batch import MicroBatch, read_micro_batches
 from megatron_slm.training.objective import MicroBatchObjective, token_scores
 from megatron_slm.training.settings import SelectiveSettings, Step
 
@@ -41,7 +41,8 @@ class SelectiveStep:
     Args:
         build_reference: called once on all ranks, when the policy has been built and loaded and its
             training or evaluation begins; None without a reference.
-        load_carried: what CarriedThreshold.state() was when the policy's checkpoint was saved.
+        load_carried: called if thresholds are carried, for what CarriedThreshold.state() was when
+            the policy's checkpoint was saved.
     """
 
     def __init__(
@@ -67,7 +68,9 @@ class SelectiveStep:
             ),
         )
         self.reference = self.build_reference() if self.build_reference is not None else None
-        self.carried = CarriedThreshold.from_state(self.load_carried())
+        selection = self.settings.selection
+        carries = selection.scope == "global-batch" and not selection.exact
+        self.carried = CarriedThreshold.from_state(self.load_carried() if carries else None)
 
     def run(
         self,
@@ -131,7 +134,7 @@ class SelectiveStep:
                 "output_processor": loss_of_selected,
                 "output_processor_context": Selecting(objective.weigh, self._wants_entropies),
             }
-        return model(**model_inputs(micro_batch), **extra), objective
+        return model(**micro_batch.model_inputs(), **extra), objective
 
     @property
     def _wants_entropies(self) -> bool:
@@ -168,11 +171,11 @@ class SelectiveStep:
         def score_step(
             data_iterator: Iterator[MicroBatch], model: torch.nn.Module
         ) -> tuple[Tensor, Callable[..., Any]]:
-            extra = {
-                "output_processor": all_losses,
-                "output_processor_context": Scoring(entropies=self._wants_entropies),
-            }
-            output = model(**model_inputs(next(data_iterator)), **extra)
+            output = model(
+                **next(data_iterator).model_inputs(),
+                output_processor=all_losses,
+                output_processor_context=Scoring(entropies=self._wants_entropies),
+            )
             return output, lambda scored, non_loss_data: scored
 
         count = arguments["num_microbatches"]
@@ -199,16 +202,19 @@ class SelectiveStep:
             for batch, said in zip(read, scored, strict=True):
                 losses, entropies = said if self._wants_entropies else (said, None)
                 batch.scores = token_scores(batch, losses, entropies, self.settings, self.step)
-            choice, _ = self._choose_from_step(read)
+            choice = self.selector.choose_from_step(*self._whole_step(read))
             for batch, part in zip(read, _split(choice, count), strict=True):
                 batch.choice = part
         return read
 
-    def _choose_from_step(self, read: list[MicroBatch]) -> Any:
+    def _whole_step(
+        self, read: list[MicroBatch]
+    ) -> tuple[Tensor, Tensor, float, Tensor | None, int]:
+        """All micro-batches of a step as the selector takes them."""
         assert self.step is not None
         scores = [batch.scores for batch in read if batch.scores is not None]
         domains = [batch.domains for batch in read if batch.domains is not None]
-        return self.selector.choose_from_step(
+        return (
             torch.cat(scores),
             torch.cat([batch.valid for batch in read]),
             self.step.ratio,
@@ -223,7 +229,7 @@ class SelectiveStep:
         number = max(1, len(self.settings.selection.domain_ratios))
         found = torch.zeros(2, number, device=torch.cuda.current_device())
         if mpu.is_pipeline_last_stage():
-            _, selection = self._choose_from_step(seen)
+            selection = self.selector.select_from_step(*self._whole_step(seen))
             found[0] = torch.where(selection.count > 0, selection.threshold, 0.0)
             found[1] = selection.count > 0
         if mpu.get_pipeline_model_parallel_world_size() > 1:

@@ -106,9 +106,7 @@ def test_warmup_and_schedule(corpus: Corpus, untied: Checkpoints, tmp_path: Path
         "--slm-final-token-ratio 0.2 --slm-ratio-decay-iters 4"
     )
     run = run_method(corpus, untied, "one rank", flags, tmp_path / "warm")
-    plain = [*corpus.arguments, *untied.arguments]
-    at = plain.index("--slm-reference-load")
-    del plain[at : at + 2]
+    plain = [*corpus.arguments, *untied.without_reference]
     plain += f"--train-iters {STEPS} --micro-batch-size {MICRO_BATCH}".split()
     expected = pretrain(1, plain, tmp_path / "plain").scalars("lm loss")
     losses = run.scalars("lm loss")
@@ -122,9 +120,7 @@ def test_warmup_and_schedule(corpus: Corpus, untied: Checkpoints, tmp_path: Path
 def test_a_score_of_the_policy_needs_no_reference(
     corpus: Corpus, untied: Checkpoints, tmp_path: Path
 ) -> None:
-    arguments = [*corpus.arguments, *untied.arguments]
-    at = arguments.index("--slm-reference-load")
-    del arguments[at : at + 2]
+    arguments = [*corpus.arguments, *untied.without_reference]
     arguments += f"--train-iters 2 --micro-batch-size {MICRO_BATCH}".split()
     arguments += "--slm-score policy --slm-token-ratio 0.5".split()
     run = pretrain(1, arguments, tmp_path)

@@ -84,7 +84,7 @@ def check(case: int, scope: str, with_domains: bool, grid: Grid, traffic: list[i
     number_of_sets = SAMPLES if scope == "sequence" else 3 if with_domains else 1
     if scope == "global-batch":
         traffic.clear()
-        choice, _ = selector.choose_from_step(
+        choice = selector.choose_from_step(
             torch.cat(grid.part(scores)),
             torch.cat(grid.part(valid)),
             ratio,

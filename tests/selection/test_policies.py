@@ -113,7 +113,7 @@ def test_carried_threshold_realises_the_ratio(ranks: Ranks) -> None:
         else:
             choice = selector.choose_above(scores, valid, torch.tensor(thresholds), None)
         realised.append((choice.selected.sum() / valid.sum()).item())
-        _, selection = selector.choose_from_step(scores, valid, 0.6, None, 4)
+        selection = selector.select_from_step(scores, valid, 0.6, None, 4)
         carried.after(iteration, selection.threshold.tolist(), [True])
     assert all(abs(ratio - 0.6) < 0.01 for ratio in realised[20:])
     assert len(set(realised[20:])) > 10
