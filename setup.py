@@ -29,6 +29,6 @@ setup(
     ],
     extras_require={
         "dev": ["hypothesis", "mypy", "pytest", "ruff"],
-        "cuda": ["transformer-engine[pytorch]", "liger-kernel"],
+        "cuda": ["transformer-engine[pytorch]"],
     },
 )

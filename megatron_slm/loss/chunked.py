@@ -22,18 +22,24 @@ Megatron's dense head:
 
 With sequence parallelism the caller gathers hidden states (and its backward reduce-scatters); the
 dense head gathers them twice.  With entropies, SUM is of [3, n], the broadcast of [2, n], and the
-logits of token_losses take two chunks.
+logits of token_losses take two chunks.  On a GPU softmax_triton.py goes over a chunk's logits once
+in token_losses and once in the backward; elsewhere softmax.py does the same in plain torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
+
+from megatron_slm.loss import softmax
+from megatron_slm.loss.softmax import raise_maximum
 
 # A CPU's cache holds a chunk; a GPU wants fewer and larger kernels.  Products of fewer than
 # MIN_COLUMNS are slow on both.
@@ -59,6 +65,16 @@ class TokenLosses:
 def chunk_columns(rows: int, device: str) -> int:
     """Columns of a chunk: float32 logits of `rows` rows fill CHUNK_BYTES; a multiple of 64."""
     return max(MIN_COLUMNS, CHUNK_BYTES[device] // (4 * max(1, rows)) // 64 * 64)
+
+
+def softmax_functions(device: torch.device) -> ModuleType:
+    """softmax_triton on a GPU with Triton (it comes with torch's CUDA and ROCm builds), else
+    softmax."""
+    if device.type == "cuda" and find_spec("triton") is not None:
+        from megatron_slm.loss import softmax_triton
+
+        return softmax_triton
+    return softmax
 
 
 def token_losses(
@@ -92,11 +108,11 @@ def token_losses(
     rows = hidden.shape[0]
     # Lower than any logit, but finite: the difference of two maxima is a number.
     maximum = hidden.new_full((rows,), torch.finfo(torch.float32).min, dtype=torch.float32)
-    # Target logit, sum of e^x with x = logit - maximum, and with entropies sum of x e^x.
+    functions = softmax_functions(hidden.device)
     sums = hidden.new_zeros((3 if entropies else 2, rows), dtype=torch.float32)
     with torch.no_grad():
         for columns in _chunks(hidden, weight.shape[0]):
-            maximum = _add_chunk(
+            maximum = functions.add_chunk(
                 sums,
                 maximum,
                 _logits(hidden, weight[columns], scale_logits),
@@ -105,7 +121,7 @@ def token_losses(
     if size > 1:
         highest = maximum.clone()
         torch.distributed.all_reduce(highest, ReduceOp.MAX, group=tp_group)
-        maximum = _raise_maximum(maximum, highest, sums)
+        maximum = raise_maximum(maximum, highest, sums)
         torch.distributed.all_reduce(sums, group=tp_group)
     target, sum_exp = sums[0], sums[1]
     log_sum = torch.log(sum_exp)
@@ -203,15 +219,16 @@ class _SelectedLoss(torch.autograd.Function):
         scale = scale.expand(rows) if weights is None else scale * weights
         grad_selected = torch.zeros_like(hidden, dtype=torch.float32)
         weight_gradient = _WeightGradient(weight, ctx.accumulate_into_main_grad)
+        functions = softmax_functions(hidden.device)
         pending = None
         for columns in _chunks(hidden, columns_here):
-            gradient = _logits_gradient(
+            gradient = functions.logits_gradient(
                 _logits(hidden, weight[columns], ctx.scale_logits),
                 labels - (start + columns.start),
                 maximum,
                 sum_exp,
                 scale,
-            ).to(weight.dtype)
+            )
             _add_product(grad_selected, gradient, weight[columns])
             if columns.stop == columns_here:
                 # Complete, and summed over ranks while the last rows of dW are computed.
@@ -265,57 +282,9 @@ def _chunks(hidden: Tensor, columns: int) -> Iterator[slice]:
 def _logits(
     hidden: Tensor, weight: Tensor, scale_logits: Callable[[Tensor], Tensor] | None
 ) -> Tensor:
-    """float32 [rows, columns], owned by the caller.  The product runs in the weight's dtype."""
+    """[rows, columns] in the weight's dtype, contiguous and owned by the caller."""
     logits = hidden @ weight.t()
-    if scale_logits is not None:
-        logits = scale_logits(logits)
-    return logits.float()
-
-
-def _add_chunk(sums: Tensor, maximum: Tensor, logits: Tensor, column: Tensor) -> Tensor:
-    """Add a chunk's logits, which are overwritten, to sums; returns the maximum with them.
-
-    column, int64 [n]: of each label within the chunk; outside where it lies elsewhere.
-    """
-    column, here = _inside(column, logits.shape[1])
-    sums[0] += torch.where(here, logits.gather(-1, column[:, None]).squeeze(-1), 0.0)
-    maximum = _raise_maximum(maximum, torch.maximum(maximum, logits.amax(-1)), sums)
-    shifted = logits.sub_(maximum[:, None])
-    if sums.shape[0] == 2:
-        sums[1] += shifted.exp_().sum(-1)
-    else:
-        exp = shifted.exp()
-        sums[1] += exp.sum(-1)
-        sums[2] += exp.mul_(shifted).sum(-1)
-    return maximum
-
-
-def _logits_gradient(
-    logits: Tensor, column: Tensor, maximum: Tensor, sum_exp: Tensor, scale: Tensor
-) -> Tensor:
-    """scale (softmax - one-hot), float32 [k, columns], in the place of logits.
-
-    column, int64 [k]: of each label within the chunk; outside where it lies elsewhere.
-    scale, float32 [k]: derivative by each row's loss.
-    """
-    column, here = _inside(column, logits.shape[1])
-    gradient = logits.sub_(maximum[:, None]).exp_().mul_((scale / sum_exp)[:, None])
-    return gradient.scatter_add_(-1, column[:, None], torch.where(here, -scale, 0.0)[:, None])
-
-
-def _inside(column: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """column, 0 where it is outside of [0, columns), and whether it is inside."""
-    here = (column >= 0) & (column < columns)
-    return torch.where(here, column, 0), here
-
-
-def _raise_maximum(old: Tensor, new: Tensor, sums: Tensor) -> Tensor:
-    """Bring sums, in place, from the maximum `old` to `new`, [n]; returns new."""
-    down = old - new
-    if sums.shape[0] == 3:
-        sums[2] += down * sums[1]
-    sums[1:] *= torch.exp(down)
-    return new
+    return logits if scale_logits is None else scale_logits(logits)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

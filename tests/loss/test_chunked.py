@@ -15,8 +15,36 @@ from megatron_slm.loss import chunked
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_tensor_parallel_ranks(ranks: int, tmp_path: Path) -> None:
-    run = launch(ranks, ["-m", "loss.head_ranks"], tmp_path)
+    run = launch(ranks, ["-m", "loss.head_ranks", "softmax"], tmp_path)
     assert all("agreed" in output for output in run.outputs)
+
+
+def test_triton_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same checks of the GPU's kernels, in Triton's interpreter."""
+    pytest.importorskip("triton", reason="comes with torch's CUDA and ROCm builds")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
+    run = launch(1, ["-m", "loss.head_ranks", "softmax_triton"], tmp_path, fresh_threads=1)
+    assert all("agreed" in output for output in run.outputs)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_triton_kernels_compile(capability: int) -> None:
+    """To machine code of an A100 and an H100, which takes no GPU."""
+    triton = pytest.importorskip("triton", reason="comes with torch's CUDA and ROCm builds")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from megatron_slm.loss.softmax_triton import BLOCK, add_chunk_kernel, logits_gradient_kernel
+
+    pointers = {"column": "*i64", "maximum": "*fp32", "sums": "*fp32", "sum_exp": "*fp32"}
+    pointers |= {"scale": "*fp32", "logits": "*bf16", "rows": "i32", "columns": "i32"}
+    for kernel, constants in (
+        (add_chunk_kernel, {"ENTROPIES": True, "BLOCK": BLOCK}),
+        (logits_gradient_kernel, {"BLOCK": BLOCK}),
+    ):
+        signature = {name: pointers.get(name, "constexpr") for name in kernel.arg_names}
+        source = ASTSource(kernel, signature, constexprs=constants)
+        assert triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
 
 
 def test_no_logits_of_all_tokens(

@@ -1,0 +1,96 @@
+"""The functions of softmax.py as one Triton kernel each: logits are read once, in their own type.
+
+A chunk of logits fresh from its product lies in the GPU's cache for the most part.  Plain torch
+goes over it a dozen times and makes a float32 copy of bfloat16 logits; a kernel reads it once, and
+the gradient replaces it in the same pass.  All arithmetic is float32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Columns that a program holds at a time: a row's part in registers, 8 float32 a thread.
+BLOCK, WARPS = 2048, 8
+
+
+def add_chunk(sums: Tensor, maximum: Tensor, logits: Tensor, column: Tensor) -> Tensor:
+    """As softmax.add_chunk; maximum is overwritten, logits are not."""
+    rows, columns = logits.shape
+    assert logits.is_contiguous() and sums.is_contiguous() and maximum.is_contiguous()
+    add_chunk_kernel[(rows,)](
+        logits,
+        column,
+        maximum,
+        sums,
+        rows,
+        columns,
+        ENTROPIES=sums.shape[0] == 3,
+        BLOCK=BLOCK,
+        num_warps=WARPS,
+    )
+    return maximum
+
+
+def logits_gradient(
+    logits: Tensor, column: Tensor, maximum: Tensor, sum_exp: Tensor, scale: Tensor
+) -> Tensor:
+    """As softmax.logits_gradient, in the place of logits."""
+    rows, columns = logits.shape
+    assert logits.is_contiguous()
+    if rows > 0:
+        logits_gradient_kernel[(rows, triton.cdiv(columns, BLOCK))](
+            logits, column, maximum, sum_exp, scale.contiguous(), columns, BLOCK, num_warps=WARPS
+        )
+    return logits
+
+
+@triton.jit
+def add_chunk_kernel(  # type: ignore[no-untyped-def]
+    logits, column, maximum, sums, rows, columns, ENTROPIES: tl.constexpr, BLOCK: tl.constexpr
+):
+    """A program takes a row through its columns."""
+    row = tl.program_id(0)
+    logits += row.to(tl.int64) * columns
+    top = tl.load(maximum + row)
+    exp_sum = tl.load(sums + rows + row)
+    if ENTROPIES:
+        weighted = tl.load(sums + 2 * rows + row)
+    for start in range(0, columns, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        inside = offsets < columns
+        logit = tl.load(logits + offsets, mask=inside, other=float("-inf")).to(tl.float32)
+        higher = tl.maximum(top, tl.max(logit, axis=0))
+        shifted = logit - higher
+        exp = tl.exp(shifted)
+        down = top - higher
+        if ENTROPIES:
+            added = tl.sum(tl.where(inside, exp * shifted, 0.0), axis=0)
+            weighted = (weighted + down * exp_sum) * tl.exp(down) + added
+        exp_sum = exp_sum * tl.exp(down) + tl.sum(exp, axis=0)
+        top = higher
+    tl.store(maximum + row, top)
+    tl.store(sums + rows + row, exp_sum)
+    if ENTROPIES:
+        tl.store(sums + 2 * rows + row, weighted)
+    label = tl.load(column + row)
+    if (label >= 0) & (label < columns):
+        target = tl.load(sums + row) + tl.load(logits + label).to(tl.float32)
+        tl.store(sums + row, target)
+
+
+@triton.jit
+def logits_gradient_kernel(  # type: ignore[no-untyped-def]
+    logits, column, maximum, sum_exp, scale, columns, BLOCK: tl.constexpr
+):
+    """A program takes BLOCK columns of a row."""
+    row = tl.program_id(0)
+    offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < columns
+    logits += row.to(tl.int64) * columns
+    by_loss = tl.load(scale + row)
+    logit = tl.load(logits + offsets, mask=inside, other=0.0).to(tl.float32)
+    softmax = tl.exp(logit - tl.load(maximum + row)) / tl.load(sum_exp + row)
+    gradient = by_loss * tl.where(offsets == tl.load(column + row), softmax - 1.0, softmax)
+    tl.store(logits + offsets, gradient.to(logits.dtype.element_ty), mask=inside)
