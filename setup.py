@@ -26,9 +26,11 @@ setup(
         "sentencepiece",
         "numpy",
         "tensorboard",
+        "tqdm",
     ],
     extras_require={
-        "dev": ["hypothesis", "mypy", "pytest", "ruff"],
+        "analysis": ["matplotlib"],
+        "dev": ["hypothesis", "matplotlib", "mypy", "pytest", "ruff"],
         "cuda": ["transformer-engine[pytorch]"],
     },
 )

@@ -19,5 +19,7 @@ def exit_on_user_error() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        # One from a loader's worker comes as the worker's traceback, with the message at its end.
+        message = str(error).rpartition(f"{__name__}.UserError: ")[2].strip()
+        print(f"error: {message}", file=sys.stderr, flush=True)
         sys.exit(EXIT_CODE)

@@ -7,29 +7,16 @@ models are trained.
 
 from __future__ import annotations
 
-import os
-import warnings
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from functools import cache, partial
 
-import torch
-
+from megatron_slm.entry import add_arguments, use_device
 from megatron_slm.errors import exit_on_user_error
 
 
 def main() -> None:
     """Parse the command line, check it, and train."""
-    first_rank = int(os.getenv("RANK", "0")) == 0
-    if not first_rank:
-        warnings.filterwarnings("ignore")
-    cpu = not torch.cuda.is_available()
-    if cpu:
-        from megatron_slm import platform
-
-        if first_rank:
-            print("> no CUDA device found: running on the CPU platform (gloo)", flush=True)
-        platform.install()
-    run(cpu)
+    run(use_device())
 
 
 def run(cpu: bool) -> None:
@@ -41,18 +28,9 @@ def run(cpu: bool) -> None:
 def _parse_arguments(cpu: bool) -> Namespace:
     from megatron.training.arguments import parse_and_validate_args
 
-    from megatron_slm.training.arguments import add_arguments
-
-    def add_all(parser: ArgumentParser) -> ArgumentParser:
-        add_arguments(parser)
-        if cpu:
-            from megatron_slm import platform
-
-            parser.set_defaults(**platform.ARGUMENT_DEFAULTS)
-        return parser
-
     args: Namespace = parse_and_validate_args(
-        extra_args_provider=add_all, args_defaults={"tokenizer_type": "GPT2BPETokenizer"}
+        extra_args_provider=partial(add_arguments, cpu=cpu),
+        args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
     )
     return args
 
@@ -67,45 +45,33 @@ def _pretrain(args: Namespace) -> None:
         pretrain_cfg_container_from_args,
     )
 
-    from megatron_slm.loss import Scoring
     from megatron_slm.model import plain_block_spec
-    from megatron_slm.reference.online import OnlineReference, reference_arguments
     from megatron_slm.training import datasets, report, seam
-    from megatron_slm.training.arguments import open_reference, validate_arguments
-    from megatron_slm.training.resumed import check_same_reference, saved_arguments
+    from megatron_slm.training.arguments import validate_arguments
+    from megatron_slm.training.resumed import saved_arguments
     from megatron_slm.training.settings import settings_from_arguments
+    from megatron_slm.training.sources import open_source
     from megatron_slm.training.step import SelectiveStep
-    from megatron_slm.training.tokenizer import check_tokenizer, record_tokenizer
+    from megatron_slm.training.tokenizer import record_tokenizer
 
     validate_arguments(args)
     settings = settings_from_arguments(args)
-    checkpoint = open_reference(args)
     record_tokenizer(args, get_tokenizer())
     layer_spec = None if HAVE_TE else plain_block_spec
     saved = cache(partial(saved_arguments, args))  # known when the policy has been loaded
-    build_reference = None
-    if checkpoint is not None:
-        check_tokenizer(args, checkpoint)
-        own_args = reference_arguments(checkpoint, args)
-        scoring = Scoring(args.slm_vocab_size, entropies=args.slm_score == "reference-entropy")
-
-        def build_reference() -> OnlineReference:
-            check_same_reference(args, saved())
-            return OnlineReference(checkpoint, own_args, scoring, layer_spec)
-
+    source = open_source(args, settings.domains, layer_spec)
+    args.slm_reference_identity = None if source is None else source.identity
     datasets.use_prebuilt_helpers()
-    step = SelectiveStep(
-        settings, build_reference, lambda: getattr(saved(), "slm_carried_threshold", None)
-    )
-    seam.install(step.run)
-    report.install()
+    step = SelectiveStep(settings, source, saved)
+    seam.install(step.run, step.save)
+    report.install(timed=source is not None and source.caches is None)
 
     model = gpt_config_from_args(args)
     if layer_spec is not None and args.spec is None:
         model.transformer_layer_spec = layer_spec
     pretrain(
         pretrain_cfg_container_from_args(args, model),
-        datasets.train_valid_test_datasets,
+        datasets.DatasetProvider(None if source is None else source.caches),
         ModelType.encoder_or_decoder,
         step.forward_step,
     )

@@ -6,6 +6,7 @@ first collective, and leaves with the same exit code.
 
 from __future__ import annotations
 
+import hashlib
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from megatron_slm.errors import UserError
 
 TRACKER = "latest_checkpointed_iteration.txt"
+END_BYTES = 1 << 16  # of each file, for a fingerprint
 
 # What shapes a dense GPT or its arithmetic; everything else (parallelism, precision, recompute) the
 # reference takes from the policy's run.
@@ -136,3 +138,16 @@ def _check_files(directory: Path) -> None:
                 f"the reference checkpoint is incomplete: {path} is {state}; copy it again or "
                 "choose another iteration with --slm-reference-ckpt-step"
             )
+
+
+def fingerprint(checkpoint: ReferenceCheckpoint) -> dict[str, str]:
+    """The iteration's name, and a hash of its files' names, sizes and ends."""
+    digest = hashlib.sha256()
+    for path in sorted(checkpoint.directory.iterdir()):
+        with path.open("rb") as stream:
+            size = stream.seek(0, 2)
+            digest.update(f"{path.name} {size}".encode())
+            for start in {0, max(0, size - END_BYTES)}:
+                stream.seek(start)
+                digest.update(stream.read(END_BYTES))
+    return {"iteration": checkpoint.directory.name, "files": digest.hexdigest()[:32]}

@@ -1,17 +1,20 @@
-"""The reference model as a frozen replica on the policy's own ranks.
+"""A reference model as a frozen replica on the policy's own ranks.
 
 It is cut like the policy (same tensor, pipeline, context and sequence parallel groups, no virtual
 stages) and scores a step's micro-batches in one forward-only pipeline pass:
 
     hidden states -> token losses chunk by chunk (loss/chunked.py), no logits in memory
 
-It costs 2 bytes a parameter in bf16 (4 in float32), divided by TP x PP, and a forward: a third of
-the policy's step when it is of the policy's size.  It has no gradient buffers, no optimizer state
-and no dropout, and draws no random number, neither when built nor when run.
+Memory: its weights, 2 bytes a parameter in bf16 (4 in float32), divided by TP x PP, or two layers
+of them when they stream from the host (offload.py), and while it runs one layer's activations of
+one scoring batch.  Time: a forward, a third of the policy's step when it is of the policy's size.
+It has no gradient buffers, no optimizer state and no dropout, and draws no random number, neither
+when built nor when run.
 """
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from copy import copy
@@ -34,47 +37,43 @@ from torch import Tensor
 from megatron_slm.errors import UserError
 from megatron_slm.loss import Scoring, all_losses
 from megatron_slm.reference.checkpoint import UNSUPPORTED, ReferenceCheckpoint
+from megatron_slm.reference.offload import StreamedLayers
 
 
 class OnlineReference:
     """A frozen GPT and the pass that scores with it.
 
     Args:
-        checkpoint: where its weights are, resharded as they load.
+        model: from build_model(), with its weights.
         arguments: its own, from reference_arguments().
         scoring: what is wanted.  Padding of the vocabulary is left out of the reference's softmax,
             so that it does not matter how much of it the checkpoint has.
-        layer_spec: layers of a (GPTModelConfig, vp_stage), None for Megatron's choice.
     """
 
-    def __init__(
-        self,
-        checkpoint: ReferenceCheckpoint,
-        arguments: Namespace,
-        scoring: Scoring,
-        layer_spec: Callable[..., Any] | None,
-    ) -> None:
+    def __init__(self, model: torch.nn.Module, arguments: Namespace, scoring: Scoring) -> None:
+        self.model = model
         self.scoring = scoring
         self.seq_length = arguments.seq_length
-        # An embedding of learned positions draws its weights whatever it is told.
-        with torch.random.fork_rng(devices=[]):
-            self.model = _build(arguments, layer_spec)
-        _load(self.model, checkpoint)
+        self.micro_batch_size = arguments.slm_reference_micro_batch_size
+        self.streamed = StreamedLayers(gpt(model)) if arguments.slm_reference_offload else None
 
     @torch.no_grad()
-    def score(self, micro_batches: Iterator[Any], count: int, micro_batch_size: int) -> list[Any]:
+    def score(
+        self, micro_batches: Iterator[Any], count: int, micro_batch_size: int
+    ) -> Iterator[Any]:
         """Read `count` micro-batches and set reference_losses (and reference_entropies), float32
         [b, s/c], where the last pipeline stage is.  Collective over the pipeline, tensor- and
         context-parallel ranks."""
+        joined = _joined(self.micro_batch_size, micro_batch_size, count)
         read: list[Any] = []
 
         def forward_step(
             data_iterator: Iterator[Any], model: torch.nn.Module
         ) -> tuple[Tensor, Callable[..., Tensor]]:
-            batch = next(data_iterator)
-            read.append(batch)
+            batches = [next(data_iterator) for _ in range(joined)]
+            read.extend(batches)
             output = model(
-                **batch.model_inputs(),
+                **_join([batch.model_inputs() for batch in batches]),
                 output_processor=all_losses,
                 output_processor_context=self.scoring,
             )
@@ -86,34 +85,68 @@ class OnlineReference:
             if pipelined
             else forward_backward_no_pipelining
         )
+        if self.streamed is not None:
+            self.streamed.begin()
         scored = schedule(
             forward_step_func=forward_step,
             data_iterator=micro_batches,
             model=[self.model],
-            num_microbatches=count,
+            num_microbatches=count // joined,
             seq_length=self.seq_length,
-            micro_batch_size=micro_batch_size,
+            micro_batch_size=micro_batch_size * joined,
             forward_only=True,
             collect_non_loss_data=True,
         )
+        if self.streamed is not None:
+            self.streamed.end()
         if mpu.is_pipeline_last_stage():
-            for batch, values in zip(read, scored, strict=True):
+            parts = [part for values in scored for part in values.chunk(joined, dim=-2)]
+            for batch, values in zip(read, parts, strict=True):
                 if self.scoring.entropies:
                     batch.reference_losses, batch.reference_entropies = values
                 else:
                     batch.reference_losses = values
-        return read
+        return iter(read)
 
 
-def reference_arguments(checkpoint: ReferenceCheckpoint, arguments: Namespace) -> Namespace:
-    """The policy's arguments with the reference's architecture.
+def frozen_reference(
+    checkpoint: ReferenceCheckpoint,
+    arguments: Namespace,
+    scoring: Scoring,
+    layer_spec: Callable[..., Any] | None,
+) -> OnlineReference:
+    """A reference with a checkpoint's weights, resharded as they load.
 
-    Raises:
-        UserError: the reference cannot be cut as the policy is.
+    Args:
+        arguments: its own, from reference_arguments().
+        layer_spec: layers of a (GPTModelConfig, vp_stage), None for Megatron's choice.
     """
+    model = build_model(arguments, layer_spec)
+    load_weights(model, checkpoint)
+    return OnlineReference(model, arguments, scoring)
+
+
+def _joined(wanted: int | None, micro_batch_size: int, count: int) -> int:
+    """How many of `count` micro-batches are scored at once: as many as wanted, or fewer if that
+    does not divide count."""
+    return math.gcd((wanted or micro_batch_size) // micro_batch_size, count)
+
+
+def _join(inputs: list[dict[str, Tensor | None]]) -> dict[str, Tensor | None]:
+    """Inputs of one forward pass, from those of micro-batches."""
+    first, *others = inputs
+    if not others:
+        return first
+    joined: dict[str, Tensor | None] = {}
+    for name, value in first.items():
+        parts = [of_one[name] for of_one in inputs]
+        joined[name] = None if value is None else torch.cat(parts)
+    return joined
+
+
+def frozen_arguments(arguments: Namespace) -> Namespace:
+    """The policy's arguments as a frozen replica has them."""
     own = copy(arguments)
-    for name, value in checkpoint.architecture().items():
-        setattr(own, name, value)
     own.attention_dropout = own.hidden_dropout = 0.0
     own.perform_initialization = False
     for name in UNSUPPORTED:  # what the reference is known not to have, though the policy may
@@ -128,9 +161,13 @@ def reference_arguments(checkpoint: ReferenceCheckpoint, arguments: Namespace) -
     own.account_for_embedding_in_pipeline_split = own.account_for_loss_in_pipeline_split = False
     own.overlap_p2p_comm = False
     own.overlap_p2p_comm_warmup_flush = False
-    # Its own precision, so that it is a fixed function: scales of fp8 would be the policy's.
-    own.fp8 = own.fp4 = own.te_precision_config_file = None
+    # Its own precision, so that it is a fixed function: delayed scales would be the policy's.
+    own.fp8 = "e4m3" if own.slm_reference_fp8 else None
+    own.fp8_recipe = "tensorwise"
+    own.fp4 = own.te_precision_config_file = None
     own.fp8_param_gather = own.fp4_param_gather = False
+    if own.slm_reference_offload:
+        own.use_cpu_initialization = True  # never whole on the device
     # Buffers and hooks that are made for the policy's sizes, or registered once a process.
     own.tp_comm_overlap = own.fine_grained_activation_offloading = False
     own.cpu_offloading = own.init_model_with_meta_device = False
@@ -140,6 +177,18 @@ def reference_arguments(checkpoint: ReferenceCheckpoint, arguments: Namespace) -
     own.recompute_granularity = own.recompute_method = own.recompute_num_layers = None
     own.distribute_saved_activations = False
     own.cuda_graph_impl = "none"
+    return own
+
+
+def reference_arguments(checkpoint: ReferenceCheckpoint, arguments: Namespace) -> Namespace:
+    """The policy's arguments as a frozen replica has them, with the reference's architecture.
+
+    Raises:
+        UserError: the reference cannot be cut as the policy is.
+    """
+    own = frozen_arguments(arguments)
+    for name, value in checkpoint.architecture().items():
+        setattr(own, name, value)
     where = f"the reference in {checkpoint.directory}"
     for what, value, name, size in (
         ("layers", own.num_layers, "pipeline", own.pipeline_model_parallel_size),
@@ -166,29 +215,39 @@ def reference_arguments(checkpoint: ReferenceCheckpoint, arguments: Namespace) -
     return own
 
 
-def _build(arguments: Namespace, layer_spec: Callable[..., Any] | None) -> torch.nn.Module:
+def build_model(arguments: Namespace, layer_spec: Callable[..., Any] | None) -> torch.nn.Module:
+    """This rank's part of a frozen GPT with weights that mean nothing yet."""
     config = core_transformer_config_from_args(arguments)
     settings = gpt_config_from_args(arguments, config)
     if layer_spec is not None:
         settings.transformer_layer_spec = layer_spec
     settings.finalize()
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    model: torch.nn.Module = GPTModelBuilder(settings).build_model(
-        groups,
-        pre_process=mpu.is_pipeline_first_stage(),
-        post_process=mpu.is_pipeline_last_stage(),
-    )
+    # An embedding of learned positions draws its weights whatever it is told.
+    with torch.random.fork_rng(devices=[]):
+        model: torch.nn.Module = GPTModelBuilder(settings).build_model(
+            groups,
+            pre_process=mpu.is_pipeline_first_stage(),
+            post_process=mpu.is_pipeline_last_stage(),
+        )
     model.requires_grad_(False)
-    model.cuda(torch.cuda.current_device())
+    if not arguments.slm_reference_offload:
+        model.cuda(torch.cuda.current_device())
     if arguments.fp16 or arguments.bf16:
         model = Float16Module(config, model)
     return model.eval()
 
 
-def _load(model: torch.nn.Module, checkpoint: ReferenceCheckpoint) -> None:
-    """Load weights alone, each rank its part, from a checkpoint of any layout."""
+def gpt(model: torch.nn.Module) -> GPTModel:
+    """The model without what Megatron wraps around it for 16 bits."""
     inner = model.module if isinstance(model, Float16Module) else model
     assert isinstance(inner, GPTModel)
+    return inner
+
+
+def load_weights(model: torch.nn.Module, checkpoint: ReferenceCheckpoint) -> None:
+    """Load weights alone, each rank its part, from a checkpoint of any layout."""
+    inner = gpt(model)
     directory = str(checkpoint.directory)
     everywhere: list[str] = [""] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everywhere, directory)

@@ -11,7 +11,6 @@ from megatron.core.optimizer import distrib_optimizer
 from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available
 
 from megatron_slm.errors import UserError
-from megatron_slm.reference.checkpoint import ReferenceCheckpoint, open_checkpoint
 from megatron_slm.selection import (
     SCOPES,
     SCORES,
@@ -67,9 +66,40 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     )
     group.add_argument(
         "--slm-reference-load",
-        metavar="DIR",
+        nargs="+",
+        metavar="[NAME=]DIR",
         help="Directory with the checkpoint (torch_dist format) of the reference model. It may "
-        "have another architecture and another layout; its tokenizer must be the same.",
+        "have another architecture and another layout; its tokenizer must be the same. Of several "
+        "the mean loss is taken, or with names of the blend's datasets each one's own.",
+    )
+    group.add_argument(
+        "--slm-reference",
+        metavar="ema:DECAY",
+        help="Instead of a checkpoint: the exponential moving average of the policy's weights.",
+    )
+    group.add_argument(
+        "--slm-reference-cache",
+        nargs="+",
+        metavar="DIR",
+        help="Instead of a checkpoint: reference losses stored by tools/score_reference.py.",
+    )
+    group.add_argument(
+        "--slm-reference-offload",
+        action="store_true",
+        help="Keep the reference's weights in host memory and bring them layer by layer.",
+    )
+    group.add_argument(
+        "--slm-reference-micro-batch-size",
+        type=int,
+        metavar="N",
+        help="Samples that the reference scores at a time, a multiple of --micro-batch-size. "
+        "Default: --micro-batch-size.",
+    )
+    group.add_argument(
+        "--slm-reference-fp8",
+        action="store_true",
+        help="Let the reference compute in fp8 (e4m3, scales of the current tensors). Needs "
+        "Transformer Engine.",
     )
     group.add_argument(
         "--slm-reference-ckpt-step",
@@ -210,23 +240,10 @@ def validate_arguments(args: Namespace) -> None:
             "--tensor-parallel-num-weight-shards cannot be used: the output layer's "
             "weight is gathered only when it is called"
         )
+    if args.slm_reference_fp8 and not HAVE_TE:
+        raise UserError("--slm-reference-fp8 needs Transformer Engine, which is not installed")
     if args.use_distributed_optimizer and not distrib_optimizer.HAVE_APEX_OR_TE:
         raise UserError(
             "--use-distributed-optimizer needs Transformer Engine or Apex: without them Megatron "
             "saves checkpoints that it cannot resume from"
         )
-
-
-def open_reference(args: Namespace) -> ReferenceCheckpoint | None:
-    """The reference's checkpoint, checked; None without a reference.
-
-    Raises:
-        UserError: as open_checkpoint, or an iteration of no reference.
-    """
-    if args.slm_reference_load is None:
-        if args.slm_reference_ckpt_step is not None:
-            raise UserError("--slm-reference-ckpt-step needs --slm-reference-load")
-        return None
-    checkpoint = open_checkpoint(args.slm_reference_load, args.slm_reference_ckpt_step)
-    args.slm_reference_iteration = checkpoint.directory.name
-    return checkpoint

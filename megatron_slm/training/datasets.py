@@ -13,6 +13,9 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from megatron.training import get_args, get_tokenizer, print_rank_0
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
+from megatron_slm.data.scored_dataset import SampleScored, document_scored
+from megatron_slm.training.caches import SPLITS, Caches
+
 
 def use_prebuilt_helpers() -> None:
     """Keep Megatron from compiling its dataset helpers, as the wheel has them compiled and no
@@ -26,26 +29,42 @@ def use_prebuilt_helpers() -> None:
     utils.compile_helpers = lambda: None
 
 
-def train_valid_test_datasets(samples: list[int | None], vp_stage: int | None = None) -> Any:
-    """Training, validation and test datasets of `samples` samples each; None on ranks that read
-    no data.  Megatron's `train_valid_test_dataset_provider`."""
-    args = get_args()
-    print_rank_0("> building train, validation, and test datasets for GPT ...")
-    datasets = BlendedMegatronDatasetBuilder(
-        MockGPTDataset if args.mock_data else GPTDataset,
-        samples,
-        partial(_reads_data, vp_stage),
-        _dataset_config(args),
-    ).build()
-    print_rank_0("> finished creating GPT datasets ...")
-    return datasets
+class DatasetProvider:
+    """Megatron's `train_valid_test_dataset_provider`.
+
+    Args:
+        caches: where samples get their reference losses from; None where they need none.
+    """
+
+    # Every rank calls the provider; it decides by itself which of them build.
+    is_distributed = True
+
+    def __init__(self, caches: Caches | None = None) -> None:
+        self.caches = caches
+
+    def __call__(self, samples: list[int | None], vp_stage: int | None = None) -> Any:
+        """Training, validation and test datasets of `samples` samples each; None on ranks that read
+        no data."""
+        args = get_args()
+        caches = self.caches if mpu.is_pipeline_last_stage() else None
+        print_rank_0("> building train, validation, and test datasets for GPT ...")
+        kind: Any = MockGPTDataset if args.mock_data else GPTDataset
+        if caches is not None and caches.kind == "document":
+            kind = document_scored(caches.sections)
+        datasets = BlendedMegatronDatasetBuilder(
+            kind, samples, partial(reads_data, vp_stage), _dataset_config(args)
+        ).build()
+        print_rank_0("> finished creating GPT datasets ...")
+        if caches is None or caches.kind == "document":
+            return datasets
+        return [
+            None if dataset is None else SampleScored(dataset, caches.section(split))
+            for split, dataset in zip(SPLITS, datasets, strict=True)
+        ]
 
 
-# Every rank calls the provider; it decides by itself which of them build.
-train_valid_test_datasets.is_distributed = True  # type: ignore[attr-defined]
-
-
-def _reads_data(vp_stage: int | None) -> bool:
+def reads_data(vp_stage: int | None = None) -> bool:
+    """Whether this rank reads samples."""
     return mpu.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(vp_stage)
 
 

@@ -58,12 +58,18 @@ class MicroBatch:
 
 
 def read_micro_batches(
-    data_iterator: Any, micro_batch_size: int, count: int, with_domains: bool
+    data_iterator: Any,
+    micro_batch_size: int,
+    count: int,
+    *,
+    with_domains: bool = False,
+    with_losses: bool = False,
 ) -> Iterator[MicroBatch]:
     """Read `count` micro-batches lazily; empty ones on a pipeline stage that needs no data.
 
     Collective over the tensor-parallel ranks, of which only the first has a data iterator.
-    `with_domains` needs samples of a blend, which carry the number of their dataset.
+    `with_domains` needs samples of a blend, which carry the number of their dataset, `with_losses`
+    samples with reference losses.
     """
     args = get_args()
     first = mpu.is_pipeline_first_stage()
@@ -74,21 +80,16 @@ def read_micro_batches(
             yield MicroBatch(number)
             continue
         batch: dict[str, Any] = {}
-        domains = None
+        domains = losses = None
+        sample: dict[str, Tensor] = {}
         if tp_rank == 0:
             sample = next(data_iterator)
             batch = {name: sample[name].cuda(non_blocking=True) for name in FIELDS}
         if with_domains and last:
-            domains = torch.empty(
-                micro_batch_size, dtype=torch.int64, device=torch.cuda.current_device()
-            )
-            if tp_rank == 0:
-                domains.copy_(sample["dataset_id"])
-            torch.distributed.broadcast(
-                domains,
-                mpu.get_tensor_model_parallel_src_rank(),
-                group=mpu.get_tensor_model_parallel_group(),
-            )
+            domains = _shared(sample.get("dataset_id"), (micro_batch_size,), torch.int64)
+        if with_losses and last:
+            shape = (micro_batch_size, args.seq_length)
+            losses = _shared(sample.get("reference_losses"), shape, torch.float32)
         batch = get_batch_on_this_tp_rank(
             batch,
             has_cu_seqlens=False,
@@ -106,6 +107,23 @@ def read_micro_batches(
             is_pipeline_last_stage=last,
         )
         batch = get_batch_on_this_cp_rank(
-            batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
+            batch | {"reference_losses": losses},
+            is_hybrid_cp=False,
+            cp_group=mpu.get_context_parallel_group(),
         )
-        yield MicroBatch(number, domains=domains, **{name: batch[name] for name in FIELDS})
+        yield MicroBatch(
+            number,
+            domains=domains,
+            **{name: batch[name] for name in (*FIELDS, "reference_losses")},
+        )
+
+
+def _shared(values: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The first tensor-parallel rank's values, on all of them."""
+    group = mpu.get_tensor_model_parallel_group()
+    result = torch.empty(shape, dtype=dtype, device=torch.cuda.current_device())
+    if values is not None:
+        result.copy_(values, non_blocking=True)
+    if group.size() > 1:
+        torch.distributed.broadcast(result, group=group, group_src=0)
+    return result

@@ -5,14 +5,19 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from megatron.training import get_args, get_timers, training
+from megatron.training import get_args, get_tensorboard_writer, get_timers, training
+from megatron.training.global_vars import get_wandb_writer
 from megatron.training.utils import print_rank_last
 
 TIMERS = ["slm-reference", "slm-ranking"]
 
 
-def install() -> None:
-    """Print, after Megatron's line, what it leaves out.  Call once, before `pretrain()`."""
+def install(timed: bool) -> None:
+    """Print, after Megatron's line, what it leaves out.  Call once, before `pretrain()`.
+
+    Args:
+        timed: whether there is a reference whose time is to be reported, as part of the step's.
+    """
     training_log = training.training_log
 
     @functools.wraps(training_log)
@@ -29,6 +34,7 @@ def install() -> None:
     ) -> Any:
         due = iteration % get_args().log_interval == 0 or kwargs.get("is_first_iteration", False)
         before = dict(total_loss_dict)  # which Megatron resets when it prints
+        share = _reference_share() if due and timed else None
         result = training_log(
             loss_dict,
             total_loss_dict,
@@ -41,15 +47,33 @@ def install() -> None:
             **kwargs,
         )
         if due:
-            negative = _negative_averages(before, {} if skipped_iter else loss_dict)
-            if negative:
-                values = "".join(f" {name}: {value:.6E} |" for name, value in negative.items())
+            left_out = _negative_averages(before, {} if skipped_iter else loss_dict)
+            if share is not None:
+                _write("reference time share", share, iteration)
+                left_out["reference time share"] = share
+            if left_out:
+                values = "".join(f" {name}: {value:.6E} |" for name, value in left_out.items())
                 print_rank_last(f" iteration {iteration:8d} |{values}")
             # Those of them that ran; the time is that of one iteration.
             get_timers().log(TIMERS, normalizer=get_args().log_interval)
         return result
 
     training.training_log = log
+
+
+def _reference_share() -> float:
+    """Time of the reference's passes over that of the log interval's steps."""
+    timers = get_timers()
+    reference = timers("slm-reference", log_level=0).elapsed(reset=False)
+    interval = timers("interval-time").elapsed(reset=False)
+    return float(reference / interval)
+
+
+def _write(name: str, value: float, iteration: int) -> None:
+    if (tensorboard := get_tensorboard_writer()) is not None:
+        tensorboard.add_scalar(name, value, iteration)
+    if (wandb := get_wandb_writer()) is not None:
+        wandb.log({name: value}, iteration)
 
 
 def _negative_averages(before: dict[str, Any], losses: dict[str, Any]) -> dict[str, float]:

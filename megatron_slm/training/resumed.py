@@ -29,10 +29,10 @@ def check_same_reference(args: Namespace, saved: Namespace) -> None:
         UserError: the checkpoint was written with another iteration of the reference, and none was
             asked for.
     """
-    before = getattr(saved, "slm_reference_iteration", None)
-    now = args.slm_reference_iteration
+    before = getattr(saved, "slm_reference_identity", None)
+    now = args.slm_reference_identity
     if args.slm_reference_ckpt_step is None and before not in (None, now):
         raise UserError(
-            f"this run selected tokens by {before} of the reference so far, and the latest in "
-            f"{args.slm_reference_load} is {now}: say which one with --slm-reference-ckpt-step"
+            f"this run selected tokens by {before} of the reference so far, and now that is {now}: "
+            "give the same, or say which one with --slm-reference-ckpt-step"
         )

@@ -20,13 +20,22 @@ from megatron.training import training
 from megatron_slm.training.micro_batch import MicroBatch
 
 
-def install(run_step: Callable[..., Any]) -> None:
-    """Wrap Megatron's schedules.  Call once, before `pretrain()`.
+def install(run_step: Callable[..., Any], before_save: Callable[[int], None]) -> None:
+    """Wrap Megatron's schedules and checkpoints.  Call once, before `pretrain()`.
 
     Args:
         run_step: called as run_step(schedule, **arguments of the schedule) in the schedule's place.
+        before_save: called with the iteration before a checkpoint is written.
     """
     get_schedule = training.get_forward_backward_func
+    save_checkpoint = training.save_checkpoint
+
+    @functools.wraps(save_checkpoint)
+    def save(iteration: int, *args: Any, **kwargs: Any) -> Any:
+        before_save(iteration)
+        return save_checkpoint(iteration, *args, **kwargs)
+
+    training.save_checkpoint = save
 
     @functools.wraps(get_schedule)
     def get_wrapped_schedule(*args: Any, **kwargs: Any) -> Callable[..., Any]:

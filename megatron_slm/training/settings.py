@@ -59,7 +59,7 @@ def settings_from_arguments(args: Namespace) -> SelectiveSettings:
         UserError: a value out of range, or arguments that contradict each other.
     """
     schedule = _schedule(args)
-    has_reference = args.slm_reference_load is not None
+    has_reference = bool(args.slm_reference_load or args.slm_reference or args.slm_reference_cache)
     domains = _domains(args)
     own_ratios = _domain_ratios(args, domains)
     whole = schedule == RatioSchedule(1.0) and not own_ratios and args.slm_weighting == "hard"

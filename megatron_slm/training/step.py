@@ -8,8 +8,9 @@ threshold     scope global-batch, carried: what this step's exact threshold woul
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from megatron.core import mpu
@@ -18,42 +19,34 @@ from megatron.training import get_args, get_timers
 from torch import Tensor
 
 from megatron_slm.loss import Scoring, Selecting, all_losses, loss_of_selected
+from megatron_slm.reference.moving_average import MovingAverage
 from megatron_slm.selection import CarriedThreshold, Choice, Ranks, TokenSelector
 from megatron_slm.training import seam
 from megatron_slm.training.micro_batch import MicroBatch, read_micro_batches
 from megatron_slm.training.objective import MicroBatchObjective, token_scores
+from megatron_slm.training.resumed import check_same_reference
 from megatron_slm.training.settings import SelectiveSettings, Step
-
-
-class Reference(Protocol):
-    """Where reference losses come from."""
-
-    def score(
-        self, micro_batches: Iterator[MicroBatch], count: int, micro_batch_size: int
-    ) -> list[MicroBatch]:
-        """The micro-batches of a step, with what the reference says of their tokens set on the last
-        pipeline stage.  Collective over the ranks that share them."""
+from megatron_slm.training.sources import Reference, Source
 
 
 class SelectiveStep:
-    """Runs steps.  `run` goes to seam.install, `forward_step` to Megatron's pretrain().
+    """Runs steps.  `run` and `save` go to seam.install, `forward_step` to Megatron's pretrain().
 
     Args:
-        build_reference: called once on all ranks, when the policy has been built and loaded and its
-            training or evaluation begins; None without a reference.
-        load_carried: called if thresholds are carried, for what CarriedThreshold.state() was when
-            the policy's checkpoint was saved.
+        source: of reference losses; None without a reference.
+        load_saved: for the arguments in the checkpoint that the policy resumed from.
     """
 
     def __init__(
         self,
         settings: SelectiveSettings,
-        build_reference: Callable[[], Reference] | None,
-        load_carried: Callable[[], Any],
+        source: Source | None,
+        load_saved: Callable[[], Namespace],
     ) -> None:
         self.settings = settings
-        self.build_reference = build_reference
-        self.load_carried = load_carried
+        self.source = source
+        self.load_saved = load_saved
+        self.reference: Reference | None = None
         self.step: Step | None = None
 
     def _build(self) -> None:
@@ -67,10 +60,13 @@ class SelectiveStep:
                 dp_size=mpu.get_data_parallel_world_size(),
             ),
         )
-        self.reference = self.build_reference() if self.build_reference is not None else None
+        if self.source is not None:
+            check_same_reference(get_args(), self.load_saved())
+            self.reference = self.source.build()
         selection = self.settings.selection
         carries = selection.scope == "global-batch" and not selection.exact
-        self.carried = CarriedThreshold.from_state(self.load_carried() if carries else None)
+        state = getattr(self.load_saved(), "slm_carried_threshold", None) if carries else None
+        self.carried = CarriedThreshold.from_state(state)
 
     def run(
         self,
@@ -91,14 +87,16 @@ class SelectiveStep:
             seam.own_iterator(data_iterator),
             micro_batch_size,
             num_microbatches,
-            with_domains=bool(settings.domains) and step.training,
+            with_domains=bool(settings.domains) and (step.training or self._by_domain),
+            with_losses=self.source is not None and self.source.caches is not None,
         )
+        if isinstance(self.reference, MovingAverage):
+            self.reference.follow(rest["model"], step.training)
         if self.reference is not None and step.selects:
-            timer = get_timers()("slm-reference", log_level=1)
+            timer = get_timers()("slm-reference", log_level=0)
             timer.start()
-            scored = self.reference.score(micro_batches, num_microbatches, micro_batch_size)
+            micro_batches = self.reference.score(micro_batches, num_microbatches, micro_batch_size)
             timer.stop()
-            micro_batches = iter(scored)
         sizes = {"num_microbatches": num_microbatches, "micro_batch_size": micro_batch_size}
         whole_step = step.training and step.selects and settings.selection.scope == "global-batch"
         seen: list[MicroBatch] = []
@@ -135,6 +133,15 @@ class SelectiveStep:
                 "output_processor_context": Selecting(objective.weigh, self._wants_entropies),
             }
         return model(**micro_batch.model_inputs(), **extra), objective
+
+    def save(self, iteration: int) -> None:
+        """What has to be on the disk before the policy's checkpoint.  Collective over all ranks."""
+        if isinstance(self.reference, MovingAverage):
+            self.reference.save(get_args().save, iteration)
+
+    @property
+    def _by_domain(self) -> bool:
+        return self.source is not None and self.source.by_domain
 
     @property
     def _wants_entropies(self) -> bool:

@@ -36,21 +36,23 @@ def train_watched(args: Namespace) -> None:
     from megatron.training import training
 
     from megatron_slm.reference.online import OnlineReference
+    from megatron_slm.training import sources
 
     seen: dict[str, Any] = {"scores": 0}
-    build, score = OnlineReference.__init__, OnlineReference.score
+    build, score = sources.frozen_reference, OnlineReference.score
     setup = training.setup_model_and_optimizer
 
     def moved(before: dict[str, Any]) -> list[str]:
         return [name for name, state in generators().items() if state != before[name]]
 
-    def build_watched(self: OnlineReference, *args: Any, **kwargs: Any) -> None:
+    def build_watched(*args: Any) -> OnlineReference:
         before = generators()
-        build(self, *args, **kwargs)
+        reference = build(*args)
         seen["generators moved by build"] = moved(before)
         seen["generators moved by score"] = []
-        seen["weights before"] = checksum(self.model)
-        seen["reference"] = self
+        seen["weights before"] = checksum(reference.model)
+        seen["reference"] = reference
+        return reference
 
     def score_watched(self: OnlineReference, *args: Any, **kwargs: Any) -> Any:
         before = generators()
@@ -64,7 +66,7 @@ def train_watched(args: Namespace) -> None:
         seen["model"], seen["optimizer"] = model, optimizer
         return model, optimizer, scheduler
 
-    OnlineReference.__init__ = build_watched
+    sources.frozen_reference = build_watched
     OnlineReference.score = score_watched
     training.setup_model_and_optimizer = setup_watched
     train(args)

@@ -1,0 +1,150 @@
+"""What a score cache holds: the distribution of reference losses by domain.
+
+Every shard is read once and every record's checksum compared.  Losses are counted in the 65,536
+steps of their 16-bit form, so percentiles are exact up to that and memory does not grow.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from megatron_slm.data.score_cache import (
+    Manifest,
+    checksum,
+    decode,
+    encode,
+    missing_shards,
+    read_manifest,
+    shard_path,
+)
+from megatron_slm.errors import UserError
+
+PERCENTILES = (1, 10, 25, 50, 75, 90, 99)
+CODES = 1 << 16
+Histograms = dict[str, NDArray[np.int64]]
+
+
+def main(arguments: list[str]) -> None:
+    """Print a table, and draw it if asked to.
+
+    Raises:
+        UserError: no cache, or shards that are missing or damaged (after the table of the others).
+    """
+    parser = ArgumentParser("score_reference.py inspect")
+    parser.add_argument("cache", type=Path)
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="PNG, SVG or PDF.")
+    args = parser.parse_args(arguments)
+    manifest = read_manifest(args.cache)
+    histograms, faults = count_losses(args.cache, manifest)
+    print(f"{args.cache}: by {manifest.kind}, {manifest.dtype}, s = {manifest.sequence_length}")
+    print(f"reference: {manifest.reference}")
+    width = max(map(len, ["domain", *histograms]))
+    print(
+        f"{'domain':{width}} {'tokens':>15} {'mean':>8}"
+        + "".join(f"{f'{p}%':>8}" for p in PERCENTILES)
+    )
+    for name, histogram in histograms.items():
+        print(
+            f"{name:{width}} {histogram.sum():15,} {mean(histogram):8.3f}"
+            + "".join(f"{percentile(histogram, p):8.3f}" for p in PERCENTILES)
+        )
+    if args.plot:
+        plot(histograms, args.plot)
+    if faults:
+        raise UserError("; ".join(faults))
+
+
+def count_losses(directory: Path, manifest: Manifest) -> tuple[Histograms, list[str]]:
+    """Tokens by loss, int64 [65536], of each domain, and what is wrong with the cache."""
+    histograms: Histograms = defaultdict(lambda: np.zeros(CODES, np.int64))
+    missing = set(missing_shards(directory, manifest))
+    faults = [f"{shard_path(directory, *shard)} is missing" for shard in sorted(missing)]
+    there = [
+        (section, shard)
+        for section in manifest.sections
+        for shard in range(manifest.shards(section))
+        if (section, shard) not in missing
+    ]
+    for section, shard in tqdm(there, unit="shard", disable=None):
+        path = shard_path(directory, section, shard)
+        expected = len(manifest.records_of(section, shard))
+        if path.stat().st_size != expected * manifest.record.itemsize:
+            faults.append(f"{path} has the wrong size")
+            continue
+        records = np.fromfile(path, manifest.record)
+        bad = [
+            row
+            for row, record in enumerate(records)
+            if checksum(record["losses"]) != record["losses_crc"]
+        ]
+        if bad:
+            faults.append(f"{path} is damaged at records {bad[:10]}")
+            continue
+        names = _domains(manifest, section)
+        for number in np.unique(records["domain"]):
+            losses = records["losses"][records["domain"] == number]
+            histograms[names[number]] += np.bincount(
+                encode(losses, "uint16").ravel() if losses.dtype == np.float32 else losses.ravel(),
+                minlength=CODES,
+            )
+    return dict(sorted(histograms.items())), faults
+
+
+def mean(histogram: NDArray[np.int64]) -> float:
+    """Nats."""
+    return float(histogram @ VALUES) / max(1, int(histogram.sum()))
+
+
+def percentile(histogram: NDArray[np.int64], percent: float) -> float:
+    """Nats: the least loss that at least so many per cent of the tokens do not exceed."""
+    below = np.cumsum(histogram)
+    return float(VALUES[np.searchsorted(below, below[-1] * percent / 100)])
+
+
+def plot(histograms: Histograms, path: Path) -> None:
+    """Density of each domain's losses up to the highest 99th percentile.
+
+    Raises:
+        UserError: matplotlib is not installed, or path has no format that it knows.
+    """
+    try:
+        import matplotlib as mpl
+    except ImportError as error:
+        raise UserError("--plot needs matplotlib: pip install 'megatron-slm[analysis]'") from error
+    mpl.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    end = max(percentile(histogram, 99) for histogram in histograms.values())
+    edges = np.linspace(0.0, max(end, 0.1), 101)
+    for name, histogram in histograms.items():
+        # Of all tokens, also of those beyond the last edge.
+        shares = np.histogram(VALUES, edges, weights=histogram / histogram.sum())[0]
+        density = np.asarray(shares) / (edges[1] - edges[0])
+        axes.stairs(density, edges, label=f"{name} (mean {mean(histogram):.2f})")
+    axes.set(xlabel="reference loss (nats)", ylabel="density")
+    axes.legend(frameon=False)
+    try:
+        figure.savefig(path)
+    except (ValueError, OSError) as error:
+        raise UserError(f"--plot {path}: {error}") from error
+    print(f"> {path}")
+
+
+def _domains(manifest: Manifest, section: str) -> Any:
+    """Name of each domain number in a section."""
+    if manifest.kind == "document":
+        return [section]
+    blends = manifest.source["blends"]
+    names, _ = blends.get(section) or blends.get("all") or (["mock data"], None)
+    return names
+
+
+VALUES = decode(np.arange(CODES, dtype=np.uint16)).astype(np.float64)

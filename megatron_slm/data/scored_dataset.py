@@ -1,0 +1,191 @@
+"""Datasets whose samples carry reference losses from a score cache beside their tokens.
+
+Wrapped around what Megatron's builder makes, so that losses pass through loader workers, blends and
+resumed runs as tokens do.  Nothing is copied or indexed anew: a sample's number, or the positions
+of its tokens in their file, say where its losses are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.datasets.gpt_dataset import GPTDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from numpy.typing import NDArray
+
+from megatron_slm.data.score_cache import Section
+from megatron_slm.errors import UserError
+
+FIELD = "reference_losses"
+# How much of a file is hashed: enough to tell files apart, not to read terabytes at every start.
+BLOCKS, BLOCK_BYTES = 64, 1 << 16
+
+
+class SampleScored(torch.utils.data.Dataset[dict[str, Any]]):
+    """Samples of a split, in the order in which training draws them, with their section's losses.
+
+    Each sample gains reference_losses, float32 [s], of its labels.
+    """
+
+    def __init__(self, dataset: Any, section: Section) -> None:
+        self.dataset, self.section = dataset, section
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int | None) -> dict[str, Any]:
+        sample: dict[str, Any] = self.dataset[index]
+        if index is None:  # padding of a batch, not trained on
+            losses = np.zeros(sample["labels"].shape, np.float32)
+        else:
+            losses = self.section.losses(int(index), sample["labels"].numpy().astype(np.int32))
+        sample[FIELD] = torch.from_numpy(losses)
+        return sample
+
+    def __getattr__(self, name: str) -> Any:
+        """What Megatron asks a dataset (split, index_split)."""
+        if name == "dataset":  # while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+
+class DocumentScored(GPTDataset):
+    """A GPTDataset whose samples gain the losses of their labels, wherever in the file these are.
+
+    Megatron's builder takes it in GPTDataset's place; make one with `document_scored`.
+    """
+
+    sections: dict[str, Section]
+
+    def __getitem__(self, idx: int | None) -> dict[str, Any]:
+        sample: dict[str, Any] = super().__getitem__(idx)
+        # The sample's own query of its documents, answered with positions for tokens.
+        self_of_positions = copy(self)
+        self_of_positions.dataset = _Positions(self.dataset)
+        positions, _, _ = self_of_positions._query_document_sample_shuffle_indices(idx or 0)
+        # Padding has a position as little as it has a loss, and is masked.
+        positions = np.where(sample["loss_mask"].numpy() > 0, positions[1:], -1)
+        section = self.sections[dataset_name(self.dataset_path)]
+        sample[FIELD] = torch.from_numpy(_losses_at(section, positions))
+        return sample
+
+
+def document_scored(sections: dict[str, Section]) -> type[GPTDataset]:
+    """A class for Megatron's builder: GPTDataset with the losses of these datasets, by name."""
+    # By the name of its class a dataset finds its index in --data-cache-path.
+    return type("GPTDataset", (DocumentScored,), {"sections": sections})
+
+
+class _Positions:
+    """Answers an IndexedDataset's get() with token positions in the .bin, int64."""
+
+    def __init__(self, dataset: IndexedDataset) -> None:
+        self.index = dataset.index
+
+    def get(self, idx: int, offset: int = 0, length: int | None = None) -> NDArray[np.int64]:
+        first = int(self.index.sequence_pointers[idx]) // self.index.dtype_size
+        stop = self.index.sequence_lengths[idx] if length is None else offset + length
+        return np.arange(first + offset, first + stop, dtype=np.int64)
+
+
+def _losses_at(section: Section, positions: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Losses of the tokens at these positions of the section's dataset; 0 for negative ones."""
+    window = section.manifest.sequence_length
+    numbers, offsets = np.divmod(positions, window)
+    losses = np.zeros(positions.shape, np.float32)
+    for number in np.unique(numbers[positions >= 0]):
+        here = numbers == number
+        losses[here] = section.losses(int(number), labels=None)[offsets[here]]
+    return losses
+
+
+class DocumentWindows(torch.utils.data.Dataset[dict[str, Any]]):
+    """A dataset's tokens in the order of its file, cut into windows of s, to be scored.
+
+    Every token is the label of one window, at position % s, and the first of them follows an
+    end-of-document token.  So a token has as much context, on average, as in a training sample.
+    """
+
+    def __init__(self, dataset: IndexedDataset, sequence_length: int, eod: int) -> None:
+        self.sequence_length, self.eod = sequence_length, eod
+        self.dataset = dataset
+        self.first = dataset.index.sequence_pointers // dataset.index.dtype_size
+        self.tokens = int(dataset.index.sequence_lengths.sum(dtype=np.int64))
+        ends = self.first + dataset.index.sequence_lengths
+        if self.first[0] != 0 or (self.first[1:] != ends[:-1]).any():
+            raise UserError(
+                f"{dataset.path_prefix}.idx does not list the .bin's documents in order and "
+                "without gaps; score it --by sample"
+            )
+
+    def __len__(self) -> int:
+        return math.ceil(self.tokens / self.sequence_length)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        start = index * self.sequence_length
+        stop = min(start + self.sequence_length, self.tokens)
+        stream = np.full(self.sequence_length + 1, self.eod, np.int64)
+        stream[max(0, 1 - start) : stop - start + 1] = self._read(max(0, start - 1), stop)
+        return {
+            "tokens": torch.from_numpy(stream[:-1]),
+            "labels": torch.from_numpy(stream[1:]),
+            "loss_mask": torch.ones(self.sequence_length),
+            "position_ids": torch.arange(self.sequence_length),
+        }
+
+    def _read(self, start: int, stop: int) -> NDArray[Any]:
+        document = int(np.searchsorted(self.first, start, side="right")) - 1
+        parts = []
+        while start < stop:
+            offset = start - int(self.first[document])
+            length = min(int(self.dataset.index.sequence_lengths[document]) - offset, stop - start)
+            if length > 0:  # an empty document begins where the next does
+                parts.append(self.dataset.get(document, offset=offset, length=length))
+            start += length
+            document += 1
+        return np.concatenate(parts)
+
+
+def dataset_name(prefix: str) -> str:
+    """Name of an indexed dataset's files, without the directory: caches outlive moves."""
+    return Path(prefix).name
+
+
+def fingerprint(prefix: str) -> dict[str, str]:
+    """Of a dataset's two files: size, and hash of blocks spread evenly over the file.
+
+    Raises:
+        UserError: no such files.
+    """
+    try:
+        return {kind: _file_fingerprint(f"{prefix}.{kind}") for kind in ("bin", "idx")}
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+
+
+def _file_fingerprint(path: str) -> str:
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as stream:
+        size = stream.seek(0, 2)
+        for start in range(0, size, max(BLOCK_BYTES, size // BLOCKS)):
+            stream.seek(start)
+            digest.update(stream.read(BLOCK_BYTES))
+    return f"{size} bytes, {digest.hexdigest()[:32]}"
+
+
+def check_names(prefixes: Sequence[str]) -> None:
+    """
+    Raises:
+        UserError: two datasets of a blend have one name, by which a cache would know them.
+    """
+    names = [dataset_name(prefix) for prefix in prefixes]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"datasets of a score cache need names of their own; {twice} occur twice")

@@ -1,0 +1,118 @@
+"""A frozen model whose weights stay in host memory and visit the device when they are needed.
+
+    host     every layer's weights, one pinned buffer each
+    device   two buffers of the largest layer's size: one computes, the other is filled meanwhile
+    begin()  embedding, last norm and output layer come for the whole pass, and leave at end()
+
+A pass moves the weights once for each batch it scores, so batches should be large
+(--slm-reference-micro-batch-size): the copy hides behind the computation when a layer's 2 bytes a
+parameter over the bus take no longer than 2 FLOPs a parameter and token, which at 50 GB/s and
+400 TFLOP/s is from 8,000 tokens on.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+ALIGNMENT = 512  # bytes, as torch's allocator aligns
+
+
+class StreamedLayers:
+    """Takes the weights of a model off the device.  Call begin() before its forward passes, end()
+    after them."""
+
+    def __init__(self, model: GPTModel) -> None:
+        self.layers = [_Buffer(list(layer.parameters())) for layer in model.decoder.layers]
+        of_layers = {id(p) for layer in self.layers for p in layer.parameters}
+        self.rest = _Buffer([p for p in model.parameters() if id(p) not in of_layers])
+        size = max(layer.host.numel() for layer in self.layers)
+        device = torch.cuda.current_device()
+        self.buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
+        self.free = [torch.cuda.Event(), torch.cuda.Event()]
+        self.ready = [torch.cuda.Event(), torch.cuda.Event()]
+        self.stream = torch.cuda.Stream()
+        self.buffer_of: dict[int, int] = {}  # of layers on the device
+        self.fetched = 0
+        for number, layer in enumerate(model.decoder.layers):
+            layer.register_forward_pre_hook(partial(self._before, number))
+            layer.register_forward_hook(partial(self._after, number))
+
+    def begin(self) -> None:
+        """Bring what is not in a layer."""
+        whole = torch.empty_like(self.rest.host, device=torch.cuda.current_device())
+        whole.copy_(self.rest.host, non_blocking=True)
+        self.rest.place(whole)
+
+    def end(self) -> None:
+        """Leave nothing on the device but the two buffers."""
+        self.rest.leave()
+        for number in list(self.buffer_of):
+            self._release(number)
+
+    def _before(self, number: int, *_: Any) -> None:
+        self._fetch(number)
+        torch.cuda.current_stream().wait_event(self.ready[self.buffer_of[number]])
+        # After the last layer comes the first, of the next batch.
+        self._fetch((number + 1) % len(self.layers))
+
+    def _after(self, number: int, *_: Any) -> None:
+        self._release(number)
+
+    def _fetch(self, number: int) -> None:
+        if number in self.buffer_of:
+            return
+        index = self.fetched % 2
+        self.fetched += 1
+        layer = self.layers[number]
+        with torch.cuda.stream(self.stream):
+            self.stream.wait_event(self.free[index])  # by the layer that was in it
+            self.buffers[index][: layer.host.numel()].copy_(layer.host, non_blocking=True)
+            self.ready[index].record(self.stream)
+        layer.place(self.buffers[index])
+        self.buffer_of[number] = index
+
+    def _release(self, number: int) -> None:
+        self.free[self.buffer_of.pop(number)].record(torch.cuda.current_stream())
+        self.layers[number].leave()
+
+
+class _Buffer:
+    """Parameters, their bytes in host memory, and where each one's begin there."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.shapes = [parameter.shape for parameter in parameters]
+        self.starts: list[int] = []
+        size = 0
+        for parameter in parameters:
+            self.starts.append(size)
+            size += -(-parameter.nbytes // ALIGNMENT) * ALIGNMENT
+        self.host = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
+        for view, parameter in zip(self._views(self.host), parameters, strict=True):
+            view.copy_(parameter.detach())
+        self.leave()
+
+    def place(self, buffer: Tensor) -> None:
+        """Let the parameters be these bytes."""
+        for view, parameter in zip(self._views(buffer), self.parameters, strict=True):
+            parameter.data = view
+
+    def leave(self) -> None:
+        """Let the parameters be nothing."""
+        for parameter in self.parameters:
+            parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+
+    def _views(self, buffer: Tensor) -> list[Tensor]:
+        return [
+            buffer[start : start + shape.numel() * parameter.dtype.itemsize]
+            .view(parameter.dtype)
+            .view(shape)
+            for start, shape, parameter in zip(
+                self.starts, self.shapes, self.parameters, strict=True
+            )
+        ]

@@ -1,0 +1,121 @@
+"""Score caches against a run's arguments: what was scored must be what the run draws."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron.training.utils import get_blend_and_blend_per_split
+
+from megatron_slm.data.score_cache import Manifest, Section, differences, read_manifest
+from megatron_slm.data.scored_dataset import check_names, dataset_name, fingerprint
+from megatron_slm.errors import UserError
+
+SPLITS = ("train", "valid", "test")
+
+
+@dataclass(frozen=True)
+class Caches:
+    """kind: of all of them.  sections: by name (score_cache.py says what these are).
+    identity: of the references that scored.
+    """
+
+    kind: Literal["sample", "document"]
+    sections: dict[str, Section]
+    identity: str
+
+    def section(self, name: str) -> Section:
+        """
+        Raises:
+            UserError: nothing of that split was scored.
+        """
+        if name not in self.sections:
+            raise UserError(
+                f"the score cache holds {', '.join(self.sections)}, not {name}: score with the "
+                "run's own --eval-iters and --eval-interval"
+            )
+        return self.sections[name]
+
+
+def data_prefixes(args: Namespace) -> list[str]:
+    """Indexed datasets that the arguments name, each once, in order."""
+    blends = _blends(args).values()
+    return list(dict.fromkeys(prefix for prefixes, _ in blends for prefix in prefixes))
+
+
+def describe_data(args: Namespace, kind: str) -> dict[str, Any]:
+    """Fingerprint of what decides the tokens of each record, as a manifest's `source`.
+
+    Raises:
+        UserError: a dataset cannot be read, or two have one name.
+    """
+    prefixes = data_prefixes(args)
+    check_names(prefixes)
+    source: dict[str, Any] = {
+        "tokenizer": args.slm_tokenizer,
+        "vocabulary": args.slm_vocab_size,
+        "datasets": {dataset_name(prefix): fingerprint(prefix) for prefix in prefixes},
+    }
+    if kind == "sample":
+        source |= {
+            "seed": args.seed,
+            "split": args.split,
+            "reset_position_ids": args.reset_position_ids,
+            "blends": {
+                split: [[dataset_name(prefix) for prefix in prefixes], weights]
+                for split, (prefixes, weights) in _blends(args).items()
+            },
+        }
+    plain: dict[str, Any] = json.loads(json.dumps(source))  # as it is read back
+    return plain
+
+
+def open_caches(args: Namespace) -> Caches:
+    """The caches that --slm-reference-cache names.
+
+    Raises:
+        UserError: incomplete, damaged, or made for other data, order, tokenizer or length.
+    """
+    if args.full_validation or args.multiple_validation_sets:
+        raise UserError("--slm-reference-cache cannot be used with --full-validation")
+    directories = [Path(directory) for directory in args.slm_reference_cache]
+    manifests = [read_manifest(directory) for directory in directories]
+    kind = manifests[0].kind
+    if len(manifests) > 1 and any(manifest.kind != "document" for manifest in manifests):
+        raise UserError("several directories in --slm-reference-cache must be --by document each")
+    own = describe_data(args, kind)
+    sections: dict[str, Section] = {}
+    for directory, manifest in zip(directories, manifests, strict=True):
+        _check(args, own, directory, manifest)
+        sections |= {name: Section(directory, manifest, name) for name in manifest.sections}
+    if kind == "document" and (lacking := own["datasets"].keys() - sections.keys()):
+        raise UserError(
+            f"--slm-reference-cache {' '.join(map(str, directories))}: no losses of the datasets "
+            f"{', '.join(sorted(lacking))}"
+        )
+    identity = json.dumps([manifest.reference for manifest in manifests], sort_keys=True)
+    return Caches(kind, sections, identity)
+
+
+def _check(args: Namespace, own: dict[str, Any], directory: Path, manifest: Manifest) -> None:
+    scored = dict(manifest.source)
+    mine = dict(own)
+    if manifest.kind == "document":  # of any length, and of more datasets than one run may read
+        both = scored["datasets"].keys() & mine["datasets"].keys()
+        for source in (scored, mine):
+            source["datasets"] = {name: source["datasets"][name] for name in both}
+    else:
+        scored["sequence_length"] = manifest.sequence_length
+        mine["sequence_length"] = args.seq_length
+    if found := differences(mine, scored):
+        raise UserError(f"the score cache {directory} was made for another run: {found}")
+
+
+def _blends(args: Namespace) -> dict[str, tuple[list[str], list[float] | None]]:
+    """Prefixes and weights of "all" splits, or of each."""
+    blend, per_split = get_blend_and_blend_per_split(args)
+    named = {"all": blend, **dict(zip(SPLITS, per_split or [], strict=False))}
+    return {split: each for split, each in named.items() if each is not None}

@@ -1,0 +1,287 @@
+"""A job that fills a score cache: the samples a training run will draw, or whole datasets.
+
+    one rank       writes the manifest and lists the shards that are not there yet
+    each replica   (data-parallel rank) scores every so-manieth of them, a forward-only pipeline
+                   pass a shard, without waiting for the others
+    its last stage writes the shard, once, under its name only when it is on the disk
+
+What a shard holds depends on neither the layout nor the number of replicas, so a job may be killed
+and go on in another layout.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import mpu
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.training import get_tokenizer
+from megatron.training.arguments import parse_args, validate_args
+from megatron.training.global_vars import set_global_variables
+from megatron.training.initialize import initialize_megatron
+from megatron.training.training import get_train_valid_test_num_samples
+from megatron.training.utils import print_rank_0
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_slm.data.score_cache import Manifest, missing_shards, write_shard
+from megatron_slm.data.scored_dataset import DocumentWindows, dataset_name
+from megatron_slm.errors import UserError
+from megatron_slm.loss import Scoring
+from megatron_slm.reference.checkpoint import ReferenceCheckpoint, fingerprint, open_checkpoint
+from megatron_slm.reference.online import OnlineReference, frozen_reference
+from megatron_slm.training.caches import SPLITS, data_prefixes, describe_data
+from megatron_slm.training.datasets import DatasetProvider, reads_data, use_prebuilt_helpers
+from megatron_slm.training.micro_batch import read_micro_batches
+from megatron_slm.training.sources import open_reference
+from megatron_slm.training.tokenizer import record_tokenizer
+
+# A shard is what a kill may cost a replica, and what replicas share work by.
+MOST_RECORDS, LEAST_RECORDS, SHARDS = 2048, 16, 512
+
+
+def parse_arguments(add_own: Callable[[ArgumentParser], ArgumentParser]) -> Namespace:
+    """The training run's arguments, some of which mean nothing to this job, and its own.
+
+    Raises:
+        UserError: no reference or no cache is named, or no number of samples.
+    """
+    args: Namespace = parse_args(lambda parser: _add_arguments(add_own(parser)))
+    for flag, value in (
+        ("--slm-reference-load", args.slm_reference_load),
+        ("--slm-reference-cache", args.slm_reference_cache),
+    ):
+        if len(value or []) != 1:
+            raise UserError(f"{flag}: name one directory")
+    if args.by == "sample" and args.global_batch_size is None:
+        raise UserError("--global-batch-size says how many samples a run draws: give the run's own")
+    if args.by == "sample":
+        for name in ("full_validation", "multiple_validation_sets", "step_batch_size_schedule"):
+            if getattr(args, name):
+                raise UserError(f"--{name.replace('_', '-')}: score --by document")
+    (load,) = args.slm_reference_load
+    saved = open_checkpoint(load, args.slm_reference_ckpt_step).arguments
+    for name in ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings"):
+        if getattr(args, name) is None:  # Megatron asks for a policy's
+            setattr(args, name, getattr(saved, name))
+    # The run's batch need not divide by this job's replicas, nor its layers by stages of stages.
+    batches = {
+        name: getattr(args, name) for name in ("global_batch_size", "eval_global_batch_size")
+    }
+    for name in (*batches, "eval_micro_batch_size"):
+        setattr(args, name, None)
+    args.num_layers_per_virtual_pipeline_stage = args.num_virtual_stages_per_pipeline_rank = None
+    args.pipeline_model_parallel_layout = None
+    args.tensorboard_dir, args.wandb_project = None, ""  # the run's logs are not this job's
+    validate_args(args, {"tokenizer_type": "GPT2BPETokenizer"})
+    set_global_variables(args)
+    args.global_batch_size = batches["global_batch_size"]
+    args.eval_global_batch_size = batches["eval_global_batch_size"] or args.global_batch_size
+    if args.by == "sample" and args.train_iters is None:
+        args.train_iters = args.train_samples // args.global_batch_size
+    return args
+
+
+def _add_arguments(parser: ArgumentParser) -> ArgumentParser:
+    group = parser.add_argument_group("score cache")
+    group.add_argument(
+        "--by",
+        choices=("sample", "document"),
+        default="sample",
+        help="sample: the samples of this very run, each token with the context it will have. "
+        "document: all tokens of the datasets, for runs of any mix, length and seed. "
+        "Default: sample.",
+    )
+    group.add_argument(
+        "--cache-dtype",
+        choices=("uint16", "float32"),
+        default="uint16",
+        help="uint16: 2 bytes a token, within 1.2e-4 nats at 1 nat and 3.9e-4 at 10. "
+        "float32: exact. Default: uint16.",
+    )
+    group.add_argument(
+        "--shard-samples",
+        type=int,
+        metavar="N",
+        help=f"Samples of a file. Default: enough for {SHARDS} files, but {LEAST_RECORDS} to "
+        f"{MOST_RECORDS}.",
+    )
+    return parser
+
+
+def score(args: Namespace, layer_spec: Callable[..., Any] | None) -> None:
+    """Run the job.
+
+    Raises:
+        UserError: bad input, found on every rank alike; a loss that is no number.
+    """
+    record_tokenizer(args, get_tokenizer())
+    checkpoint, own_arguments = open_reference(
+        args, args.slm_reference_load[0], args.slm_reference_ckpt_step
+    )
+    use_prebuilt_helpers()
+    initialize_megatron()
+    datasets = _documents(args) if args.by == "document" else _samples()
+    directory = Path(args.slm_reference_cache[0])
+    manifest, missing = _on_first_rank(lambda: _begin(args, checkpoint, directory, datasets))
+    replicas = mpu.get_data_parallel_world_size()
+    mine = missing[mpu.get_data_parallel_rank() :: replicas]
+    print_rank_0(
+        f"> {sum(map(manifest.shards, manifest.sections)) - len(missing)} shards are there, "
+        f"{len(missing)} to score on {replicas} replicas"
+    )
+    scoring = Scoring(args.slm_vocab_size)
+    reference = frozen_reference(checkpoint, own_arguments, scoring, layer_spec)
+    batches = _load(args, datasets, manifest, mine)
+    first = torch.distributed.get_rank() == 0
+    records = sum(len(manifest.records_of(*shard)) for shard in mine)
+    progress = tqdm(total=records * manifest.sequence_length, unit="token", unit_scale=True)
+    progress.disable = not first
+    for section, shard in mine:
+        numbers = manifest.records_of(section, shard)
+        _score_shard(args, reference, batches, directory, manifest, section, shard)
+        progress.update(len(numbers) * manifest.sequence_length)
+    progress.close()
+    torch.distributed.barrier()
+    print_rank_0(f"> {directory} is complete")
+
+
+def _score_shard(
+    args: Namespace,
+    reference: OnlineReference,
+    batches: Any,
+    directory: Path,
+    manifest: Manifest,
+    section: str,
+    shard: int,
+) -> None:
+    records = len(manifest.records_of(section, shard))
+    count = -(-records // args.micro_batch_size)
+    read = read_micro_batches(batches, args.micro_batch_size, count, with_domains=True)
+    scored = list(reference.score(read, count, args.micro_batch_size))
+    if not mpu.is_pipeline_last_stage():
+        return
+    losses = _whole([batch.reference_losses for batch in scored], records)
+    labels = _whole([batch.labels for batch in scored], records)
+    if mpu.get_tensor_model_parallel_rank() == 0 and mpu.get_context_parallel_rank() == 0:
+        domains = torch.cat([batch.domains for batch in scored if batch.domains is not None])
+        write_shard(
+            directory,
+            manifest,
+            section,
+            shard,
+            losses.cpu().numpy(),
+            labels.cpu().numpy().astype(np.int32),
+            domains[:records].cpu().numpy(),
+        )
+
+
+def _whole(parts: list[Tensor | None], records: int) -> Tensor:
+    """Rows of micro-batches [b, s/c] as [records, s]: context-parallel rank r of c has the chunks r
+    and 2c - 1 - r of 2c."""
+    own = torch.cat([part for part in parts if part is not None])[:records]
+    group = mpu.get_context_parallel_group()
+    if group.size() == 1:
+        return own
+    of_ranks = [torch.empty_like(own) for _ in range(group.size())]
+    torch.distributed.all_gather(of_ranks, own.contiguous(), group=group)
+    halves = [part.chunk(2, dim=1) for part in of_ranks]
+    return torch.cat([half[0] for half in halves] + [half[1] for half in halves[::-1]], dim=1)
+
+
+def _begin(
+    args: Namespace, checkpoint: ReferenceCheckpoint, directory: Path, datasets: dict[str, Any]
+) -> tuple[Manifest, list[tuple[str, int]]]:
+    """Write the manifest; what remains to be scored."""
+    sections = {name: size for name, (_, size) in datasets.items() if size > 0}
+    most = max(sections.values())
+    manifest = Manifest(
+        kind=args.by,
+        dtype=args.cache_dtype,
+        sequence_length=args.seq_length,
+        shard_records=args.shard_samples or min(MOST_RECORDS, max(LEAST_RECORDS, most // SHARDS)),
+        sections=sections,
+        source=describe_data(args, args.by),
+        reference=fingerprint(checkpoint),
+    )
+    manifest.write(directory)
+    return manifest, missing_shards(directory, manifest)
+
+
+def _on_first_rank(function: Callable[[], Any]) -> Any:
+    """Its result, or its UserError, on all ranks."""
+    answer: list[Any] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            answer = [function()]
+        except UserError as error:
+            answer = [error]
+    torch.distributed.broadcast_object_list(answer, src=0)
+    if isinstance(answer[0], UserError):
+        raise answer[0]
+    return answer[0]
+
+
+def _samples() -> dict[str, tuple[Any, int]]:
+    """Datasets of the splits and how many samples of each a run draws.  The first rank has them."""
+    wanted = get_train_valid_test_num_samples()
+    built = DatasetProvider()(list(wanted))
+    return {
+        split: (dataset, 0 if dataset is None else min(count, len(dataset)))
+        for split, dataset, count in zip(SPLITS, built, wanted, strict=True)
+    }
+
+
+def _documents(args: Namespace) -> dict[str, tuple[Any, int]]:
+    """All tokens of each dataset."""
+    datasets = {}
+    for prefix in data_prefixes(args):
+        windows = None
+        if reads_data():
+            dataset = IndexedDataset(prefix, mmap=args.mmap_bin_files)
+            windows = DocumentWindows(dataset, args.seq_length, int(get_tokenizer().eod))
+        datasets[dataset_name(prefix)] = (windows, 0 if windows is None else len(windows))
+    return datasets
+
+
+def _load(
+    args: Namespace,
+    datasets: dict[str, tuple[Any, int]],
+    manifest: Manifest,
+    shards: list[tuple[str, int]],
+) -> Iterator[Any] | None:
+    """Micro-batches of these shards, one after the other; None on ranks that read no data.  The
+    last of a shard is filled up with its last sample."""
+    if not reads_data():
+        return None
+    size = args.micro_batch_size
+    batches = []
+    for section, shard in shards:
+        numbers = list(manifest.records_of(section, shard))
+        numbers += numbers[-1:] * (-len(numbers) % size)
+        named = [(section, number) for number in numbers]
+        batches += [named[start : start + size] for start in range(0, len(named), size)]
+    return iter(
+        torch.utils.data.DataLoader(
+            _Records({name: dataset for name, (dataset, _) in datasets.items()}),
+            batch_sampler=batches,
+            num_workers=args.num_workers,
+            pin_memory=True,
+        )
+    )
+
+
+class _Records(torch.utils.data.Dataset[dict[str, Any]]):
+    """Samples by (section, number), each with its dataset's number in the blend."""
+
+    def __init__(self, datasets: dict[str, Any]) -> None:
+        self.datasets = datasets
+
+    def __getitem__(self, where: tuple[str, int]) -> dict[str, Any]:
+        section, number = where
+        return {"dataset_id": 0, **self.datasets[section][number]}

@@ -1,0 +1,199 @@
+"""Where a run's reference losses come from, by its arguments.
+
+--slm-reference-load DIR            one frozen replica
+--slm-reference-load DIR DIR ...    several, whose losses are averaged
+--slm-reference-load NAME=DIR ...   one for each dataset of the blend
+--slm-reference ema:DECAY           the moving average of the policy
+--slm-reference-cache DIR ...       what tools/score_reference.py has stored
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from megatron_slm.errors import UserError
+from megatron_slm.loss import Scoring
+from megatron_slm.reference.checkpoint import ReferenceCheckpoint, open_checkpoint
+from megatron_slm.reference.moving_average import MovingAverage
+from megatron_slm.reference.online import (
+    frozen_arguments,
+    frozen_reference,
+    reference_arguments,
+)
+from megatron_slm.reference.several import SeveralReferences
+from megatron_slm.training.caches import Caches, open_caches
+from megatron_slm.training.micro_batch import MicroBatch
+from megatron_slm.training.tokenizer import check_tokenizer
+
+
+class Reference(Protocol):
+    """Gives a step's micro-batches their reference losses."""
+
+    def score(
+        self, micro_batches: Iterator[MicroBatch], count: int, micro_batch_size: int
+    ) -> Iterator[MicroBatch]:
+        """The micro-batches of a step, with what the reference says of their tokens set on the last
+        pipeline stage.  Collective over the ranks that share them."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """build: called once on all ranks, when the policy has been built and loaded.
+    identity: what a resumed run must have in common with the run it goes on with.
+    by_domain: whether it has to know which dataset a sample is from.
+    caches: what the datasets read the losses from; None where the reference is computed.
+    """
+
+    build: Callable[[], Reference]
+    identity: str
+    by_domain: bool = False
+    caches: Caches | None = None
+
+
+def open_source(
+    args: Namespace, domains: tuple[str, ...], layer_spec: Callable[..., Any] | None
+) -> Source | None:
+    """What the arguments name, checked as far as files can tell; None without a reference.
+
+    Args:
+        domains: names of the blend's datasets.
+
+    Raises:
+        UserError: nothing there, damaged, of another tokenizer or model, or arguments that
+            contradict each other.
+    """
+    given = [
+        flag
+        for flag, value in (
+            ("--slm-reference-load", args.slm_reference_load),
+            ("--slm-reference", args.slm_reference),
+            ("--slm-reference-cache", args.slm_reference_cache),
+        )
+        if value
+    ]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} name a reference each; give one of them")
+    _check_options(args)
+    if not given:
+        return None
+    if args.slm_reference_cache:
+        if args.slm_score == "reference-entropy":
+            raise UserError("--slm-score reference-entropy: a score cache holds losses alone")
+        caches = open_caches(args)
+        return Source(_Cached, caches.identity, caches=caches)
+    scoring = Scoring(args.slm_vocab_size, entropies=args.slm_score == "reference-entropy")
+    if args.slm_reference:
+        return _moving_average(args, scoring, layer_spec)
+    return _checkpoints(args, domains, scoring, layer_spec)
+
+
+class _Cached:
+    """The losses came with the tokens."""
+
+    def score(
+        self, micro_batches: Iterator[MicroBatch], count: int, micro_batch_size: int
+    ) -> Iterator[MicroBatch]:
+        return micro_batches
+
+
+def _check_options(args: Namespace) -> None:
+    if args.slm_reference_ckpt_step is not None and len(args.slm_reference_load or []) != 1:
+        raise UserError("--slm-reference-ckpt-step needs --slm-reference-load with one directory")
+    online = args.slm_reference_load or args.slm_reference
+    for flag, value in (
+        ("--slm-reference-offload", args.slm_reference_offload),
+        ("--slm-reference-micro-batch-size", args.slm_reference_micro_batch_size),
+        ("--slm-reference-fp8", args.slm_reference_fp8),
+    ):
+        if value and not online:
+            raise UserError(f"{flag} is of use to --slm-reference-load alone")
+    size = args.slm_reference_micro_batch_size
+    if size is not None and (size < 1 or size % args.micro_batch_size):
+        raise UserError(
+            f"--slm-reference-micro-batch-size {size} must be a multiple of --micro-batch-size "
+            f"{args.micro_batch_size}"
+        )
+
+
+def _checkpoints(
+    args: Namespace,
+    domains: tuple[str, ...],
+    scoring: Scoring,
+    layer_spec: Callable[..., Any] | None,
+) -> Source:
+    named = _by_domain(args.slm_reference_load, domains)
+    by_domain = any(name in domains for name in named)
+    opened = [open_reference(args, load, args.slm_reference_ckpt_step) for load in named.values()]
+
+    def build() -> Reference:
+        references = [frozen_reference(*each, scoring, layer_spec) for each in opened]
+        if len(references) == 1:
+            return references[0]
+        numbers = [domains.index(name) for name in named] if by_domain else None
+        return SeveralReferences(references, numbers)
+
+    identity = ", ".join(checkpoint.directory.name for checkpoint, _ in opened)
+    return Source(build, identity, by_domain)
+
+
+def open_reference(
+    args: Namespace, load: str, step: int | None
+) -> tuple[ReferenceCheckpoint, Namespace]:
+    """A checkpoint and the arguments to build its model by.
+
+    Raises:
+        UserError: as open_checkpoint, check_tokenizer and reference_arguments.
+    """
+    checkpoint = open_checkpoint(load, step)
+    check_tokenizer(args, checkpoint)
+    return checkpoint, reference_arguments(checkpoint, args)
+
+
+def _by_domain(loads: list[str], domains: tuple[str, ...]) -> dict[str, str]:
+    """Directories by the dataset they are for, or by themselves if they are for all."""
+    pairs = [load.partition("=") for load in loads]
+    if not any(name in domains and equals for name, equals, _ in pairs):
+        return {load: load for load in loads}
+    named = {name: load for name, _, load in pairs}
+    if set(named) != set(domains) or len(named) < len(pairs):
+        raise UserError(
+            f"--slm-reference-load: give each dataset of the blend ({', '.join(domains)}) a "
+            "reference, NAME=DIR, or none of them"
+        )
+    return named
+
+
+def _moving_average(
+    args: Namespace, scoring: Scoring, layer_spec: Callable[..., Any] | None
+) -> Source:
+    kind, _, text = args.slm_reference.partition(":")
+    try:
+        decay = float(text)
+    except ValueError:
+        decay = -1.0
+    if kind != "ema" or not 0.0 < decay < 1.0:
+        raise UserError(
+            f"--slm-reference {args.slm_reference}: give ema:DECAY with a decay in (0, 1)"
+        )
+    for flag, value in (
+        ("--slm-reference-offload", args.slm_reference_offload),
+        ("--overlap-param-gather", args.overlap_param_gather),
+        ("virtual pipeline stages", args.virtual_pipeline_model_parallel_size),
+    ):
+        if value:
+            raise UserError(f"--slm-reference ema cannot be used with {flag}")
+
+    def build() -> Reference:
+        resumes = args.load is not None and args.iteration > 0
+        return MovingAverage(
+            frozen_arguments(args),
+            scoring,
+            decay,
+            layer_spec,
+            (args.load, args.iteration) if resumes else None,
+        )
+
+    return Source(build, args.slm_reference)

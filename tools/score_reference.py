@@ -1,0 +1,48 @@
+"""Store a reference's losses, so that training runs need no reference model.
+
+    torchrun --nproc_per_node 8 tools/score_reference.py ARGUMENTS OF THE TRAINING RUN \
+        --slm-reference-load DIR --slm-reference-cache CACHE [--by document] [--cache-dtype float32]
+    python tools/score_reference.py inspect CACHE [--plot FILE.svg]
+
+Give it what the training run is given; parallel sizes and --micro-batch-size may be others, and the
+policy's own arguments may be left out.  A job that was killed goes on where it was.  Training reads
+the losses with --slm-reference-cache CACHE in the place of --slm-reference-load.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+
+from megatron_slm.entry import add_arguments, use_device
+from megatron_slm.errors import exit_on_user_error
+
+
+def main() -> None:
+    """Score, or look at what was scored."""
+    if sys.argv[1:2] == ["inspect"]:
+        from megatron_slm.analysis.score_cache import main as inspect
+
+        with exit_on_user_error():
+            inspect(sys.argv[2:])
+        return
+    run(use_device())
+
+
+def run(cpu: bool) -> None:
+    """Score; `cpu` if the CPU platform is installed."""
+    with exit_on_user_error():
+        # Megatron may be imported only when the platform is installed.
+        from megatron.core.extensions.transformer_engine import HAVE_TE
+
+        from megatron_slm.model import plain_block_spec
+        from megatron_slm.training.arguments import validate_arguments
+        from megatron_slm.training.scoring import parse_arguments, score
+
+        args = parse_arguments(partial(add_arguments, cpu=cpu))
+        validate_arguments(args)
+        score(args, None if HAVE_TE else plain_block_spec)
+
+
+if __name__ == "__main__":
+    main()
