@@ -59,30 +59,7 @@ def launch(
     Without torchrun, which kills the other ranks as soon as one has failed: here every rank must
     end by itself.  With fresh_threads each rank is a Python started anew, with that many threads.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    job = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")]),
-    }
-    files = [directory / f"rank{rank}.log" for rank in range(ranks)]
-    start = _start_forked if fresh_threads is None else _start_fresh
-    processes = [
-        start(
-            command,
-            directory,
-            job
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            | ({} if fresh_threads is None else {"OMP_NUM_THREADS": str(fresh_threads)}),
-            file,
-        )
-        for rank, file in enumerate(files)
-    ]
+    files, processes = start(ranks, command, directory, fresh_threads)
     deadline = time.monotonic() + timeout
     try:
         codes = [_exit_code(process, deadline) for process in processes]
@@ -96,6 +73,36 @@ def launch(
             f"rank {failed} of {ranks} left with {codes[failed]}:\n{run.outputs[failed][-4000:]}"
         )
     return run
+
+
+def start(
+    ranks: int, command: list[str], directory: Path, fresh_threads: int | None = None
+) -> tuple[list[Path], list[Any]]:
+    """Start them; each one's output file, and process."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    job = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")]),
+    }
+    files = [directory / f"rank{rank}.log" for rank in range(ranks)]
+    begin = _start_forked if fresh_threads is None else _start_fresh
+    return files, [
+        begin(
+            command,
+            directory,
+            job
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            | ({} if fresh_threads is None else {"OMP_NUM_THREADS": str(fresh_threads)}),
+            file,
+        )
+        for rank, file in enumerate(files)
+    ]
 
 
 def _start_fresh(command: list[str], directory: Path, job: dict[str, str], file: Path) -> Any:

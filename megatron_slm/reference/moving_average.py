@@ -55,7 +55,7 @@ class MovingAverage(OnlineReference):
         self.average: list[Tensor] | None = None
         if resume is not None:
             directory, iteration = resume
-            self.average = [parameter.float() for parameter in self.model.parameters()]
+            self.average = [_float_copy(parameter) for parameter in self.model.parameters()]
             self._load(Path(directory) / DIRECTORY, iteration)
 
     @torch.no_grad()
@@ -75,7 +75,7 @@ class MovingAverage(OnlineReference):
                 "pipeline stage"
             )
         if self.average is None:
-            self.average = [theirs[name].float() for name in own]
+            self.average = [_float_copy(theirs[name]) for name in own]
         elif not training:
             return
         for average, (name, parameter) in zip(self.average, own.items(), strict=True):
@@ -122,3 +122,7 @@ class MovingAverage(OnlineReference):
                     part.dtype = torch.float32
                 sharded[name] = part
         return sharded
+
+
+def _float_copy(parameter: Tensor) -> Tensor:
+    return parameter.detach().to(torch.float32, copy=True)

@@ -30,6 +30,9 @@ def train_recorded(args: Namespace) -> None:
                     "number": self.micro_batch.number,
                     "selected": weights.clone() if self.choice is None else self.choice.selected,
                     "weights": weights.clone(),
+                    "scores": self.micro_batch.scores,
+                    "domains": self.micro_batch.domains,
+                    "reference": self.micro_batch.reference_losses,
                 }
             )
         return weights

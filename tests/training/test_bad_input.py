@@ -4,14 +4,16 @@ every rank, without waiting for another."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from jobs import STEPS, Checkpoints, Corpus
-from launch import launch, pretrain
+from jobs import GLOBAL_BATCH, STEPS, Checkpoints, Corpus
+from launch import REPOSITORY, launch, pretrain
 from real_text import docstrings
 
 
@@ -118,8 +120,85 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         lambda _: ["--dataloader-inter-document-masking"],
         "--dataloader-inter-document-masking",
     ),
+    "moving average of nothing": (
+        lambda _: ["--slm-reference", "ema:1.5"],
+        "--slm-reference-load and --slm-reference name a reference each",
+    ),
+    "reference for a dataset that is none": (
+        lambda reference: ["--slm-reference-load", f"web={reference}"],
+        "no such directory",
+    ),
+    "scoring batch that does not fit": (
+        lambda _: ["--slm-reference-micro-batch-size", "4"],
+        "a multiple of --micro-batch-size",
+    ),
+    "fp8 without its library": (lambda _: ["--slm-reference-fp8"], "Transformer Engine"),
     "multi-token prediction": (lambda _: ["--mtp-num-layers", "1"], "--mtp-num-layers"),
     "reset attention mask": (lambda _: ["--reset-attention-mask"], "--reset-attention-mask"),
+}
+
+
+def _manifest_of(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], list[str]]:
+    def spoil(cache: Path) -> list[str]:
+        path = cache / "manifest.json"
+        manifest = json.loads(path.read_text())
+        change(manifest)
+        path.write_text(json.dumps(manifest))
+        return []
+
+    return spoil
+
+
+def _shard_missing(cache: Path) -> list[str]:
+    (cache / "train" / "00002.losses").unlink()
+    return []
+
+
+def _shard_truncated(cache: Path) -> list[str]:
+    os.truncate(cache / "train" / "00001.losses", 1000)
+    return []
+
+
+def _no_manifest(cache: Path) -> list[str]:
+    (cache / "manifest.json").unlink()
+    return []
+
+
+def _broken_manifest(cache: Path) -> list[str]:
+    (cache / "manifest.json").write_text('{"format": 1, "kind"')
+    return []
+
+
+# Of runs that read a score cache.
+CACHES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
+    "cache of another seed": (lambda _: ["--seed", "7"], "seed is 7 here, 1234 there"),
+    "cache of another length": (
+        lambda _: ["--seq-length", "32"],
+        "sequence_length is 32 here, 64 there",
+    ),
+    "cache of another split": (lambda _: ["--split", "80,20,0"], "split is 80,20,0 here"),
+    "cache of other data": (
+        _manifest_of(lambda m: m["source"]["datasets"]["docstrings"].update(bin="9 bytes, 0")),
+        "datasets.docstrings.bin is",
+    ),
+    "cache of another tokenizer": (
+        _manifest_of(lambda m: m["source"].update(tokenizer="x")),
+        "tokenizer is",
+    ),
+    "cache of another version": (_manifest_of(lambda m: m.update(format=0)), "another version"),
+    "shard missing": (_shard_missing, "00002.losses is missing"),
+    "shard truncated": (_shard_truncated, "00001.losses is damaged"),
+    "no cache": (_no_manifest, "is not a score cache"),
+    "manifest broken": (_broken_manifest, "manifest.json cannot be read"),
+    "cache without entropies": (
+        lambda _: ["--slm-score", "reference-entropy"],
+        "a score cache holds losses alone",
+    ),
+    "offload of a cache": (lambda _: ["--slm-reference-offload"], "--slm-reference-load alone"),
+    "several caches of samples": (
+        lambda cache: ["--slm-reference-cache", str(cache), str(cache)],
+        "--by document",
+    ),
 }
 
 
@@ -130,6 +209,16 @@ def refusals(
     """Exit code and output of two ranks of every case."""
     directory = tmp_path_factory.mktemp("bad-input")
     commands = {}
+    scored = directory / "cache"
+    run = [*corpus.arguments, *f"--train-iters {STEPS} --micro-batch-size 3".split()]
+    run += f"--global-batch-size {GLOBAL_BATCH} --eval-iters 1 --eval-interval 1000".split()
+    score = f"--slm-reference-load {untied.reference} --slm-reference-cache {scored}".split()
+    launch(1, [str(REPOSITORY / "tools" / "score_reference.py"), *run, *score], directory / "job")
+    for number, (case, (spoil, _)) in enumerate(CACHES.items()):
+        cache = directory / f"cache{number}"
+        shutil.copytree(scored, cache)
+        commands[case] = [*untied.without_reference, *run, "--slm-token-ratio", "0.6"]
+        commands[case] += ["--slm-reference-cache", str(cache), *spoil(cache)]
     for number, (case, (spoil, _)) in enumerate(CASES.items()):
         reference = directory / f"reference{number}"
         shutil.copytree(untied.reference, reference)
@@ -148,9 +237,9 @@ def refusals(
     return json.loads((directory / "refusals.json").read_text())
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES | CACHES)
 def test_refused(case: str, refusals: dict[str, list[tuple[int, str]]]) -> None:
-    _, message = CASES[case]
+    _, message = (CASES | CACHES)[case]
     for code, output in refusals[case]:
         assert code == 2, output[-3000:]
         errors = [line for line in output.splitlines() if line.startswith("error: ")]

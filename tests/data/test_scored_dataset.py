@@ -1,0 +1,161 @@
+"""Samples carry the losses of their own labels, and windows hold every token once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from megatron.core.tokenizers import MegatronTokenizer
+
+from megatron_slm.data.score_cache import Manifest, Section, write_shard
+from megatron_slm.data.scored_dataset import (
+    DocumentWindows,
+    SampleScored,
+    document_scored,
+    fingerprint,
+)
+from megatron_slm.errors import UserError
+
+TOKENS, EOD = 5000, 60000
+SCORED_LENGTH, LENGTH = 48, 32
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Documents of many lengths whose tokens are their own positions in the file."""
+    prefix = str(tmp_path_factory.mktemp("positions") / "positions")
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
+    lengths = np.random.default_rng(1).integers(1, 200, 100)
+    start = 0
+    for length in [*lengths, TOKENS]:
+        tokens = np.arange(start, min(start + length, TOKENS))
+        if len(tokens):
+            builder.add_document(torch.from_numpy(tokens), [len(tokens)])
+        start += length
+    builder.finalize(f"{prefix}.idx")
+    return prefix
+
+
+def write_cache(directory: Path, kind: Any, name: str, records: int, rows: np.ndarray) -> Section:
+    """Loss of a label: a thousandth of its id."""
+    manifest = Manifest(kind, "float32", rows.shape[1], 7, {name: records}, {}, {})
+    manifest.write(directory)
+    for shard in range(manifest.shards(name)):
+        part = rows[manifest.records_of(name, shard)]
+        losses = (part / 1000).astype(np.float32)
+        write_shard(directory, manifest, name, shard, losses, part, np.zeros(len(part), np.int64))
+    return Section(directory, manifest, name)
+
+
+def build(prefix: str, kind: Any = GPTDataset, count: int = 400) -> Any:
+    """Training samples in Megatron's order, of more than one epoch."""
+    config = GPTDatasetConfig(
+        random_seed=5,
+        sequence_length=LENGTH,
+        blend=([prefix], None),
+        split="100,0,0",
+        tokenizer=MegatronTokenizer.from_pretrained(
+            metadata_path={"library": "null-text"}, vocab_size=EOD + 1
+        ),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=True,
+        create_attention_mask=False,
+        mid_level_dataset_surplus=0.005,
+    )
+    builder = BlendedMegatronDatasetBuilder(kind, [count, 0, 0], lambda: True, config)
+    return builder.build()[0]
+
+
+def test_windows_hold_every_token_once(prefix: str) -> None:
+    windows = DocumentWindows(IndexedDataset(prefix), SCORED_LENGTH, EOD)
+    samples = [windows[index] for index in range(len(windows))]
+    labels = torch.cat([sample["labels"] for sample in samples])
+    assert labels[:TOKENS].tolist() == list(range(TOKENS))
+    assert (labels[TOKENS:] == EOD).all() and len(labels) - TOKENS < SCORED_LENGTH
+    tokens = torch.cat([sample["tokens"] for sample in samples])
+    assert tokens[0] == EOD and torch.equal(tokens[1:], labels[:-1])
+
+
+def test_losses_by_document_are_those_of_the_labels(prefix: str, tmp_path: Path) -> None:
+    """Scored in windows of another length than the run's."""
+    windows = DocumentWindows(IndexedDataset(prefix), SCORED_LENGTH, EOD)
+    rows = np.stack([windows[index]["labels"].numpy() for index in range(len(windows))])
+    section = write_cache(tmp_path, "document", "positions", len(rows), rows.astype(np.int32))
+    scored = build(prefix, document_scored({"positions": section}))
+    plain = build(prefix)
+    assert len(scored) == len(plain) > TOKENS // LENGTH
+    for index in range(0, len(scored), 3):
+        sample = scored[index]
+        assert torch.equal(sample["labels"], plain[index]["labels"])
+        torch.testing.assert_close(
+            sample["reference_losses"], sample["labels"] / 1000, rtol=0.0, atol=1e-6
+        )
+
+
+def test_losses_by_sample(prefix: str, tmp_path: Path) -> None:
+    plain = build(prefix)
+    rows = np.stack([plain[index]["labels"].numpy() for index in range(50)]).astype(np.int32)
+    section = write_cache(tmp_path, "sample", "train", len(rows), rows)
+    scored = SampleScored(plain, section)
+    assert len(scored) == len(plain) and scored.index_split == plain.index_split
+    for index in range(50):
+        sample = scored[index]
+        torch.testing.assert_close(
+            sample["reference_losses"], sample["labels"] / 1000, rtol=0.0, atol=1e-6
+        )
+    assert not scored[None]["reference_losses"].any()
+    with pytest.raises(UserError, match="sample 50 of train is not in the score cache"):
+        scored[50]
+    # Other samples under the same numbers.
+    other = write_cache(tmp_path / "other", "sample", "train", len(rows), rows[::-1])
+    with pytest.raises(UserError, match="has other tokens than those scored"):
+        SampleScored(plain, other)[3]
+
+
+def test_damage_is_named(prefix: str, tmp_path: Path) -> None:
+    rows = np.arange(20 * LENGTH, dtype=np.int32).reshape(20, LENGTH)
+    section = write_cache(tmp_path, "sample", "train", 20, rows)
+    path = tmp_path / "train" / "00001.losses"
+    content = bytearray(path.read_bytes())
+    content[section.manifest.record.itemsize * 2 + 5] ^= 1
+    path.write_bytes(content)
+    section.losses(8, rows[8])
+    with pytest.raises(UserError, match=r"00001.losses is damaged at record 2 \(sample 9\)"):
+        section.losses(9, rows[9])
+    path.write_bytes(content[:-1])
+    with pytest.raises(UserError, match=r"00001\.losses is damaged: it has"):
+        Section(tmp_path, section.manifest, "train")
+    path.unlink()
+    with pytest.raises(UserError, match=r"00001\.losses is missing: finish the cache"):
+        Section(tmp_path, section.manifest, "train")
+
+
+def test_a_loss_that_is_no_number_is_not_written(tmp_path: Path) -> None:
+    manifest = Manifest("sample", "uint16", 4, 2, {"train": 3}, {}, {})
+    manifest.write(tmp_path)
+    losses = np.ones((2, 4), np.float32)
+    losses[1, 2] = np.nan
+    with pytest.raises(UserError, match="loss of sample 1 of train is not a finite number"):
+        write_shard(
+            tmp_path, manifest, "train", 0, losses, np.ones((2, 4), np.int32), np.zeros(2, np.int64)
+        )
+    assert not list(tmp_path.rglob("*.losses"))
+
+
+def test_fingerprint_sees_changes(prefix: str, tmp_path: Path) -> None:
+    copy = tmp_path / "positions"
+    for kind in ("bin", "idx"):
+        Path(f"{copy}.{kind}").write_bytes(Path(f"{prefix}.{kind}").read_bytes())
+    assert fingerprint(str(copy)) == fingerprint(prefix)
+    with Path(f"{copy}.bin").open("r+b") as stream:
+        stream.seek(1001)
+        stream.write(b"\x77")
+    assert fingerprint(str(copy))["bin"] != fingerprint(prefix)["bin"]
+    assert fingerprint(str(copy))["idx"] == fingerprint(prefix)["idx"]
