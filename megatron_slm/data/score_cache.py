@@ -220,8 +220,10 @@ class Section:
     def __len__(self) -> int:
         return self.manifest.sections[self.name]
 
-    def losses(self, number: int, labels: NDArray[np.int32] | None) -> NDArray[np.float32]:
-        """Losses [s] of a record, in nats.
+    def losses(
+        self, number: int, labels: NDArray[np.int32] | None, part: slice = slice(None)
+    ) -> NDArray[np.float32]:
+        """Losses [s] of a record, or a part of them, in nats.
 
         Args:
             labels: [s], what was scored, to be compared; None not to.
@@ -248,7 +250,7 @@ class Section:
                 "run draws its samples in another order, or from data that has changed; score "
                 "with the run's own arguments"
             )
-        return decode(record["losses"])
+        return decode(record["losses"][part])
 
 
 # Of all sections together: a process that reads a blend must not run out of mappings.

@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from copy import copy
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +99,15 @@ class _Positions:
 def _losses_at(section: Section, positions: NDArray[np.int64]) -> NDArray[np.float32]:
     """Losses of the tokens at these positions of the section's dataset; 0 for negative ones."""
     window = section.manifest.sequence_length
-    numbers, offsets = np.divmod(positions, window)
     losses = np.zeros(positions.shape, np.float32)
-    for number in np.unique(numbers[positions >= 0]):
-        here = numbers == number
-        losses[here] = section.losses(int(number), labels=None)[offsets[here]]
+    # Runs of consecutive positions in one window.
+    numbers = positions // window
+    breaks = np.flatnonzero((np.diff(positions) != 1) | (np.diff(numbers) != 0)) + 1
+    for start, stop in pairwise([0, *breaks.tolist(), len(positions)]):
+        if positions[start] >= 0:
+            number, offset = divmod(int(positions[start]), window)
+            part = slice(offset, offset + stop - start)
+            losses[start:stop] = section.losses(number, None, part)
     return losses
 
 

@@ -1,10 +1,9 @@
 """Time of an SLM step over that of a CLM step, with a reference of the policy's size.
 
-    python tests/benchmarks/slm_step.py [--at-hand] [-- more arguments for Megatron]
+    python tests/benchmarks/slm_step.py [--cached] [-- more arguments for Megatron]
 
 Floor: a CLM step is a forward and a backward of twice its cost, the reference one forward more:
-4/3.  With --at-hand nothing is spent on a reference: tokens are ranked by the policy's loss alone,
-as when reference losses have been computed before, and the floor is below 1.  CLM and SLM runs
+4/3.  With --cached its losses come from a score cache, and the floor is below 1.  CLM and SLM runs
 alternate; each round is a process of its own and gives the median of its steps without the first
 two.
 """
@@ -19,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from launch import pretrain
+from launch import REPOSITORY, launch, pretrain
 
 MODEL = """
     --num-layers 8 --hidden-size 512 --num-attention-heads 8 --seq-length 512
@@ -38,7 +37,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2, help="of each rank")
-    parser.add_argument("--at-hand", action="store_true", help="without a reference pass")
+    parser.add_argument("--cached", action="store_true", help="reference losses from a cache")
     parser.add_argument("arguments", nargs="*")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -56,11 +55,16 @@ def main() -> None:
             )
             return statistics.median(list(done.scalars("iteration-time").values())[1:])
 
+        run("reference-run", "--save", str(reference), "--save-interval", "3", steps=3)
         select = ["--slm-token-ratio", "0.6"]
-        if args.at_hand:
-            select += ["--slm-score", "policy"]
+        if args.cached:
+            cache = str(directory / "cache")
+            job = ["--slm-reference-load", str(reference), "--slm-reference-cache", cache]
+            tool = str(REPOSITORY / "tools" / "score_reference.py")
+            job = [tool, *common, "--train-iters", str(STEPS), *job]
+            launch(args.ranks, job, directory / "job", timeout=3600, fresh_threads=args.threads)
+            select += ["--slm-reference-cache", cache]
         else:
-            run("reference-run", "--save", str(reference), "--save-interval", "3", steps=3)
             select += ["--slm-reference-load", str(reference)]
         times: dict[str, list[float]] = {"CLM": [], "SLM chunked": [], "SLM dense": []}
         for number in range(args.rounds):
