@@ -11,6 +11,10 @@ VERSION = next(
     if line.startswith("__version__")
 )
 
+# Fast tokenizers, compressed and columnar inputs, near-duplicates.
+DATA = ["gigatoken", "kitoken", "mistral-common", "pyarrow", "rensa", "zstandard"]
+DATATROVE = ["datatrove>=0.10"]
+
 setup(
     name="megatron-slm",
     version=VERSION,
@@ -26,9 +30,15 @@ setup(
         "sentencepiece",
         "numpy",
         "tensorboard",
+        "orjson",
+        "pyyaml",
+        "jinja2",
+        "tqdm",
     ],
     extras_require={
-        "dev": ["hypothesis", "mypy", "pytest", "ruff"],
+        "data": DATA,
+        "datatrove": DATATROVE,
+        "dev": ["hypothesis", "mypy", "pytest", "ruff", *DATA, *DATATROVE],
         "cuda": ["transformer-engine[pytorch]", "liger-kernel"],
     },
 )

@@ -1,357 +1,381 @@
-"""Turn jsonl files into Megatron indexed datasets: token ids in .bin, document lengths in .idx.
+"""Corpora to Megatron indexed datasets.
 
-The parent reads batches of lines, encodes them itself or has forked workers do so, and writes them
-in input order, so the files do not depend on the number of workers.  Two batches per worker are
-under way at a time.  A bad line comes back as a message, never as a worker's exception.
-Files are written under temporary names and renamed when complete, .idx last; nothing reads a
-dataset without its .idx, so a run killed at any moment leaves none that looks good.
+    plan        the inputs are cut into tasks                       inputs.py
+    duplicates  wanted only with dedup: two steps over all tasks    duplicates.py
+    tokenize    each task writes its shard, over all cores          shard.py, pool.py
+    finish      the shards become one dataset                       finish.py
+
+Every step keeps what an earlier run has finished and what is still right, whoever ran it, so a run
+that was killed goes on where it was, and several machines share one output directory.
 """
 
 from __future__ import annotations
 
-import json
-import multiprocessing
-import os
-import signal
+import hashlib
 import sys
-import threading
-import time
-import warnings
-from argparse import Namespace
-from collections import deque
-from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from megatron_slm.data.chat import chat_renderer
+from megatron_slm.data.contamination import Contamination, read_evaluation_sets
+from megatron_slm.data.documents import Wanted, read_documents
+from megatron_slm.data.duplicates import find_duplicates, fingerprint, fingerprint_path
+from megatron_slm.data.engines import choose_engine, load_engine
+from megatron_slm.data.finish import (
+    Summary,
+    check_rejects,
+    finish,
+    is_complete,
+    merged_shards,
+    shard_manifest,
+)
+from megatron_slm.data.inputs import Task, plan_tasks
+from megatron_slm.data.layout import Layout
+from megatron_slm.data.lines import InputHash
+from megatron_slm.data.manifest import (
+    manifest_path,
+    read_manifest,
+    what_changed,
+    write_manifest,
+)
+from megatron_slm.data.pool import Work, over_all_cores
+from megatron_slm.data.shard import Progress, Recipe, make_shard, verdicts_hash
+from megatron_slm.data.tokenizer import TokenizerFile, open_tokenizer
 from megatron_slm.errors import UserError
 
-# Small enough for early errors, large enough that passing a batch costs little beside encoding it.
-BATCH_BYTES = 1 << 18
-BATCH_LINES = 1000
+STAGES = ("all", "fingerprint", "duplicates", "tokenize")
+SAMPLED_TASKS, SAMPLED_DOCUMENTS = 64, 2048  # for the choice of an engine
 
 
 @dataclass(frozen=True)
-class PreprocessSettings:
-    """tokenizer: what Megatron's build_tokenizer() reads.  log_interval: documents."""
+class Settings:
+    """The command line of tools/preprocess_data.py, where every option is described."""
 
-    inputs: tuple[Path, ...]
+    inputs: tuple[str, ...]
     output_prefix: str
-    tokenizer: Namespace
+    tokenizer_model: str
+    tokenizer_type: str | None = None
     json_keys: tuple[str, ...] = ("text",)
+    filters: tuple[tuple[str, str], ...] = ()
+    chat_template: str | None = None
+    domain: str | None = None
     append_eod: bool = False
+    prepend_bos: bool = False
+    special_ids: bool = False
+    engine: str = "auto"
+    dedup: str | None = None
+    decontaminate: tuple[str, ...] = ()
+    max_reject_fraction: float = 1e-4
     workers: int = 1
-    log_interval: int = 1000
+    shard_size: int = 1 << 28
+    merge: bool = True
+    stage: str = "all"
+    rank: int = 0
+    world_size: int = 1
 
     def __post_init__(self) -> None:
-        if self.workers < 1 or self.log_interval < 1:
-            raise UserError("--workers and --log-interval must be at least 1")
+        if self.workers < 1 or self.shard_size < 1:
+            raise UserError("--workers and --shard-size must be at least 1")
         if len(set(self.json_keys)) < len(self.json_keys):
             raise UserError("--json-keys names a key twice; each key makes one dataset")
-        for path in self.inputs:
-            if path.is_dir() or not os.access(path, os.R_OK):
-                raise UserError(f"--input {path}: no such file, or it cannot be read")
+        if not 0 <= self.max_reject_fraction <= 1:
+            raise UserError("--max-reject-fraction is a part of all documents, from 0 to 1")
+        if not 0 <= self.rank < self.world_size:
+            raise UserError("--rank counts from 0 to --world-size - 1")
+        if self.world_size > 1 and self.stage == "all":
+            raise UserError("--world-size needs --stage: every rank does its part of one stage")
+        if self.stage in ("fingerprint", "duplicates") and self.dedup is None:
+            raise UserError(f"--stage {self.stage} needs --dedup")
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Consecutive lines of one file; first_line counts from 1."""
+class Setup:
+    """What a run knows before it starts.  options: of the manifests."""
 
-    path: Path
-    first_line: int
-    lines: list[bytes]
+    settings: Settings
+    layout: Layout
+    tasks: list[Task]
+    file: TokenizerFile
+    contamination: Contamination | None
+    options: dict[str, Any]
 
-
-@dataclass
-class EncodedBatch:
-    """token_ids[key]: an array for each document that is not empty.  error: FILE:LINE: what."""
-
-    token_ids: dict[str, list[np.ndarray]]
-    size: int  # bytes
-    documents: int = 0
-    blank_lines: int = 0
-    error: str | None = None
+    @property
+    def own(self) -> list[Task]:
+        """This rank's tasks."""
+        return self.tasks[self.settings.rank :: self.settings.world_size]
 
 
-class BadLine(Exception):
-    """What is wrong with a line."""
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """Lines to token ids.  eod is appended to each document, unless None."""
-
-    tokenizer: Any
-    keys: tuple[str, ...]
-    vocab_size: int
-    dtype: type[np.number]
-    eod: int | None
-
-    def encode(self, batch: Batch) -> EncodedBatch:
-        """Encode up to the first bad line, if any, which the result then names."""
-        encoded = EncodedBatch({key: [] for key in self.keys}, sum(map(len, batch.lines)))
-        for number, line in enumerate(batch.lines, batch.first_line):
-            if not line.strip():
-                encoded.blank_lines += 1
-                continue
-            try:
-                documents = [self._token_ids(text) for text in self._texts(line)]
-            except BadLine as error:
-                encoded.error = f"{batch.path}:{number}: {error}"
-                break
-            encoded.documents += 1
-            for key, token_ids in zip(self.keys, documents, strict=True):
-                if token_ids.size:
-                    encoded.token_ids[key].append(token_ids)
-        return encoded
-
-    def _texts(self, line: bytes) -> list[str]:
-        try:
-            record = json.loads(line.rstrip(b"\r\n").decode())
-        except UnicodeDecodeError as error:
-            raise BadLine(f"not UTF-8: {error.reason} at byte {error.start + 1}") from error
-        except json.JSONDecodeError as error:
-            raise BadLine(f"not JSON: {error.msg}: character {error.pos + 1}") from error
-        except (ValueError, RecursionError) as error:  # thousands of digits or brackets
-            raise BadLine(f"JSON that cannot be read: {error}") from error
-        if not isinstance(record, dict):
-            raise BadLine(f"not a JSON object but a {type(record).__name__}")
-        for key in self.keys:
-            if key not in record:
-                raise BadLine(f"no key {key!r} among {list(record)[:8]}; see --json-keys")
-            if not isinstance(record[key], str):
-                raise BadLine(f"{key!r} is not a string but a {type(record[key]).__name__}")
-        return [record[key] for key in self.keys]
-
-    def _token_ids(self, text: str) -> np.ndarray:
-        try:
-            text.encode()  # JSON can escape half a surrogate pair, which no tokenizer takes
-            ids = list(self.tokenizer.tokenize(text)) if text else []
-        except Exception as error:  # whatever it is, the line's number must not be lost
-            raise BadLine(f"cannot be tokenized: {type(error).__name__}: {error}") from error
-        if ids and self.eod is not None:
-            ids.append(self.eod)
-        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
-            raise BadLine(
-                f"token ids {min(ids)} to {max(ids)} are not all in the vocabulary of "
-                f"{self.vocab_size} tokens"
-            )
-        return np.asarray(ids, dtype=self.dtype)
-
-
-@dataclass
-class DatasetFiles:
-    """One key's PREFIX_KEY_document.bin and .idx, and how much has been written to them."""
-
-    prefix: str
-    documents: int = 0
-    tokens: int = 0
-    builder: Any = field(default=None, repr=False)
-
-    def path(self, suffix: str) -> Path:
-        return Path(self.prefix + suffix)
-
-    def check_absent(self) -> None:
-        """Refuse to replace a dataset.  A .bin alone is none: a killed run left it."""
-        path = self.path(".idx")
-        if path.exists():
-            raise UserError(
-                f"{path} exists already: delete it and its .bin, or choose another --output-prefix"
-            )
-        if not path.parent.is_dir():
-            raise UserError(f"--output-prefix: {path.parent} is not a directory")
-
-    def add(self, documents: Iterable[np.ndarray]) -> None:
-        for token_ids in documents:
-            self.builder.add_document(token_ids, [token_ids.size])
-            self.documents += 1
-            self.tokens += token_ids.size
-
-    def complete(self) -> None:
-        """Write the index, and both files to the disk, still under their temporary names."""
-        if self.documents == 0:
-            raise UserError(f"no text to write to {self.path('.bin')}: every document is empty")
-        self.builder.finalize(str(self.path(".idx.partial")))
-        for suffix in (".bin.partial", ".idx.partial"):
-            with self.path(suffix).open("rb") as stream:
-                os.fsync(stream.fileno())
-
-    def discard(self) -> None:
-        """Remove what was not renamed, in silence, so as not to hide the fault that led here."""
-        with suppress(OSError):
-            if self.builder is not None:
-                self.builder.data_file.close()
-        for suffix in (".bin.partial", ".idx.partial"):
-            with suppress(OSError):
-                self.path(suffix).unlink()
-
-
-@dataclass(frozen=True)
-class Summary:
-    """documents: how many were read, with empty ones.  seconds: without loading the tokenizer."""
-
-    datasets: list[DatasetFiles]
-    documents: int
-    blank_lines: int
-    seconds: float
-
-
-def preprocess(settings: PreprocessSettings) -> Summary:
-    """Write one indexed dataset per key with the documents of all inputs, in order.
+def preprocess(settings: Settings) -> Summary | None:
+    """Do what the settings say; None if other ranks or stages have still to do their part.
 
     Raises:
-        UserError: a bad line, an unusable tokenizer, a dataset that exists, cannot be written or
-            would be empty, or a worker that was killed.  No new dataset is left then.
+        UserError: bad input or options, or a full disk.  No dataset that could be taken for a good
+            one is left then, and finished shards are kept for the next run.
     """
-    prefix = settings.output_prefix
-    datasets = [DatasetFiles(f"{prefix}_{key}_document") for key in settings.json_keys]
-    for dataset in datasets:
-        dataset.check_absent()
-    encoder = build_encoder(settings)
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+    setup = prepare(settings)
+    layout, stage = setup.layout, settings.stage
+    if stage == "all":
+        complete = is_complete(layout, setup.tasks, setup.options, settings.merge)
+        if complete is not None:
+            check_rejects(layout, complete.counts, settings.max_reject_fraction)
+            say("the dataset is complete: nothing to do")
+            layout.clear(settings.merge)
+            return complete
+    if settings.dedup is not None and stage in ("all", "fingerprint"):
+        make_fingerprints(setup)
+    if settings.dedup is not None and stage in ("all", "duplicates"):
+        make_verdicts(setup)
+    if stage in ("fingerprint", "duplicates"):
+        return None
+    shards, merged_before = tokenize(setup)
+    if stage == "tokenize":
+        return None
+    return finish(
+        layout,
+        [shards[task.name] for task in setup.tasks],
+        merged_before,
+        setup.options,
+        settings.max_reject_fraction,
+        settings.merge,
+        settings.workers,
+    )
 
-    start = time.perf_counter()
-    try:
-        for dataset in datasets:
-            path = str(dataset.path(".bin.partial"))
-            dataset.builder = IndexedDatasetBuilder(path, dtype=encoder.dtype)
-        documents, blank_lines = _write_documents(settings, encoder, datasets, start)
-        for dataset in datasets:
-            dataset.complete()
-        for suffix in (".bin", ".idx"):
-            for dataset in datasets:
-                dataset.path(f"{suffix}.partial").replace(dataset.path(suffix))
-    except OSError as error:
-        raise UserError(f"cannot write {prefix}_*_document.bin and .idx: {error}") from error
-    finally:
-        for dataset in datasets:
-            dataset.discard()
-    return Summary(datasets, documents, blank_lines, time.perf_counter() - start)
 
-
-def build_encoder(settings: PreprocessSettings) -> Encoder:
-    """Load the tokenizer as training does.
-
-    Raises:
-        UserError: it cannot be loaded, or has no end-of-document token to append.
-    """
-    args = settings.tokenizer
-    if args.tokenizer_type == "NullTokenizer" and args.vocab_size is None:
-        raise UserError("--tokenizer-type NullTokenizer needs --vocab-size")
-    # Imported here, for it takes seconds.  It warns of accelerator libraries, of no use here.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        from megatron.core.datasets.indexed_dataset import DType
-        from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-    try:
-        tokenizer = build_tokenizer(args)
-        vocab_size = int(tokenizer.vocab_size)
-        eod = tokenizer.eod if settings.append_eod else None
-    except Exception as error:  # every tokenizer library has its own
-        raise UserError(
-            f"cannot load the {args.tokenizer_type} from --tokenizer-model {args.tokenizer_model}: "
-            f"{error or type(error).__name__}"
-        ) from error
-    if settings.append_eod and (eod is None or not 0 <= eod < vocab_size):
+def prepare(settings: Settings) -> Setup:
+    """Look at inputs, tokenizer and evaluation sets."""
+    layout = Layout(settings.output_prefix, settings.json_keys)
+    layout.make()
+    layout.remove_leftovers()
+    inputs = [layout.spool_stdin() if name == "-" else name for name in settings.inputs]
+    tasks = plan_tasks(inputs, settings.shard_size)
+    file = open_tokenizer(settings.tokenizer_model, settings.tokenizer_type)
+    if settings.append_eod and file.eod is None:
         raise UserError("--append-eod: the tokenizer has no end-of-document token")
-    dtype = DType.optimal_dtype(vocab_size)
-    return Encoder(tokenizer, settings.json_keys, vocab_size, dtype, eod)
+    if settings.prepend_bos and file.bos is None:
+        raise UserError("--prepend-bos: the tokenizer has no token that begins a document")
+    contamination = read_evaluation_sets(settings.decontaminate) if settings.decontaminate else None
+    if contamination is not None and contamination.too_short:
+        say(f"{contamination.too_short} evaluation texts are too short to be looked for")
+    options = {
+        "tokenizer": {
+            "name": Path(settings.tokenizer_model).name,
+            "sha256": file.sha256,
+            "vocab_size": file.vocab_size,
+        },
+        "domain": settings.domain,
+        "append_eod": file.eod if settings.append_eod else None,
+        "prepend_bos": file.bos if settings.prepend_bos else None,
+        "special_tokens_in_text": "ids" if settings.special_ids else "text",
+        "decontaminate": None if contamination is None else contamination.sha256,
+        **reading_options(settings),
+    }
+    return Setup(settings, layout, tasks, file, contamination, options)
 
 
-def _write_documents(
-    settings: PreprocessSettings, encoder: Encoder, datasets: list[DatasetFiles], start: float
-) -> tuple[int, int]:
-    """Encode and write all inputs; returns how many documents and blank lines were read."""
-    documents = blank_lines = size = 0
-    batches = encode_in_order(encoder, read_batches(settings.inputs), settings.workers)
-    with closing(batches):
-        for batch in batches:
-            if batch.error is not None:
-                raise UserError(batch.error)
-            for key, dataset in zip(settings.json_keys, datasets, strict=True):
-                dataset.add(batch.token_ids[key])
-            logged = documents // settings.log_interval
-            documents += batch.documents
-            blank_lines += batch.blank_lines
-            size += batch.size
-            if documents // settings.log_interval > logged:
-                seconds = time.perf_counter() - start
-                rates = f"{documents / seconds:.1f} docs/s, {size / seconds / 1e6:.2f} MB/s"
-                print(f"processed {documents} documents ({rates})", file=sys.stderr, flush=True)
-    return documents, blank_lines
+def reading_options(settings: Settings) -> dict[str, Any]:
+    """Those that decide which texts are read."""
+    template = settings.chat_template
+    return {
+        "json_keys": list(settings.json_keys),
+        "filters": [list(pair) for pair in settings.filters],
+        "chat_template": None
+        if template is None
+        else hashlib.sha256(Path(template).read_bytes()).hexdigest(),
+        "dedup": settings.dedup,
+    }
 
 
-def read_batches(inputs: Iterable[Path]) -> Iterator[Batch]:
-    """The lines of the files in order, in batches that never span two files."""
-    for path in inputs:
-        first, size, lines = 1, 0, list[bytes]()
-        try:
-            with path.open("rb") as stream:
-                for line in stream:
-                    lines.append(line)
-                    size += len(line)
-                    if size >= BATCH_BYTES or len(lines) >= BATCH_LINES:
-                        yield Batch(path, first, lines)
-                        first, size, lines = first + len(lines), 0, []
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from error
-        if lines:
-            yield Batch(path, first, lines)
+def wanted_of(settings: Settings) -> Wanted:
+    """What to take of a record."""
+    template = settings.chat_template
+    render = None if template is None else chat_renderer(template)
+    return Wanted(settings.json_keys, settings.filters, render)
 
 
-def encode_in_order(
-    encoder: Encoder, batches: Iterable[Batch], workers: int
-) -> Generator[EncodedBatch, None, None]:
-    """Encode batches, in forked processes if workers > 1, which inherit the loaded tokenizer.
+@dataclass(frozen=True)
+class FingerprintJob:
+    """Sent to the workers of the fingerprint stage."""
+
+    settings: Settings
+    directory: Path
+
+    def start(self) -> Work:
+        wanted, options = wanted_of(self.settings), reading_options(self.settings)
+        return lambda task, progress: fingerprint(task, self.directory, wanted, options, progress)
+
+
+@dataclass(frozen=True)
+class TokenizeJob:
+    """Sent to the workers of the tokenize stage.  dropped: what of the verdicts is each task's."""
+
+    setup: Setup
+    engine: str
+    dropped: dict[str, slice]
+
+    def start(self) -> Work:
+        settings, setup = self.settings, self.setup
+        file = setup.file
+        recipe = Recipe(
+            wanted=wanted_of(settings),
+            encode=load_engine(self.engine, file, settings.special_ids),
+            engine=self.engine,
+            vocab_size=file.vocab_size,
+            before=(file.bos,) if settings.prepend_bos and file.bos is not None else (),
+            after=(file.eod,) if settings.append_eod and file.eod is not None else (),
+            contamination=setup.contamination,
+            options=setup.options,
+        )
+
+        def work(task: Task, progress: Progress) -> dict[str, Any]:
+            dropped = self.verdicts(task)
+            return make_shard(task, setup.layout, recipe, dropped, progress)
+
+        return work
+
+    @property
+    def settings(self) -> Settings:
+        return self.setup.settings
+
+    def verdicts(self, task: Task) -> NDArray[np.uint8] | None:
+        """On the task's documents; None without dedup."""
+        if not self.dropped:
+            return None
+        path = verdicts_path(self.setup.layout)
+        return np.fromfile(path, np.uint8)[self.dropped[task.name]]
+
+
+def verdicts_path(layout: Layout) -> Path:
+    """Of the documents of all tasks, one after the other."""
+    return layout.shards / "duplicates.verdicts"
+
+
+def make_fingerprints(setup: Setup) -> None:
+    """Of this rank's tasks."""
+    options = reading_options(setup.settings)
+    missing = []
+    for task in setup.own:
+        manifest = read_manifest(fingerprint_path(setup.layout.shards, task, "json"))
+        if manifest is None or what_changed(task, options, manifest) is not None:
+            missing.append(task)
+    job = FingerprintJob(setup.settings, setup.layout.shards)
+    for _ in over_all_cores("fingerprint", missing, job, setup.settings.workers):
+        pass
+
+
+def all_fingerprints(setup: Setup) -> list[dict[str, Any]]:
+    """Manifests of all tasks' fingerprints.
 
     Raises:
-        UserError: a worker was killed.
+        UserError: some are missing, or of other inputs or options.
     """
-    if workers == 1:
-        yield from map(encoder.encode, batches)
+    options = reading_options(setup.settings)
+    found = []
+    for task in setup.tasks:
+        manifest = read_manifest(fingerprint_path(setup.layout.shards, task, "json"))
+        if manifest is None or what_changed(task, options, manifest) is not None:
+            raise UserError(f"{task.name} has no fingerprints yet: run --stage fingerprint first")
+        found.append(manifest)
+    return found
+
+
+def make_verdicts(setup: Setup) -> None:
+    """On all documents, unless they are there."""
+    fingerprints = all_fingerprints(setup)
+    path = verdicts_path(setup.layout)
+    content = {"fingerprints": fingerprints}
+    before = read_manifest(manifest_path(path))
+    if before is not None and before["fingerprints"] == fingerprints:
         return
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
-    fork = multiprocessing.get_context("fork")
-    pool = ProcessPoolExecutor(workers, fork, _start_worker, (encoder,))
-    pending: deque[Future[EncodedBatch]] = deque()
-    try:
-        for batch in batches:
-            pending.append(pool.submit(_encode_in_worker, batch))
-            if len(pending) == 2 * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a worker process was killed, perhaps for want of memory; run again, with fewer "
-            "--workers if so"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+    manifest_path(path).unlink(missing_ok=True)
+    counts = [manifest["documents"] for manifest in fingerprints]
+    near = setup.settings.dedup == "near"
+    find_duplicates(setup.tasks, setup.layout.shards, counts, near, path)
+    write_manifest(manifest_path(path), content)
 
 
-_worker_encoder: Encoder
+def slices_of_verdicts(setup: Setup) -> dict[str, slice]:
+    """Each task's part of the verdicts; empty without dedup."""
+    if setup.settings.dedup is None:
+        return {}
+    fingerprints = all_fingerprints(setup)
+    before = read_manifest(manifest_path(verdicts_path(setup.layout)))
+    if before is None or before["fingerprints"] != fingerprints:
+        raise UserError("the duplicates are not known yet: run --stage duplicates first")
+    ends = np.cumsum([0, *(manifest["documents"] for manifest in fingerprints)]).tolist()
+    spans = map(slice, ends, ends[1:])
+    return {task.name: span for task, span in zip(setup.tasks, spans, strict=True)}
 
 
-def _start_worker(encoder: Encoder) -> None:
-    global _worker_encoder
-    _worker_encoder = encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which stops workers
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+def tokenize(setup: Setup) -> tuple[dict[str, dict[str, Any]], set[str]]:
+    """Make the shards of this rank that are missing.
+
+    Returns:
+        manifests by task, and the tasks whose shards are part of the merged dataset.
+    """
+    job = TokenizeJob(setup, "", slices_of_verdicts(setup))
+    in_dataset = merged_shards(setup.layout) if setup.settings.merge else {}
+    shards: dict[str, dict[str, Any]] = {}
+    merged_before: set[str] = set()
+    missing = []
+    for task in setup.own:
+        reason = None
+        verdicts = verdicts_hash(job.verdicts(task))
+        for manifest in (shard_manifest(setup.layout, task), in_dataset.get(task.name)):
+            if manifest is None:
+                continue
+            reason = what_changed(task, setup.options, manifest)
+            if reason is None and manifest["dropped"] != verdicts:
+                reason = "other duplicates"
+            if reason is None:
+                shards[task.name] = manifest
+                if manifest is in_dataset.get(task.name):
+                    merged_before.add(task.name)
+                break
+        else:
+            missing.append(task)
+            if reason is not None:
+                say(f"{task.name}: made again: {reason}")
+    if missing:
+        settings = setup.settings
+        chosen = choose_engine(
+            settings.engine, setup.file, settings.special_ids, sample(setup, missing)
+        )
+        say(f"engine: {chosen.why}")
+        job = TokenizeJob(setup, chosen.engine, job.dropped)
+        for task, manifest in over_all_cores("tokenize", missing, job, settings.workers):
+            shards[task.name] = manifest
+    return shards, merged_before
 
 
-def _exit_with_parent() -> None:
-    """A parent that was killed cannot stop its workers; they would wait for batches for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+def sample(setup: Setup, tasks: Sequence[Task]) -> list[str]:
+    """The first documents of tasks all over the corpus.
+
+    Raises:
+        UserError: none of them can be used.
+    """
+    wanted = wanted_of(setup.settings)
+    texts: list[str] = []
+    first_reject = None
+    chosen = np.unique(np.linspace(0, len(tasks) - 1, SAMPLED_TASKS).astype(int))
+    for at in chosen:
+        seen = InputHash(lambda _: None)
+        for batch in read_documents(tasks[at].pieces[0], wanted, seen):
+            texts += [
+                text for texts in batch.texts[: SAMPLED_DOCUMENTS // len(chosen)] for text in texts
+            ]
+            first_reject = first_reject or next(iter(batch.rejects), None)
+            break
+    if not texts and first_reject is not None:
+        where = f"{first_reject['file']}:{first_reject['line']}"
+        raise UserError(f"{where}: {first_reject['reason']}; nor can any other of the first lines")
+    return texts
 
 
-def _encode_in_worker(batch: Batch) -> EncodedBatch:
-    return _worker_encoder.encode(batch)
+def say(line: str) -> None:
+    """To people; results go to stdout."""
+    print(f"> {line}", file=sys.stderr, flush=True)
