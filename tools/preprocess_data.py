@@ -14,7 +14,8 @@ from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction, N
 
 from megatron_slm.data.engines import engine_names
 from megatron_slm.data.finish import Summary
-from megatron_slm.data.preprocess import STAGES, Settings, preprocess
+from megatron_slm.data.preprocess import preprocess
+from megatron_slm.data.settings import STAGES, Settings
 from megatron_slm.data.tokenizer import TYPES
 from megatron_slm.errors import exit_on_user_error
 

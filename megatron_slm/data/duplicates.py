@@ -27,7 +27,7 @@ from megatron_slm.data.inputs import Task
 from megatron_slm.data.layout import temporary
 from megatron_slm.data.lines import InputHash
 from megatron_slm.data.manifest import describe_input, write_manifest
-from megatron_slm.data.shard import Progress
+from megatron_slm.data.progress import Progress
 from megatron_slm.data.shingles import mix, shingles
 from megatron_slm.errors import UserError
 

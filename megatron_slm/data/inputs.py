@@ -108,8 +108,8 @@ def is_input(path: Path) -> bool:
     return path.suffix in KINDS and path.is_file() and not path.name.startswith(".")
 
 
-def open_piece(path: str) -> Piece:
-    """A whole file, whose first bytes are as its name says."""
+def open_piece(path: str, start: int = 0, end: int | None = None) -> Piece:
+    """A part of a file, whose first bytes are as its name says; default: all of it."""
     kind = KINDS.get(Path(path).suffix, "jsonl")
     try:
         status = os.stat(path)
@@ -121,7 +121,8 @@ def open_piece(path: str) -> Piece:
     if kind != seen:
         has = "nothing in it" if not first else f"the contents of {seen}"
         raise UserError(f"{path} is {kind} by its name, but has {has}; was it cut off?")
-    return Piece(path, kind, status.st_size, status.st_mtime_ns, 0, status.st_size)
+    size = status.st_size
+    return Piece(path, kind, size, status.st_mtime_ns, start, size if end is None else end)
 
 
 def name_tasks(groups: list[list[Piece]]) -> list[Task]:

@@ -11,7 +11,7 @@ an older version are gone: whatever a crash leaves cannot be opened, or is whole
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,15 +28,13 @@ from megatron_slm.data.inputs import Task
 from megatron_slm.data.layout import Layout, temporary
 from megatron_slm.data.lines import InputHash
 from megatron_slm.data.manifest import describe_input, write_manifest
+from megatron_slm.data.progress import Progress
 from megatron_slm.errors import UserError
 
 COUNTS = (
     *("documents", "tokens", "empty", "blank_lines", "filtered", "rejects"),
     *("exact_duplicates", "near_duplicates", "contaminated"),
 )
-
-# Hears of progress: input bytes, documents, tokens, characters.
-Progress = Callable[[int, int, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,11 @@ from typing import Any
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.training import get_args, get_tokenizer, print_rank_0
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+from megatron_slm.data.verify import check_quickly
 
 
 def use_prebuilt_helpers() -> None:
@@ -30,6 +33,7 @@ def train_valid_test_datasets(samples: list[int | None], vp_stage: int | None = 
     """Training, validation and test datasets of `samples` samples each; None on ranks that read
     no data.  Megatron's `train_valid_test_dataset_provider`."""
     args = get_args()
+    _check_files(args)
     print_rank_0("> building train, validation, and test datasets for GPT ...")
     datasets = BlendedMegatronDatasetBuilder(
         MockGPTDataset if args.mock_data else GPTDataset,
@@ -43,6 +47,15 @@ def train_valid_test_datasets(samples: list[int | None], vp_stage: int | None = 
 
 # Every rank calls the provider; it decides by itself which of them build.
 train_valid_test_datasets.is_distributed = True  # type: ignore[attr-defined]
+
+
+def _check_files(args: Any) -> None:
+    """On every rank, so that all of them end.  Files in object storage are left to Megatron."""
+    blend, per_split = get_blend_and_blend_per_split(args)
+    for paths, _ in filter(None, [blend, *(per_split or [])]):
+        for prefix in paths:
+            if not is_object_storage_path(prefix):
+                check_quickly(prefix, args.slm_vocab_size)
 
 
 def _reads_data(vp_stage: int | None) -> bool:
