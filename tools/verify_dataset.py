@@ -5,13 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from argparse import ArgumentParser
-from collections.abc import Iterator
-from typing import Any
 
-from megatron_slm.data.manifest import manifest_path, read_manifest
 from megatron_slm.data.retokenize import check_deeply
 from megatron_slm.data.tokenizer import open_tokenizer
-from megatron_slm.data.verify import check_quickly, check_wholly
+from megatron_slm.data.verify import check_quickly, check_wholly, pairs_of
 from megatron_slm.errors import UserError, exit_on_user_error
 
 
@@ -30,22 +27,6 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def expand(prefix: str) -> Iterator[tuple[str, dict[str, Any] | None]]:
-    """A dataset that was not merged is its shards', each with its part of the manifest."""
-    manifest = read_manifest(manifest_path(prefix))
-    if manifest is None or manifest["merged"]:
-        yield prefix, manifest
-        return
-    for shard in manifest["shards"]:
-        ((key, output),) = shard["outputs"].items()
-        if output["documents"]:
-            directory = prefix.removesuffix(f"_{key}_document") + "_shards"
-            yield (
-                f"{directory}/{shard['name']}_{key}_document",
-                manifest | output | {"shards": [shard]},
-            )
-
-
 def main(arguments: list[str]) -> None:
     """Print a line for each dataset that is right; exit with code 2 at the first that is not."""
     args = build_parser().parse_args(arguments)
@@ -55,7 +36,7 @@ def main(arguments: list[str]) -> None:
         vocab_size = args.vocab_size
         if vocab_size is None and args.tokenizer_model is not None:
             vocab_size = open_tokenizer(args.tokenizer_model).vocab_size
-        for prefix, manifest in (pair for given in args.prefix for pair in expand(given)):
+        for prefix, manifest in (pair for given in args.prefix for pair in pairs_of(given)):
             dataset = check_quickly(prefix, manifest=manifest)
             if not args.quick:
                 check_wholly(dataset, vocab_size, args.workers)

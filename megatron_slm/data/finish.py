@@ -26,6 +26,8 @@ from megatron_slm.data.merge import Part, merge
 from megatron_slm.data.shard import COUNTS, shard_prefix
 from megatron_slm.errors import UserError
 
+MOST_IN_A_BLEND = 32766
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -156,6 +158,7 @@ def finish(
             parts = _parts(layout, shards, merged_before, key)
             dtype = token_dtype(options["tokenizer"]["vocab_size"])
             files = merge(prefix, parts, dtype, workers)
+            Path(f"{prefix}.data-args.txt").unlink(missing_ok=True)
         else:
             files = {}
             _write_data_args(layout, key, shards)
@@ -206,4 +209,9 @@ def _write_data_args(layout: Layout, key: str, shards: Sequence[dict[str, Any]])
         for shard in shards
         if shard["outputs"][key]["documents"]
     ]
+    if len(words) > MOST_IN_A_BLEND:
+        raise UserError(
+            f"Megatron blends at most {MOST_IN_A_BLEND} datasets, not {len(words)}: merge them, or "
+            "choose a larger --shard-size"
+        )
     Path(f"{layout.dataset(key)}.data-args.txt").write_text("\n".join(words) + "\n")

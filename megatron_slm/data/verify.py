@@ -9,7 +9,7 @@ deep    also tokenizes the beginning of some shards' inputs again (retokenize.py
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +107,20 @@ def _refuse_offsets(prefix: Path, at: Any, offsets: Any, expected: Any) -> None:
             f"{prefix}.idx: sequence {at[first]} begins at byte {offsets[first]}, but the one "
             f"before it ends at {expected[first]}; {AGAIN}"
         )
+
+
+def pairs_of(prefix: str) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    """Prefixes and manifests of a dataset's pairs of files: several if it was not merged."""
+    manifest = read_manifest(manifest_path(prefix))
+    if manifest is None or manifest["merged"]:
+        yield prefix, manifest
+        return
+    for shard in manifest["shards"]:
+        ((key, output),) = shard["outputs"].items()
+        if output["documents"]:
+            directory = prefix.removesuffix(f"_{key}_document") + "_shards"
+            own = manifest | output | {"shards": [shard]}
+            yield f"{directory}/{shard['name']}_{key}_document", own
 
 
 def check_wholly(dataset: Dataset, vocab_size: int | None, workers: int) -> None:
