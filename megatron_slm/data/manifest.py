@@ -47,7 +47,7 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged: {error}; delete it and run again") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    if not isinstance(manifest, dict) or manifest.pop("format", None) != FORMAT:
         raise UserError(f"{path} is not a manifest of format {FORMAT}; delete it and run again")
     return manifest
 
