@@ -79,9 +79,11 @@ def _split(chunks: Iterator[bytes]) -> Iterator[list[bytes | None]]:
     for chunk in chunks:
         *ended, rest = chunk.split(b"\n")
         if ended:
-            first = b"".join((*partial, ended[0]))
-            lines.append(first if partial_size + len(ended[0]) <= LONGEST_LINE else None)
-            lines += ended[1:]
+            if partial_size + len(chunk) > LONGEST_LINE:
+                lines += _without_long(b"".join(partial), partial_size, ended)
+            else:
+                lines.append(b"".join((*partial, ended[0])))
+                lines += ended[1:]
             size += partial_size + len(chunk)
             partial, partial_size = [], 0
         partial_size += len(rest)
@@ -94,6 +96,12 @@ def _split(chunks: Iterator[bytes]) -> Iterator[list[bytes | None]]:
         lines.append(b"".join(partial) if partial_size <= LONGEST_LINE else None)
     if lines:
         yield lines
+
+
+def _without_long(partial: bytes, partial_size: int, ended: list[bytes]) -> list[bytes | None]:
+    """The lines of a chunk and what came before, of which some may be too long."""
+    first = partial + ended[0] if partial_size + len(ended[0]) <= LONGEST_LINE else None
+    return [first, *(line if len(line) <= LONGEST_LINE else None for line in ended[1:])]
 
 
 def _chunks(piece: Piece, seen: InputHash) -> Iterator[bytes]:

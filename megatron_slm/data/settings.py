@@ -111,6 +111,7 @@ def prepare(settings: Settings) -> Setup:
 def reading_options(settings: Settings) -> dict[str, Any]:
     """Those that decide which texts are read."""
     template = settings.chat_template
+    wanted_of(settings)  # says what is wrong with the template
     return {
         "json_keys": list(settings.json_keys),
         "filters": [list(pair) for pair in settings.filters],

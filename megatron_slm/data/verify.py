@@ -21,7 +21,7 @@ from megatron_slm.data.indexed_format import BLOCK, Index, open_index
 from megatron_slm.data.manifest import manifest_path, read_manifest
 from megatron_slm.errors import UserError
 
-PROBED = 64  # offsets that the quick check looks at
+PROBED = 512  # offsets that the quick check looks at
 READ_BYTES = 1 << 24
 AGAIN = "write the dataset again"
 

@@ -23,7 +23,9 @@ MODEL = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
 PIECES = sentencepiece.SentencePieceProcessor(model_file=str(MODEL))
 ENGINE = ("--engine", "sentencepiece")
 TOKENIZER = ("--tokenizer-model", MODEL)
-MODULES = "argparse ast difflib inspect logging/__init__ os statistics string tarfile typing".split()
+MODULES = (
+    "argparse ast difflib inspect logging/__init__ os statistics string tarfile typing".split()
+)
 
 Document = tuple[int, ...]
 
@@ -104,7 +106,16 @@ def preprocess(source: object, prefix: Path, *more: object, check: bool = True) 
     sources: Sequence[object] = source if isinstance(source, list | tuple) else (source,)
     result = run_tool(
         "preprocess_data",
-        *("--input", *sources, "--output-prefix", prefix, *TOKENIZER, "--workers", 1, *(*ENGINE, *more)),
+        *(
+            "--input",
+            *sources,
+            "--output-prefix",
+            prefix,
+            *TOKENIZER,
+            "--workers",
+            1,
+            *(*ENGINE, *more),
+        ),
     )
     if check:
         assert result.code == 0, result.err
