@@ -103,6 +103,7 @@ def test_shards_as_a_blend(tmp_path: Path) -> None:
     prefixes, weights = get_blend_from_list(words)
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    sizes = [int(IndexedDataset(prefix).sequence_lengths.sum()) for prefix in prefixes]
+    opened = [IndexedDataset(prefix) for prefix in prefixes]  # kept, as their arrays are views
+    sizes = [int(dataset.sequence_lengths.sum()) for dataset in opened]
     assert len(sizes) > 2 and weights == [float(size) for size in sizes]
     assert run_tool("verify_dataset", tmp_path / "out_text_document").code == 0
