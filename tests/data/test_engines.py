@@ -66,15 +66,8 @@ def test_hugging_face(tmp_path: Path, hugging_face: Path, file: str, special: st
     found, said = documents(
         tmp_path, hugging_face / file, "--append-eod", "--special-tokens-in-text", special
     )
-    expected = [
-        (
-            *reference.encode(
-                text, add_special_tokens=False, split_special_tokens=special == "text"
-            ),
-            1,
-        )
-        for text in TEXTS
-    ]
+    as_hf: Any = {"add_special_tokens": False, "split_special_tokens": special == "text"}
+    expected = [(*reference.encode(text, **as_hf), 1) for text in TEXTS]
     assert found == expected
     literal = next(document for text, document in zip(TEXTS, found, strict=True) if "</s>" in text)
     assert (literal.count(1) > 1) == (special == "ids")
