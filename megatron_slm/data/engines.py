@@ -107,10 +107,10 @@ def load_gigatoken(file: TokenizerFile, special: bool) -> Encode:
     """Its added tokens always match in text, so those that should not are taken out."""
     import awkward
     from gigatoken import Tokenizer
+    from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
 
     if file.kind == "sentencepiece":
-        converted: Any = Tokenizer.from_sentencepiece(file.content)._hf_json
-        definition = json.loads(converted)
+        definition = json.loads(sentencepiece_to_tokenizer_json(file.content))
     else:
         definition = json.loads(file.content)
     if not special:

@@ -43,7 +43,7 @@ from megatron_slm.data.settings import Settings, Setup, prepare, wanted_of
 from megatron_slm.data.shard import Recipe, make_shard, verdicts_hash
 from megatron_slm.errors import UserError
 
-SAMPLED_TASKS, SAMPLED_DOCUMENTS = 64, 2048  # for the choice of an engine
+SAMPLED_TASKS, SAMPLED_CHARACTERS = 64, 1 << 20  # for the choice of an engine
 
 
 def preprocess(settings: Settings) -> Summary | None:
@@ -176,9 +176,12 @@ def sample(setup: Setup, tasks: Sequence[Task]) -> list[str]:
     for at in chosen:
         seen = InputHash(lambda _: None)
         for batch in read_documents(tasks[at].pieces[0], wanted, seen):
-            texts += [
-                text for texts in batch.texts[: SAMPLED_DOCUMENTS // len(chosen)] for text in texts
-            ]
+            room = SAMPLED_CHARACTERS // len(chosen)
+            for document in batch.texts:
+                texts += document
+                room -= sum(map(len, document))
+                if room <= 0:
+                    break
             first_reject = first_reject or next(iter(batch.rejects), None)
             break
     if not texts and first_reject is not None:
