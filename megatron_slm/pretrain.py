@@ -81,6 +81,7 @@ def _pretrain(args: Namespace) -> None:
     settings = settings_from_arguments(args)
     checkpoint = open_reference(args)
     record_tokenizer(args, get_tokenizer())
+    datasets.check_files(args)
     layer_spec = None if HAVE_TE else plain_block_spec
     saved = cache(partial(saved_arguments, args))  # known when the policy has been loaded
     build_reference = None

@@ -18,9 +18,9 @@ from typing import Any
 
 import orjson
 
-from megatron_slm.data.indexed_format import token_dtype
+from megatron_slm.data.indexed_format import publish, token_dtype
 from megatron_slm.data.inputs import Task
-from megatron_slm.data.layout import Layout
+from megatron_slm.data.layout import Layout, temporary
 from megatron_slm.data.manifest import manifest_path, read_manifest, what_changed, write_manifest
 from megatron_slm.data.merge import Part, merge
 from megatron_slm.data.shard import COUNTS, shard_prefix
@@ -214,4 +214,7 @@ def _write_data_args(layout: Layout, key: str, shards: Sequence[dict[str, Any]])
             f"Megatron blends at most {MOST_IN_A_BLEND} datasets, not {len(words)}: merge them, or "
             "choose a larger --shard-size"
         )
-    Path(f"{layout.dataset(key)}.data-args.txt").write_text("\n".join(words) + "\n")
+    path = Path(f"{layout.dataset(key)}.data-args.txt")
+    unfinished = temporary(path)
+    unfinished.write_text("\n".join(words) + "\n")
+    publish(unfinished, path)

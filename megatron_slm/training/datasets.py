@@ -29,11 +29,25 @@ def use_prebuilt_helpers() -> None:
     utils.compile_helpers = lambda: None
 
 
+def check_files(args: Any) -> None:
+    """Look at every dataset's files before anything is built.  Done on every rank, so that none
+    waits for one that has ended.  Files in object storage are left to Megatron.
+
+    Raises:
+        UserError: files are missing or truncated, do not belong together, or were made with a
+            larger vocabulary.
+    """
+    blend, per_split = get_blend_and_blend_per_split(args)
+    for paths, _ in filter(None, [blend, *(per_split or [])]):
+        for prefix in paths:
+            if not is_object_storage_path(prefix):
+                check_quickly(prefix, args.slm_vocab_size)
+
+
 def train_valid_test_datasets(samples: list[int | None], vp_stage: int | None = None) -> Any:
     """Training, validation and test datasets of `samples` samples each; None on ranks that read
     no data.  Megatron's `train_valid_test_dataset_provider`."""
     args = get_args()
-    _check_files(args)
     print_rank_0("> building train, validation, and test datasets for GPT ...")
     datasets = BlendedMegatronDatasetBuilder(
         MockGPTDataset if args.mock_data else GPTDataset,
@@ -47,15 +61,6 @@ def train_valid_test_datasets(samples: list[int | None], vp_stage: int | None = 
 
 # Every rank calls the provider; it decides by itself which of them build.
 train_valid_test_datasets.is_distributed = True  # type: ignore[attr-defined]
-
-
-def _check_files(args: Any) -> None:
-    """On every rank, so that all of them end.  Files in object storage are left to Megatron."""
-    blend, per_split = get_blend_and_blend_per_split(args)
-    for paths, _ in filter(None, [blend, *(per_split or [])]):
-        for prefix in paths:
-            if not is_object_storage_path(prefix):
-                check_quickly(prefix, args.slm_vocab_size)
 
 
 def _reads_data(vp_stage: int | None) -> bool:
