@@ -70,7 +70,7 @@ def plan_tasks(inputs: Sequence[str], shard_size: int) -> list[Task]:
                 end = min(start + shard_size, piece.size)
                 tasks.append([Piece(path, piece.kind, piece.size, piece.modified, start, end)])
             room = 0
-        elif piece.size <= room:
+        elif room and piece.size <= room:
             tasks[-1].append(piece)
             room -= piece.size
         else:

@@ -89,7 +89,10 @@ class Layout:
         """Standard input as a file, which can be cut into tasks and read again."""
         path = self.shards / STDIN
         unfinished = temporary(path)
-        with unfinished.open("wb") as file:
-            shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
-        unfinished.replace(path)
+        try:
+            with unfinished.open("wb") as file:
+                shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
+            unfinished.replace(path)
+        except OSError as error:
+            raise UserError(f"--input -: cannot keep it in {path}: {error.strerror}") from error
         return str(path)

@@ -118,8 +118,9 @@ class TokenizeJob:
         """On the task's documents; None without dedup."""
         if not self.dropped:
             return None
+        own = self.dropped[task.name]
         path = verdicts_path(self.setup.layout)
-        return np.fromfile(path, np.uint8)[self.dropped[task.name]]
+        return np.fromfile(path, np.uint8, own.stop - own.start, offset=own.start)
 
 
 def tokenize(setup: Setup) -> tuple[dict[str, dict[str, Any]], set[str]]:

@@ -16,6 +16,7 @@ import pytest
 from corpus import left_behind, preprocess, texts, write_jsonl
 
 KILLS = 30
+STEP = 11  # every so many-th change of a directory, from another first one in every test run
 FORKING = multiprocessing.get_context("forkserver")
 
 
@@ -89,32 +90,42 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 def test_killed_at_random_moments(runs: Runs, tmp_path: Path) -> None:
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
-    rng = random.Random(seed)
+    try:
+        kill_often(runs, tmp_path, random.Random(seed))
+    except BaseException as error:
+        error.add_note(f"seed {seed}")
+        raise
+
+
+def kill_often(runs: Runs, tmp_path: Path, rng: random.Random) -> None:
+    """KILLS times in all, in as many runs as it takes to end each of them."""
     clock = time.perf_counter()
     runs.start(tmp_path / "timed", runs.options).join()
     seconds = time.perf_counter() - clock
     kills = finished = 0
-    while kills < KILLS:
+    ended: int | None = None
+    while kills < KILLS or ended != 0:
         directory = tmp_path / f"run{finished}"
         directory.mkdir(exist_ok=True)
         process = runs.start(directory / "out", runs.options)
-        process.join(rng.uniform(0, seconds))
-        process.kill()
+        if kills < KILLS:
+            process.join(rng.uniform(0, seconds))
+            process.kill()
         process.join()
-        kills += process.exitcode == -signal.SIGKILL
+        ended = process.exitcode
         runs.check_what_is_there(directory)
-        if process.exitcode != -signal.SIGKILL:
-            assert process.exitcode == 0, f"seed {seed}"
+        if ended == -signal.SIGKILL:
+            kills += 1
+        else:
+            assert ended == 0
             assert {p: (directory / p).read_bytes() for p in left_behind(directory)} == runs.merged
             finished += 1
-    runs.start(directory / "out", runs.options).join()
-    assert {p: (directory / p).read_bytes() for p in left_behind(directory)} == runs.merged
 
 
 def test_killed_before_every_change_of_a_directory(runs: Runs, tmp_path: Path) -> None:
     """Including those while an older dataset is replaced."""
     old = ["--shard-size", "200K"]
-    number, ended = 1, None
+    number, ended = random.randrange(1, STEP + 1), None
     while ended != 0:
         directory = tmp_path / str(number)
         directory.mkdir()
@@ -145,4 +156,4 @@ def test_killed_before_every_change_of_a_directory(runs: Runs, tmp_path: Path) -
         if ended != 0:
             runs.start(directory / "out", runs.options).join()
         assert {p: (directory / p).read_bytes() for p in left_behind(directory)} == runs.merged
-        number += 7
+        number += STEP
