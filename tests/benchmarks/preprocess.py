@@ -2,10 +2,10 @@
 argument (or MEGATRON_PREPROCESS).  Both start from the command line and are held to one core; the
 files they write must be the same, byte for byte.
 
-    pairs     ours from jsonl.zst, theirs from jsonl, which is all they read; tokens a second of the
-              whole command, and of processor time
-    workers   ours with one and two workers, not held
-    memory    the sum over all our processes on 2 GiB of jsonl, most at any moment (--memory)
+    (default)   ours from jsonl.zst, theirs from jsonl, which is all they read; tokens a second of
+                the whole command, and of processor time
+    --workers   ours with one and two workers, not held
+    --memory    the sum over all our processes on 2 GiB of jsonl, most at any moment
 
 The corpus is the Python source of the packages in this environment.
 """
@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -88,7 +89,7 @@ def compare(script: str, directory: Path, size: int, rounds: int) -> None:
     """Print each round and the medians of its ratios."""
     plain, packed = write_corpus(directory, size)
     core, *_ = os.sched_getaffinity(0)
-    ratios, scaling = [], []
+    ratios = []
     for number in range(rounds):
         mine, other = directory / f"ours{number}", directory / f"theirs{number}"
         fast = run(ours(packed, mine, 1), {core})
@@ -97,19 +98,33 @@ def compare(script: str, directory: Path, size: int, rounds: int) -> None:
             files = [Path(f"{prefix}_text_document.{suffix}") for prefix in (mine, other)]
             assert files[0].read_bytes() == files[1].read_bytes(), "other ids"
         tokens = Path(f"{mine}_text_document.bin").stat().st_size // 2
-        every = set(os.sched_getaffinity(0))
-        one, two = (run(ours(packed, directory / f"{n}of{number}", n), every)[0] for n in (1, 2))
         ratios.append((slow[0] / fast[0], slow[1] / fast[1]))
-        scaling.append(one / two)
         line = f"round {number}: {tokens / 1e6:.1f} M tokens"
         for name, (clock, processor) in {"ours": fast, "Megatron-LM's": slow}.items():
             line += f"; {name} {tokens / clock / 1e6:.2f} M/s"
             line += f" ({tokens / processor / 1e6:.2f} a processor second)"
-        line += f": {slow[0] / fast[0]:.2f}x ({slow[1] / fast[1]:.2f}x)"
-        print(f"{line}; two workers {one / two:.2f}x of one", flush=True)
+        print(f"{line}: {slow[0] / fast[0]:.2f}x ({slow[1] / fast[1]:.2f}x)", flush=True)
     clock, processor = (statistics.median(values) for values in zip(*ratios, strict=True))
     print(f"median {clock:.2f}x by the clock, {processor:.2f}x of processor time; same files")
-    print(f"median of two workers over one {statistics.median(scaling):.2f}x")
+
+
+def scale(directory: Path, size: int, rounds: int) -> None:
+    """Print the gain of a second worker."""
+    _, once = write_corpus(directory, size)
+    packed = [*once]
+    for number in range(3):  # so that starting counts for little
+        copies = [path.with_name(f"{number}-{path.name}") for path in once]
+        for path, copy in zip(once, copies, strict=True):
+            shutil.copyfile(path, copy)
+        packed += copies
+    every = set(os.sched_getaffinity(0))
+    ratios = []
+    for number in range(rounds):
+        prefixes = {workers: directory / f"{workers}of{number}" for workers in (1, 2)}
+        one, two = (run(ours(packed, prefix, n), every)[0] for n, prefix in prefixes.items())
+        ratios.append(one / two)
+        print(f"one worker {one:.2f} s, two {two:.2f} s: {one / two:.2f}x", flush=True)
+    print(f"median of two workers over one {statistics.median(ratios):.2f}x")
 
 
 def measure_memory(directory: Path, size: int) -> None:
@@ -158,13 +173,18 @@ def main() -> None:
     parser.add_argument("script", nargs="?", default=os.environ.get("MEGATRON_PREPROCESS"))
     parser.add_argument("--size", type=int, default=1 << 27, help="Bytes of jsonl.")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--workers", action="store_true")
     parser.add_argument("--memory", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         if args.memory:
             measure_memory(Path(name), 1 << 31)
-        if args.script is not None:
+        elif args.workers:
+            scale(Path(name), args.size, args.rounds)
+        elif args.script is not None:
             compare(args.script, Path(name), args.size, args.rounds)
+        else:
+            parser.error("give the path of Megatron-LM's tools/preprocess_data.py")
 
 
 if __name__ == "__main__":
