@@ -15,7 +15,7 @@ FACTOR = np.uint64(0x9E3779B97F4A7C15)
 def shingles(text: str, n: int) -> NDArray[np.uint64]:
     """A 64-bit hash of each run of n words [words - n + 1]; none if there are fewer words.
 
-    Case, punctuation and white space do not count.
+    Case and what is ASCII but neither letter nor digit do not count.
     """
     words = np.fromiter(map(crc32, WORDS.findall(text.lower().encode())), np.uint64)
     if len(words) < n:

@@ -1,4 +1,4 @@
-"""Forty ways in which an input can be bad: each is named with its file, its line where it has one,
+"""Forty-four ways in which an input can be bad: each is named with its file, its line where it has one,
 and the reason; nothing is written that could be read as a dataset."""
 
 from __future__ import annotations
