@@ -3,88 +3,89 @@ is there one that is neither absent nor whole."""
 
 from __future__ import annotations
 
-import multiprocessing
+import json
 import os
 import random
+import select
 import signal
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
-from corpus import left_behind, preprocess, texts, write_jsonl
+from corpus import left_behind, texts, write_jsonl
 
 KILLS = 30
 STEP = 11  # every so many-th change of a directory, from another first one in every test run
-FORKING = multiprocessing.get_context("forkserver")
+Files = dict[str, bytes]
 
 
-def run_quietly(inputs: list[Path], prefix: Path, options: list[str], crash_at: int | None) -> None:
-    """In a process of its own."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    if crash_at is not None:
-        crash_at_call(crash_at)
-    preprocess(inputs, prefix, *options)
+def files_in(directory: Path) -> Files:
+    return {path: (directory / path).read_bytes() for path in left_behind(directory)}
 
 
-def crash_at_call(number: int) -> None:
-    """End this process, as by kill -9, before the number-th change of a directory."""
-    calls = 0
-
-    def counted(change: Callable[..., Any]) -> Callable[..., Any]:
-        def changed(*arguments: Any, **named: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return change(*arguments, **named)
-
-        return changed
-
-    for name in ("rename", "replace", "unlink", "rmdir", "mkdir"):
-        setattr(os, name, counted(getattr(os, name)))
+def is_final(path: str) -> bool:
+    """A name under which something is read: of datasets and shards."""
+    return path.endswith((".bin", ".idx", "manifest.json")) and "duplicates" not in path
 
 
 class Runs:
-    """inputs in two files; what an undisturbed run leaves, and what its shards are."""
+    """inputs in two files; merged: what an undisturbed run leaves; whole: its shards as well."""
 
     def __init__(self, directory: Path) -> None:
+        script = Path(__file__).with_name("forked_runs.py")
+        paths = os.pathsep.join([str(script.parent), str(script.parents[1])])
+        self.forking = subprocess.Popen(
+            [sys.executable, script],
+            bufsize=0,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": paths},
+        )
         found = texts()
         self.inputs = [
             write_jsonl(directory / "one.jsonl", found * 2),
             write_jsonl(directory / "two.jsonl", found),
         ]
         self.options = ["--append-eod", "--shard-size", "64K", "--dedup", "exact"]
-        self.whole: dict[str, bytes] = {}
-        self.seconds = 0.0
         for name, more in {"merged": [], "shards": ["--no-merge"]}.items():
-            place = directory / name
-            place.mkdir()
-            self.start(place / "out", [*self.options, *more]).join()
-            files = {path: (place / path).read_bytes() for path in left_behind(place)}
-            assert any(path.endswith("out_text_document.manifest.json") for path in files)
-            if name == "merged":
-                self.merged = files
-            self.whole |= {path: data for path, data in files.items() if "_shards" in path}
-        self.whole |= self.merged
+            (directory / name).mkdir()
+            assert self.run(directory / name, [*self.options, *more]) == 0
+        self.merged = files_in(directory / "merged")
+        shards = files_in(directory / "shards")
+        self.whole = {path: shards[path] for path in shards if "_shards" in path} | self.merged
+        assert {path.rpartition(".")[2] for path in self.merged} == {"bin", "idx", "json"}
 
-    def start(self, prefix: Path, options: list[str], crash_at: int | None = None) -> Any:
-        process = FORKING.Process(target=run_quietly, args=(self.inputs, prefix, options, crash_at))
-        process.start()
-        return process
-
-    def check_what_is_there(self, directory: Path) -> None:
-        """Every file under its final name is whole: a dataset that opens is right."""
-        for path in left_behind(directory):
-            if path.endswith((".bin", ".idx", "manifest.json")) and "duplicates" not in path:
-                assert (directory / path).read_bytes() == self.whole[path], path
+    def run(
+        self,
+        directory: Path,
+        options: list[str],
+        kill_after: float | None = None,
+        crash_at: int | None = None,
+    ) -> int:
+        """The exit code of a run in a process of its own.  kill_after: seconds."""
+        assert self.forking.stdin is not None and self.forking.stdout is not None
+        job = {"inputs": list(map(str, self.inputs)), "prefix": str(directory / "out")}
+        line = json.dumps(job | {"options": options, "crash_at": crash_at}) + "\n"
+        self.forking.stdin.write(line.encode())
+        pid = int(self.forking.stdout.readline())
+        if kill_after is not None:
+            ended, _, _ = select.select([self.forking.stdout], [], [], kill_after)
+            if not ended:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        return int(self.forking.stdout.readline())
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    FORKING.set_forkserver_preload(["corpus", "megatron_slm.data.preprocess", "numpy"])
-    return Runs(tmp_path_factory.mktemp("runs"))
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    made = Runs(tmp_path_factory.mktemp("runs"))
+    yield made
+    made.forking.kill()
+    made.forking.wait()
 
 
 def test_killed_at_random_moments(runs: Runs, tmp_path: Path) -> None:
@@ -100,60 +101,48 @@ def test_killed_at_random_moments(runs: Runs, tmp_path: Path) -> None:
 def kill_often(runs: Runs, tmp_path: Path, rng: random.Random) -> None:
     """KILLS times in all, in as many runs as it takes to end each of them."""
     clock = time.perf_counter()
-    runs.start(tmp_path / "timed", runs.options).join()
+    (tmp_path / "timed").mkdir()
+    runs.run(tmp_path / "timed", runs.options)
     seconds = time.perf_counter() - clock
     kills = finished = 0
     ended: int | None = None
     while kills < KILLS or ended != 0:
         directory = tmp_path / f"run{finished}"
         directory.mkdir(exist_ok=True)
-        process = runs.start(directory / "out", runs.options)
-        if kills < KILLS:
-            process.join(rng.uniform(0, seconds))
-            process.kill()
-        process.join()
-        ended = process.exitcode
-        runs.check_what_is_there(directory)
+        kill_after = rng.uniform(0, seconds) if kills < KILLS else None
+        ended = runs.run(directory, runs.options, kill_after)
+        for path, content in files_in(directory).items():
+            assert not is_final(path) or content == runs.whole[path], path
         if ended == -signal.SIGKILL:
             kills += 1
         else:
             assert ended == 0
-            assert {p: (directory / p).read_bytes() for p in left_behind(directory)} == runs.merged
+            assert files_in(directory) == runs.merged
             finished += 1
 
 
 def test_killed_before_every_change_of_a_directory(runs: Runs, tmp_path: Path) -> None:
-    """Including those while an older dataset is replaced."""
-    old = ["--shard-size", "200K"]
-    number, ended = random.randrange(1, STEP + 1), None
+    """Also while an older dataset is replaced."""
+    number, ended = random.randrange(1, STEP + 1), -signal.SIGKILL
     while ended != 0:
         directory = tmp_path / str(number)
         directory.mkdir()
         if number % 2:
-            runs.start(directory / "out", old).join()
-            before = {p: (directory / p).read_bytes() for p in left_behind(directory)}
-        else:
-            before = {}
-        process = runs.start(directory / "out", runs.options, crash_at=number)
-        process.join()
-        ended = process.exitcode
-        for path in left_behind(directory):
-            if path.endswith((".bin", ".idx", "manifest.json")) and "duplicates" not in path:
-                assert (directory / path).read_bytes() in (
-                    *([before[path]] if path in before else []),
-                    *([runs.whole[path]] if path in runs.whole else []),
-                ), path
-        names = left_behind(directory)
-        if "out_text_document.idx" in names:  # and not one's index over the other's data
-            files = before, runs.merged
+            assert runs.run(directory, ["--shard-size", "200K"]) == 0
+        before = files_in(directory)
+        ended = runs.run(directory, runs.options, crash_at=number)
+        assert ended in (0, -signal.SIGKILL)
+        found = files_in(directory)
+        for path, content in found.items():
+            if is_final(path):
+                assert content in (before.get(path), runs.whole.get(path)), f"{number}: {path}"
+        pair = [f"out_text_document.{suffix}" for suffix in ("bin", "idx")]
+        if pair[1] in found:  # and it is not one's index over the other's data
             assert any(
-                all(
-                    (directory / path).read_bytes() == whole.get(path)
-                    for path in ("out_text_document.bin", "out_text_document.idx")
-                )
-                for whole in files
-            )
+                all(found.get(path) == whole.get(path) for path in pair)
+                for whole in (before, runs.merged)
+            ), number
         if ended != 0:
-            runs.start(directory / "out", runs.options).join()
-        assert {p: (directory / p).read_bytes() for p in left_behind(directory)} == runs.merged
+            assert runs.run(directory, runs.options) == 0
+        assert files_in(directory) == runs.merged, number
         number += STEP

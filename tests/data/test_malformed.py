@@ -1,5 +1,5 @@
-"""Forty-four ways in which an input can be bad: each is named with its file, its line where it has one,
-and the reason; nothing is written that could be read as a dataset."""
+"""Forty-four ways in which an input can be bad: each is named with its file, the line where it has
+one, and the reason; nothing is written that could be read as a dataset."""
 
 from __future__ import annotations
 
