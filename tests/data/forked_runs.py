@@ -1,5 +1,5 @@
 """Fork a process for each line of standard input, {"inputs", "prefix", "options", "crash_at"}: it
-runs preprocess_data.py without the imports.  Prints its process id, and at its end the exit code."""
+runs preprocess_data.py without the imports.  Prints its process id, and at the end the code."""
 
 from __future__ import annotations
 
