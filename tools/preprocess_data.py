@@ -206,7 +206,7 @@ def report(summary: Summary) -> str:
     left_out = [
         f"{count:,} {name.replace('_', ' ')}"
         for name, count in summary.counts.items()
-        if count and name not in ("documents", "tokens")
+        if count and name not in ("read", "documents", "tokens")
     ]
     return "\n".join([*lines, *([f"left out: {', '.join(left_out)}"] if left_out else [])])
 

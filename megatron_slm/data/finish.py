@@ -110,12 +110,8 @@ def total_counts(shards: Sequence[dict[str, Any]]) -> dict[str, int]:
 
 def check_rejects(layout: Layout, counts: dict[str, int], most: float) -> None:
     """Raises: UserError: too large a part of all documents could not be used."""
-    rejects = counts["rejects"]
-    read = sum(
-        counts[name]
-        for name in ("documents", "empty", "exact_duplicates", "near_duplicates", "contaminated")
-    )
-    if rejects and rejects > most * (read + rejects):
+    rejects, read = counts["rejects"], counts["read"]
+    if rejects > most * (read + rejects):
         first = next(path for path in sorted(layout.rejects.iterdir()) if path.suffix == ".jsonl")
         with first.open("rb") as file:
             reject = orjson.loads(file.readline())

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,7 +32,7 @@ from megatron_slm.data.progress import Progress
 from megatron_slm.errors import UserError
 
 COUNTS = (
-    *("documents", "tokens", "empty", "blank_lines", "filtered", "rejects"),
+    *("read", "documents", "tokens", "empty", "blank_lines", "filtered", "rejects"),
     *("exact_duplicates", "near_duplicates", "contaminated"),
 )
 
@@ -142,12 +142,6 @@ def remove_shard(layout: Layout, task: Task) -> None:
             Path(f"{prefix}{suffix}").unlink(missing_ok=True)
 
 
-@dataclass
-class _Tally:
-    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
-    seen: int = 0  # documents that were read whole, whatever becomes of them
-
-
 def make_shard(
     task: Task,
     layout: Layout,
@@ -185,7 +179,7 @@ def _write_shard(
     writers: list[PairWriter],
     progress: Progress,
 ) -> dict[str, Any]:
-    tally = _Tally()
+    counts = dict.fromkeys(COUNTS, 0)
     rejects = layout.rejects / f"{task.name}.jsonl"
     unfinished = temporary(rejects)
     inputs = []
@@ -193,17 +187,18 @@ def _write_shard(
         for piece in task.pieces:
             seen = InputHash(lambda size: progress(size, 0, 0, 0))
             for batch in read_documents(piece, recipe.wanted, seen):
-                tally.counts["blank_lines"] += batch.blank_lines
-                tally.counts["filtered"] += batch.filtered
-                tally.counts["rejects"] += len(batch.rejects)
+                counts["blank_lines"] += batch.blank_lines
+                counts["filtered"] += batch.filtered
+                counts["rejects"] += len(batch.rejects)
                 for reject in batch.rejects:
                     rejects_file.write(orjson.dumps(reject, option=orjson.OPT_APPEND_NEWLINE))
-                kept = list(_kept(batch, recipe, dropped, tally))
-                _write_batch(kept, recipe, writers, tally, progress)
+                kept = list(_kept(batch, recipe, dropped, counts))
+                counts["read"] += len(batch.texts)
+                _write_batch(kept, recipe, writers, counts, progress)
             inputs.append(describe_input(piece, seen.digest.hexdigest()))
         rejects_file.flush()
         sync(rejects_file.fileno())
-    if tally.counts["rejects"]:
+    if counts["rejects"]:
         publish(unfinished, rejects)
     else:
         unfinished.unlink()
@@ -214,7 +209,7 @@ def _write_shard(
         "options": recipe.options,
         "engine": recipe.engine,
         "dropped": verdicts_hash(dropped),
-        "counts": tally.counts,
+        "counts": counts,
         "outputs": outputs,
     }
     write_manifest(layout.shards / f"{task.name}.json", manifest)
@@ -222,18 +217,17 @@ def _write_shard(
 
 
 def _kept(
-    batch: Batch, recipe: Recipe, dropped: NDArray[np.uint8] | None, tally: _Tally
+    batch: Batch, recipe: Recipe, dropped: NDArray[np.uint8] | None, counts: dict[str, int]
 ) -> Iterator[tuple[str, ...]]:
     """Documents that are neither duplicates nor contaminated."""
-    first, tally.seen = tally.seen, tally.seen + len(batch.texts)
     if dropped is None and recipe.contamination is None:
         yield from batch.texts
         return
-    for at, texts in enumerate(batch.texts, first):
+    for at, texts in enumerate(batch.texts, counts["read"]):
         if dropped is not None and dropped[at]:
-            tally.counts["exact_duplicates" if dropped[at] == 1 else "near_duplicates"] += 1
+            counts["exact_duplicates" if dropped[at] == 1 else "near_duplicates"] += 1
         elif recipe.contamination is not None and any(map(recipe.contamination.hit, texts)):
-            tally.counts["contaminated"] += 1
+            counts["contaminated"] += 1
         else:
             yield texts
 
@@ -242,7 +236,7 @@ def _write_batch(
     kept: list[tuple[str, ...]],
     recipe: Recipe,
     writers: list[PairWriter],
-    tally: _Tally,
+    counts: dict[str, int],
     progress: Progress,
 ) -> None:
     before, after = recipe.before, recipe.after
@@ -255,9 +249,9 @@ def _write_batch(
             ids = surround(ids, lengths, before, after)
             lengths = lengths + len(before) + len(after)
         writer.add(ids, lengths)
-        tally.counts["empty"] += int(empty.sum())
-        tally.counts["documents"] += len(lengths)
-        tally.counts["tokens"] += ids.size
+        counts["empty"] += int(empty.sum())
+        counts["documents"] += len(lengths)
+        counts["tokens"] += ids.size
         progress(0, len(lengths), ids.size, sum(map(len, texts)))
 
 
