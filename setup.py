@@ -11,6 +11,10 @@ VERSION = next(
     if line.startswith("__version__")
 )
 
+# Fast tokenizers, compressed and columnar inputs, near-duplicates.
+DATA = ["gigatoken", "kitoken", "mistral-common", "pyarrow", "rensa", "zstandard"]
+DATATROVE = ["datatrove>=0.10"]
+
 setup(
     name="megatron-slm",
     version=VERSION,
@@ -26,11 +30,16 @@ setup(
         "sentencepiece",
         "numpy",
         "tensorboard",
+        "orjson",
+        "pyyaml",
+        "jinja2",
         "tqdm",
     ],
     extras_require={
+        "data": DATA,
+        "datatrove": DATATROVE,
         "analysis": ["matplotlib"],
-        "dev": ["hypothesis", "matplotlib", "mypy", "pytest", "ruff"],
+        "dev": ["hypothesis", "matplotlib", "mypy", "pytest", "ruff", *DATA, *DATATROVE],
         "cuda": ["transformer-engine[pytorch]"],
     },
 )

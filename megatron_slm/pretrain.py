@@ -57,6 +57,7 @@ def _pretrain(args: Namespace) -> None:
     validate_arguments(args)
     settings = settings_from_arguments(args)
     record_tokenizer(args, get_tokenizer())
+    datasets.check_files(args)
     layer_spec = None if HAVE_TE else plain_block_spec
     saved = cache(partial(saved_arguments, args))  # known when the policy has been loaded
     source = open_source(args, settings.domains, layer_spec)

@@ -1,133 +1,222 @@
-"""Tokenize jsonl files into Megatron indexed datasets, PREFIX_KEY_document.bin and .idx.
+"""Tokenize corpora into Megatron indexed datasets, PREFIX_KEY_document.bin and .idx.
 
-Options bear the names and defaults that they have in Megatron-LM's tools/preprocess_data.py.
-Give the tokenizer the same options here as in training, and it gives the same tokens.
+Options that Megatron-LM's tools/preprocess_data.py has bear its names.  All cores are used, memory
+is bounded, and a run that was killed goes on where it was when the same command is given again.
+The shards that cores write are merged into one pair of files, whatever their number, since a blend
+of thousands of datasets makes training start slowly; --no-merge keeps them as a set.
 """
 
 from __future__ import annotations
 
+import os
 import sys
-from argparse import ArgumentParser, Namespace
-from pathlib import Path
-from typing import Any
+from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
 
-from megatron_slm.data.preprocess import PreprocessSettings, Summary, preprocess
+from megatron_slm.data.engines import engine_names
+from megatron_slm.data.finish import Summary
+from megatron_slm.data.preprocess import preprocess
+from megatron_slm.data.settings import STAGES, Settings
+from megatron_slm.data.tokenizer import TYPES
 from megatron_slm.errors import exit_on_user_error
 
-# Megatron's tokenizers of plain text.
-TOKENIZER_TYPES = (
-    "SentencePieceTokenizer",
-    "GPTSentencePieceTokenizer",
-    "Llama2Tokenizer",
-    "HuggingFaceTokenizer",
-    "GPT2BPETokenizer",
-    "TikTokenizer",
-    "BertWordPieceLowerCase",
-    "BertWordPieceCase",
-    "NullTokenizer",
-)
+UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
-# Megatron's options that decide which token ids a text becomes.
-TOKENIZER_OPTIONS: dict[str, dict[str, Any]] = {
-    "--tokenizer-type": {
-        "required": True,
-        "choices": TOKENIZER_TYPES,
-        "help": "NullTokenizer reads texts that are token ids already, with spaces between.",
-    },
-    "--tokenizer-model": {
-        "metavar": "PATH",
-        "help": "SentencePiece or TikToken model file; directory or name on the Hub for "
-        "HuggingFaceTokenizer.",
-    },
-    "--vocab-size": {"type": int, "metavar": "N", "help": "For NullTokenizer and TikTokenizer."},
-    "--vocab-file": {"metavar": "FILE"},
-    "--merge-file": {"metavar": "FILE"},
-    "--tokenizer-metadata": {"dest": "metadata_path", "metavar": "FILE"},
-    "--tokenizer-special-tokens": {"dest": "special_tokens", "nargs": "+", "metavar": "TOKEN"},
-    "--tokenizer-sentencepiece-legacy": {"action": "store_true"},
-    "--no-tokenizer-sentencepiece-ignore-extra-whitespaces": {
-        "dest": "tokenizer_sentencepiece_ignore_extra_whitespaces",
-        "action": "store_false",
-    },
-    "--tokenizer-hf-no-use-fast": {"action": "store_true"},
-    "--tokenizer-hf-no-include-special-tokens": {
-        "action": "store_true",
-        "help": "Leave out tokens that a Hugging Face tokenizer puts around every text.",
-    },
-    "--trust-remote-code": {
-        "action": "store_true",
-        "help": "Run code that comes with a Hugging Face tokenizer.",
-    },
-    "--tiktoken-pattern": {"choices": ("v1", "v2")},
-    "--tiktoken-num-special-tokens": {"type": int, "default": 1000, "metavar": "N"},
-    "--null-tokenizer-eod-id": {"type": int, "metavar": "ID"},
-}
+
+def field_value(text: str) -> tuple[str, str]:
+    """FIELD=VALUE."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise ArgumentTypeError(f"{text!r} is not FIELD=VALUE")
+    return name, value
+
+
+def byte_count(text: str) -> int:
+    """A number of bytes, such as 256M."""
+    unit = UNITS.get(text[-1:].upper(), 1)
+    try:
+        return int(text if unit == 1 else text[:-1]) * unit
+    except ValueError as error:
+        raise ArgumentTypeError(f"{text!r} is not a number of bytes, such as 256M") from error
 
 
 def build_parser() -> ArgumentParser:
     """The command line."""
     parser = ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
-    add = parser.add_argument
-    add(
+    add_input_options(parser)
+    add_tokenizer_options(parser)
+    add_cleaning_options(parser)
+    add_run_options(parser)
+    return parser
+
+
+def add_input_options(parser: ArgumentParser) -> None:
+    """What is read and written."""
+    group = parser.add_argument_group("input and output")
+    group.add_argument(
         "--input",
         nargs="+",
         required=True,
-        type=Path,
-        metavar="FILE",
-        help="jsonl: one JSON object a line, in UTF-8. Several files are read in this order.",
+        metavar="PATH",
+        help="Files (.jsonl, .jsonl.gz, .jsonl.zst, .parquet), directories, quoted glob patterns, "
+        "or - for jsonl from standard input. Read in this order, directories and patterns sorted.",
     )
-    add("--output-prefix", required=True, metavar="PREFIX", help="Path up to _KEY_document.bin.")
-    add(
+    group.add_argument("--output-prefix", required=True, metavar="PREFIX")
+    group.add_argument(
         "--json-keys",
+        "--json-key",
         nargs="+",
         default=["text"],
         metavar="KEY",
         help="Keys whose strings are the documents; each key makes one dataset. Default: text.",
     )
-    add("--append-eod", action="store_true", help="End documents with the end-of-document token.")
-    add("--workers", type=int, default=1, metavar="N", help="Processes that tokenize. Default: 1.")
-    add(
-        "--log-interval",
-        type=int,
-        default=1000,
-        metavar="N",
-        help="Documents between lines of progress on stderr. Default: 1000.",
+    group.add_argument(
+        "--filter",
+        action="append",
+        default=[],
+        type=field_value,
+        metavar="FIELD=VALUE",
+        help="Take only records whose field is that; a dotted path reaches inside. Repeated: all.",
     )
-    tokenizer = parser.add_argument_group("tokenizer, as in training")
-    for name, options in TOKENIZER_OPTIONS.items():
-        tokenizer.add_argument(name, **options)
-    # build_tokenizer() reads these too; neither changes how text is tokenized.
-    parser.set_defaults(chat_template=None, pad_vocab_size=False)
-    return parser
+    group.add_argument(
+        "--chat-template",
+        metavar="FILE",
+        help="Jinja template that makes a text of the list of messages under the key.",
+    )
+    group.add_argument("--domain", metavar="NAME", help="Recorded in the manifest, for mixes.")
+
+
+def add_tokenizer_options(parser: ArgumentParser) -> None:
+    """How text becomes ids."""
+    group = parser.add_argument_group("tokenizer")
+    group.add_argument(
+        "--tokenizer-model",
+        required=True,
+        metavar="PATH",
+        help="sentencepiece model, tokenizer.json, tekken.json, or the directory of one.",
+    )
+    group.add_argument(
+        "--tokenizer-type", choices=TYPES, help="As in training. Default: told from the file."
+    )
+    group.add_argument(
+        "--engine",
+        choices=["auto", *engine_names()],
+        default="auto",
+        help="What tokenizes. auto: the fastest that is installed and gives the ids of the "
+        "tokenizer's own library on documents from all over this corpus.",
+    )
+    group.add_argument("--append-eod", action="store_true", help="End documents with that token.")
+    group.add_argument(
+        "--prepend-bos", action="store_true", help="Begin documents with that token."
+    )
+    group.add_argument(
+        "--special-tokens-in-text",
+        choices=["text", "ids"],
+        default="text",
+        help="What a literal </s> in a document becomes: the tokens of its letters, or its id.",
+    )
+
+
+def add_cleaning_options(parser: ArgumentParser) -> None:
+    """What is left out."""
+    group = parser.add_argument_group("cleaning")
+    group.add_argument(
+        "--dedup",
+        choices=["exact", "near"],
+        help="Drop documents with the text of an earlier one, or (near) nearly its words.",
+    )
+    group.add_argument(
+        "--decontaminate",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="Evaluation sets (jsonl): drop documents that share 13 words in a row with them.",
+    )
+    group.add_argument(
+        "--max-reject-fraction",
+        type=float,
+        default=1e-4,
+        metavar="F",
+        help="Fail if more than this part of the documents cannot be used. They are listed in "
+        "PREFIX_rejects in any case. Default: 1e-4.",
+    )
+
+
+def add_run_options(parser: ArgumentParser) -> None:
+    """Where it runs."""
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="Processes, one a core. Default: all cores.",
+    )
+    group.add_argument(
+        "--shard-size",
+        type=byte_count,
+        default="256M",
+        metavar="BYTES",
+        help="Input of a task, which is what is done again after a crash. Default: 256M.",
+    )
+    group.add_argument("--merge", action=BooleanOptionalAction, default=True)
+    group.add_argument(
+        "--stage", choices=STAGES, default="all", help="Only this, for Slurm arrays."
+    )
+    group.add_argument("--rank", type=int, default=0, metavar="R", help="Of the machine or job.")
+    group.add_argument("--world-size", type=int, default=1, metavar="N")
+
+
+def settings_of(args: Namespace) -> Settings:
+    """The command line's meaning."""
+    return Settings(
+        inputs=tuple(args.input),
+        output_prefix=args.output_prefix,
+        tokenizer_model=args.tokenizer_model,
+        tokenizer_type=args.tokenizer_type,
+        json_keys=tuple(args.json_keys),
+        filters=tuple(args.filter),
+        chat_template=args.chat_template,
+        domain=args.domain,
+        append_eod=args.append_eod,
+        prepend_bos=args.prepend_bos,
+        special_ids=args.special_tokens_in_text == "ids",
+        engine=args.engine,
+        dedup=args.dedup,
+        decontaminate=tuple(args.decontaminate),
+        max_reject_fraction=args.max_reject_fraction,
+        workers=args.workers,
+        shard_size=args.shard_size,
+        merge=args.merge,
+        stage=args.stage,
+        rank=args.rank,
+        world_size=args.world_size,
+    )
 
 
 def report(summary: Summary) -> str:
-    """One line for each dataset written."""
+    """What was written, and what was left out."""
     lines = []
-    for dataset in summary.datasets:
-        empty = summary.documents - dataset.documents
+    for key, manifest in summary.datasets.items():
+        counts = manifest["counts"]
+        name = summary.layout.dataset(key)
+        files = ".bin and .idx" if manifest["merged"] else ".data-args.txt for --data-args-path"
         lines.append(
-            f"wrote {dataset.prefix}.bin and .idx: {dataset.documents} documents, "
-            f"{dataset.tokens} tokens, {dataset.tokens / summary.seconds:.0f} tokens/s "
-            f"(skipped: {empty} empty documents, {summary.blank_lines} blank lines)"
+            f"{name}{files}: {counts['documents']:,} documents, {counts['tokens']:,} tokens"
         )
-    return "\n".join(lines)
+    left_out = [
+        f"{count:,} {name.replace('_', ' ')}"
+        for name, count in summary.counts.items()
+        if count and name not in ("read", "documents", "tokens")
+    ]
+    return "\n".join([*lines, *([f"left out: {', '.join(left_out)}"] if left_out else [])])
 
 
 def main(arguments: list[str]) -> None:
     """Do what the command line says; exit with code 2 on bad input."""
-    args: Namespace = build_parser().parse_args(arguments)
+    args = build_parser().parse_args(arguments)
     with exit_on_user_error():
-        settings = PreprocessSettings(
-            inputs=tuple(args.input),
-            output_prefix=args.output_prefix,
-            tokenizer=args,
-            json_keys=tuple(args.json_keys),
-            append_eod=args.append_eod,
-            workers=args.workers,
-            log_interval=args.log_interval,
-        )
-        print(report(preprocess(settings)))
+        summary = preprocess(settings_of(args))
+        print("this stage is done" if summary is None else report(summary))
 
 
 if __name__ == "__main__":

@@ -10,10 +10,12 @@ from typing import Any
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.training import get_args, get_tokenizer, print_rank_0
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from megatron_slm.data.scored_dataset import SampleScored, document_scored
+from megatron_slm.data.verify import check_quickly
 from megatron_slm.training.caches import SPLITS, Caches
 
 
@@ -27,6 +29,21 @@ def use_prebuilt_helpers() -> None:
     from megatron.core.datasets import utils
 
     utils.compile_helpers = lambda: None
+
+
+def check_files(args: Any) -> None:
+    """Look at every dataset's files before anything is built.  Done on every rank, so that none
+    waits for one that has ended.  Files in object storage are left to Megatron.
+
+    Raises:
+        UserError: files are missing or truncated, do not belong together, or were made with a
+            larger vocabulary.
+    """
+    blend, per_split = get_blend_and_blend_per_split(args)
+    for paths, _ in filter(None, [blend, *(per_split or [])]):
+        for prefix in paths:
+            if not is_object_storage_path(prefix):
+                check_quickly(prefix, args.slm_vocab_size)
 
 
 class DatasetProvider:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from jobs import GLOBAL_BATCH, STEPS, Checkpoints, Corpus
+from jobs import GLOBAL_BATCH, STEPS, Checkpoints, Corpus, write_dataset
 from launch import REPOSITORY, launch, pretrain
 from real_text import docstrings
 
@@ -67,6 +67,14 @@ def _damaged_metadata(reference: Path) -> list[str]:
     return []
 
 
+def _truncated_data(reference: Path) -> list[str]:
+    prefix = reference.parent / f"{reference.name}-data"
+    write_dataset(prefix, docstrings(["argparse"]))
+    with Path(f"{prefix}.bin").open("r+b") as data:
+        data.truncate(1000)
+    return ["--data-path", str(prefix)]
+
+
 CASES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "reference directory missing": (_missing, "no such directory"),
     "tracker missing": (_no_tracker, "--slm-reference-ckpt-step"),
@@ -74,6 +82,8 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "part of the reference missing": (_part_missing, "is missing"),
     "metadata missing": (_no_metadata, "torch_dist"),
     "metadata damaged": (_damaged_metadata, "damaged"),
+    "dataset truncated": (_truncated_data, "it is truncated, or the two are not of the same"),
+    "no such dataset": (lambda _: ["--data-path", "absent"], "cannot read absent.idx"),
     "no such iteration": (lambda _: ["--slm-reference-ckpt-step", "7"], "iter_0000007"),
     "another vocabulary": (lambda _: ["--vocab-size", "300"], "vocabulary of 257"),
     "another tokenizer": (lambda _: ["--null-tokenizer-eod-id", "3"], "another tokenizer"),

@@ -1,0 +1,90 @@
+"""The stages before tokenization that find duplicates, each kept from run to run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_slm.data.duplicates import find_duplicates, fingerprint, fingerprint_path
+from megatron_slm.data.layout import Layout
+from megatron_slm.data.manifest import manifest_path, read_manifest, what_changed, write_manifest
+from megatron_slm.data.pool import Work, over_all_cores
+from megatron_slm.data.settings import Settings, Setup, reading_options, wanted_of
+from megatron_slm.errors import UserError
+
+
+@dataclass(frozen=True)
+class FingerprintJob:
+    """Sent to the workers of the fingerprint stage."""
+
+    settings: Settings
+    directory: Path
+
+    def start(self) -> Work:
+        wanted, options = wanted_of(self.settings), reading_options(self.settings)
+        return lambda task, progress: fingerprint(task, self.directory, wanted, options, progress)
+
+
+def verdicts_path(layout: Layout) -> Path:
+    """Of the documents of all tasks, one after the other."""
+    return layout.shards / "duplicates.verdicts"
+
+
+def make_fingerprints(setup: Setup) -> None:
+    """Of this rank's tasks."""
+    options = reading_options(setup.settings)
+    missing = []
+    for task in setup.own:
+        manifest = read_manifest(fingerprint_path(setup.layout.shards, task, "json"))
+        if manifest is None or what_changed(task, options, manifest) is not None:
+            missing.append(task)
+    job = FingerprintJob(setup.settings, setup.layout.shards)
+    for _ in over_all_cores("fingerprint", missing, job, setup.settings.workers):
+        pass
+
+
+def all_fingerprints(setup: Setup) -> list[dict[str, Any]]:
+    """Manifests of all tasks' fingerprints.
+
+    Raises:
+        UserError: some are missing, or of other inputs or options.
+    """
+    options = reading_options(setup.settings)
+    found = []
+    for task in setup.tasks:
+        manifest = read_manifest(fingerprint_path(setup.layout.shards, task, "json"))
+        if manifest is None or what_changed(task, options, manifest) is not None:
+            raise UserError(f"{task.name} has no fingerprints yet: run --stage fingerprint first")
+        found.append(manifest)
+    return found
+
+
+def make_verdicts(setup: Setup) -> None:
+    """On all documents, unless they are there."""
+    fingerprints = all_fingerprints(setup)
+    path = verdicts_path(setup.layout)
+    content = {"fingerprints": fingerprints}
+    before = read_manifest(manifest_path(path))
+    if before is not None and before["fingerprints"] == fingerprints:
+        return
+    manifest_path(path).unlink(missing_ok=True)
+    counts = [manifest["documents"] for manifest in fingerprints]
+    near = setup.settings.dedup == "near"
+    find_duplicates(setup.tasks, setup.layout.shards, counts, near, path)
+    write_manifest(manifest_path(path), content)
+
+
+def slices_of_verdicts(setup: Setup) -> dict[str, slice]:
+    """Each task's part of the verdicts; empty without dedup."""
+    if setup.settings.dedup is None:
+        return {}
+    fingerprints = all_fingerprints(setup)
+    before = read_manifest(manifest_path(verdicts_path(setup.layout)))
+    if before is None or before["fingerprints"] != fingerprints:
+        raise UserError("the duplicates are not known yet: run --stage duplicates first")
+    ends = np.cumsum([0, *(manifest["documents"] for manifest in fingerprints)]).tolist()
+    spans = map(slice, ends, ends[1:])
+    return {task.name: span for task, span in zip(setup.tasks, spans, strict=True)}

@@ -1,0 +1,216 @@
+"""Shards to a dataset: one pair of files, or a list of the shards' pairs with their weights.
+
+PREFIX_KEY_document.bin, .idx        the dataset; the shards are removed then, for the manifest
+                                     says which of its documents came from where, and a later
+                                     run takes from it what has not changed
+PREFIX_KEY_document.data-args.txt    instead of these if not merged: for --data-args-path
+PREFIX_KEY_document.manifest.json    written last
+PREFIX_shards/                       shards in the making
+PREFIX_rejects/                      lines that could not be used
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from megatron_slm.data.indexed_format import publish, token_dtype
+from megatron_slm.data.inputs import Task
+from megatron_slm.data.layout import Layout, temporary
+from megatron_slm.data.manifest import manifest_path, read_manifest, what_changed, write_manifest
+from megatron_slm.data.merge import Part, merge
+from megatron_slm.data.shard import COUNTS, shard_prefix
+from megatron_slm.errors import UserError
+
+MOST_IN_A_BLEND = 32766
+
+
+@dataclass(frozen=True)
+class Summary:
+    """datasets: manifests by key.  counts: over all keys."""
+
+    layout: Layout
+    datasets: dict[str, dict[str, Any]]
+    counts: dict[str, int]
+
+
+def shard_manifest(layout: Layout, task: Task) -> dict[str, Any] | None:
+    """A finished shard's manifest."""
+    manifest = read_manifest(layout.shards / f"{task.name}.json")
+    if manifest is None:
+        return None
+    for key, output in manifest["outputs"].items():
+        if not has_sizes(shard_prefix(layout.shards, task, key), output):
+            return None
+    return manifest
+
+
+def has_sizes(prefix: Path, output: dict[str, Any]) -> bool:
+    """Whether .bin and .idx are as long as a manifest says."""
+    files = {suffix: Path(f"{prefix}.{suffix}") for suffix in ("bin", "idx")}
+    return all(
+        path.exists() and path.stat().st_size == output[suffix]["size"]
+        for suffix, path in files.items()
+    )
+
+
+def datasets(layout: Layout) -> dict[str, dict[str, Any]] | None:
+    """Manifests of the datasets that are there, if all keys have theirs."""
+    found = {}
+    for key in layout.keys:
+        manifest = read_manifest(manifest_path(layout.dataset(key)))
+        if manifest is None or (
+            manifest["merged"] and not has_sizes(layout.dataset(key), manifest)
+        ):
+            return None
+        found[key] = manifest
+    return found
+
+
+def merged_shards(layout: Layout) -> dict[str, dict[str, Any]]:
+    """Shards that are part of merged datasets, by name, with the outputs of all keys."""
+    found: dict[str, dict[str, Any]] = {}
+    manifests = datasets(layout)
+    if manifests is None or not all(manifest["merged"] for manifest in manifests.values()):
+        return {}
+    for manifest in manifests.values():
+        for shard in manifest["shards"]:
+            merged = found.setdefault(shard["name"], {**shard, "outputs": {}})
+            merged["outputs"] |= shard["outputs"]
+    return found
+
+
+def is_complete(
+    layout: Layout, tasks: Sequence[Task], options: dict[str, Any], merged: bool
+) -> Summary | None:
+    """The datasets as they are, if they are what a run would make."""
+    manifests = datasets(layout)
+    if manifests is None:
+        return None
+    for manifest in manifests.values():
+        shards = manifest["shards"]
+        if manifest["merged"] is not merged or len(shards) != len(tasks):
+            return None
+        for task, shard in zip(tasks, shards, strict=True):
+            if shard["name"] != task.name or what_changed(task, options, shard) is not None:
+                return None
+            if not merged and shard_manifest(layout, task) is None:
+                return None
+    return Summary(layout, manifests, total_counts(manifests[layout.keys[0]]["shards"]))
+
+
+def total_counts(shards: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Over all shards."""
+    return {name: sum(shard["counts"][name] for shard in shards) for name in COUNTS}
+
+
+def check_rejects(layout: Layout, counts: dict[str, int], most: float) -> None:
+    """Raises: UserError: too large a part of all documents could not be used."""
+    rejects, read = counts["rejects"], counts["read"]
+    if rejects > most * (read + rejects):
+        first = next(path for path in sorted(layout.rejects.iterdir()) if path.suffix == ".jsonl")
+        with first.open("rb") as file:
+            reject = orjson.loads(file.readline())
+        raise UserError(
+            f"{rejects} of {read + rejects} documents could not be used, more than "
+            f"--max-reject-fraction {most:g} of them: {reject['file']}:{reject['line']}: "
+            f"{reject['reason']}; all are in {layout.rejects}. Mend them and run again, which "
+            "keeps the other shards, or allow more"
+        )
+
+
+def finish(
+    layout: Layout,
+    shards: Sequence[dict[str, Any]],
+    merged_before: set[str],
+    options: dict[str, Any],
+    most_rejects: float,
+    merging: bool,
+    workers: int,
+) -> Summary:
+    """Make datasets of all shards.
+
+    Args:
+        shards: their manifests, in order.
+        merged_before: names of those that are part of the datasets that are there already.
+
+    Raises:
+        UserError: too many rejects, no documents at all, or the disk is full.
+    """
+    counts = total_counts(shards)
+    check_rejects(layout, counts, most_rejects)
+    found = {}
+    for key in layout.keys:
+        outputs = [shard["outputs"][key] for shard in shards]
+        totals = {name: sum(output[name] for output in outputs) for name in ("documents", "tokens")}
+        if totals["documents"] == 0:
+            raise UserError(f"no document has any text under {key!r}: nothing to write")
+        prefix = layout.dataset(key)
+        if merging:
+            parts = _parts(layout, shards, merged_before, key)
+            dtype = token_dtype(options["tokenizer"]["vocab_size"])
+            files = merge(prefix, parts, dtype, workers)
+            Path(f"{prefix}.data-args.txt").unlink(missing_ok=True)
+        else:
+            files = {}
+            _write_data_args(layout, key, shards)
+        manifest = {
+            "options": options,
+            "merged": merging,
+            "counts": totals,
+            **files,
+            "shards": [{**shard, "outputs": {key: shard["outputs"][key]}} for shard in shards],
+        }
+        found[key] = manifest
+    for key, manifest in found.items():
+        write_manifest(manifest_path(layout.dataset(key)), manifest)
+    layout.clear(merging)
+    return Summary(layout, found, counts)
+
+
+def _parts(
+    layout: Layout, shards: Sequence[dict[str, Any]], merged_before: set[str], key: str
+) -> list[Part]:
+    """Where each shard's documents are now."""
+    old: dict[str, Part] = {}
+    before = read_manifest(manifest_path(layout.dataset(key))) if merged_before else None
+    first = offset = 0
+    for shard in [] if before is None else before["shards"]:
+        output = shard["outputs"][key]
+        size = output["bin"]["size"]
+        old[shard["name"]] = Part(layout.dataset(key), first, output["documents"], offset, size)
+        first, offset = first + output["documents"], offset + size
+    return [
+        old[shard["name"]]
+        if shard["name"] in merged_before
+        else Part(
+            layout.shards / f"{shard['name']}_{key}_document",
+            0,
+            shard["outputs"][key]["documents"],
+            0,
+            shard["outputs"][key]["bin"]["size"],
+        )
+        for shard in shards
+    ]
+
+
+def _write_data_args(layout: Layout, key: str, shards: Sequence[dict[str, Any]]) -> None:
+    """Weights and prefixes of the shards, for Megatron's --data-args-path."""
+    words = [
+        f"{shard['outputs'][key]['tokens']} {layout.shards / shard['name']}_{key}_document"
+        for shard in shards
+        if shard["outputs"][key]["documents"]
+    ]
+    if len(words) > MOST_IN_A_BLEND:
+        raise UserError(
+            f"Megatron blends at most {MOST_IN_A_BLEND} datasets, not {len(words)}: merge them, or "
+            "choose a larger --shard-size"
+        )
+    path = Path(f"{layout.dataset(key)}.data-args.txt")
+    unfinished = temporary(path)
+    unfinished.write_text("\n".join(words) + "\n")
+    publish(unfinished, path)

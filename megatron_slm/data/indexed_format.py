@@ -1,0 +1,125 @@
+"""Megatron's indexed dataset: token ids in .bin; lengths, offsets and document ends in .idx.
+
+    .idx   magic 9 | version u64 | dtype code u8 | sequences S u64 | document ends D u64
+           lengths S x i32 | byte offsets S x i64 | document ends D x i64
+    .bin   the token ids of all sequences, without a gap
+
+One sequence is one document here, so D = S + 1.  Indices are written block by block and mapped
+when read, so neither takes memory in proportion to the data.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_slm.errors import UserError
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")
+DTYPES: dict[int, np.dtype] = {
+    code: np.dtype(name)
+    for code, name in enumerate("u1 i1 <i2 <i4 <i8 <f8 <f4 <u2".split(), start=1)
+}
+BLOCK = 1 << 20  # sequences
+
+Lengths = NDArray[np.int32]
+Blocks = Callable[[], Iterator[Lengths]]
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The type that Megatron stores ids of such a vocabulary in."""
+    return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
+
+
+@dataclass(frozen=True)
+class Index:
+    """An open .idx: lengths int32 [S], offsets int64 [S], document_ends int64 [D], all mapped."""
+
+    dtype: np.dtype
+    lengths: Lengths
+    offsets: NDArray[np.int64]
+    document_ends: NDArray[np.int64]
+
+
+def write_index(path: Path, dtype: np.dtype, count: int, blocks: Blocks) -> None:
+    """Write an .idx of `count` one-sequence documents and sync it to the disk.
+
+    Args:
+        blocks: gives the lengths, in blocks; called twice.
+    """
+    code = next(code for code, known in DTYPES.items() if known == dtype)
+    with path.open("wb") as file:
+        file.write(HEADER.pack(MAGIC, VERSION, code, count, count + 1))
+        for lengths in blocks():
+            file.write(np.ascontiguousarray(lengths, "<i4"))
+        end = 0
+        for lengths in blocks():
+            ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize + end
+            file.write(np.concatenate([[end], ends[:-1]]).astype("<i8"))
+            end = int(ends[-1])
+        for first in range(0, count + 1, BLOCK):
+            file.write(np.arange(first, min(first + BLOCK, count + 1), dtype="<i8"))
+        sync(file.fileno())
+
+
+def open_index(path: Path) -> Index:
+    """Map an .idx whose header and size agree.
+
+    Raises:
+        UserError: not such a file, truncated, or with something behind its end.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            header = file.read(HEADER.size)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    if len(header) < HEADER.size or header[: len(MAGIC)] != MAGIC:
+        raise UserError(f"{path} is not the index of a Megatron dataset: its first bytes differ")
+    _, version, code, sequences, ends = HEADER.unpack(header)
+    if version != VERSION or code not in DTYPES:
+        raise UserError(
+            f"{path} has version {version} and dtype code {code}, which no reader knows"
+        )
+    expected = HEADER.size + 12 * sequences + 8 * ends
+    if size != expected and size != expected + sequences:  # a mode byte each: multimodal
+        raise UserError(
+            f"{path} has {size} bytes, but its header says {sequences} sequences and {ends} "
+            f"document ends, which take {expected}: it is truncated or damaged; write it again"
+        )
+    content = np.memmap(path, mode="r", dtype=np.uint8)[HEADER.size :]
+    return Index(
+        DTYPES[code],
+        content[: 4 * sequences].view("<i4"),
+        content[4 * sequences : 12 * sequences].view("<i8"),
+        content[12 * sequences : 12 * sequences + 8 * ends].view("<i8"),
+    )
+
+
+def length_blocks(lengths: Lengths) -> Iterator[Lengths]:
+    """Views of at most BLOCK lengths."""
+    for first in range(0, len(lengths), BLOCK):
+        yield lengths[first : first + BLOCK]
+
+
+def sync(descriptor: int) -> None:
+    """Wait until a file or directory is on the disk."""
+    os.fsync(descriptor)
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Give a complete and synced file its name, durably."""
+    temporary.replace(final)
+    directory = os.open(final.parent, os.O_RDONLY)
+    try:
+        sync(directory)
+    finally:
+        os.close(directory)

@@ -1,0 +1,140 @@
+"""Which files to read, and how they are cut into tasks.
+
+A task is a contiguous part of the input: a range of a large plain jsonl file (lines that begin in
+the range), one compressed or parquet file, or several small files.  Tasks follow from the inputs
+and the shard size alone, so any number of workers and machines makes the same ones.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_slm.errors import UserError
+
+KINDS = {
+    ".jsonl": "jsonl",
+    ".json": "jsonl",
+    ".ndjson": "jsonl",
+    ".gz": "gzip",
+    ".zst": "zstd",
+    ".zstd": "zstd",
+    ".parquet": "parquet",
+}
+MAGIC = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "parquet": b"PAR1"}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The bytes start to end of an input file of `size` bytes."""
+
+    path: str
+    kind: str
+    size: int
+    modified: int  # nanoseconds
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """Consecutive pieces that make one shard of this name."""
+
+    name: str
+    pieces: tuple[Piece, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of input."""
+        return sum(piece.end - piece.start for piece in self.pieces)
+
+
+def plan_tasks(inputs: Sequence[str], shard_size: int) -> list[Task]:
+    """Cut the named files into tasks of about `shard_size` bytes, in the order given.
+
+    Args:
+        inputs: files, directories (all they hold, sorted) and glob patterns (sorted).
+
+    Raises:
+        UserError: nothing found, not readable, or not what the name says.
+    """
+    tasks: list[list[Piece]] = []
+    room = 0
+    for path in find_files(inputs):
+        piece = open_piece(path)
+        if piece.kind == "jsonl" and piece.size > shard_size:
+            for start in range(0, piece.size, shard_size):
+                end = min(start + shard_size, piece.size)
+                tasks.append([Piece(path, piece.kind, piece.size, piece.modified, start, end)])
+            room = 0
+        elif room and piece.size <= room:
+            tasks[-1].append(piece)
+            room -= piece.size
+        else:
+            tasks.append([piece])
+            room = shard_size - piece.size
+    return name_tasks(tasks)
+
+
+def find_files(inputs: Iterable[str]) -> list[str]:
+    """Every file named, each once."""
+    found: dict[str, None] = {}
+    for name in inputs:
+        if os.path.isdir(name):
+            matches = [str(path) for path in sorted(Path(name).rglob("*")) if is_input(path)]
+        elif os.path.exists(name):
+            matches = [name]
+        else:
+            matches = [
+                path for path in sorted(glob.glob(name, recursive=True)) if os.path.isfile(path)
+            ]
+        if not matches:
+            raise UserError(
+                f"--input {name}: no such file, nothing matches, or a directory without any of "
+                f"{', '.join(f'*{suffix}' for suffix in KINDS)}"
+            )
+        for path in matches:
+            if path in found:
+                raise UserError(f"--input names {path} twice; its documents would count double")
+            found[path] = None
+    return list(found)
+
+
+def is_input(path: Path) -> bool:
+    """In a directory, files of other kinds (checksums, read-me files) are passed over."""
+    return path.suffix in KINDS and path.is_file() and not path.name.startswith(".")
+
+
+def open_piece(path: str, start: int = 0, end: int | None = None) -> Piece:
+    """A part of a file, whose first bytes are as its name says; default: all of it."""
+    kind = KINDS.get(Path(path).suffix, "jsonl")
+    try:
+        status = os.stat(path)
+        with open(path, "rb") as file:
+            first = file.read(4)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    seen = next((name for name, magic in MAGIC.items() if first.startswith(magic)), "jsonl")
+    if kind != seen:
+        has = "nothing in it" if not first else f"the contents of {seen}"
+        raise UserError(f"{path} is {kind} by its name, but has {has}; was it cut off?")
+    size = status.st_size
+    return Piece(path, kind, size, status.st_mtime_ns, start, size if end is None else end)
+
+
+def name_tasks(groups: list[list[Piece]]) -> list[Task]:
+    """Name each after its first file and offset, so that a task keeps its name when inputs are
+    added elsewhere."""
+    parents = [str(Path(pieces[0].path).absolute().parent) for pieces in groups]
+    root = os.path.commonpath(parents)
+    tasks: dict[str, Task] = {}
+    for pieces in groups:
+        relative = os.path.relpath(Path(pieces[0].path).absolute(), root)
+        name = f"{relative.replace(os.sep, '--')}-{pieces[0].start:013d}"
+        if name in tasks:
+            raise UserError(f"two inputs would both be called {name}; rename one of them")
+        tasks[name] = Task(name, tuple(pieces))
+    return list(tasks.values())

@@ -1,0 +1,101 @@
+"""Run tasks over all cores: one process a core, no data between processes but progress counts.
+
+Workers are started afresh, not forked, load what they need once, and end with their parent however
+it ends.  The first task that fails stops the others.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from typing import Any, Protocol
+
+from megatron_slm.data.inputs import Task
+from megatron_slm.data.progress import POLL, STOP, Bar, Counters, Progress, add_to
+from megatron_slm.errors import UserError
+
+Work = Callable[[Task, Progress], dict[str, Any]]
+
+
+class Job(Protocol):
+    """What workers are sent."""
+
+    def start(self) -> Work:
+        """Called once in every worker: load what the tasks need."""
+
+
+def over_all_cores(
+    label: str, tasks: Sequence[Task], job: Job, workers: int
+) -> Iterator[tuple[Task, dict[str, Any]]]:
+    """Results of tasks as they are done; in this process if one is enough.
+
+    Raises:
+        UserError: as the task does, or a worker was killed.
+    """
+    if not tasks:
+        return
+    counters = Counters()
+    with closing(Bar(label, tasks, counters)) as bar:
+        if min(workers, len(tasks)) == 1:
+            work = job.start()
+
+            def progress(*counts: int) -> None:
+                counters.add(*counts)
+                bar.show()
+
+            for task in tasks:
+                yield task, work(task, progress)
+            bar.show()
+        else:
+            yield from _in_processes(tasks, job, min(workers, len(tasks)), counters, bar)
+
+
+def _in_processes(
+    tasks: Sequence[Task], job: Job, workers: int, counters: Counters, bar: Bar
+) -> Iterator[tuple[Task, dict[str, Any]]]:
+    pool = ProcessPoolExecutor(workers, counters.context, _start_worker, (job, counters.shared))
+    try:
+        # The largest first, so that none is left alone at the end.
+        largest = sorted(tasks, key=lambda task: -task.size)
+        pending = {pool.submit(_in_worker, task): task for task in largest}
+        while pending:
+            done, _ = wait(pending, POLL, FIRST_COMPLETED)
+            for future in done:
+                yield pending.pop(future), future.result()
+            bar.show()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a worker process ended early, perhaps killed for want of memory; run again, with "
+            "fewer --workers if so: finished shards are kept"
+        ) from error
+    finally:
+        counters.shared[STOP] = 1
+        pool.shutdown(cancel_futures=True)
+
+
+_work: Work
+_counters: Any
+
+
+def _start_worker(job: Job, counters: Any) -> None:
+    global _work, _counters
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which stops workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _work, _counters = job.start(), counters
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _in_worker(task: Task) -> dict[str, Any]:
+    return _work(task, lambda *counts: add_to(_counters, *counts))

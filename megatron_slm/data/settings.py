@@ -1,0 +1,129 @@
+"""What a preprocessing run is told, and what it finds out before it starts."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_slm.data.chat import chat_renderer
+from megatron_slm.data.contamination import Contamination, read_evaluation_sets
+from megatron_slm.data.documents import Wanted
+from megatron_slm.data.inputs import Task, plan_tasks
+from megatron_slm.data.layout import Layout
+from megatron_slm.data.progress import say
+from megatron_slm.data.tokenizer import TokenizerFile, open_tokenizer
+from megatron_slm.errors import UserError
+
+STAGES = ("all", "fingerprint", "duplicates", "tokenize")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The command line of tools/preprocess_data.py, where every option is described."""
+
+    inputs: tuple[str, ...]
+    output_prefix: str
+    tokenizer_model: str
+    tokenizer_type: str | None = None
+    json_keys: tuple[str, ...] = ("text",)
+    filters: tuple[tuple[str, str], ...] = ()
+    chat_template: str | None = None
+    domain: str | None = None
+    append_eod: bool = False
+    prepend_bos: bool = False
+    special_ids: bool = False
+    engine: str = "auto"
+    dedup: str | None = None
+    decontaminate: tuple[str, ...] = ()
+    max_reject_fraction: float = 1e-4
+    workers: int = 1
+    shard_size: int = 1 << 28
+    merge: bool = True
+    stage: str = "all"
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.workers < 1 or self.shard_size < 1:
+            raise UserError("--workers and --shard-size must be at least 1")
+        if len(set(self.json_keys)) < len(self.json_keys):
+            raise UserError("--json-keys names a key twice; each key makes one dataset")
+        if not 0 <= self.max_reject_fraction <= 1:
+            raise UserError("--max-reject-fraction is a part of all documents, from 0 to 1")
+        if not 0 <= self.rank < self.world_size:
+            raise UserError("--rank counts from 0 to --world-size - 1")
+        if self.world_size > 1 and self.stage == "all":
+            raise UserError("--world-size needs --stage: every rank does its part of one stage")
+        if self.stage in ("fingerprint", "duplicates") and self.dedup is None:
+            raise UserError(f"--stage {self.stage} needs --dedup")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run knows before it starts.  options: of the manifests."""
+
+    settings: Settings
+    layout: Layout
+    tasks: list[Task]
+    file: TokenizerFile
+    contamination: Contamination | None
+    options: dict[str, Any]
+
+    @property
+    def own(self) -> list[Task]:
+        """This rank's tasks."""
+        return self.tasks[self.settings.rank :: self.settings.world_size]
+
+
+def prepare(settings: Settings) -> Setup:
+    """Look at inputs, tokenizer and evaluation sets."""
+    layout = Layout(settings.output_prefix, settings.json_keys)
+    layout.make()
+    layout.remove_leftovers()
+    inputs = [layout.spool_stdin() if name == "-" else name for name in settings.inputs]
+    tasks = plan_tasks(inputs, settings.shard_size)
+    file = open_tokenizer(settings.tokenizer_model, settings.tokenizer_type)
+    if settings.append_eod and file.eod is None:
+        raise UserError("--append-eod: the tokenizer has no end-of-document token")
+    if settings.prepend_bos and file.bos is None:
+        raise UserError("--prepend-bos: the tokenizer has no token that begins a document")
+    contamination = read_evaluation_sets(settings.decontaminate) if settings.decontaminate else None
+    if contamination is not None and contamination.too_short:
+        say(f"{contamination.too_short} evaluation texts are too short to be looked for")
+    options = {
+        "tokenizer": {
+            "name": Path(settings.tokenizer_model).name,
+            "sha256": file.sha256,
+            "vocab_size": file.vocab_size,
+        },
+        "domain": settings.domain,
+        "append_eod": file.eod if settings.append_eod else None,
+        "prepend_bos": file.bos if settings.prepend_bos else None,
+        "special_tokens_in_text": "ids" if settings.special_ids else "text",
+        "decontaminate": None if contamination is None else contamination.sha256,
+        **reading_options(settings),
+    }
+    return Setup(settings, layout, tasks, file, contamination, options)
+
+
+def reading_options(settings: Settings) -> dict[str, Any]:
+    """Those that decide which texts are read."""
+    template = settings.chat_template
+    wanted_of(settings)  # says what is wrong with the template
+    return {
+        "json_keys": list(settings.json_keys),
+        "filters": [list(pair) for pair in settings.filters],
+        "chat_template": None
+        if template is None
+        else hashlib.sha256(Path(template).read_bytes()).hexdigest(),
+        "dedup": settings.dedup,
+    }
+
+
+def wanted_of(settings: Settings) -> Wanted:
+    """What to take of a record."""
+    template = settings.chat_template
+    render = None if template is None else chat_renderer(template)
+    return Wanted(settings.json_keys, settings.filters, render)

@@ -1,0 +1,272 @@
+"""Make one shard: the token ids of a task's documents, and a manifest that says what they are.
+
+    NAME_KEY_document.bin, .idx   an indexed dataset for each key
+    NAME.json                     the manifest, written last: a shard without one does not exist
+    ../PREFIX_rejects/NAME.jsonl  bad lines, if any: file, line, reason, content
+
+Everything is written under temporary names, synced and renamed, after the manifest and indices of
+an older version are gone: whatever a crash leaves cannot be opened, or is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from megatron_slm.data.contamination import Contamination
+from megatron_slm.data.documents import Batch, Wanted, read_documents
+from megatron_slm.data.engines import Encode
+from megatron_slm.data.indexed_format import length_blocks, publish, sync, token_dtype, write_index
+from megatron_slm.data.inputs import Task
+from megatron_slm.data.layout import Layout, temporary
+from megatron_slm.data.lines import InputHash
+from megatron_slm.data.manifest import describe_input, write_manifest
+from megatron_slm.data.progress import Progress
+from megatron_slm.errors import UserError
+
+COUNTS = (
+    *("read", "documents", "tokens", "empty", "blank_lines", "filtered", "rejects"),
+    *("exact_duplicates", "near_duplicates", "contaminated"),
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How documents become token ids: what a worker is told once.
+
+    Attributes:
+        engine: the name of what encodes.
+        before, after: ids put around every document.
+        options: what is written into manifests; a shard made with other ones is made again.
+    """
+
+    wanted: Wanted
+    encode: Encode
+    engine: str
+    vocab_size: int
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    contamination: Contamination | None
+    options: dict[str, Any]
+
+
+class PairWriter:
+    """An indexed dataset in the making.  Lengths are spooled to disk."""
+
+    def __init__(self, prefix: Path, vocab_size: int) -> None:
+        self.prefix = prefix
+        self.dtype = token_dtype(vocab_size)
+        self.vocab_size = vocab_size
+        self.documents = self.tokens = 0
+        self.digest = hashlib.sha256()
+        self.bin = temporary(Path(f"{prefix}.bin"))
+        self.lengths = temporary(Path(f"{prefix}.lengths"))
+        self.bin_file: BinaryIO = self.bin.open("wb")
+        self.lengths_file: BinaryIO = self.lengths.open("wb")
+
+    def add(self, ids: NDArray[Any], lengths: NDArray[np.int64]) -> None:
+        """Documents of these lengths, none of them 0.
+
+        Raises:
+            UserError: an id that is not in the vocabulary.
+        """
+        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
+            raise UserError(
+                f"the tokenizer gave ids {ids.min()} to {ids.max()}, beyond its vocabulary of "
+                f"{self.vocab_size} tokens: nothing can be trained on these"
+            )
+        data = memoryview(ids.astype(self.dtype, copy=False)).cast("B") if ids.size else b""
+        self.bin_file.write(data)
+        self.digest.update(data)
+        self.lengths_file.write(memoryview(lengths.astype("<i4")))
+        self.documents += len(lengths)
+        self.tokens += ids.size
+
+    def finish(self) -> dict[str, Any]:
+        """Publish the pair; returns its part of the manifest."""
+        for file in (self.bin_file, self.lengths_file):
+            file.flush()
+        sync(self.bin_file.fileno())
+        index = temporary(Path(f"{self.prefix}.idx"))
+        spooled = (
+            np.memmap(self.lengths, mode="r", dtype="<i4")
+            if self.documents
+            else np.empty(0, np.int32)
+        )
+        write_index(index, self.dtype, self.documents, lambda: length_blocks(spooled))
+        with index.open("rb") as file:
+            idx_digest = hashlib.file_digest(file, "sha256").hexdigest()
+        size = index.stat().st_size
+        self.lengths_file.close()
+        self.bin_file.close()
+        publish(self.bin, Path(f"{self.prefix}.bin"))
+        publish(index, Path(f"{self.prefix}.idx"))
+        return {
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "bin": {"size": self.tokens * self.dtype.itemsize, "sha256": self.digest.hexdigest()},
+            "idx": {"size": size, "sha256": idx_digest},
+        }
+
+    def discard(self) -> None:
+        """Remove what was not published."""
+        for file, path in ((self.bin_file, self.bin), (self.lengths_file, self.lengths)):
+            file.close()
+            path.unlink(missing_ok=True)
+
+
+def shard_prefix(directory: Path, task: Task, key: str) -> Path:
+    """Of a shard's .bin and .idx."""
+    return directory / f"{task.name}_{key}_document"
+
+
+def verdicts_hash(dropped: NDArray[np.uint8] | None) -> str | None:
+    """What a manifest has of them."""
+    return None if dropped is None else hashlib.sha256(dropped.tobytes()).hexdigest()
+
+
+def remove_shard(layout: Layout, task: Task) -> None:
+    """Remove a shard, in an order that never leaves an index over other data."""
+    (layout.shards / f"{task.name}.json").unlink(missing_ok=True)
+    (layout.rejects / f"{task.name}.jsonl").unlink(missing_ok=True)
+    for key in layout.keys:
+        prefix = shard_prefix(layout.shards, task, key)
+        for suffix in (".idx", ".bin"):
+            Path(f"{prefix}{suffix}").unlink(missing_ok=True)
+
+
+def make_shard(
+    task: Task,
+    layout: Layout,
+    recipe: Recipe,
+    dropped: NDArray[np.uint8] | None,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Write a task's shard; returns its manifest.
+
+    Args:
+        dropped: verdicts on the task's documents [documents]: 0 keep, 1 exact duplicate, 2 near
+            duplicate.
+
+    Raises:
+        UserError: an input is damaged, or the disk is full.
+    """
+    try:
+        remove_shard(layout, task)
+        prefixes = [shard_prefix(layout.shards, task, key) for key in layout.keys]
+        writers = [PairWriter(prefix, recipe.vocab_size) for prefix in prefixes]
+        try:
+            return _write_shard(task, layout, recipe, dropped, writers, progress)
+        finally:
+            for writer in writers:
+                writer.discard()
+    except OSError as error:
+        raise UserError(f"cannot write shard {task.name} in {layout.shards}: {error}") from error
+
+
+def _write_shard(
+    task: Task,
+    layout: Layout,
+    recipe: Recipe,
+    dropped: NDArray[np.uint8] | None,
+    writers: list[PairWriter],
+    progress: Progress,
+) -> dict[str, Any]:
+    counts = dict.fromkeys(COUNTS, 0)
+    rejects = layout.rejects / f"{task.name}.jsonl"
+    unfinished = temporary(rejects)
+    inputs = []
+    with unfinished.open("wb") as rejects_file:
+        for piece in task.pieces:
+            seen = InputHash(lambda size: progress(size, 0, 0, 0))
+            for batch in read_documents(piece, recipe.wanted, seen):
+                counts["blank_lines"] += batch.blank_lines
+                counts["filtered"] += batch.filtered
+                counts["rejects"] += len(batch.rejects)
+                for reject in batch.rejects:
+                    rejects_file.write(orjson.dumps(reject, option=orjson.OPT_APPEND_NEWLINE))
+                kept = list(_kept(batch, recipe, dropped, counts))
+                counts["read"] += len(batch.texts)
+                _write_batch(kept, recipe, writers, counts, progress)
+            inputs.append(describe_input(piece, seen.digest.hexdigest()))
+        rejects_file.flush()
+        sync(rejects_file.fileno())
+    if counts["rejects"]:
+        publish(unfinished, rejects)
+    else:
+        unfinished.unlink()
+    outputs = {key: writer.finish() for key, writer in zip(layout.keys, writers, strict=True)}
+    manifest = {
+        "name": task.name,
+        "inputs": inputs,
+        "options": recipe.options,
+        "engine": recipe.engine,
+        "dropped": verdicts_hash(dropped),
+        "counts": counts,
+        "outputs": outputs,
+    }
+    write_manifest(layout.shards / f"{task.name}.json", manifest)
+    return manifest
+
+
+def _kept(
+    batch: Batch, recipe: Recipe, dropped: NDArray[np.uint8] | None, counts: dict[str, int]
+) -> Iterator[tuple[str, ...]]:
+    """Documents that are neither duplicates nor contaminated."""
+    if dropped is None and recipe.contamination is None:
+        yield from batch.texts
+        return
+    for at, texts in enumerate(batch.texts, counts["read"]):
+        if dropped is not None and dropped[at]:
+            counts["exact_duplicates" if dropped[at] == 1 else "near_duplicates"] += 1
+        elif recipe.contamination is not None and any(map(recipe.contamination.hit, texts)):
+            counts["contaminated"] += 1
+        else:
+            yield texts
+
+
+def _write_batch(
+    kept: list[tuple[str, ...]],
+    recipe: Recipe,
+    writers: list[PairWriter],
+    counts: dict[str, int],
+    progress: Progress,
+) -> None:
+    before, after = recipe.before, recipe.after
+    for column, writer in enumerate(writers):
+        texts = [texts[column] for texts in kept]
+        ids, lengths = recipe.encode(texts)
+        empty = lengths == 0
+        lengths = lengths[~empty]
+        if before or after:
+            ids = surround(ids, lengths, before, after)
+            lengths = lengths + len(before) + len(after)
+        writer.add(ids, lengths)
+        counts["empty"] += int(empty.sum())
+        counts["documents"] += len(lengths)
+        counts["tokens"] += ids.size
+        progress(0, len(lengths), ids.size, sum(map(len, texts)))
+
+
+def surround(
+    ids: NDArray[Any], lengths: NDArray[np.int64], before: tuple[int, ...], after: tuple[int, ...]
+) -> NDArray[Any]:
+    """ids [n] of documents of these lengths, with the same ids put around each."""
+    ends = np.cumsum(lengths + len(before) + len(after))
+    starts = ends - lengths - len(before) - len(after)
+    result = np.empty(ids.size + len(lengths) * (len(before) + len(after)), ids.dtype)
+    own = np.ones(result.size, bool)
+    places = [starts + at for at in range(len(before))]
+    places += [ends - len(after) + at for at in range(len(after))]
+    for place, token in zip(places, (*before, *after), strict=True):
+        result[place] = token
+        own[place] = False
+    result[own] = ids
+    return result

@@ -1,0 +1,210 @@
+"""Whether a dataset is what its files say.
+
+quick   header, sizes, ends and a few offsets, and the manifest's sizes; the same few reads at
+        any size, so training does it on every rank at its start
+whole   every length, offset and id, and the hashes in the manifest
+deep    also tokenizes the beginning of some shards' inputs again (retokenize.py)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_slm.data.indexed_format import BLOCK, Index, open_index
+from megatron_slm.data.manifest import manifest_path, read_manifest
+from megatron_slm.errors import UserError
+
+PROBED = 512  # offsets that the quick check looks at
+READ_BYTES = 1 << 24
+AGAIN = "write the dataset again"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A pair that has passed the quick check, with its manifest if there is one."""
+
+    prefix: Path
+    index: Index
+    manifest: dict[str, Any] | None
+
+    @property
+    def tokens(self) -> int:
+        """By the size of the .bin."""
+        return Path(f"{self.prefix}.bin").stat().st_size // self.index.dtype.itemsize
+
+
+def check_quickly(
+    prefix: str | Path, vocab_size: int | None = None, manifest: dict[str, Any] | None = None
+) -> Dataset:
+    """Open a dataset.
+
+    Args:
+        prefix: without .bin and .idx.
+        vocab_size: of the run that is to read it.
+        manifest: default: that beside it, if there is one.
+
+    Raises:
+        UserError: index and data do not belong together, are truncated, or are of a type or
+            vocabulary that cannot be.
+    """
+    prefix = Path(prefix)
+    index = open_index(Path(f"{prefix}.idx"))
+    data = Path(f"{prefix}.bin")
+    try:
+        size = data.stat().st_size
+    except OSError as error:
+        raise UserError(f"cannot read {data}: {error.strerror}") from error
+    if index.dtype.kind not in "iu":
+        raise UserError(f"{prefix}.idx says ids are of type {index.dtype}; they are whole numbers")
+    _check_ends(prefix, index, size)
+    manifest = manifest or read_manifest(manifest_path(prefix))
+    if manifest is not None:
+        for path, written in ((data, size), (Path(f"{prefix}.idx"), None)):
+            actual = path.stat().st_size if written is None else written
+            recorded = manifest[path.suffix[1:]]["size"]
+            if actual != recorded:
+                raise UserError(f"{path} has {actual} bytes, its manifest {recorded}; {AGAIN}")
+        made_with = manifest["options"]["tokenizer"]["vocab_size"]
+        if vocab_size is not None and made_with > vocab_size:
+            raise UserError(
+                f"{prefix} was made with a tokenizer of {made_with} tokens, this run's has "
+                f"{vocab_size}; use the same tokenizer, or write the dataset with this run's"
+            )
+    return Dataset(prefix, index, manifest)
+
+
+def _check_ends(prefix: Path, index: Index, size: int) -> None:
+    """In a bounded number of reads."""
+    count, width = len(index.lengths), index.dtype.itemsize
+    if count == 0:
+        raise UserError(f"{prefix} has no documents")
+    end = int(index.offsets[-1]) + int(index.lengths[-1]) * width
+    if end != size:
+        raise UserError(
+            f"{prefix}.bin has {size} bytes, but by {prefix}.idx it has {end}: it is truncated, or "
+            f"the two are not of the same dataset; {AGAIN}"
+        )
+    ends = index.document_ends
+    if not len(ends) or ends[0] != 0 or ends[-1] != count:
+        raise UserError(f"{prefix}.idx: its documents do not end with its {count} sequences")
+    at = np.unique(np.linspace(0, count - 1, PROBED).astype(np.int64))
+    before = np.where(at > 0, index.offsets[at - 1] + index.lengths[at - 1].astype(int) * width, 0)
+    _refuse_offsets(prefix, at, index.offsets[at], before)
+
+
+def _refuse_offsets(prefix: Path, at: Any, offsets: Any, expected: Any) -> None:
+    wrong = np.flatnonzero(offsets != expected)
+    if wrong.size:
+        first = wrong[0]
+        raise UserError(
+            f"{prefix}.idx: sequence {at[first]} begins at byte {offsets[first]}, but the one "
+            f"before it ends at {expected[first]}; {AGAIN}"
+        )
+
+
+def pairs_of(prefix: str) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    """Prefixes and manifests of a dataset's pairs of files: several if it was not merged."""
+    manifest = read_manifest(manifest_path(prefix))
+    if manifest is None or manifest["merged"]:
+        yield prefix, manifest
+        return
+    for shard in manifest["shards"]:
+        ((key, output),) = shard["outputs"].items()
+        if output["documents"]:
+            directory = prefix.removesuffix(f"_{key}_document") + "_shards"
+            own = manifest | output | {"shards": [shard]}
+            yield f"{directory}/{shard['name']}_{key}_document", own
+
+
+def check_wholly(dataset: Dataset, vocab_size: int | None, workers: int) -> None:
+    """Read all of it.
+
+    Args:
+        vocab_size: default: that of the manifest's tokenizer, if there is one.
+
+    Raises:
+        UserError: what is wrong, and where.
+    """
+    prefix, manifest = dataset.prefix, dataset.manifest
+    _check_index(dataset)
+    if vocab_size is None and manifest is not None:
+        vocab_size = manifest["options"]["tokenizer"]["vocab_size"]
+    ranges = [("", 0, Path(f"{prefix}.bin").stat().st_size)]
+    hashes: list[str | None] = [None]
+    if manifest is not None:
+        with Path(f"{prefix}.idx").open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != manifest["idx"]["sha256"]:
+            raise UserError(f"{prefix}.idx is not the one that its manifest describes; {AGAIN}")
+        ranges, hashes, at = [], [], 0
+        for name, output in shard_outputs(manifest):
+            size = output["bin"]["size"]
+            ranges.append((name, at, at + size))
+            hashes.append(output["bin"]["sha256"])
+            at += size
+    with ThreadPoolExecutor(workers) as pool:
+        found = pool.map(lambda span: _check_ids(dataset, span[1], span[2], vocab_size), ranges)
+        for (name, start, _), digest, recorded in zip(ranges, found, hashes, strict=True):
+            if recorded is not None and digest != recorded:
+                raise UserError(
+                    f"{prefix}.bin from byte {start} is not what its manifest describes (the part "
+                    f"from {name}); {AGAIN}"
+                )
+
+
+def shard_outputs(manifest: dict[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
+    """Names of a dataset's shards and what they are in it."""
+    for shard in manifest["shards"]:
+        (output,) = shard["outputs"].values()
+        yield shard["name"], output
+
+
+def _check_index(dataset: Dataset) -> None:
+    prefix, index = dataset.prefix, dataset.index
+    end = 0
+    for first in range(0, len(index.lengths), BLOCK):
+        lengths = index.lengths[first : first + BLOCK]
+        if (lengths < 0).any():
+            at = first + int(np.argmax(lengths < 0))
+            raise UserError(f"{prefix}.idx: sequence {at} has {index.lengths[at]} tokens; {AGAIN}")
+        ends = np.cumsum(lengths, dtype=np.int64) * index.dtype.itemsize + end
+        expected = np.concatenate([[end], ends[:-1]])
+        sequences = np.arange(first, first + len(lengths))
+        _refuse_offsets(prefix, sequences, index.offsets[first : first + BLOCK], expected)
+        end = int(ends[-1])
+    for first in range(0, len(index.document_ends), BLOCK):
+        ends = index.document_ends[first : first + BLOCK + 1]
+        if (np.diff(ends) < 0).any():
+            at = first + int(np.argmax(np.diff(ends) < 0))
+            raise UserError(f"{prefix}.idx: document {at} ends before it begins; {AGAIN}")
+
+
+def _check_ids(dataset: Dataset, start: int, end: int, vocab_size: int | None) -> str:
+    """Bound the ids of some bytes; returns their SHA-256."""
+    digest = hashlib.sha256()
+    dtype = dataset.index.dtype
+    path = Path(f"{dataset.prefix}.bin")
+    with path.open("rb") as file:
+        file.seek(start)
+        for at in range(start, end, READ_BYTES):
+            data = file.read(min(READ_BYTES, end - at))
+            digest.update(data)
+            ids = np.frombuffer(data, dtype)
+            low, high = int(ids.min()), int(ids.max())
+            if low < 0 or (vocab_size is not None and high >= vocab_size):
+                wrong = int(np.argmax((ids < 0) | (ids >= (vocab_size or high + 1))))
+                token = at // dtype.itemsize + wrong
+                offset = token * dtype.itemsize
+                document = int(np.searchsorted(dataset.index.offsets, offset, "right")) - 1
+                raise UserError(
+                    f"{path}: token {token}, in sequence {document}, has id {ids[wrong]}, which a "
+                    f"vocabulary of {vocab_size} tokens does not have"
+                )
+    return digest.hexdigest()

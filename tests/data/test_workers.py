@@ -1,0 +1,164 @@
+"""Worker processes that end early, are interrupted or lose their parent; a Slurm array."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from corpus import ENGINE, MODEL, TOOLS, ids_of, preprocess, read_dataset, texts, write_jsonl
+
+TIMEOUT = 120  # seconds
+TEXTS = texts()
+SCRIPT = TOOLS.parent / "examples" / "slurm" / "preprocess.sbatch"
+
+
+def wait_for(condition: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + TIMEOUT
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.005)
+    raise TimeoutError
+
+
+class Running:
+    """The tool in the middle of its work, with two workers."""
+
+    def __init__(self, directory: Path) -> None:
+        self.source = write_jsonl(directory / "in.jsonl", TEXTS * 30)
+        self.prefix = directory / "out"
+        command = [sys.executable, TOOLS / "preprocess_data.py", "--input", self.source]
+        command += ["--output-prefix", self.prefix, "--tokenizer-model", MODEL, *ENGINE]
+        self.process = subprocess.Popen(
+            [*command, "--workers", "2", "--shard-size", "2M"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        wait_for(lambda: len(list(directory.glob("out_shards/*.bin.*.partial"))) == 2)
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        # Beside the workers there is multiprocessing's resource tracker.
+        self.children = [int(pid) for pid in children.read_text().split()]
+        self.workers = [pid for pid in self.children if "spawn_main" in command_line(pid)]
+        assert len(self.workers) == 2
+
+    def finish(self) -> tuple[int, str]:
+        """Exit code and stderr, when no process is left and no dataset either."""
+        with self.process as process:
+            _, err = process.communicate(timeout=TIMEOUT)
+        wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in self.children))
+        assert not list(self.prefix.parent.glob("out_text_document*"))
+        return self.process.returncode, err
+
+
+def command_line(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text()
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[Running]:
+    tool = Running(tmp_path)
+    yield tool
+    with suppress(ProcessLookupError):
+        os.killpg(tool.process.pid, signal.SIGKILL)
+    tool.process.wait()
+
+
+def test_workers_end_with_their_parent(running: Running) -> None:
+    running.process.kill()
+    assert running.finish()[0] == -signal.SIGKILL
+    preprocess(running.source, running.prefix, "--shard-size", "2M")
+    expected = [ids_of(text, eod=False) for text in TEXTS]
+    assert read_dataset(f"{running.prefix}_text_document") == expected * 30
+    assert not list(running.prefix.parent.rglob("*.partial"))
+
+
+def test_killed_worker(running: Running) -> None:
+    os.kill(running.workers[0], signal.SIGKILL)
+    code, err = running.finish()
+    assert code == 2
+    assert "a worker process ended early" in err and "Traceback" not in err
+
+
+def test_interrupt(running: Running) -> None:
+    os.killpg(running.process.pid, signal.SIGINT)  # as Ctrl-C: to the workers, too
+    code, err = running.finish()
+    assert code == 130 and "Traceback" not in err
+
+
+def test_bad_input_in_a_worker(tmp_path: Path) -> None:
+    """A truncated file ends the run, with what the other worker does."""
+    good = write_jsonl(tmp_path / "good.jsonl", TEXTS)
+    bad = tmp_path / "bad.jsonl.gz"
+    import gzip
+
+    bad.write_bytes(gzip.compress(good.read_bytes())[:-3000])
+    command = [sys.executable, TOOLS / "preprocess_data.py", "--input", good, bad]
+    command += ["--output-prefix", tmp_path / "out", "--tokenizer-model", MODEL, *ENGINE]
+    run = subprocess.run(
+        [*command, "--workers", "2", "--shard-size", "50K"],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+    )
+    assert run.returncode == 2
+    assert run.stderr.splitlines()[-1].startswith(f"error: {bad} is truncated")
+
+
+SBATCH = """#!/usr/bin/env bash
+# Runs at once what it is given, each job of an array after the other.
+last=0 script=
+while [ $# -gt 0 ]; do
+    case "$1" in
+    --array=*) last="${1#--array=0-}" ;;
+    --*) ;;
+    *) break ;;
+    esac
+    array="${array:-}${1#--parsable}"
+    shift
+done
+for task in $(seq 0 "$last"); do
+    export SLURM_JOB_ID=7
+    case "$array" in
+    *--array*) export SLURM_ARRAY_TASK_ID=$task SLURM_ARRAY_TASK_COUNT=$((last + 1)) ;;
+    esac
+    echo "$*" | cut -d' ' -f2 >> "$JOBS"
+    bash "$@" >&2 || exit
+done
+echo 7
+"""
+
+
+def test_slurm_array(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", TEXTS * 2)
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text(SBATCH)
+    sbatch.chmod(0o755)
+    path = f"{sbatch.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = ["bash", SCRIPT, "2", "--input", source, "--output-prefix", tmp_path / "out"]
+    run = subprocess.run(
+        [*command, "--tokenizer-model", MODEL, *ENGINE, "--shard-size", "90K", "--dedup", "exact"],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=TOOLS.parent,
+        env=os.environ | {"PATH": path, "JOBS": str(tmp_path / "jobs")},
+        timeout=TIMEOUT,
+    )
+    assert run.returncode == 0, run.stderr
+    stages = (tmp_path / "jobs").read_text().split()
+    assert stages == ["fingerprint", "fingerprint", "duplicates", "tokenize", "tokenize", "all"]
+    kept = [ids_of(text, eod=False) for text in dict.fromkeys(TEXTS)]
+    assert read_dataset(tmp_path / "out_text_document") == kept

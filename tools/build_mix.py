@@ -1,0 +1,48 @@
+"""Divide a token budget among datasets by a recipe; write what --data-args-path reads."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser
+from pathlib import Path
+
+from megatron_slm.data.blend import check_draws
+from megatron_slm.data.mix import build_mix, read_recipe, table, write_mix
+from megatron_slm.errors import exit_on_user_error
+
+
+def build_parser() -> ArgumentParser:
+    """The command line."""
+    parser = ArgumentParser(description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("recipe", help="YAML; examples/mixes has some, megatron_slm/data/mix.py the format.")
+    add("--data-root", type=Path, default=Path(), metavar="DIR", help="Of relative data paths.")
+    add("--output-prefix", required=True, metavar="PREFIX")
+    add(
+        "--check-sequence-length",
+        type=int,
+        metavar="S",
+        help="Have Megatron build the blend for samples of S tokens, and compare what it draws.",
+    )
+    return parser
+
+
+def main(arguments: list[str]) -> None:
+    """Print the table; exit with code 2 if the recipe cannot be met."""
+    args = build_parser().parse_args(arguments)
+    with exit_on_user_error():
+        recipe = read_recipe(args.recipe)
+        shares = build_mix(recipe, args.data_root)
+        print(table(recipe, shares))
+        length = args.check_sequence_length
+        if length is not None:
+            parts = check_draws(recipe, shares, length)
+            drawn = zip(shares, parts, strict=True)
+            print("drawn: " + ", ".join(f"{share.source.name} {part:.3%}" for share, part in drawn))
+            print(f"train on --train-samples {recipe.budget // length}")
+        write_mix(recipe, shares, args.output_prefix)
+        print(f"--data-args-path {args.output_prefix}.data-args.txt --split 100,0,0")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,47 @@
+"""preprocess_data.py through datatrove's executors: on this machine, on Slurm or on Ray.
+
+Takes preprocess_data.py's options as well.  Every datatrove task makes its part of the shards, and
+the last step merges them.  The files are those that preprocess_data.py makes, and each of the two
+takes up what the other has left.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from typing import Any
+
+from preprocess_data import build_parser, report, settings_of
+
+from megatron_slm.data.executors import run_with_datatrove
+from megatron_slm.data.preprocess import preprocess
+from megatron_slm.errors import exit_on_user_error
+
+
+def main(arguments: list[str]) -> None:
+    """Do what the command line says; exit with code 2 on bad input."""
+    parser = build_parser()
+    parser.description = (__doc__ or "").splitlines()[0]
+    group = parser.add_argument_group("datatrove")
+    group.add_argument("--executor", choices=["local", "slurm", "ray"], default="local")
+    group.add_argument("--tasks", type=int, default=1, metavar="N", help="Of the executor.")
+    group.add_argument("--logging-dir", required=True, metavar="DIR")
+    group.add_argument("--partition", help="Of Slurm.")
+    group.add_argument("--time", default="24:00:00", help="For a Slurm task.")
+    args = parser.parse_args(arguments)
+    with exit_on_user_error():
+        settings = settings_of(args)
+        options: dict[str, Any] = {}
+        if args.executor == "slurm":
+            options = {"partition": args.partition, "time": args.time}
+            options["cpus_per_task"] = settings.workers
+        run_with_datatrove(settings, args.executor, args.tasks, args.logging_dir, options)
+        if args.executor == "slurm":
+            print("submitted; when all jobs are done, run preprocess_data.py to merge")
+            return
+        summary = preprocess(replace(settings, stage="all"))
+        print("" if summary is None else report(summary))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
