@@ -36,7 +36,12 @@ from megatron_slm.loss import Scoring
 from megatron_slm.reference.checkpoint import ReferenceCheckpoint, fingerprint, open_checkpoint
 from megatron_slm.reference.online import OnlineReference, frozen_reference
 from megatron_slm.training.caches import SPLITS, data_prefixes, describe_data
-from megatron_slm.training.datasets import DatasetProvider, reads_data, use_prebuilt_helpers
+from megatron_slm.training.datasets import (
+    DatasetProvider,
+    check_files,
+    reads_data,
+    use_prebuilt_helpers,
+)
 from megatron_slm.training.micro_batch import read_micro_batches
 from megatron_slm.training.sources import open_reference
 from megatron_slm.training.tokenizer import record_tokenizer
@@ -121,6 +126,7 @@ def score(args: Namespace, layer_spec: Callable[..., Any] | None) -> None:
         UserError: bad input, found on every rank alike; a loss that is no number.
     """
     record_tokenizer(args, get_tokenizer())
+    check_files(args)
     checkpoint, own_arguments = open_reference(
         args, args.slm_reference_load[0], args.slm_reference_ckpt_step
     )
