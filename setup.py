@@ -24,6 +24,7 @@ setup(
         "megatron-core[training]>=0.19.2,<0.20",
         "torch",
         "sentencepiece",
+        "safetensors",
         "numpy",
         "tensorboard",
     ],

@@ -42,6 +42,7 @@ def _parse_arguments(cpu: bool) -> Namespace:
     from megatron.training.arguments import parse_and_validate_args
 
     from megatron_slm.training.arguments import add_arguments
+    from megatron_slm.training.checkpoint_arguments import take_from_checkpoint
 
     def add_all(parser: ArgumentParser) -> ArgumentParser:
         add_arguments(parser)
@@ -49,6 +50,7 @@ def _parse_arguments(cpu: bool) -> Namespace:
             from megatron_slm import platform
 
             parser.set_defaults(**platform.ARGUMENT_DEFAULTS)
+        take_from_checkpoint(parser)
         return parser
 
     args: Namespace = parse_and_validate_args(
@@ -62,13 +64,11 @@ def _pretrain(args: Namespace) -> None:
     from megatron.core.enums import ModelType
     from megatron.core.extensions.transformer_engine import HAVE_TE
     from megatron.training import get_tokenizer, pretrain
-    from megatron.training.argument_utils import (
-        gpt_config_from_args,
-        pretrain_cfg_container_from_args,
-    )
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_slm.loss import Scoring
-    from megatron_slm.model import plain_block_spec
+    from megatron_slm.model.gpt_config import gpt_config
+    from megatron_slm.model.layer_spec import plain_block_spec
     from megatron_slm.reference.online import OnlineReference, reference_arguments
     from megatron_slm.training import datasets, report, seam
     from megatron_slm.training.arguments import open_reference, validate_arguments
@@ -100,11 +100,8 @@ def _pretrain(args: Namespace) -> None:
     seam.install(step.run)
     report.install()
 
-    model = gpt_config_from_args(args)
-    if layer_spec is not None and args.spec is None:
-        model.transformer_layer_spec = layer_spec
     pretrain(
-        pretrain_cfg_container_from_args(args, model),
+        pretrain_cfg_container_from_args(args, gpt_config(args, layer_spec)),
         datasets.train_valid_test_datasets,
         ModelType.encoder_or_decoder,
         step.forward_step,
