@@ -26,6 +26,7 @@ from megatron_slm.model.safetensors_files import StoredTensor, find_tensors
 from megatron_slm.model.tensors import Block, blocks, extra_states, fuse, hugging_face_shapes
 from megatron_slm.model.torch_dist import (
     ARGUMENTS,
+    NO_EXTRA_STATE,
     TRACKER,
     Part,
     Stored,
@@ -57,7 +58,7 @@ def import_hugging_face(source: Path, save: Path, vocabulary_multiple: int) -> d
         release = directory / "release"
         release.mkdir(exist_ok=True)
         objects = _objects(architecture, arguments) if rank == 0 else {}
-        stored = write_parts(release, rank, _dealt(parts, size)[rank], objects)
+        stored = write_parts(release, f"__{rank}_0.distcp", _dealt(parts, size)[rank], objects)
         everywhere: list[Stored | None] = [stored]
         if size > 1:
             everywhere = [None] * size
@@ -125,8 +126,7 @@ def _objects(a: Architecture, arguments: dict[str, Any]) -> dict[str, Any]:
         "num_floating_point_operations_so_far": 0,
         "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
     }
-    nothing = torch.empty(0, dtype=torch.uint8)
-    return {ARGUMENTS: common} | dict.fromkeys(extra_states(a), nothing)
+    return {ARGUMENTS: common} | dict.fromkeys(extra_states(a.layers), NO_EXTRA_STATE)
 
 
 def _part(block: Block, a: Architecture, tensors: dict[str, StoredTensor]) -> Part:

@@ -28,8 +28,8 @@ LAYER_TABLE: tuple[tuple[str, tuple[str, ...], int | None], ...] = (
     ("mlp.linear_fc2.weight", ("mlp.down_proj",), None),
 )
 
-# Modules that keep "extra state" (scales of fp8) in a checkpoint.  A checkpoint that has it, empty,
-# for all that any version of Transformer Engine asks for loads with and without it.
+# Modules that keep "extra state" (scales of fp8) in a checkpoint, with any version of Transformer
+# Engine.  Plain layers have it for the four linear ones, and read what they do not have as well.
 EXTRA_STATES_OF_LAYER = (
     "self_attention.linear_qkv",
     "self_attention.linear_proj",
@@ -121,11 +121,11 @@ def _vocabulary_blocks(key: str, name: str, a: Architecture, padded: int) -> lis
     return result
 
 
-def extra_states(a: Architecture) -> list[str]:
+def extra_states(layers: int) -> list[str]:
     """Names of extra states on disk, a part for each layer."""
     names = [
-        f"decoder.layers.{module}._extra_state/shard_{layer}_{a.layers}"
-        for layer in range(a.layers)
+        f"decoder.layers.{module}._extra_state/shard_{layer}_{layers}"
+        for layer in range(layers)
         for module in EXTRA_STATES_OF_LAYER
     ]
     return names + [f"{module}._extra_state/shard_0_1" for module in EXTRA_STATES]

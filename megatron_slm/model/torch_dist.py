@@ -40,6 +40,7 @@ from megatron_slm.errors import UserError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 ARGUMENTS = "common_state/shard_0_1"
+NO_EXTRA_STATE = torch.empty(0, dtype=torch.uint8)  # as Transformer Engine has it without fp8
 
 # All that a table of blocks is made of, in torch's names and in those Megatron once used.
 SAFE_CLASSES = {
@@ -207,9 +208,9 @@ Stored = dict[MetadataIndex, _StorageInfo]
 
 
 def write_parts(
-    directory: Path, rank: int, parts: Iterable[Part], objects: dict[str, Any]
+    directory: Path, name: str, parts: Iterable[Part], objects: dict[str, Any]
 ) -> Stored:
-    """Write a rank's file, holding one part in memory at a time.
+    """Write one file, holding one part in memory at a time.
 
     Args:
         objects: by name; each is stored as Megatron stores what is not a tensor.
@@ -218,7 +219,6 @@ def write_parts(
         where everything lies, for write_table.
     """
     stored: Stored = {}
-    name = f"__{rank}_0.distcp"
     with (directory / name).open("wb") as file:
 
         def put(index: MetadataIndex, value: Any) -> None:
@@ -260,8 +260,25 @@ def write_table(directory: Path, parts: Iterable[Part], stored: Iterable[Stored]
     (directory / "metadata.json").write_text(
         json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
     )
-    with (directory / ".metadata").open("wb") as file:
-        pickle.dump(Metadata(table, storage_data=lies, version="1.0.0"), file)
+    _put_table(directory, Metadata(table, storage_data=lies, version="1.0.0"))
+
+
+def add_objects(directory: Path, name: str, objects: dict[str, Any]) -> None:
+    """Add what is not a tensor to a checkpoint, in a file of its own."""
+    table = read_table(directory)
+    stored = write_parts(directory, name, [], objects)
+    table.storage_data |= stored
+    table.state_dict_metadata |= {index.fqn: BytesStorageMetadata() for index in stored}
+    _put_table(directory, table)
+
+
+def _put_table(directory: Path, table: Metadata) -> None:
+    new = directory / ".metadata.new"
+    with new.open("wb") as file:
+        pickle.dump(table, file)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(directory / ".metadata")
 
 
 def iteration_directory(load: Path, step: int | None, flag: str, step_flag: str) -> Path:
