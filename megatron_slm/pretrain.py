@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import warnings
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from functools import cache, partial
 
 import torch
@@ -38,9 +39,8 @@ def run(cpu: bool) -> None:
         _pretrain(_parse_arguments(cpu))
 
 
-def _parse_arguments(cpu: bool) -> Namespace:
-    from megatron.training.arguments import parse_and_validate_args
-
+def extra_arguments(cpu: bool) -> Callable[[ArgumentParser], ArgumentParser]:
+    """Megatron's `extra_args_provider`; `cpu` if the CPU platform is installed."""
     from megatron_slm.training.arguments import add_arguments
     from megatron_slm.training.checkpoint_arguments import take_from_checkpoint
 
@@ -53,8 +53,15 @@ def _parse_arguments(cpu: bool) -> Namespace:
         take_from_checkpoint(parser)
         return parser
 
+    return add_all
+
+
+def _parse_arguments(cpu: bool) -> Namespace:
+    from megatron.training.arguments import parse_and_validate_args
+
     args: Namespace = parse_and_validate_args(
-        extra_args_provider=add_all, args_defaults={"tokenizer_type": "GPT2BPETokenizer"}
+        extra_args_provider=extra_arguments(cpu),
+        args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
     )
     return args
 
