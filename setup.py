@@ -29,7 +29,8 @@ setup(
         "tensorboard",
     ],
     extras_require={
-        "dev": ["hypothesis", "mypy", "pytest", "ruff"],
+        "dev": ["datasets", "hypothesis", "mypy", "pytest", "ruff"],
+        "sft": ["datasets"],  # Megatron's SFT dataset reads with it
         "cuda": ["transformer-engine[pytorch]", "liger-kernel"],
     },
 )

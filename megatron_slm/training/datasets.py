@@ -11,6 +11,7 @@ from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.training import get_args, get_tokenizer, print_rank_0
+from megatron.training.datasets.sft_dataset import SFTDataset
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 
@@ -31,8 +32,9 @@ def train_valid_test_datasets(samples: list[int | None], vp_stage: int | None = 
     no data.  Megatron's `train_valid_test_dataset_provider`."""
     args = get_args()
     print_rank_0("> building train, validation, and test datasets for GPT ...")
+    kind = SFTDataset if args.sft else MockGPTDataset if args.mock_data else GPTDataset
     datasets = BlendedMegatronDatasetBuilder(
-        MockGPTDataset if args.mock_data else GPTDataset,
+        kind,
         samples,
         partial(_reads_data, vp_stage),
         _dataset_config(args),
