@@ -2,6 +2,7 @@
 
     python tools/plan.py examples/pretrain_slm_7b.sh
     python tools/plan.py examples/pretrain_slm_7b.sh NODES=16 --gpu-memory 141
+    python tools/plan.py examples/pretrain_slm_70b.sh --dry-run 0 255
 
 Memory and FLOPs are by formula (megatron_slm/planning/formulas.py), times from them, the GPU's peak
 and --efficiency.
@@ -9,15 +10,44 @@ and --efficiency.
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 import warnings
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 
-import torch
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a plan needs no GPU, and takes none
+warnings.filterwarnings("ignore")
+logging.disable(logging.WARNING)  # Megatron's, for each model built
+
+from megatron_slm import platform
+
+platform.install()
 
 from megatron_slm.errors import UserError, exit_on_user_error
+from megatron_slm.model.architecture import Architecture
+from megatron_slm.planning.cluster import Cluster, Plan, best_plans, plan
+from megatron_slm.planning.formulas import (
+    Layout,
+    Memory,
+    Work,
+    bubble,
+    memory,
+    parameters,
+    step_flops,
+)
+from megatron_slm.planning.models import TINYLLAMA
+from megatron_slm.planning.recipe import (
+    Recipe,
+    architecture_of,
+    layout_of,
+    parse,
+    read_recipe,
+    work_of,
+)
 
 GIB = 2**30
 
@@ -40,22 +70,22 @@ def build_parser() -> ArgumentParser:
     add("--node-bandwidth", type=float, default=450, metavar="GB/s", help="Of a GPU. Default: 450.")
     add("--network-bandwidth", type=float, default=50, metavar="GB/s", help="Default: 50.")
     add("--kernels", choices=("te", "plain"), default="te", help="Layers. Default: te.")
+    add(
+        "--dry-run",
+        type=int,
+        nargs="+",
+        metavar="RANK",
+        help="Instead, build the policy and reference of these ranks of the job, without weights.",
+    )
     add("--layouts", type=int, default=5, metavar="N", help="How many to propose. Default: 5.")
     return parser
 
 
-def report(args: Namespace, cpu: bool) -> str:
-    """The whole report."""
-    from megatron_slm.planning import recipe as recipes
-    from megatron_slm.planning.cluster import Cluster, Plan, best_plans, plan
-    from megatron_slm.planning.formulas import bubble, memory, parameters, step_flops
-    from megatron_slm.planning.models import TINYLLAMA
-
-    settings = dict(setting.split("=", 1) for setting in args.settings)
-    recipe = recipes.read_recipe(args.recipe, settings)
-    megatron = recipes.parse(recipe, 0, args.vocabulary, cpu)
-    model = recipes.architecture_of(megatron, args.vocabulary)
-    layout, work = recipes.layout_of(megatron), recipes.work_of(megatron, args.kernels, "cuda")
+def report(args: Namespace, recipe: Recipe) -> str:
+    """Memory, FLOPs, time and layouts."""
+    megatron = parse(recipe, 0, args.vocabulary, cpu=True)
+    model = architecture_of(megatron, args.vocabulary)
+    layout, work = layout_of(megatron), work_of(megatron, args.kernels, "cuda")
     reference = model if megatron.slm_reference_load is not None else None
     cluster = Cluster(
         gpus=recipe.ranks,
@@ -66,46 +96,12 @@ def report(args: Namespace, cpu: bool) -> str:
         node_bandwidth=args.node_bandwidth * 1e9,
         network_bandwidth=args.network_bandwidth * 1e9,
     )
-
-    def line(name: str, *values: object) -> str:
-        return f"{name:<44}" + "  ".join(f"{value!s:>10}" for value in values)
-
-    def described(one: Plan) -> str:
-        parts = one.layout
-        total = one.memory.total / GIB
-        what = f"TP{parts.tp} PP{parts.pp} VP{parts.vp} CP{parts.cp} DP{parts.dp}"
-        what += f" micro-batch {one.work.micro_batch}" + (
-            " recompute" if one.work.recompute else ""
-        )
-        idle = f"{bubble(parts, one.work):.1%}"
-        return line(
-            what, f"{total:.1f}", idle, f"{one.seconds:.2f}", f"{one.tokens_per_day / 1e9:.2f}"
-        )
-
-    clm = step_flops(model, None, replace(work, ratio=1.0, head="dense"))
-    ratios = {
-        f"online, of {parameters(one, work.padded_vocabulary) / 1e9:.1f}B": one
-        for one in (model, TINYLLAMA)
-    } | {"cached": None}
-    stages = sorted({0, layout.pp // 2, layout.pp - 1})
-    by_stage = [memory(model, reference, layout, work, stage) for stage in stages]
     text = [
         line("parameters, billions", f"{parameters(model, work.padded_vocabulary) / 1e9:.3f}"),
         line("FLOPs of a step, 1e15", f"{step_flops(model, reference, work) / 1e15:.1f}"),
-        *(
-            line(
-                f"SLM step / CLM step, reference {name}",
-                f"{step_flops(model, one, work) / clm:.2f}",
-            )
-            for name, one in ratios.items()
-        ),
+        *cost_of_selection(model, work),
         "",
-        line("memory of a rank, GiB, by pipeline stage", *stages),
-        *(
-            line(f"  {part.name}", *(f"{getattr(m, part.name) / GIB:.2f}" for m in by_stage))
-            for part in fields(by_stage[0])
-        ),
-        line("  total", *(f"{m.total / GIB:.2f}" for m in by_stage)),
+        *memory_by_stage(model, reference, layout, work),
         "",
         line("layout", "GiB", "bubble", "s a step", "Gtok a day"),
         described(plan(model, reference, layout, work, cluster)) + "  the recipe's",
@@ -114,20 +110,71 @@ def report(args: Namespace, cpu: bool) -> str:
     return "\n".join(text)
 
 
+def line(name: str, *values: object) -> str:
+    """A row of the report."""
+    return f"{name:<44}" + "  ".join(f"{value!s:>10}" for value in values)
+
+
+def cost_of_selection(model: Architecture, work: Work) -> Iterator[str]:
+    """FLOPs of a step of SLM by those of a step of CLM, for references of the policy's size, of
+    TinyLlama's, and for losses that are known."""
+    clm = step_flops(model, None, replace(work, ratio=1.0, head="dense"))
+    selecting = replace(work, head="chunked")
+    for one in dict.fromkeys((model, TINYLLAMA)):
+        size = parameters(one, work.padded_vocabulary) / 1e9
+        ratio = step_flops(model, one, selecting) / clm
+        yield line(f"SLM / CLM step, reference online, {size:.1f}B", f"{ratio:.2f}")
+    yield line("SLM / CLM step, cached", f"{step_flops(model, None, selecting) / clm:.2f}")
+
+
+def memory_by_stage(
+    model: Architecture, reference: Architecture | None, layout: Layout, work: Work
+) -> Iterator[str]:
+    """A table of parts for the first, the middle and the last pipeline stage."""
+    stages = sorted({0, layout.pp // 2, layout.pp - 1})
+    held = [memory(model, reference, layout, work, stage) for stage in stages]
+    yield line("memory of a rank, GiB, by pipeline stage", *stages)
+    for part in fields(Memory):
+        yield line(f"  {part.name}", *(f"{getattr(m, part.name) / GIB:.2f}" for m in held))
+    yield line("  total", *(f"{m.total / GIB:.2f}" for m in held))
+
+
+def described(one: Plan) -> str:
+    """A layout's row."""
+    parts = one.layout
+    what = f"TP{parts.tp} PP{parts.pp} VP{parts.vp} CP{parts.cp} DP{parts.dp}"
+    what += f" micro-batch {one.work.micro_batch}" + " recompute" * (one.work.recompute > 0)
+    idle, day = f"{bubble(parts, one.work):.1%}", f"{one.tokens_per_day / 1e9:.2f}"
+    return line(what, f"{one.memory.total / GIB:.1f}", idle, f"{one.seconds:.2f}", day)
+
+
+def build_ranks(args: Namespace, recipe: Recipe) -> Iterator[str]:
+    """A line for each rank of the dry run."""
+    from megatron_slm.planning.dry_run import dry_run
+
+    for rank in args.dry_run:
+        built = dry_run(recipe, rank, args.vocabulary)
+        where = " ".join(f"{name}{number}" for name, number in built.position.items())
+        yield (
+            f"rank {rank} of {recipe.ranks} ({where}): policy of {built.policy:,} parameters in "
+            f"{built.chunks} chunks, reference of {built.reference:,}: built, shapes meet"
+        )
+
+
 def main(arguments: list[str]) -> None:
     """Exit with code 2 on bad input."""
     args = build_parser().parse_args(arguments)
-    warnings.filterwarnings("ignore")
-    cpu = not torch.cuda.is_available()
     with exit_on_user_error():
         for setting in args.settings:
             if "=" not in setting:
                 raise UserError(f"{setting}: give the script's variables as NAME=VALUE")
-        if cpu:
-            from megatron_slm import platform
-
-            platform.install()
-        print(report(args, cpu))
+        settings = dict(setting.split("=", 1) for setting in args.settings)
+        recipe = read_recipe(args.recipe, settings)
+        if args.dry_run:
+            for built in build_ranks(args, recipe):
+                print(built, flush=True)
+        else:
+            print(report(args, recipe))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """What a recipe asks for, from its command line, by the parser of pretraining.
 
 A recipe is a shell script that prints its command under DRY_RUN=1.  Nothing it names has to be
-there: no data, no checkpoint, no tokenizer.
+there, neither data nor tokenizer; a checkpoint only where the recipe takes the model's shape from
+it (--use-checkpoint-args).
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ def parse(recipe: Recipe, rank: int, vocabulary: int, cpu: bool) -> Namespace:
     """
     from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
     from megatron.training.arguments import parse_args, validate_args
+    from megatron.training.checkpointing import load_args_from_checkpoint
 
     from megatron_slm.pretrain import extra_arguments
     from megatron_slm.training.arguments import validate_arguments
@@ -83,6 +85,9 @@ def parse(recipe: Recipe, rank: int, vocabulary: int, cpu: bool) -> Namespace:
     try:
         with redirect_stdout(io.StringIO()):  # all arguments, on rank 0
             args: Namespace = parse_args(extra_arguments(cpu))
+            if args.use_checkpoint_args:
+                load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
+                load_args_from_checkpoint(args)
             validate_args(args, {})
         validate_arguments(args)
     except (AssertionError, ValueError) as error:
