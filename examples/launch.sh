@@ -12,6 +12,7 @@
 #
 #   NODES          nodes of the job; Slurm's own under Slurm, else the recipe's
 #   GPUS_PER_NODE  8
+#   RANKS_PER_NODE as many; more with GPUS_PER_NODE=0, on nodes without GPUs
 #   NODE_RANK      0, without Slurm: which node this is
 #   MASTER_ADDR    localhost; under Slurm the job's first node
 #   MASTER_PORT    29500, of the rendezvous, on MASTER_ADDR
@@ -35,6 +36,8 @@ NODES="${SLURM_JOB_NUM_NODES:-${NODES:-1}}"
 : "${DRY_RUN:=0}" "${EXTRA:=}" "${SRUN:=}"
 
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}" # Megatron's overlap needs it
+# Else ranks that were restarted find in the store where those before them listened (torch 2.15).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
 export TORCH_NCCL_AVOID_RECORD_STREAMS="${TORCH_NCCL_AVOID_RECORD_STREAMS:-1}"
@@ -52,14 +55,14 @@ _refuse() {
 _check_node() {
     local found address path
     [ "$GPUS_PER_NODE" = 0 ] || {
-        found="$(nvidia-smi --list-gpus 2>/dev/null | wc -l)"
+        found="$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)"
         [ "$found" -ge "$GPUS_PER_NODE" ] ||
             _refuse "$found GPUs, and GPUS_PER_NODE is $GPUS_PER_NODE"
-        found="$(nvidia-smi --query-gpu=ecc.errors.uncorrected.volatile.total \
-            --format=csv,noheader,nounits 2>/dev/null | grep -cE '^[1-9]' || true)"
+        found="$( (nvidia-smi --query-gpu=ecc.errors.uncorrected.volatile.total \
+            --format=csv,noheader,nounits 2>/dev/null || true) | grep -cE '^[1-9]' || true)"
         [ "$found" = 0 ] || _refuse "$found GPUs have uncorrected memory errors; drain this node"
     }
-    address="$(getent hosts "$MASTER_ADDR" | cut -d' ' -f1)"
+    address="$(getent hosts "$MASTER_ADDR" || true)"
     [ -n "$address" ] || _refuse "MASTER_ADDR $MASTER_ADDR has no address here"
     if [ "$NODE_RANK" = 0 ] && (exec 3<>"/dev/tcp/$MASTER_ADDR/$MASTER_PORT") 2>/dev/null; then
         _refuse "port $MASTER_PORT is taken; set MASTER_PORT"
@@ -101,7 +104,7 @@ _run_node() {
 launch() {
     local torchrun ranks_per_node="${RANKS_PER_NODE:-$GPUS_PER_NODE}"
     if [ -n "${SLURM_JOB_ID:-}" ]; then
-        MASTER_ADDR="${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}"
+        MASTER_ADDR="${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)}"
     fi
     : "${MASTER_ADDR:=localhost}"
     # shellcheck disable=SC2086
