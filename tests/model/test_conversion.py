@@ -149,7 +149,6 @@ LAYOUTS = {
         2,
         "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
     ),
-    "llama one rank": ("llama", 1, ""),
     "llama tp2 pp2": (
         "llama",
         4,
@@ -184,30 +183,20 @@ def test_logits_after_import_and_export(
     assert (tmp_path / "hf" / "tokenizer.model").read_bytes() == b"a tokenizer"
 
 
-def test_options_on_the_command_line_instead(
-    models: dict[str, Model], tokens: Path, tmp_path: Path
-) -> None:
-    """As printed, without --use-checkpoint-args and without --finetune."""
-    model = models["mistral"]
+def test_converted_reference(models: dict[str, Model], tokens: Path, tmp_path: Path) -> None:
+    """A converted model of the other family scores a converted policy's tokens; the policy's
+    options are as printed, without --use-checkpoint-args and without --finetune."""
+    model, reference = models["mistral"], models["llama"]
     run = run_megatron(
-        ["--load", str(model.megatron), *model.options], "", tokens, tmp_path, ranks=1
+        ["--load", str(model.megatron), *model.options],
+        "",
+        tokens,
+        tmp_path,
+        ranks=1,
+        extra=f"--slm-reference-load {reference.megatron} --slm-token-ratio 0.6",
     )
     _, logits, expected = recorded(run, model.hf, step=0)
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_converted_reference(models: dict[str, Model], tokens: Path, tmp_path: Path) -> None:
-    """A converted model of the other family scores a converted policy's tokens."""
-    model, reference = models["mistral"], models["llama"]
-    start = ["--load", str(model.megatron), "--finetune", "--use-checkpoint-args"]
-    run = run_megatron(
-        start,
-        "--tensor-model-parallel-size 2",
-        tokens,
-        tmp_path,
-        ranks=2,
-        extra=f"--slm-reference-load {reference.megatron} --slm-token-ratio 0.6",
-    )
     labels, _, expected = recorded(run, reference.hf, step=0)
     loss = cross_entropy(expected.flatten(0, 1), labels.flatten())
     assert run.scalars("reference loss")[1] == pytest.approx(loss.item(), rel=1e-5)

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 
-from launch import REPOSITORY
+from launch import REPOSITORY, launch
 
 
-def plan(recipe: str, *more: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(REPOSITORY / "tools" / "plan.py")]
-    return subprocess.run(
-        [*command, str(REPOSITORY / "examples" / recipe), *more],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def plan(directory: Path, recipe: str, *more: str) -> tuple[int, str]:
+    """Exit code and output."""
+    command = [str(REPOSITORY / "tools" / "plan.py"), str(REPOSITORY / "examples" / recipe), *more]
+    run = launch(1, command, directory, check=False)
+    return run.codes[0], run.outputs[0]
 
 
-def test_a_recipe_fits_and_better_layouts_are_proposed() -> None:
-    done = plan("pretrain_slm_70b.sh", "NODES=16", "--layouts", "3")
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = done.stdout.splitlines()
-    assert re.search(r"^parameters, billions +68\.977$", done.stdout, re.MULTILINE)
+def test_a_recipe_fits_and_better_layouts_are_proposed(tmp_path: Path) -> None:
+    code, output = plan(tmp_path, "pretrain_slm_70b.sh", "NODES=16", "--layouts", "3")
+    assert code == 0, output
+    lines = output.splitlines()
+    assert re.search(r"^parameters, billions +68\.977$", output, re.MULTILINE)
     found = [line for line in lines if re.match(r"TP\d", line)]
     assert "TP8 PP4 VP4 CP1 DP4 " in found[0]
     assert found[0].endswith("the recipe's")
@@ -40,10 +36,11 @@ def test_a_recipe_fits_and_better_layouts_are_proposed() -> None:
         assert sum(parts) == pytest.approx(total, abs=0.04)
 
 
-def test_refused() -> None:
-    done = plan("pretrain_slm_70b.sh", "NODES=3")  # 24 ranks are no multiple of TP8 x PP4
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: Megatron refuses the recipe's arguments")
-    done = plan("no_such_recipe.sh")
-    assert done.returncode == 2
-    assert "no_such_recipe.sh failed" in done.stderr.splitlines()[-1]
+def test_refused(tmp_path: Path) -> None:
+    # 24 ranks are no multiple of TP8 x PP4.
+    code, output = plan(tmp_path, "pretrain_slm_70b.sh", "NODES=3")
+    assert code == 2
+    assert output.splitlines()[-1].startswith("error: Megatron refuses the recipe's arguments")
+    code, output = plan(tmp_path, "no_such_recipe.sh")
+    assert code == 2
+    assert "no_such_recipe.sh failed" in output.splitlines()[-1]
