@@ -5,7 +5,8 @@
 # One node                   bash examples/RECIPE.sh
 # Several, without Slurm     on each:  NODES=4 NODE_RANK=0..3 MASTER_ADDR=node0 bash examples/RECIPE.sh
 # Slurm                      sbatch --nodes 4 --ntasks-per-node 1 --gpus-per-node 8 --exclusive \
-#                                --signal USR1@600 examples/RECIPE.sh
+#                                --signal USR1@600 --wrap "bash examples/RECIPE.sh"
+#                            (Slurm runs a copy of what it is given itself, away from this file)
 # Only see the command       DRY_RUN=1 bash examples/RECIPE.sh
 #
 # Variables, which the environment overrides:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import warnings
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,7 @@ def convert(args: Namespace) -> None:
 def main(arguments: list[str]) -> None:
     """Exit with code 2 on bad input."""
     args = build_parser().parse_args(arguments)
+    warnings.filterwarnings("ignore", module="megatron")
     with exit_on_user_error():
         if int(os.getenv("WORLD_SIZE", "1")) > 1:
             distributed.init_process_group("gloo")

@@ -20,7 +20,7 @@ from typing import Literal
 from megatron_slm.loss.chunked import chunk_columns
 from megatron_slm.model.architecture import Architecture
 
-REPLICATED_FLOAT32 = 4  # bytes of what is kept in float32 whatever the weights are
+FLOAT32 = 4  # bytes of what is kept in float32 whatever the weights are
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,8 @@ def layer_activation_bytes(a: Architecture, layout: Layout, work: Work) -> int:
     e, t, n = work.weight_bytes, layout.tp, work.tokens(layout)
     query, key = a.heads * a.head_dim, a.groups * a.head_dim
     plain = work.kernels == "plain"
-    norms = 2 * ((2 * REPLICATED_FLOAT32 + e if plain else 2 * e) * a.hidden + REPLICATED_FLOAT32)
-    attention = e * (3 * query + 3 * key) + REPLICATED_FLOAT32 * a.heads
+    norms = 2 * ((2 * FLOAT32 + e if plain else 2 * e) * a.hidden + FLOAT32)
+    attention = e * (3 * query + 3 * key) + FLOAT32 * a.heads
     mlp = (5 if plain else 3) * e * a.ffn
     rope = 4 * work.sequence * a.head_dim * e if plain else 0
     return n * (norms // (t if layout.sequence_parallel else 1) + (attention + mlp) // t) + rope
@@ -181,7 +181,7 @@ def activation_bytes(a: Architecture, layout: Layout, work: Work, stage: int) ->
     kept = chunks_in_flight(layout, work, stage) * chunk
     if stage == layout.pp - 1:  # the final norm, as a layer's
         plain = work.kernels == "plain"
-        kept += n * (2 * REPLICATED_FLOAT32 + e if plain else 2 * e) * a.hidden // split
+        kept += n * (2 * FLOAT32 + e if plain else 2 * e) * a.hidden // split
     return kept, backward
 
 
@@ -194,13 +194,13 @@ def head_bytes(a: Architecture, layout: Layout, work: Work) -> int:
     weight_gradient = 0 if work.fused_gradients else columns * a.hidden * e
     if work.head == "dense":
         # float32 softmax, and in half precision the logits, whose place their gradient takes
-        logits = n * columns * (REPLICATED_FLOAT32 + (e if e < REPLICATED_FLOAT32 else 0))
+        logits = n * columns * (FLOAT32 + (e if e < FLOAT32 else 0))
         return gathered + logits + weight_gradient + n * a.hidden * e
     selected = int(n * work.ratio)
     kept = gathered + selected * a.hidden * e + 24 * selected
 
     def chunk(rows: int) -> int:
-        return rows * min(columns, chunk_columns(rows, work.device)) * REPLICATED_FLOAT32
+        return rows * min(columns, chunk_columns(rows, work.device)) * FLOAT32
 
     backward = chunk(selected) + weight_gradient + selected * a.hidden * e
     return kept + max(chunk(n), backward)

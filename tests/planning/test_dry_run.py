@@ -19,7 +19,7 @@ from megatron_slm.planning.formulas import Layout, stage_parameters
 RECIPES = sorted(
     path.name
     for path in (REPOSITORY / "examples").glob("*.sh")
-    if "\nlaunch " in path.read_text() and path.name != "launch.sh"
+    if "slm_recipe=" in path.read_text()
 )
 WORLDS = {
     "pretrain_slm_1b.sh": 8,
