@@ -28,6 +28,7 @@ setup(
         "megatron-core[training]>=0.19.2,<0.20",
         "torch",
         "sentencepiece",
+        "safetensors",
         "numpy",
         "tensorboard",
         "orjson",
@@ -39,7 +40,17 @@ setup(
         "data": DATA,
         "datatrove": DATATROVE,
         "analysis": ["matplotlib"],
-        "dev": ["hypothesis", "matplotlib", "mypy", "pytest", "ruff", *DATA, *DATATROVE],
+        "dev": [
+            "datasets",
+            "hypothesis",
+            "matplotlib",
+            "mypy",
+            "pytest",
+            "ruff",
+            *DATA,
+            *DATATROVE,
+        ],
+        "sft": ["datasets"],  # Megatron's SFT dataset reads with it
         "cuda": ["transformer-engine[pytorch]"],
     },
 )

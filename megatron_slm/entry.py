@@ -27,10 +27,12 @@ def use_device() -> bool:
 def add_arguments(parser: ArgumentParser, cpu: bool) -> ArgumentParser:
     """Our arguments, and the CPU's defaults if its platform is installed."""
     from megatron_slm.training.arguments import add_arguments as add_own
+    from megatron_slm.training.checkpoint_arguments import take_from_checkpoint
 
     add_own(parser)
     if cpu:
         from megatron_slm import platform
 
         parser.set_defaults(**platform.ARGUMENT_DEFAULTS)
+    take_from_checkpoint(parser)
     return parser

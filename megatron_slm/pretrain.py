@@ -40,12 +40,10 @@ def _pretrain(args: Namespace) -> None:
     from megatron.core.enums import ModelType
     from megatron.core.extensions.transformer_engine import HAVE_TE
     from megatron.training import get_tokenizer, pretrain
-    from megatron.training.argument_utils import (
-        gpt_config_from_args,
-        pretrain_cfg_container_from_args,
-    )
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    from megatron_slm.model import plain_block_spec
+    from megatron_slm.model.gpt_config import gpt_config
+    from megatron_slm.model.layer_spec import plain_block_spec
     from megatron_slm.training import datasets, report, seam
     from megatron_slm.training.arguments import validate_arguments
     from megatron_slm.training.resumed import saved_arguments
@@ -67,11 +65,8 @@ def _pretrain(args: Namespace) -> None:
     seam.install(step.run, step.save)
     report.install(timed=source is not None and source.caches is None)
 
-    model = gpt_config_from_args(args)
-    if layer_spec is not None and args.spec is None:
-        model.transformer_layer_spec = layer_spec
     pretrain(
-        pretrain_cfg_container_from_args(args, model),
+        pretrain_cfg_container_from_args(args, gpt_config(args, layer_spec)),
         datasets.DatasetProvider(None if source is None else source.caches),
         ModelType.encoder_or_decoder,
         step.forward_step,

@@ -35,7 +35,7 @@ def run(cpu: bool) -> None:
         # Megatron may be imported only when the platform is installed.
         from megatron.core.extensions.transformer_engine import HAVE_TE
 
-        from megatron_slm.model import plain_block_spec
+        from megatron_slm.model.layer_spec import plain_block_spec
         from megatron_slm.training.arguments import validate_arguments
         from megatron_slm.training.scoring import parse_arguments, score
 

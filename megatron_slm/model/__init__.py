@@ -1,5 +1,1 @@
-"""Building the layers of policy and reference."""
-
-from megatron_slm.model.layer_spec import plain_block_spec
-
-__all__ = ["plain_block_spec"]
+"""Building the layers of policy and reference; Hugging Face models to and from Megatron."""

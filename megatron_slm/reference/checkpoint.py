@@ -1,7 +1,8 @@
 """A reference's checkpoint, checked before anything is built from it.
 
 Every check here reads files alone, so that every rank finds the same fault by itself, before the
-first collective, and leaves with the same exit code.
+first collective, and leaves with the same exit code.  Megatron unpickles the checkpoint later on;
+what has passed here is safe to.
 """
 
 from __future__ import annotations
@@ -12,12 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.core import dist_checkpointing
-from torch.distributed.checkpoint import FileSystemReader
-
 from megatron_slm.errors import UserError
+from megatron_slm.model.torch_dist import TorchDistReader, iteration_directory
 
-TRACKER = "latest_checkpointed_iteration.txt"
 END_BYTES = 1 << 16  # of each file, for a fingerprint
 
 # What shapes a dense GPT or its arithmetic; everything else (parallelism, precision, recompute) the
@@ -74,70 +72,14 @@ def open_checkpoint(load: str, step: int | None) -> ReferenceCheckpoint:
     Raises:
         UserError: nothing there, another format, truncated, or a model that cannot be a reference.
     """
-    directory = _iteration_directory(Path(load), step)
-    _check_files(directory)
-    try:
-        arguments = dist_checkpointing.load_common_state_dict(str(directory))["args"]
-    except Exception as error:  # whatever a damaged file makes the readers raise
-        raise UserError(
-            f"the reference checkpoint {directory} has no readable arguments ({error}); "
-            "save it with Megatron's --ckpt-format torch_dist"
-        ) from error
+    directory = iteration_directory(
+        Path(load), step, "--slm-reference-load", "--slm-reference-ckpt-step"
+    )
+    arguments = TorchDistReader(directory).arguments
     for name, what in UNSUPPORTED.items():
         if getattr(arguments, name, None):
             raise UserError(f"the reference in {directory} has {what}, which is not supported")
     return ReferenceCheckpoint(directory, arguments)
-
-
-def _iteration_directory(load: Path, step: int | None) -> Path:
-    if not load.is_dir():
-        raise UserError(f"--slm-reference-load {load}: no such directory")
-    if step is None:
-        tracker = load / TRACKER
-        if not tracker.is_file():
-            raise UserError(
-                f"--slm-reference-load {load}: there is no {TRACKER}; give the directory that "
-                "--save wrote to, or name an iteration with --slm-reference-ckpt-step"
-            )
-        text = tracker.read_text().strip()
-        if text != "release" and not text.isdigit():
-            raise UserError(f"{tracker}: {text!r} is not an iteration")
-        name = "release" if text == "release" else f"iter_{int(text):07d}"
-    else:
-        name = f"iter_{step:07d}"
-    directory = load / name
-    if not directory.is_dir():
-        have = sorted(path.name for path in load.glob("iter_*"))
-        raise UserError(
-            f"--slm-reference-load {load}: there is no {name}, only {have or 'nothing'}"
-        )
-    return directory
-
-
-def _check_files(directory: Path) -> None:
-    """Every part of every tensor lies within the file that should hold it."""
-    if not (directory / ".metadata").is_file():
-        raise UserError(
-            f"the reference checkpoint {directory} has no .metadata file: it is not in Megatron's "
-            "torch_dist format, or its writing was cut short"
-        )
-    try:
-        parts = FileSystemReader(directory).read_metadata().storage_data.values()
-        needed: dict[str, int] = {}
-        for part in parts:
-            end = part.offset + part.length
-            needed[part.relative_path] = max(needed.get(part.relative_path, 0), end)
-    except Exception as error:  # whatever a damaged file makes the reader raise
-        raise UserError(f"{directory / '.metadata'} is damaged: {error}") from error
-    for name, size in needed.items():
-        path = directory / name
-        have = path.stat().st_size if path.is_file() else None
-        if have is None or have < size:
-            state = "missing" if have is None else f"truncated ({have} of {size} bytes)"
-            raise UserError(
-                f"the reference checkpoint is incomplete: {path} is {state}; copy it again or "
-                "choose another iteration with --slm-reference-ckpt-step"
-            )
 
 
 def fingerprint(checkpoint: ReferenceCheckpoint) -> dict[str, str]:

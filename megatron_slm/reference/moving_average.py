@@ -24,7 +24,8 @@ from torch import Tensor
 
 from megatron_slm.errors import UserError
 from megatron_slm.loss import Scoring
-from megatron_slm.reference.checkpoint import TRACKER, open_checkpoint
+from megatron_slm.model.torch_dist import TRACKER
+from megatron_slm.reference.checkpoint import open_checkpoint
 from megatron_slm.reference.online import OnlineReference, build_model, gpt
 
 DIRECTORY = "ema"

@@ -29,13 +29,14 @@ from megatron.core.pipeline_parallel.schedules import (
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
-from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
+from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.models.gpt import GPTModelBuilder
 from megatron.training.utils import print_rank_0
 from torch import Tensor
 
 from megatron_slm.errors import UserError
 from megatron_slm.loss import Scoring, all_losses
+from megatron_slm.model.gpt_config import gpt_config
 from megatron_slm.reference.checkpoint import UNSUPPORTED, ReferenceCheckpoint
 from megatron_slm.reference.offload import StreamedLayers
 
@@ -218,9 +219,7 @@ def reference_arguments(checkpoint: ReferenceCheckpoint, arguments: Namespace) -
 def build_model(arguments: Namespace, layer_spec: Callable[..., Any] | None) -> torch.nn.Module:
     """This rank's part of a frozen GPT with weights that mean nothing yet."""
     config = core_transformer_config_from_args(arguments)
-    settings = gpt_config_from_args(arguments, config)
-    if layer_spec is not None:
-        settings.transformer_layer_spec = layer_spec
+    settings = gpt_config(arguments, layer_spec, config)
     settings.finalize()
     groups = ProcessGroupCollection.use_mpu_process_groups()
     # An embedding of learned positions draws its weights whatever it is told.

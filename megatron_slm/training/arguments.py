@@ -22,7 +22,6 @@ UNSUPPORTED = {
     "mtp_num_layers": ("--mtp-num-layers", "its loss would count unselected tokens"),
     "num_experts": ("--num-experts", "the auxiliary losses would be scaled by all tokens"),
     "hybrid_context_parallel": ("--hybrid-context-parallel", "it reorders micro-batches"),
-    "sft": ("--sft", "packed sequences are not supported"),
     "dataloader_inter_document_masking": (
         "--dataloader-inter-document-masking",
         "packed sequences are not supported",

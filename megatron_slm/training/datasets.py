@@ -12,6 +12,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.training import get_args, get_tokenizer, print_rank_0
+from megatron.training.datasets.sft_dataset import SFTDataset
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from megatron_slm.data.scored_dataset import SampleScored, document_scored
@@ -33,13 +34,15 @@ def use_prebuilt_helpers() -> None:
 
 def check_files(args: Any) -> None:
     """Look at every dataset's files before anything is built.  Done on every rank, so that none
-    waits for one that has ended.  Files in object storage are left to Megatron.
+    waits for one that has ended.  Files in object storage, and conversations, are left to Megatron.
 
     Raises:
         UserError: files are missing or truncated, do not belong together, or were made with a
             larger vocabulary.
     """
     blend, per_split = get_blend_and_blend_per_split(args)
+    if args.sft:
+        return
     for paths, _ in filter(None, [blend, *(per_split or [])]):
         for prefix in paths:
             if not is_object_storage_path(prefix):
@@ -65,7 +68,7 @@ class DatasetProvider:
         args = get_args()
         caches = self.caches if mpu.is_pipeline_last_stage() else None
         print_rank_0("> building train, validation, and test datasets for GPT ...")
-        kind: Any = MockGPTDataset if args.mock_data else GPTDataset
+        kind: Any = SFTDataset if args.sft else MockGPTDataset if args.mock_data else GPTDataset
         if caches is not None and caches.kind == "document":
             kind = document_scored(caches.sections)
         datasets = BlendedMegatronDatasetBuilder(

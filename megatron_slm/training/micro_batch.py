@@ -12,6 +12,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_
 from megatron.training import get_args
 from torch import Tensor
 
+from megatron_slm.errors import UserError
 from megatron_slm.selection import Choice
 
 FIELDS = ("tokens", "position_ids", "labels", "loss_mask")
@@ -84,6 +85,8 @@ def read_micro_batches(
         sample: dict[str, Tensor] = {}
         if tp_rank == 0:
             sample = next(data_iterator)
+            if args.sft:
+                _check_one_conversation(sample)
             batch = {name: sample[name].cuda(non_blocking=True) for name in FIELDS}
         if with_domains and last:
             domains = _shared(sample.get("dataset_id"), (micro_batch_size,), torch.int64)
@@ -127,3 +130,20 @@ def _shared(values: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -
     if group.size() > 1:
         torch.distributed.broadcast(result, group=group, group_src=0)
     return result
+
+
+def _check_one_conversation(sample: dict[str, Tensor]) -> None:
+    """Attention is causal over a whole sample, so conversations in one would see each other.
+
+    Prompts' labels, -100, become any token: their loss mask is zero.
+
+    Raises:
+        UserError: several conversations in a sample.
+    """
+    starts = sample["cu_seqlens"]  # [b, s + 1]: where conversations start, then s
+    if (starts[:, 1:] < sample["tokens"].shape[1]).any():
+        raise UserError(
+            "--sft: a line of the data has several conversations (system messages start them), "
+            "and packed sequences are not supported; write one conversation a line"
+        )
+    sample["labels"].clamp_(min=0)

@@ -26,7 +26,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 
-from megatron_slm.model import plain_block_spec
+from megatron_slm.model.layer_spec import plain_block_spec
 from megatron_slm.platform.devices import FACTORIES, TENSOR_FACTORIES
 from megatron_slm.platform.optimizer import FusedAdam
 

@@ -36,7 +36,7 @@ from megatron.training.initialize import initialize_megatron
 
 from megatron_slm.loss import Scoring
 from megatron_slm.loss.chunked import chunk_columns
-from megatron_slm.model import plain_block_spec
+from megatron_slm.model.layer_spec import plain_block_spec
 from megatron_slm.reference.online import OnlineReference, build_model, frozen_arguments
 from megatron_slm.training.datasets import use_prebuilt_helpers
 from megatron_slm.training.micro_batch import MicroBatch

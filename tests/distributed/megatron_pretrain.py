@@ -25,7 +25,7 @@ from megatron.training.argument_utils import (
 )
 from megatron.training.arguments import parse_and_validate_args
 
-from megatron_slm.model import plain_block_spec
+from megatron_slm.model.layer_spec import plain_block_spec
 from megatron_slm.training import datasets
 
 

@@ -1,0 +1,126 @@
+# Sourced by the recipes beside it: checks the nodes and starts megatron_slm.pretrain on them.
+#
+#   launch ARGUMENTS...      everything that follows torchrun ... -m megatron_slm.pretrain
+#
+# One node                   bash examples/RECIPE.sh
+# Several, without Slurm     on each:  NODES=4 NODE_RANK=0..3 MASTER_ADDR=node0 bash examples/RECIPE.sh
+# Slurm                      sbatch --nodes 4 --ntasks-per-node 1 --gpus-per-node 8 --exclusive \
+#                                --signal USR1@600 --wrap "bash examples/RECIPE.sh"
+#                            (Slurm runs a copy of what it is given itself, away from this file)
+# Only see the command       DRY_RUN=1 bash examples/RECIPE.sh
+#
+# Variables, which the environment overrides:
+#
+#   NODES          nodes of the job; Slurm's own under Slurm, else the recipe's
+#   GPUS_PER_NODE  8
+#   RANKS_PER_NODE as many; more with GPUS_PER_NODE=0, on nodes without GPUs
+#   NODE_RANK      0, without Slurm: which node this is
+#   MASTER_ADDR    localhost; under Slurm the job's first node
+#   MASTER_PORT    29500, of the rendezvous, on MASTER_ADDR
+#   MAX_RESTARTS   3: a rank that fails or a node that is lost restarts all ranks, from the last
+#                  checkpoint, that often
+#   CHECK          1: check nodes before the start; 0 leaves it out
+#   PYTHON_ENV     shell command that sets up Python on a node; default: this repository's .venv if
+#                  there is one.  In NVIDIA's PyTorch container, which has Transformer Engine and
+#                  Apex:  PYTHON_ENV="pip install -q --no-deps -e /path/to/megatron-slm".  Elsewhere
+#                  tools/environment.sh makes .venv:  use_environment cuda.
+#   SRUN           options of srun, for example --container-image ... --container-mounts ...
+#   EXTRA          more arguments, after the recipe's, which they override
+#   NCCL_*, TORCH_*, CUDA_*, GLOO_*, UCX_*   as they are; NCCL_SOCKET_IFNAME and NCCL_IB_HCA where
+#                  a node has several networks
+#
+# SIGTERM (or USR1, which Slurm sends 600 s before the end by --signal) lets the step end, saves a
+# checkpoint and ends the job with success; the same command then goes on from there.
+
+NODES="${SLURM_JOB_NUM_NODES:-${NODES:-1}}"
+: "${GPUS_PER_NODE:=8}" "${NODE_RANK:=0}" "${MASTER_PORT:=29500}" "${MAX_RESTARTS:=3}" "${CHECK:=1}"
+: "${DRY_RUN:=0}" "${EXTRA:=}" "${SRUN:=}"
+
+export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}" # Megatron's overlap needs it
+# Else ranks that were restarted find in the store where those before them listened (torch 2.15).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
+export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
+export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
+export TORCH_NCCL_AVOID_RECORD_STREAMS="${TORCH_NCCL_AVOID_RECORD_STREAMS:-1}"
+export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
+
+slm_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+
+_refuse() {
+    echo "error: $(hostname): $*" >&2
+    exit 2
+}
+
+# What goes wrong most often, before minutes are spent on it.
+_check_node() {
+    local found address path
+    [ "$GPUS_PER_NODE" = 0 ] || {
+        found="$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)"
+        [ "$found" -ge "$GPUS_PER_NODE" ] ||
+            _refuse "$found GPUs, and GPUS_PER_NODE is $GPUS_PER_NODE"
+        found="$( (nvidia-smi --query-gpu=ecc.errors.uncorrected.volatile.total \
+            --format=csv,noheader,nounits 2>/dev/null || true) | grep -cE '^[1-9]' || true)"
+        [ "$found" = 0 ] || _refuse "$found GPUs have uncorrected memory errors; drain this node"
+    }
+    address="$(getent hosts "$MASTER_ADDR" || true)"
+    [ -n "$address" ] || _refuse "MASTER_ADDR $MASTER_ADDR has no address here"
+    if [ "$NODE_RANK" = 0 ] && (exec 3<>"/dev/tcp/$MASTER_ADDR/$MASTER_PORT") 2>/dev/null; then
+        _refuse "port $MASTER_PORT is taken; set MASTER_PORT"
+    fi
+    [ -z "${NCCL_SOCKET_IFNAME:-}" ] || [ "${NCCL_SOCKET_IFNAME#[\^=]}" != "$NCCL_SOCKET_IFNAME" ] ||
+        ls -d "/sys/class/net/${NCCL_SOCKET_IFNAME%%,*}"* >/dev/null 2>&1 ||
+        _refuse "NCCL_SOCKET_IFNAME names no interface: $NCCL_SOCKET_IFNAME"
+    for path in ${INPUTS:-}; do
+        [ -e "$path" ] || _refuse "$path is not there (or not mounted on this node)"
+    done
+    [ -z "${SAVE:-}" ] || { mkdir -p "$SAVE" && [ -w "$SAVE" ]; } || _refuse "cannot write to $SAVE"
+    python -c 'import megatron_slm' 2>/dev/null || _refuse "Python has no megatron_slm; see PYTHON_ENV"
+}
+
+_command() {
+    torchrun=(torchrun --nnodes="$NODES" --nproc-per-node="$ranks_per_node" --rdzv-backend=c10d
+        --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" --rdzv-id="${SLURM_JOB_ID:-slm}"
+        --max-restarts="$MAX_RESTARTS" -m megatron_slm.pretrain "$@")
+}
+
+# Runs on every node.  torchrun would give ranks 30 s to end: signals go past it, to the ranks.
+_run_node() {
+    local agent status
+    # shellcheck disable=SC1091
+    if [ -n "${PYTHON_ENV:-}" ]; then eval "$PYTHON_ENV"
+    elif [ -f "$slm_root/.venv/bin/activate" ]; then source "$slm_root/.venv/bin/activate"; fi
+    if [ "$CHECK" = 1 ]; then _check_node; fi
+    (trap '' USR1 && exec "${torchrun[@]}") &
+    agent=$!
+    trap 'echo "> saving and ending"; pkill -TERM -P "$agent" || true' TERM USR1
+    status=129
+    while [ "$status" -gt 128 ] && kill -0 "$agent" 2>/dev/null; do
+        status=0
+        wait "$agent" || status=$?
+    done
+    return "$status"
+}
+
+launch() {
+    local torchrun ranks_per_node="${RANKS_PER_NODE:-$GPUS_PER_NODE}"
+    if [ -n "${SLURM_JOB_ID:-}" ]; then
+        MASTER_ADDR="${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)}"
+    fi
+    : "${MASTER_ADDR:=localhost}"
+    # shellcheck disable=SC2086
+    _command "$@" $EXTRA
+    if [ "$DRY_RUN" = 1 ]; then
+        printf '%q ' "${torchrun[@]}"
+        echo
+    elif [ -n "${SLURM_JOB_ID:-}" ] && [ -z "${SLURM_STEP_ID:-}" ]; then
+        # The batch script starts itself again on every node, as one step.
+        export MASTER_ADDR
+        # shellcheck disable=SC2086
+        exec srun --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
+            $SRUN bash "$slm_recipe"
+    else
+        NODE_RANK="${SLURM_NODEID:-$NODE_RANK}"
+        _run_node
+    fi
+}

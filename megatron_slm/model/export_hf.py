@@ -1,0 +1,139 @@
+"""A Megatron checkpoint to Hugging Face safetensors, a tensor at a time.
+
+    arguments in the checkpoint -> architecture -> tensors, in files of a few gigabytes
+    each rank     its files: parts of Megatron's tensors -> split -> safetensors
+    rank 0        config.json, the index, the tokenizer's files
+
+Reads checkpoints of any layout and of any step of training, and of them the weights alone.
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megatron_slm.errors import UserError
+from megatron_slm.model.architecture import Architecture, from_megatron, to_hugging_face
+from megatron_slm.model.destination import finished_directory, this_rank
+from megatron_slm.model.import_hf import read_architecture
+from megatron_slm.model.safetensors_files import (
+    Entry,
+    shard_names,
+    shards,
+    write_file,
+    write_index,
+)
+from megatron_slm.model.tensors import Block, blocks, hugging_face_shapes, split
+from megatron_slm.model.tokenizer_files import copy_tokenizer, has_tokenizer
+from megatron_slm.model.torch_dist import TorchDistReader
+
+
+def export_hugging_face(
+    checkpoint: Path,
+    target: Path,
+    like: Path | None,
+    vocabulary: int | None,
+    shard_bytes: int,
+) -> Architecture:
+    """Convert one iteration's checkpoint.  Collective over ranks.
+
+    Args:
+        like: a Hugging Face directory of the same architecture, whose tokenizer and whose
+            config.json, as far as it says more than the architecture, are taken over.
+        vocabulary: number of tokens; None for that of `like`, or of the run that trained.
+        shard_bytes: size of a file.
+
+    Raises:
+        UserError: a model that is no Llama or Mistral, another architecture than `like`, or
+            tensors that are missing or of another shape.
+    """
+    reader = TorchDistReader(checkpoint)
+    original = read_architecture(like) if like is not None else None
+    tokens = vocabulary or (original.vocabulary if original else _vocabulary(reader.arguments))
+    architecture = from_megatron(reader.arguments, tokens, str(checkpoint))
+    if original is not None and original != architecture:
+        raise UserError(f"{like} is {original}, and {checkpoint} has {architecture}")
+    source = {
+        name: block for block in _checked_blocks(reader, architecture) for name in block.names
+    }
+    entries = [
+        Entry(name, shape, reader.tensor(source[name].key).properties.dtype)
+        for name, shape in hugging_face_shapes(architecture).items()
+    ]
+    files = shards(entries, shard_bytes)
+    named = dict(zip(shard_names(len(files)), files, strict=True))
+
+    @lru_cache(maxsize=1)  # queries, keys and values come from one block
+    def parts(block: Block) -> list[Tensor]:
+        held = reader.read(block.key, block.offset, block.size)
+        return split(architecture, held.view(block.inner), len(block.names))
+
+    def read(name: str) -> Tensor:
+        block = source[name]
+        return parts(block)[block.names.index(name)]
+
+    rank, size = this_rank()
+    with finished_directory(target) as directory:
+        for name in list(named)[rank::size]:
+            write_file(directory / name, named[name], read)
+        if rank == 0:
+            config = _config(architecture, entries, like)
+            (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            if len(named) > 1:
+                write_index(directory, named)
+            tokenizer = like or _own_tokenizer(reader.arguments)
+            if tokenizer is not None:
+                copy_tokenizer(tokenizer, directory)
+    return architecture
+
+
+def _checked_blocks(reader: TorchDistReader, a: Architecture) -> list[Block]:
+    """Blocks of the model, whose tensors are in the checkpoint in full."""
+    padded = reader.tensor("embedding.word_embeddings.weight").size[0]
+    if padded < a.vocabulary:
+        raise UserError(
+            f"{reader.directory} has {padded} rows of vocabulary, fewer than {a.vocabulary}"
+        )
+    found = [block for block in blocks(a, padded) if block.names]
+    for block in found:
+        shape = tuple(reader.tensor(block.key).size)
+        if shape != block.shape:
+            raise UserError(
+                f"{reader.directory}: {block.key} is {list(shape)}, and by its arguments "
+                f"{list(block.shape)}"
+            )
+    return found
+
+
+def _config(a: Architecture, entries: list[Entry], like: Path | None) -> dict[str, Any]:
+    """That of `like`, with what this project knows put over it."""
+    own = to_hugging_face(a, str(entries[0].dtype).removeprefix("torch."))
+    if like is None:
+        return own
+    original = json.loads((like / "config.json").read_text())
+    for renamed in ("rope_parameters", "dtype"):  # since transformers 5, for what `own` has too
+        original.pop(renamed, None)
+    return original | own
+
+
+def _own_tokenizer(arguments: Namespace) -> Path | None:
+    """What the run that trained read text with, if it is a file or directory that is still here."""
+    model = getattr(arguments, "tokenizer_model", None)
+    path = None if model is None else Path(model)
+    if path is not None and (path.is_file() or has_tokenizer(path)):
+        return path
+    return None
+
+
+def _vocabulary(arguments: Namespace) -> int:
+    """Tokens of the run that trained, or padding and all where it did not say."""
+    for name in ("slm_vocab_size", "vocab_size", "padded_vocab_size"):
+        found: int | None = getattr(arguments, name, None)
+        if found is not None:
+            return found
+    raise UserError("the checkpoint does not say how many tokens it has; give --vocab-size")

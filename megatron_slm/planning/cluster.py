@@ -1,0 +1,130 @@
+"""How long a step takes on a cluster, roughly, and which layouts are worth trying.
+
+    step = (compute + tensor-parallel traffic + pipeline traffic) x (1 + bubble) + what of the
+           data-parallel traffic half of the compute does not hide
+
+Collectives are counted as in Korthikanti et al. 2022 (arXiv 2205.05198), section 4.2.2: two
+gathers and two scatters of [n, h] a layer forward and as many backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from megatron_slm.model.architecture import Architecture
+from megatron_slm.planning.formulas import (
+    Layout,
+    Memory,
+    Work,
+    bubble,
+    memory,
+    stage_parameters,
+    step_flops,
+)
+
+USABLE = 0.92  # of a GPU's memory: the rest is the driver's, NCCL's, and lost between tensors
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """memory in bytes, flops a second at peak, efficiency: what matrix products reach of it.
+    node_bandwidth, network_bandwidth: bytes a second of a GPU within a node and between nodes.
+    """
+
+    gpus: int
+    gpus_per_node: int = 8
+    memory: float = 80e9
+    flops: float = 989e12
+    efficiency: float = 0.5
+    node_bandwidth: float = 450e9
+    network_bandwidth: float = 50e9
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A layout, the largest rank's memory, and seconds of a step."""
+
+    layout: Layout
+    work: Work
+    memory: Memory
+    seconds: float
+
+    @property
+    def tokens_per_day(self) -> float:
+        return self.work.global_batch * self.work.sequence / self.seconds * 86400
+
+
+def step_seconds(
+    a: Architecture, reference: Architecture | None, layout: Layout, work: Work, cluster: Cluster
+) -> float:
+    """Of a step over the global batch."""
+    compute = step_flops(a, reference, work) / (layout.ranks * cluster.flops * cluster.efficiency)
+    micro_batches = work.micro_batches(layout)
+    e, n = work.weight_bytes, work.tokens(layout)
+    passes = [(a, 12 if work.recompute else 8)] + ([(reference, 4)] if reference else [])
+    tensor = sum(
+        count * model.layers / layout.pp * n * model.hidden * e * (layout.tp - 1) / layout.tp
+        for model, count in passes
+    )
+    exposed = micro_batches * tensor / _bandwidth(layout.tp, cluster)
+    if layout.pp > 1:
+        sent = 2 * micro_batches * layout.vp * n * a.hidden * e / layout.tp
+        exposed += sent / _bandwidth(layout.ranks, cluster)
+    shared = layout.dp * layout.cp
+    count = stage_parameters(a, work.padded_vocabulary, layout, 0)
+    data = count * (work.gradient_bytes + e) * (shared - 1) / shared
+    data /= _bandwidth(layout.tp * shared, cluster)
+    return (compute + exposed) * (1 + bubble(layout, work)) + max(0.0, data - compute / 2)
+
+
+def _bandwidth(span: int, cluster: Cluster) -> float:
+    """Of a group whose ranks lie within `span` consecutive ones."""
+    inside = span <= cluster.gpus_per_node
+    return cluster.node_bandwidth if inside else cluster.network_bandwidth
+
+
+def plan(
+    a: Architecture, reference: Architecture | None, layout: Layout, work: Work, cluster: Cluster
+) -> Plan:
+    """Memory of the largest rank, and time."""
+    stages = [memory(a, reference, layout, work, stage) for stage in range(layout.pp)]
+    largest = max(stages, key=lambda stage: stage.total)
+    return Plan(layout, work, largest, step_seconds(a, reference, layout, work, cluster))
+
+
+def best_plans(
+    a: Architecture, reference: Architecture | None, work: Work, cp: int, cluster: Cluster
+) -> list[Plan]:
+    """All layouts that divide everything and fit, the fastest first."""
+    plans = [
+        plan(a, reference, layout, own, cluster)
+        for layout, own in _candidates(a, reference, work, cp, cluster)
+    ]
+    fitting = [one for one in plans if one.memory.total < USABLE * cluster.memory]
+    return sorted(fitting, key=lambda one: one.seconds)
+
+
+def _candidates(
+    a: Architecture, reference: Architecture | None, work: Work, cp: int, cluster: Cluster
+) -> Iterator[tuple[Layout, Work]]:
+    models = [a] + ([reference] if reference else [])
+    for tp in (1, 2, 4, 8):
+        if tp > cluster.gpus_per_node or any(m.groups % tp or m.ffn % tp for m in models):
+            continue
+        for pp in (1, 2, 4, 5, 8, 10, 16):
+            dp, over = divmod(cluster.gpus, tp * pp * cp)
+            if over or not dp or any(m.layers % pp for m in models):
+                continue
+            for vp in (1, 2, 4, 5) if pp > 1 else (1,):
+                if a.layers % (pp * vp):
+                    continue
+                layout = Layout(tp, pp, vp, cp, dp, tp > 1, True)
+                for micro_batch in (1, 2, 4, 8, 16):
+                    if work.global_batch % (micro_batch * dp):
+                        continue
+                    own = replace(work, micro_batch=micro_batch)
+                    if vp > 1 and own.micro_batches(layout) % pp:
+                        continue
+                    yield layout, replace(own, recompute=0)
+                    yield layout, replace(own, recompute=1)

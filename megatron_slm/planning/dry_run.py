@@ -1,0 +1,170 @@
+"""A rank of a job of any size, built in this process without its weights.
+
+torch's fake process group stands for the other ranks and fake tensors for memory, so the models of
+a 70B recipe's rank, of a world of thousands, take a second or two.  What would fail at the start of
+the real job fails here: arguments that Megatron refuses, layers and heads that do not divide, and
+stages whose outputs are not what the schedule receives.  Layers are the plain ones, on the CPU.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.pipeline_parallel.schedules import get_tensor_shapes
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import initialize_rng_tracker
+from megatron.training.argument_utils import core_transformer_config_from_args
+from megatron.training.models.gpt import GPTModelBuilder
+from torch import distributed
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from megatron_slm.errors import UserError
+from megatron_slm.model.gpt_config import gpt_config
+from megatron_slm.model.layer_spec import plain_block_spec
+from megatron_slm.planning.recipe import Recipe, parse
+from megatron_slm.reference.checkpoint import ReferenceCheckpoint
+from megatron_slm.reference.online import reference_arguments
+from megatron_slm.training.settings import settings_from_arguments
+
+
+@dataclass(frozen=True)
+class BuiltRank:
+    """What a rank of the job has.
+
+    position: in each of the groups, by their names.  policy, reference: numbers of parameters.
+    chunks: of the policy, one for each virtual stage.
+    """
+
+    rank: int
+    position: dict[str, int]
+    chunks: int
+    policy: int
+    reference: int
+
+
+def dry_run(recipe: Recipe, rank: int, vocabulary: int) -> BuiltRank:
+    """Build the policy and the reference of one rank and pass a micro-batch through each stage.
+
+    The CPU platform must be installed.
+
+    Raises:
+        UserError: what the job would fail of.
+    """
+    if not 0 <= rank < recipe.ranks:
+        raise UserError(f"rank {rank}: the recipe's job has ranks 0 to {recipe.ranks - 1}")
+    args = parse(recipe, rank, vocabulary, cpu=True)
+    settings_from_arguments(args)
+    args.slm_vocab_size = vocabulary
+    args.perform_initialization = False
+    with _fake_job(args), FakeTensorMode(allow_non_fake_inputs=True):
+        position = _check_groups(args)
+        stages = args.virtual_pipeline_model_parallel_size
+        policy = 0
+        for stage in range(stages or 1):
+            policy += _build_and_pass(args, stage if stages else None, f"rank {rank}'s policy")
+        reference = 0
+        if args.slm_reference_load is not None:
+            # The checkpoint may not be here: a reference of the policy's shape.
+            checkpoint = ReferenceCheckpoint(Path(args.slm_reference_load), args)
+            own = reference_arguments(checkpoint, args)
+            reference = _build_and_pass(own, None, f"rank {rank}'s reference")
+    return BuiltRank(rank, position, stages or 1, policy, reference)
+
+
+@contextmanager
+def _fake_job(args: Namespace) -> Iterator[None]:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    distributed.init_process_group(
+        "fake", store=FakeStore(), rank=args.rank, world_size=args.world_size
+    )
+    try:
+        mpu.initialize_model_parallel(
+            args.tensor_model_parallel_size,
+            args.pipeline_model_parallel_size,
+            args.virtual_pipeline_model_parallel_size,
+            context_parallel_size=args.context_parallel_size,
+            order="tp-cp-ep-pp-dp" if args.use_tp_pp_dp_mapping else "tp-cp-ep-dp-pp",
+            create_gloo_process_groups=False,
+        )
+        # One that draws nothing: generators have real states, which fake tensors cannot read.
+        initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
+        yield
+    finally:
+        mpu.destroy_model_parallel()
+        distributed.destroy_process_group()
+
+
+def _check_groups(args: Namespace) -> dict[str, int]:
+    """Every group is the ranks that differ from this one in its own coordinate alone."""
+    sizes = {
+        "tp": args.tensor_model_parallel_size,
+        "cp": args.context_parallel_size,
+        "dp": args.data_parallel_size,
+        "pp": args.pipeline_model_parallel_size,
+    }
+    order = ("tp", "cp", "pp", "dp") if args.use_tp_pp_dp_mapping else ("tp", "cp", "dp", "pp")
+    groups = {
+        "tp": mpu.get_tensor_model_parallel_group(),
+        "cp": mpu.get_context_parallel_group(),
+        "dp": mpu.get_data_parallel_group(),
+        "pp": mpu.get_pipeline_model_parallel_group(),
+    }
+    position, stride = {}, 1
+    for name in order:
+        size = sizes[name]
+        position[name] = args.rank // stride % size
+        first = args.rank - position[name] * stride
+        expected = [first + i * stride for i in range(size)]
+        found = distributed.get_process_group_ranks(groups[name])
+        if found != expected:
+            raise UserError(f"rank {args.rank}: its {name} group is {found}, not {expected}")
+        stride *= size
+    return position
+
+
+def _build_and_pass(args: Namespace, vp_stage: int | None, what: str) -> int:
+    """Build a stage, send a micro-batch through it, and count its parameters."""
+    virtual = {"ignore_virtual": vp_stage is None, "vp_stage": vp_stage}
+    first, last = mpu.is_pipeline_first_stage(**virtual), mpu.is_pipeline_last_stage(**virtual)
+    try:
+        config = core_transformer_config_from_args(args)
+        settings = gpt_config(args, plain_block_spec, config)
+        settings.finalize()
+        model: Any = GPTModelBuilder(settings).build_model(
+            ProcessGroupCollection.use_mpu_process_groups(),
+            pre_process=first,
+            post_process=last,
+            vp_stage=vp_stage,
+        )
+    except (AssertionError, ValueError) as error:
+        raise UserError(f"{what} cannot be built: {error}") from error
+    # What the schedule receives of the stage before and sends to the next.
+    (between,) = get_tensor_shapes(
+        seq_length=args.seq_length,
+        micro_batch_size=args.micro_batch_size,
+        decoder_seq_length=None,
+        config=config,
+        tp_group=mpu.get_tensor_model_parallel_group(),
+        cp_group=mpu.get_context_parallel_group(),
+    )
+    length = args.seq_length // args.context_parallel_size
+    tokens = None
+    if first:
+        tokens = torch.zeros(args.micro_batch_size, length, dtype=torch.int64)
+    else:
+        model.set_input_tensor(torch.zeros(between, dtype=config.params_dtype))
+    columns = args.padded_vocab_size // args.tensor_model_parallel_size
+    expected = (args.micro_batch_size, length, columns) if last else tuple(between)
+    with torch.no_grad():
+        found = tuple(model(tokens, tokens, None).shape)
+    if found != expected:
+        raise UserError(f"{what} gives {list(found)}, and {list(expected)} is expected of it")
+    return sum(parameter.numel() for parameter in model.parameters())

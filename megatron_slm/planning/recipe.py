@@ -1,0 +1,149 @@
+"""What a recipe asks for, from its command line, by the parser of pretraining.
+
+A recipe is a shell script that prints its command under DRY_RUN=1.  Nothing it names has to be
+there, neither data nor tokenizer; a checkpoint only where the recipe takes the model's shape from
+it (--use-checkpoint-args).
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shlex
+import subprocess
+import sys
+from argparse import Namespace
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_slm.errors import UserError
+from megatron_slm.model.architecture import Architecture, from_megatron
+from megatron_slm.planning.formulas import Layout, Work
+
+MODULE = "megatron_slm.pretrain"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """arguments: of megatron_slm.pretrain.  ranks: of the whole job."""
+
+    arguments: list[str]
+    ranks: int
+
+
+def read_recipe(script: Path, settings: dict[str, str]) -> Recipe:
+    """The command of a script under examples/.
+
+    Args:
+        settings: its variables that are to differ from its defaults.
+
+    Raises:
+        UserError: it fails, or prints no command.
+    """
+    done = subprocess.run(
+        ["bash", str(script)],
+        env=os.environ | settings | {"DRY_RUN": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise UserError(f"DRY_RUN=1 bash {script} failed: {done.stderr.strip()}")
+    for line in done.stdout.splitlines():
+        words = shlex.split(line, comments=True)
+        if MODULE in words:
+            options = dict(word.split("=", 1) for word in words if "=" in word)
+            nodes = options.get("--nnodes", "1").split(":")[-1]
+            at = words.index(MODULE)
+            return Recipe(words[at + 1 :], int(nodes) * int(options["--nproc-per-node"]))
+    raise UserError(f"DRY_RUN=1 bash {script} prints no command that runs {MODULE}")
+
+
+def parse(recipe: Recipe, rank: int, vocabulary: int, cpu: bool) -> Namespace:
+    """Arguments as rank `rank` has them, after Megatron's own validation.
+
+    Args:
+        vocabulary: number of tokens, since the tokenizer may not be here.
+        cpu: whether the CPU platform is installed, as it must be where there is no GPU.
+
+    Raises:
+        UserError: Megatron refuses them.
+    """
+    from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
+    from megatron.training.arguments import parse_args, validate_args
+    from megatron.training.checkpointing import load_args_from_checkpoint
+
+    from megatron_slm.entry import add_arguments
+    from megatron_slm.training.arguments import validate_arguments
+
+    world = {"RANK": str(rank), "WORLD_SIZE": str(recipe.ranks)}
+    before, command = {name: os.environ.get(name) for name in world}, sys.argv
+    os.environ |= world
+    sys.argv = [MODULE, *recipe.arguments]
+    try:
+        with redirect_stdout(io.StringIO()):  # all arguments, on rank 0
+            args: Namespace = parse_args(partial(add_arguments, cpu=cpu))
+            if args.use_checkpoint_args:
+                load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
+                load_args_from_checkpoint(args)
+            validate_args(args, {})
+        validate_arguments(args)
+    except (AssertionError, ValueError) as error:
+        raise UserError(f"Megatron refuses the recipe's arguments: {error}") from error
+    finally:
+        sys.argv = command
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+    if args.padded_vocab_size is None:
+        args.padded_vocab_size = vocab_size_with_padding(vocabulary, args, logging_enabled=False)
+    return args
+
+
+def architecture_of(args: Namespace, vocabulary: int) -> Architecture:
+    """Raises UserError for a model that is no Llama."""
+    return from_megatron(args, vocabulary, "the recipe")
+
+
+def layout_of(args: Namespace) -> Layout:
+    """The parallel groups' sizes."""
+    return Layout(
+        tp=args.tensor_model_parallel_size,
+        pp=args.pipeline_model_parallel_size,
+        vp=args.virtual_pipeline_model_parallel_size or 1,
+        cp=args.context_parallel_size,
+        dp=args.data_parallel_size,
+        sequence_parallel=args.sequence_parallel,
+        distributed_optimizer=args.use_distributed_optimizer,
+    )
+
+
+def work_of(
+    args: Namespace, kernels: Literal["plain", "te"], device: Literal["cpu", "cuda"]
+) -> Work:
+    """What a step does."""
+    half = args.bf16 or args.fp16
+    selects = args.slm_token_ratio < 1.0 or args.slm_reference_load is not None
+    recompute = args.recompute_num_layers if args.recompute_granularity == "full" else 0
+    moments: list[Any] = [args.exp_avg_dtype, args.exp_avg_sq_dtype]
+    master = args.main_params_dtype.itemsize if half else 0
+    return Work(
+        sequence=args.seq_length,
+        micro_batch=args.micro_batch_size,
+        global_batch=args.global_batch_size,
+        padded_vocabulary=args.padded_vocab_size,
+        ratio=args.slm_token_ratio,
+        head=args.slm_head or ("chunked" if selects else "dense"),
+        weight_bytes=2 if half else 4,
+        gradient_bytes=2 if half and args.grad_reduce_in_bf16 else 4,
+        optimizer_bytes=master + sum(dtype.itemsize for dtype in moments),
+        kernels=kernels,
+        fused_gradients=args.gradient_accumulation_fusion or kernels == "te",
+        recompute=recompute or 0,
+        device=device,
+    )

@@ -1,0 +1,233 @@
+"""Hugging Face to Megatron and back, against transformers."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+)
+
+from launch import REPOSITORY, Run, launch, pretrain
+
+TOOL = str(REPOSITORY / "tools" / "convert_checkpoint.py")
+VOCABULARY = 32003
+SEQUENCE = 48
+MICRO_BATCHES = 2  # a step
+# Head size is not hidden / heads for Mistral; heads, groups and vocabulary divide by nothing handy.
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "intermediate_size": 112,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.15,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000,
+    "factor": 32.0,  # that of Llama 3.2
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@dataclass
+class Model:
+    """hf: as transformers saved it.  megatron: what import made of it.
+    options: Megatron's, as import printed them.
+    """
+
+    hf: Path
+    megatron: Path
+    options: list[str]
+
+
+def tool(*arguments: object, ranks: int = 1, directory: Path, check: bool = True) -> Run:
+    command = [TOOL, *[str(argument) for argument in arguments]]
+    return launch(ranks, command, directory, check=check)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
+    """A Mistral with a window, in several files, and a Llama 3.2 with tied embeddings."""
+    directory = tmp_path_factory.mktemp("models")
+    torch.manual_seed(1)
+    mistral = MistralConfig(
+        **SHAPE,
+        head_dim=16,
+        sliding_window=10,
+        rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+    )
+    llama = LlamaConfig(
+        **SHAPE, tie_word_embeddings=True, rms_norm_eps=1e-5, rope_parameters=LLAMA3
+    )
+    made = {}
+    for name, model in (
+        ("mistral", MistralForCausalLM(mistral)),
+        ("llama", LlamaForCausalLM(llama)),
+    ):
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # norms begin as ones, which hide where they are
+                torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        hf, megatron = directory / name, directory / f"{name}-megatron"
+        model.save_pretrained(hf, max_shard_size="2MB")
+        (hf / "tokenizer.model").write_bytes(b"a tokenizer")
+        run = tool("import", "--hf", hf, "--save", megatron, ranks=2, directory=directory / "run")
+        options = next(line for line in run.outputs[0].splitlines() if line.startswith("--"))
+        made[name] = Model(hf, megatron, shlex.split(options))
+    return made
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An indexed dataset of random tokens, the last of the vocabulary among them."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    prefix = tmp_path_factory.mktemp("tokens") / "random"
+    generator = torch.Generator().manual_seed(0)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.uint16)
+    for _ in range(20):
+        document = torch.randint(VOCABULARY, (400,), generator=generator)
+        document[::7] = VOCABULARY - 1
+        builder.add_document(document, [len(document)])
+    builder.finalize(f"{prefix}.idx")
+    return prefix
+
+
+def run_megatron(
+    start: list[str], layout: str, tokens: Path, directory: Path, *, ranks: int, extra: str = ""
+) -> Run:
+    """Two steps of causal language modeling, or of what `extra` says, from a checkpoint."""
+    common = f"""
+        --seq-length {SEQUENCE} --tokenizer-type NullTokenizer --vocab-size {VOCABULARY}
+        --data-path {tokens} --split 80,20,0 --num-workers 0 --micro-batch-size 1
+        --global-batch-size {MICRO_BATCHES} --train-iters 2 --lr 1e-2 --lr-decay-style constant
+        --eval-iters 1 --eval-interval 1000 --log-interval 1 --slm-head dense --save saved
+        --save-interval 1
+    """
+    arguments = [*start, *common.split(), *layout.split(), *extra.split()]
+    return pretrain(ranks, arguments, directory, module="model.recorded_logits")
+
+
+def recorded(run: Run, model: Path | PreTrainedModel, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Labels of a step, Megatron's logits and transformers'."""
+    ranks = [torch.load(file) for file in sorted((run.directory / "logits").iterdir())]
+    mine = slice(step * MICRO_BATCHES, (step + 1) * MICRO_BATCHES)
+    tokens = next(torch.cat(rank["tokens"][mine]) for rank in ranks if rank["tokens"])
+    labels = next(torch.cat(rank["labels"][mine]) for rank in ranks if rank["labels"])
+    shards = [torch.cat(rank["logits"][mine]) for rank in ranks if rank["logits"]]
+    logits = torch.cat(shards, dim=-1)
+    if isinstance(model, Path):
+        model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with torch.no_grad():
+        expected = model(tokens, use_cache=False).logits
+    return labels, logits[..., :VOCABULARY], expected
+
+
+LAYOUTS = {
+    "mistral tp2": ("mistral", 2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "mistral pp2 vpp2": (
+        "mistral",
+        2,
+        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
+    ),
+    "llama tp2 pp2": (
+        "llama",
+        4,
+        "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_logits_after_import_and_export(
+    case: str, models: dict[str, Model], tokens: Path, tmp_path: Path
+) -> None:
+    """Megatron's first step has the imported model's logits, its second those of the model that
+    was saved between, exported."""
+    name, ranks, layout = LAYOUTS[case]
+    model = models[name]
+    start = ["--load", str(model.megatron), "--finetune", "--use-checkpoint-args"]
+    run = run_megatron(start, layout, tokens, tmp_path, ranks=ranks)
+    _, logits, expected = recorded(run, model.hf, step=0)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+    tool(
+        *["export", "--load", tmp_path / "saved", "--ckpt-step", 1, "--hf", tmp_path / "hf"],
+        *["--like", model.hf, "--shard-gb", 0.002],
+        ranks=2,
+        directory=tmp_path / "export",
+    )
+    _, logits, expected = recorded(run, tmp_path / "hf", step=1)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    _, before, _ = recorded(run, model.hf, step=0)
+    assert (logits - before).abs().max() > 0.1
+    assert (tmp_path / "hf" / "tokenizer.model").read_bytes() == b"a tokenizer"
+
+
+def test_converted_reference(models: dict[str, Model], tokens: Path, tmp_path: Path) -> None:
+    """A converted model of the other family scores a converted policy's tokens; the policy's
+    options are as printed, without --use-checkpoint-args and without --finetune."""
+    model, reference = models["mistral"], models["llama"]
+    run = run_megatron(
+        ["--load", str(model.megatron), *model.options],
+        "",
+        tokens,
+        tmp_path,
+        ranks=1,
+        extra=f"--slm-reference-load {reference.megatron} --slm-token-ratio 0.6",
+    )
+    _, logits, expected = recorded(run, model.hf, step=0)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    labels, _, expected = recorded(run, reference.hf, step=0)
+    loss = cross_entropy(expected.flatten(0, 1), labels.flatten())
+    assert run.scalars("reference loss")[1] == pytest.approx(loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mistral", "llama"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_round_trip_is_exact(
+    name: str, ranks: int, models: dict[str, Model], tmp_path: Path
+) -> None:
+    model = models[name]
+    tool(
+        *["export", "--load", model.megatron, "--hf", tmp_path / "hf", "--like", model.hf],
+        ranks=ranks,
+        directory=tmp_path / "run",
+    )
+    expected = {k: v for file in model.hf.glob("*.safetensors") for k, v in load_file(file).items()}
+    got = load_file(tmp_path / "hf" / "model.safetensors")
+    assert set(got) == set(expected)
+    for key, value in expected.items():
+        assert torch.equal(got[key], value), key
+
+
+def test_the_models_need_what_they_have(models: dict[str, Model]) -> None:
+    """The tests above would see a factor that is not passed on, or a window that is ignored."""
+    tokens = torch.arange(SEQUENCE)[None]
+    for name, change in (
+        ("llama", {"rope_parameters": LLAMA3 | {"factor": 8.0}}),
+        ("mistral", {"sliding_window": None}),
+    ):
+        one = AutoModelForCausalLM.from_pretrained(models[name].hf)
+        other = AutoModelForCausalLM.from_pretrained(models[name].hf, **change)
+        with torch.no_grad():
+            assert (one(tokens).logits - other(tokens).logits).abs().max() > 1e-3, name

@@ -1,0 +1,269 @@
+"""What the converter does not convert: it says why and leaves nothing behind."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from launch import REPOSITORY
+from megatron_slm.errors import UserError
+from megatron_slm.model.complete import complete
+from megatron_slm.model.export_hf import export_hugging_face
+from megatron_slm.model.import_hf import import_hugging_face
+from megatron_slm.model.torch_dist import TorchDistReader
+
+TOOL = str(REPOSITORY / "tools" / "convert_checkpoint.py")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("llama")
+    config = LlamaConfig(
+        vocab_size=131,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+def change_config(**changes: Any) -> Callable[[Path], None]:
+    def change(directory: Path) -> None:
+        file = directory / "config.json"
+        config = json.loads(file.read_text()) | changes
+        file.write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+
+    return change
+
+
+def change_tensors(
+    change: Callable[[dict[str, torch.Tensor]], object],
+) -> Callable[[Path], None]:
+    def changed(directory: Path) -> None:
+        file = directory / "model.safetensors"
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file, metadata={"format": "pt"})
+
+    return changed
+
+
+def pickled(directory: Path) -> None:
+    torch.save(load_file(directory / "model.safetensors"), directory / "pytorch_model.bin")
+    (directory / "model.safetensors").unlink()
+
+
+def truncated(directory: Path) -> None:
+    os.truncate(directory / "model.safetensors", 5000)
+
+
+def no_file(directory: Path) -> None:
+    index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+IMPORTS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "another architecture": (change_config(model_type="qwen2"), "model_type 'qwen2'"),
+    "biases": (change_config(attention_bias=True), "attention_bias True"),
+    "another activation": (change_config(hidden_act="gelu"), "hidden_act 'gelu'"),
+    "quantized": (change_config(quantization_config={"bits": 4}), "quantization_config"),
+    "another rope": (change_config(rope_parameters=YARN), "rope type 'yarn'"),
+    "another rope, before transformers 5": (
+        change_config(rope_parameters=..., rope_scaling={"type": "dynamic", "factor": 2.0}),
+        "rope type 'dynamic'",
+    ),
+    "another llama3 rope": (
+        change_config(rope_parameters=LLAMA3 | {"original_max_position_embeddings": 4096}),
+        "original_max_position_embeddings 4096",
+    ),
+    "a rope base between integers": (
+        change_config(rope_parameters={"rope_type": "default", "rope_theta": 10000.5}),
+        "rope_theta 10000.5",
+    ),
+    "incomplete config": (change_config(hidden_size=...), "no 'hidden_size'"),
+    "no config": (lambda directory: (directory / "config.json").unlink(), "config.json"),
+    "pickles": (pickled, ".bin files are pickles"),
+    "truncated": (truncated, "damaged"),
+    "a file missing": (no_file, "model-00001-of-00002.safetensors"),
+    "a tensor missing": (change_tensors(lambda tensors: tensors.pop(Q)), Q),
+    "another shape": (change_config(num_key_value_heads=2), "k_proj.weight is [8, 16]"),
+    "a tensor too many": (
+        change_tensors(lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": t[Q][0] + 0})),
+        "q_proj.bias",
+    ),
+    "an unsupported dtype": (
+        change_tensors(lambda t: t.update({Q: t[Q].to(torch.float8_e4m3fn)})),
+        "dtype F8_E4M3",
+    ),
+    "dtypes that cannot be fused": (
+        change_tensors(lambda t: t.update({Q: t[Q].bfloat16()})),
+        "different dtypes",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", IMPORTS)
+def test_import_refused(case: str, llama: Path, tmp_path: Path) -> None:
+    spoil, message = IMPORTS[case]
+    source = tmp_path / "source"
+    shutil.copytree(llama, source)
+    spoil(source)
+    with pytest.raises(UserError) as refusal:
+        import_hugging_face(source, tmp_path / "megatron", 128)
+    assert message in str(refusal.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.fixture
+def megatron(llama: Path, tmp_path: Path) -> Path:
+    import_hugging_face(llama, tmp_path / "megatron", 128)
+    return tmp_path / "megatron" / "release"
+
+
+def test_what_exists_is_not_overwritten(llama: Path, megatron: Path) -> None:
+    with pytest.raises(UserError, match="exists already"):
+        import_hugging_face(llama, megatron.parent, 128)
+
+
+class RunsCode:
+    """What an attacker would put into a pickle."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.mark,))
+
+
+def test_pickles_are_not_run(megatron: Path, tmp_path: Path) -> None:
+    """Neither the table of a checkpoint nor its arguments."""
+    mark = tmp_path / "it ran"
+    pickle.loads(pickle.dumps(RunsCode(mark)))
+    assert mark.exists()
+    mark.unlink()
+
+    torch.save({"args": RunsCode(mark)}, megatron / "common.pt")
+    with pytest.raises(UserError, match="no readable arguments"):
+        _ = TorchDistReader(megatron).arguments
+    (megatron / ".metadata").write_bytes(pickle.dumps(RunsCode(mark)))
+    with pytest.raises(UserError, match=r"wants to run pathlib.*Path\.touch|getattr"):
+        TorchDistReader(megatron)
+    assert not mark.exists()
+
+
+def change_argument(name: str, value: Any) -> Callable[[TorchDistReader], None]:
+    return lambda reader: setattr(reader.arguments, name, value)
+
+
+EXPORTS: dict[str, tuple[str, Any, str]] = {
+    "layer norm": ("normalization", "LayerNorm", "normalization 'LayerNorm'"),
+    "biases": ("add_bias_linear", True, "add_bias_linear True"),
+    "learned positions": ("position_embedding_type", "learned_absolute", "learned_absolute"),
+    "interpolated positions": ("rotary_seq_len_interpolation_factor", 2, "interpolation"),
+    "experts": ("num_experts", 8, "num_experts 8"),
+    "windows on some layers": ("window_attn_skip_freq", 4, "window_attn_skip_freq 4"),
+    "other sizes": ("ffn_hidden_size", 32, "mlp.linear_fc1.weight is [2, 48, 16]"),
+    "more layers": ("num_layers", 3, "is [2, 16]"),
+    "more tokens": ("vocab_size", 300, "256 rows of vocabulary"),
+    "untied": ("untie_embeddings_and_output_weights", False, "tied"),
+}
+
+
+@pytest.mark.parametrize("case", EXPORTS)
+def test_export_refused(
+    case: str, megatron: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, value, message = EXPORTS[case]
+    common = TorchDistReader(megatron).common_state
+    setattr(common["args"], name, value)
+    torch.save(common, megatron / "common.pt")
+    with pytest.raises(UserError) as refusal:
+        like = llama if case == "untied" else None
+        export_hugging_face(megatron, tmp_path / "hf", like, None, 10**9)
+    assert message in str(refusal.value)
+    assert not (tmp_path / "hf").exists()
+
+
+def test_complete(megatron: Path) -> None:
+    """What layers without Transformer Engine do not save is added; the rest stays as it is."""
+    before = TorchDistReader(megatron)
+    wanted = [name for name in before.table.state_dict_metadata if "_extra_state" in name]
+    assert len(wanted) == 2 * 5 + 1
+    core, norm = "core_attention._extra_state", "final_layernorm._extra_state"
+    table = before.table
+    for name in wanted:
+        if core in name or norm in name:
+            del table.state_dict_metadata[name]
+            del table.storage_data[MetadataIndex(name)]
+    (megatron / ".metadata").write_bytes(pickle.dumps(table))
+    assert complete(megatron) == 2 + 1
+    assert complete(megatron) == 0
+    state = {name: io.BytesIO() for name in wanted}
+    torch.distributed.checkpoint.load(state, checkpoint_id=megatron, no_dist=True)
+    for value in state.values():
+        assert [tensor.numel() for tensor in value] == [0]
+    key = "decoder.final_layernorm.weight"
+    after = TorchDistReader(megatron)
+    assert after.arguments == before.arguments
+    assert torch.equal(after.read(key, (0,), (16,)), before.read(key, (0,), (16,)))
+
+
+def test_command_line(llama: Path, tmp_path: Path) -> None:
+    """One line, exit code 2."""
+    save = ["--save", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, TOOL, "import", "--hf", str(tmp_path), *save],
+        capture_output=True,
+        check=False,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'config.json'}")
+    assert "Traceback" not in done.stderr
+
+
+def test_kill_leaves_nothing_to_load(llama: Path, tmp_path: Path) -> None:
+    """Killed while it writes; a second run then succeeds."""
+    target = tmp_path / "megatron"
+    slow = (
+        "import sys, time; from pathlib import Path;"
+        "from megatron_slm.model import import_hf;"
+        "write = import_hf.write_table;"
+        "import_hf.write_table = lambda *a: (write(*a), print('written', flush=True),"
+        " time.sleep(60));"
+        "import_hf.import_hugging_face(Path(sys.argv[1]), Path(sys.argv[2]), 128)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", slow, str(llama), str(target)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "written\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not target.exists()
+    import_hugging_face(llama, target, 128)
+    assert TorchDistReader(target / "release").arguments.num_layers == 2
+    assert not target.with_name("megatron.partial").exists()

@@ -1,0 +1,105 @@
+"""megatron_slm.pretrain, and what a step took, in measured<rank>.json.
+
+flops: of the first step, counted by torch.
+states: bytes of weights, gradients and optimizer state, by walking them.
+moment: what the second step took on top of what was there when it began, by the kernel's account.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import re
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_slm import pretrain
+
+train = pretrain._pretrain
+libc = ctypes.CDLL("libc.so.6")
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of mallopt
+
+
+def addmm_flops(out: Any, a: list[int], b: list[int], *args: Any, **kwargs: Any) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
+IN_PLACE = {torch.ops.aten.addmm_: addmm_flops}  # torch's counter leaves it out
+
+
+def resident(name: str) -> int:
+    """VmRSS or VmHWM, bytes."""
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def tensors_of(model: list[Any], optimizer: Any, reference: Any) -> Iterator[torch.Tensor]:
+    for chunk in model:
+        yield from chunk.parameters()
+        for buffer in chunk.buffers:
+            yield from (t for t in (buffer.param_data, buffer.grad_data) if t is not None)
+    for part in optimizer.chained_optimizers:
+        for state in part.optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+    if reference is not None:
+        yield from reference.model.parameters()
+
+
+def train_measured(args: Namespace) -> None:
+    from megatron.training import training
+
+    from megatron_slm.reference import online
+
+    kept: dict[str, Any] = {"reference": None}
+    measured: dict[str, int] = {}
+    setup, step = training.setup_model_and_optimizer, training.train_step
+    build = online.OnlineReference.__init__
+
+    def setup_kept(*args: Any, **kwargs: Any) -> Any:
+        model, optimizer, scheduler = setup(*args, **kwargs)
+        kept["model"], kept["optimizer"] = model, optimizer
+        return model, optimizer, scheduler
+
+    def build_kept(self: Any, *args: Any, **kwargs: Any) -> None:
+        build(self, *args, **kwargs)
+        kept["reference"] = self
+
+    def step_measured(*args: Any, **kwargs: Any) -> Any:
+        if not measured:
+            with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
+                result = step(*args, **kwargs)
+            measured["flops"] = counter.get_total_flops()
+            return result
+        gc.collect()
+        libc.malloc_trim(0)
+        before = resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+        result = step(*args, **kwargs)
+        measured["moment"] = resident("VmHWM") - before
+        return result
+
+    training.setup_model_and_optimizer = setup_kept
+    training.train_step = step_measured
+    online.OnlineReference.__init__ = build_kept
+    train(args)
+    held = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in tensors_of(**kept)
+    }
+    measured["states"] = sum(held.values())
+    Path(f"measured{args.rank}.json").write_text(json.dumps(measured))
+
+
+if __name__ == "__main__":
+    # Tensors of 64 KiB and more are mapped one by one, and unmapped when freed.
+    libc.mallopt(MMAP_THRESHOLD, 1 << 16)
+    libc.mallopt(TRIM_THRESHOLD, 1 << 16)
+    pretrain._pretrain = train_measured
+    pretrain.main()

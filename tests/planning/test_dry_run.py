@@ -1,0 +1,86 @@
+"""Every recipe, at its real world size, in one process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from launch import REPOSITORY, launch
+from megatron_slm.model.architecture import Architecture, to_hugging_face
+from megatron_slm.model.import_hf import import_hugging_face
+from megatron_slm.model.tensors import hugging_face_shapes
+from megatron_slm.planning.formulas import Layout, stage_parameters
+
+RECIPES = sorted(
+    path.name
+    for path in (REPOSITORY / "examples").glob("*.sh")
+    if "slm_recipe=" in path.read_text()
+)
+WORLDS = {
+    "pretrain_slm_1b.sh": 8,
+    "pretrain_slm_7b.sh": 32,
+    "pretrain_slm_13b.sh": 64,
+    "pretrain_slm_70b.sh": 256,
+}
+REFUSALS = {
+    "layers": "Megatron refuses",
+    "heads": "num_attention_heads (60)",
+    "batch": "Megatron refuses",
+    "ratio": "--slm-token-ratio must be in (0, 1]",
+    "option": "--mtp-num-layers",
+    "rank": "ranks 0 to 7",
+    "shapes": "gives [512, 1, 8192], and [512, 1, 4096] is expected",
+    "groups": "dp group is",
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Llama for the recipe that takes its shape from a checkpoint."""
+    directory = tmp_path_factory.mktemp("base")
+    shape = {"epsilon": 1e-5, "rope_theta": 10000, "rope_scaling": None, "window": None}
+    a = Architecture(2, 64, 128, 4, 2, 16, 32000, 2048, tied=False, **shape)
+    (directory / "config.json").write_text(json.dumps(to_hugging_face(a, "bfloat16")))
+    shapes = hugging_face_shapes(a)
+    tensors = {name: torch.zeros(size, dtype=torch.bfloat16) for name, size in shapes.items()}
+    save_file(tensors, directory / "model.safetensors")
+    import_hugging_face(directory, directory / "megatron", 128)
+    return directory / "megatron"
+
+
+@pytest.fixture(scope="module")
+def ran(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    directory = tmp_path_factory.mktemp("dry-run")
+    script = str(Path(__file__).with_name("build_recipes.py"))
+    launch(1, [script, str(base), *RECIPES], directory)
+    return json.loads((directory / "built.json").read_text())
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES, "4096"])
+def test_every_stage_is_built(recipe: str, ran: dict[str, Any]) -> None:
+    """With the parameters that the formulas say."""
+    found = ran["built"][recipe]
+    for rank in found:
+        a, layout = Architecture(**rank["architecture"]), Layout(**rank["layout"])
+        assert layout.ranks == WORLDS.get(recipe, layout.ranks)
+        expected = stage_parameters(a, rank["padded"], layout, rank["position"]["pp"])
+        assert rank["policy"] == expected
+        assert rank["reference"] in (0, expected)
+        assert rank["chunks"] == layout.vp
+    assert found[-1]["rank"] == layout.ranks - 1
+    stages = [rank["position"]["pp"] for rank in found]
+    assert stages == ([layout.pp - 1] if recipe == "4096" else list(range(layout.pp)))
+
+
+def test_a_world_of_4096(ran: dict[str, Any]) -> None:
+    assert ran["built"]["4096"][-1]["rank"] == 4095
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refused(case: str, ran: dict[str, Any]) -> None:
+    assert REFUSALS[case] in ran["refused"][case]

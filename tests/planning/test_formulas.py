@@ -1,0 +1,147 @@
+"""Memory and FLOPs by formula against runs: the kernel's account, torch's counter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from launch import pretrain
+from megatron_slm.model.architecture import Architecture, to_hugging_face
+from megatron_slm.model.import_hf import import_hugging_face
+from megatron_slm.model.tensors import hugging_face_shapes
+from megatron_slm.planning.formulas import (
+    Layout,
+    Work,
+    chunks_in_flight,
+    memory,
+    parameters,
+    stage_parameters,
+    step_flops,
+)
+
+POLICY = Architecture(
+    layers=8,
+    hidden=256,
+    ffn=704,
+    heads=8,
+    groups=4,
+    head_dim=32,
+    vocabulary=8191,
+    positions=512,
+    epsilon=1e-5,
+    rope_theta=10000,
+    rope_scaling=None,
+    window=None,
+    tied=False,
+)
+MODEL = """
+    --num-layers 8 --hidden-size 256 --ffn-hidden-size 704 --num-attention-heads 8
+    --group-query-attention --num-query-groups 4 --swiglu --normalization RMSNorm
+    --disable-bias-linear --position-embedding-type rope --untie-embeddings-and-output-weights
+    --attention-dropout 0 --hidden-dropout 0 --seq-length 512 --max-position-embeddings 512
+    --mock-data --tokenizer-type NullTokenizer --vocab-size 8191 --num-workers 0
+    --micro-batch-size 2 --global-batch-size 8 --train-iters 2 --lr 1e-4 --eval-iters 0
+    --eval-interval 1000
+"""
+WORK = Work(
+    sequence=512,
+    micro_batch=2,
+    global_batch=8,
+    padded_vocabulary=8192,
+    weight_bytes=4,
+    optimizer_bytes=8,
+    kernels="plain",
+    fused_gradients=False,
+    device="cpu",
+    head="dense",
+)
+REFERENCE = Architecture(**vars(POLICY) | {"layers": 4, "hidden": 128, "head_dim": 16, "ffn": 352})
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reference of half the policy's depth and width, with random weights."""
+    directory = tmp_path_factory.mktemp("reference")
+    hf = directory / "hf"
+    hf.mkdir()
+    (hf / "config.json").write_text(json.dumps(to_hugging_face(REFERENCE, "float32")))
+    tensors = {name: torch.randn(s) * 0.02 for name, s in hugging_face_shapes(REFERENCE).items()}
+    save_file(tensors, hf / "model.safetensors")
+    import_hugging_face(hf, directory / "megatron", 128)
+    return directory / "megatron"
+
+
+RUNS = {
+    "dp2, all tokens": (Layout(dp=2, distributed_optimizer=True), "--use-distributed-optimizer", 1),
+    "tp2 sp, selected": (
+        Layout(tp=2, sequence_parallel=True),
+        "--tensor-model-parallel-size 2 --sequence-parallel",
+        0.6,
+    ),
+    "pp2 vpp2, recomputed": (
+        Layout(pp=2, vp=2),
+        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 2 "
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+        0.6,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_memory_and_flops_of_a_run(case: str, reference: Path, tmp_path: Path) -> None:
+    layout, flags, ratio = RUNS[case]
+    work, scored_by = WORK, None
+    if ratio < 1:
+        work = Work(**vars(WORK) | {"ratio": ratio, "head": "chunked"})
+        scored_by = REFERENCE
+        flags += f" --slm-token-ratio {ratio} --slm-reference-load {reference}"
+    if "recompute" in flags:
+        work = Work(**vars(work) | {"recompute": 1})
+    arguments = [*MODEL.split(), *flags.split()]
+    pretrain(2, arguments, tmp_path, module="planning.measured_pretrain")
+    measured = [json.loads((tmp_path / f"measured{rank}.json").read_text()) for rank in (0, 1)]
+    for rank, found in enumerate(measured):
+        stage = rank if layout.pp > 1 else 0
+        expected = memory(POLICY, scored_by, layout, work, stage)
+        moment = expected.activations + expected.head
+        assert found["states"] == pytest.approx(expected.total - moment, rel=1e-3)
+        total = found["states"] + found["moment"]
+        assert total == pytest.approx(expected.total, rel=0.05), (rank, found, expected)
+    flops = step_flops(POLICY, scored_by, work, causal=False)
+    assert sum(found["flops"] for found in measured) == pytest.approx(flops, rel=1e-3)
+
+
+def test_parameters() -> None:
+    """The published numbers of parameters, and stages that add up to them."""
+    shape = {"epsilon": 1e-5, "rope_theta": 10000, "rope_scaling": None, "window": None}
+    published = {
+        1_100_048_384: Architecture(22, 2048, 5632, 32, 4, 64, 32000, 2048, tied=False, **shape),
+        7_241_732_096: Architecture(32, 4096, 14336, 32, 8, 128, 32000, 32768, tied=False, **shape),
+        68_976_648_192: Architecture(80, 8192, 28672, 64, 8, 128, 32000, 4096, tied=False, **shape),
+        1_235_814_400: Architecture(16, 2048, 8192, 32, 8, 64, 128256, 131072, tied=True, **shape),
+    }
+    for count, architecture in published.items():
+        assert parameters(architecture, architecture.vocabulary) == count
+        size = architecture.vocabulary
+        stages = [stage_parameters(architecture, size, Layout(pp=2), s) for s in (0, 1)]
+        again = architecture.vocabulary * architecture.hidden * architecture.tied
+        assert sum(stages) == count + again
+
+
+def test_chunks_in_flight() -> None:
+    """Against Megatron's schedules, played through."""
+    for pp, vp, micro_batches in ((4, 1, 8), (4, 1, 2), (4, 2, 8), (2, 4, 4)):
+        layout = Layout(pp=pp, vp=vp)
+        work = Work(**vars(WORK) | {"micro_batch": 1, "global_batch": micro_batches})
+        for stage in range(pp):
+            total = micro_batches * vp
+            # As in forward_backward_pipelining_with_interleaving and without.
+            warm_up = (pp - stage - 1) * 2 + (vp - 1) * pp if vp > 1 else pp - stage - 1
+            held = most = min(warm_up, total)
+            for _ in range(total - held):  # one forward, then one backward
+                most = max(most, held + 1)
+            assert chunks_in_flight(layout, work, stage) == most

@@ -1,0 +1,46 @@
+"""tools/plan.py on the recipes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from launch import REPOSITORY, launch
+
+
+def plan(directory: Path, recipe: str, *more: str) -> tuple[int, str]:
+    """Exit code and output."""
+    command = [str(REPOSITORY / "tools" / "plan.py"), str(REPOSITORY / "examples" / recipe), *more]
+    run = launch(1, command, directory, check=False)
+    return run.codes[0], run.outputs[0]
+
+
+def test_a_recipe_fits_and_better_layouts_are_proposed(tmp_path: Path) -> None:
+    code, output = plan(tmp_path, "pretrain_slm_70b.sh", "NODES=16", "--layouts", "3")
+    assert code == 0, output
+    lines = output.splitlines()
+    assert re.search(r"^parameters, billions +68\.977$", output, re.MULTILINE)
+    found = [line for line in lines if re.match(r"TP\d", line)]
+    assert "TP8 PP4 VP4 CP1 DP4 " in found[0]
+    assert found[0].endswith("the recipe's")
+    sizes = [float(line.split()[-4 if "recipe's" not in line else -6]) for line in found]
+    assert all(size < 80 for size in sizes)
+    seconds = [float(line.split()[-2]) for line in found[1:]]
+    assert len(seconds) == 3
+    assert seconds == sorted(seconds)
+    # The parts of every stage add up.
+    columns = [[float(x) for x in line.split()[1:]] for line in lines if line.startswith("  ")]
+    for *parts, total in zip(*columns, strict=True):
+        assert sum(parts) == pytest.approx(total, abs=0.04)
+
+
+def test_refused(tmp_path: Path) -> None:
+    # 24 ranks are no multiple of TP8 x PP4.
+    code, output = plan(tmp_path, "pretrain_slm_70b.sh", "NODES=3")
+    assert code == 2
+    assert output.splitlines()[-1].startswith("error: Megatron refuses the recipe's arguments")
+    code, output = plan(tmp_path, "no_such_recipe.sh")
+    assert code == 2
+    assert "no_such_recipe.sh failed" in output.splitlines()[-1]

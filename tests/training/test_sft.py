@@ -1,0 +1,94 @@
+"""Fine-tuning on conversations, against transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from launch import Run, pretrain
+from megatron_slm.model.import_hf import import_hugging_face
+from real_text import docstrings
+
+SEQUENCE = 96
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama with a byte-level tokenizer of its own."""
+    directory = tmp_path_factory.mktemp("llama")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=384,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(docstrings(["argparse"]), trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(directory)
+    config = LlamaConfig(
+        vocab_size=384,  # a multiple of 128: no padding takes part in the softmax
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.1,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(directory)
+    import_hugging_face(directory, directory / "megatron", 128)
+    return directory
+
+
+def finetune(llama: Path, conversations: list[list[dict[str, str]]], directory: Path) -> Run:
+    directory.mkdir(exist_ok=True)
+    data = directory / "data.jsonl"
+    data.write_text("".join(json.dumps({"messages": c}) + "\n" for c in conversations))
+    arguments = f"""
+        --load {llama / "megatron"} --finetune --use-checkpoint-args --sft
+        --tokenizer-type SFTTokenizer --tokenizer-model {llama}
+        --sft-tokenizer-prompt-format identity --train-data-path {data} --valid-data-path {data}
+        --seq-length {SEQUENCE} --max-position-embeddings {SEQUENCE} --micro-batch-size 1
+        --global-batch-size {len(conversations)} --train-iters 1 --lr 1e-3 --eval-iters 1
+        --eval-interval 100 --log-interval 1 --num-workers 0
+    """
+    return pretrain(1, arguments.split(), directory / "run", check=False)
+
+
+def test_loss_of_conversations(llama: Path, tmp_path: Path) -> None:
+    said = [("What is 2 + 3?", "<s>5</s>"), ("def f(x): what does it do?", "<s>nothing</s>")]
+    conversations = [
+        [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        for question, answer in said
+    ]
+    run = finetune(llama, conversations, tmp_path)
+    assert run.codes == [0], run.outputs[0][-3000:]
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(llama)
+    model = LlamaForCausalLM.from_pretrained(llama)
+    total, count = 0.0, 0
+    for question, answer in said:
+        ids = torch.tensor(tokenizer.encode(question + answer))
+        with torch.no_grad():
+            logits = model(ids[None]).logits[0]
+        losses = cross_entropy(logits[:-1], ids[1:], reduction="none")
+        counted = ids[1:] != tokenizer.unk_token_id
+        total += losses[counted].sum().item()
+        count += int(counted.sum())
+    assert run.scalars("lm loss")[1] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_packed_conversations_are_refused(llama: Path, tmp_path: Path) -> None:
+    packed = [{"role": role, "content": role} for role in ("system", "user", "assistant") * 2]
+    run = finetune(llama, [packed], tmp_path)
+    assert run.codes == [2]
+    assert "one conversation a line" in run.outputs[0]

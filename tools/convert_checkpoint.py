@@ -1,0 +1,129 @@
+"""Llama and Mistral models between Hugging Face safetensors and Megatron torch_dist checkpoints.
+
+    python tools/convert_checkpoint.py import --hf TinyLlama-1.1B --save base
+    torchrun ... -m megatron_slm.pretrain --load base --use-checkpoint-args ... --save policy
+    python tools/convert_checkpoint.py export --load policy --hf policy-hf --like TinyLlama-1.1B
+
+Tensor by tensor: memory stays below twice the largest tensor and a gigabyte.  Under torchrun the
+work is shared out to all ranks.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import warnings
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from pathlib import Path
+from typing import Any
+
+from torch import distributed
+
+from megatron_slm.errors import exit_on_user_error
+from megatron_slm.model.complete import complete
+from megatron_slm.model.destination import this_rank
+from megatron_slm.model.export_hf import export_hugging_face
+from megatron_slm.model.import_hf import import_hugging_face
+from megatron_slm.model.torch_dist import iteration_directory
+
+
+def build_parser() -> ArgumentParser:
+    """The command line."""
+    parser = ArgumentParser(
+        description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    hub = commands.add_parser("import", help="Hugging Face to Megatron", allow_abbrev=False)
+    add = hub.add_argument
+    add("--hf", type=Path, required=True, metavar="DIR", help="With config.json and safetensors.")
+    add("--save", type=Path, required=True, metavar="DIR", help="New; for Megatron's --load.")
+    add(
+        "--make-vocab-size-divisible-by",
+        type=int,
+        default=128,
+        metavar="N",
+        help="Pad the vocabulary with zeros to a multiple of it. Default: 128, as Megatron's.",
+    )
+    out = commands.add_parser("export", help="Megatron to Hugging Face", allow_abbrev=False)
+    add = out.add_argument
+    add("--load", type=Path, required=True, metavar="DIR", help="As --save left it.")
+    add("--ckpt-step", type=int, metavar="N", help="Iteration. Default: the latest.")
+    add("--hf", type=Path, required=True, metavar="DIR", help="New.")
+    add(
+        "--like",
+        type=Path,
+        metavar="DIR",
+        help="Hugging Face directory whose tokenizer files and further entries of config.json, "
+        "such as special tokens, to take over. Default: the tokenizer of the run that trained.",
+    )
+    add("--vocab-size", type=int, metavar="N", help="Rows to keep, if it cannot be told.")
+    add("--shard-gb", type=float, default=5.0, metavar="GB", help="Size of a file. Default: 5.")
+    te = commands.add_parser(
+        "complete",
+        help="make a checkpoint saved without Transformer Engine loadable with it",
+        allow_abbrev=False,
+    )
+    te.add_argument("--load", type=Path, required=True, metavar="DIR", help="As --save left it.")
+    te.add_argument("--ckpt-step", type=int, metavar="N", help="Iteration. Default: the latest.")
+    return parser
+
+
+def as_options(arguments: dict[str, Any]) -> str:
+    """Megatron's options for a command line that does without --use-checkpoint-args."""
+    names = {
+        "layernorm_epsilon": "norm-epsilon",
+        "untie_embeddings_and_output_weights": "untie-embeddings-and-output-weights",
+    }
+    shown = """
+        num_layers hidden_size ffn_hidden_size num_attention_heads group_query_attention
+        num_query_groups kv_channels max_position_embeddings position_embedding_type rotary_base
+        use_rope_scaling rope_scaling_factor window_size normalization layernorm_epsilon swiglu
+        untie_embeddings_and_output_weights attention_dropout hidden_dropout
+    """.split()
+    options = ["--disable-bias-linear"]
+    for name in shown:
+        value, flag = arguments[name], "--" + names.get(name, name).replace("_", "-")
+        if name == "rope_scaling_factor" and not arguments["use_rope_scaling"]:
+            continue
+        if value is True:
+            options.append(flag)
+        elif value is not None and value is not False:
+            options += [flag, str(value).replace(" ", "")]
+    return shlex.join(options)
+
+
+def convert(args: Namespace) -> None:
+    """Do what the command line says."""
+    first = this_rank()[0] == 0
+    if args.command == "import":
+        arguments = import_hugging_face(args.hf, args.save, args.make_vocab_size_divisible_by)
+        if first:
+            print(f"wrote {args.save}: --load {args.save} --use-checkpoint-args, or, in full,")
+            print(as_options(arguments))
+        return
+    checkpoint = iteration_directory(args.load, args.ckpt_step, "--load", "--ckpt-step")
+    if args.command == "complete":
+        print(f"added {complete(checkpoint)} empty entries to {checkpoint}")
+        return
+    architecture = export_hugging_face(
+        checkpoint, args.hf, args.like, args.vocab_size, int(args.shard_gb * 1e9)
+    )
+    if first:
+        print(f"wrote {args.hf}: {architecture}")
+
+
+def main(arguments: list[str]) -> None:
+    """Exit with code 2 on bad input."""
+    args = build_parser().parse_args(arguments)
+    warnings.filterwarnings("ignore", module="megatron")
+    with exit_on_user_error():
+        if int(os.getenv("WORLD_SIZE", "1")) > 1:
+            distributed.init_process_group("gloo")
+        convert(args)
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

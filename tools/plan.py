@@ -1,0 +1,181 @@
+"""What a recipe takes on a cluster, before it is started: memory, FLOPs, time, and better layouts.
+
+    python tools/plan.py examples/pretrain_slm_7b.sh
+    python tools/plan.py examples/pretrain_slm_7b.sh NODES=16 --gpu-memory 141
+    python tools/plan.py examples/pretrain_slm_70b.sh --dry-run 0 255
+
+Memory and FLOPs are by formula (megatron_slm/planning/formulas.py), times from them, the GPU's peak
+and --efficiency.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a plan needs no GPU, and takes none
+warnings.filterwarnings("ignore")
+logging.disable(logging.WARNING)  # Megatron's, for each model built
+
+from megatron_slm import platform
+
+platform.install()
+
+from megatron_slm.errors import UserError, exit_on_user_error
+from megatron_slm.model.architecture import Architecture
+from megatron_slm.planning.cluster import Cluster, Plan, best_plans, plan
+from megatron_slm.planning.formulas import (
+    Layout,
+    Memory,
+    Work,
+    bubble,
+    memory,
+    parameters,
+    step_flops,
+)
+from megatron_slm.planning.models import TINYLLAMA
+from megatron_slm.planning.recipe import (
+    Recipe,
+    architecture_of,
+    layout_of,
+    parse,
+    read_recipe,
+    work_of,
+)
+
+GIB = 2**30
+
+
+def build_parser() -> ArgumentParser:
+    """The command line."""
+    parser = ArgumentParser(
+        description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("recipe", type=Path, help="A script that prints its command under DRY_RUN=1.")
+    add("settings", nargs="*", metavar="NAME=VALUE", help="The script's variables.")
+    add("--vocab-size", dest="vocabulary", type=int, default=32000, metavar="N")
+    add("--gpus-per-node", type=int, default=8, metavar="N")
+    add("--gpu-memory", type=float, default=80, metavar="GB", help="Default: 80.")
+    add(
+        "--gpu-tflops", type=float, default=989, metavar="N", help="Peak, bf16. Default: an H100's."
+    )
+    add("--efficiency", type=float, default=0.5, help="What products reach of it. Default: 0.5.")
+    add("--node-bandwidth", type=float, default=450, metavar="GB/s", help="Of a GPU. Default: 450.")
+    add("--network-bandwidth", type=float, default=50, metavar="GB/s", help="Default: 50.")
+    add("--kernels", choices=("te", "plain"), default="te", help="Layers. Default: te.")
+    add(
+        "--dry-run",
+        type=int,
+        nargs="+",
+        metavar="RANK",
+        help="Instead, build the policy and reference of these ranks of the job, without weights.",
+    )
+    add("--layouts", type=int, default=5, metavar="N", help="How many to propose. Default: 5.")
+    return parser
+
+
+def report(args: Namespace, recipe: Recipe) -> str:
+    """Memory, FLOPs, time and layouts."""
+    megatron = parse(recipe, 0, args.vocabulary, cpu=True)
+    model = architecture_of(megatron, args.vocabulary)
+    layout, work = layout_of(megatron), work_of(megatron, args.kernels, "cuda")
+    reference = model if megatron.slm_reference_load is not None else None
+    cluster = Cluster(
+        gpus=recipe.ranks,
+        gpus_per_node=args.gpus_per_node,
+        memory=args.gpu_memory * 1e9,
+        flops=args.gpu_tflops * 1e12,
+        efficiency=args.efficiency,
+        node_bandwidth=args.node_bandwidth * 1e9,
+        network_bandwidth=args.network_bandwidth * 1e9,
+    )
+    text = [
+        line("parameters, billions", f"{parameters(model, work.padded_vocabulary) / 1e9:.3f}"),
+        line("FLOPs of a step, 1e15", f"{step_flops(model, reference, work) / 1e15:.1f}"),
+        *cost_of_selection(model, work),
+        "",
+        *memory_by_stage(model, reference, layout, work),
+        "",
+        line("layout", "GiB", "bubble", "s a step", "Gtok a day"),
+        described(plan(model, reference, layout, work, cluster)) + "  the recipe's",
+        *map(described, best_plans(model, reference, work, layout.cp, cluster)[: args.layouts]),
+    ]
+    return "\n".join(text)
+
+
+def line(name: str, *values: object) -> str:
+    """A row of the report."""
+    return f"{name:<44}" + "  ".join(f"{value!s:>10}" for value in values)
+
+
+def cost_of_selection(model: Architecture, work: Work) -> Iterator[str]:
+    """FLOPs of a step of SLM by those of a step of CLM, for references of the policy's size, of
+    TinyLlama's, and for losses that are known."""
+    clm = step_flops(model, None, replace(work, ratio=1.0, head="dense"))
+    selecting = replace(work, head="chunked")
+    for one in dict.fromkeys((model, TINYLLAMA)):
+        size = parameters(one, work.padded_vocabulary) / 1e9
+        ratio = step_flops(model, one, selecting) / clm
+        yield line(f"SLM / CLM step, reference online, {size:.1f}B", f"{ratio:.2f}")
+    yield line("SLM / CLM step, cached", f"{step_flops(model, None, selecting) / clm:.2f}")
+
+
+def memory_by_stage(
+    model: Architecture, reference: Architecture | None, layout: Layout, work: Work
+) -> Iterator[str]:
+    """A table of parts for the first, the middle and the last pipeline stage."""
+    stages = sorted({0, layout.pp // 2, layout.pp - 1})
+    held = [memory(model, reference, layout, work, stage) for stage in stages]
+    yield line("memory of a rank, GiB, by pipeline stage", *stages)
+    for part in fields(Memory):
+        yield line(f"  {part.name}", *(f"{getattr(m, part.name) / GIB:.2f}" for m in held))
+    yield line("  total", *(f"{m.total / GIB:.2f}" for m in held))
+
+
+def described(one: Plan) -> str:
+    """A layout's row."""
+    parts = one.layout
+    what = f"TP{parts.tp} PP{parts.pp} VP{parts.vp} CP{parts.cp} DP{parts.dp}"
+    what += f" micro-batch {one.work.micro_batch}" + " recompute" * (one.work.recompute > 0)
+    idle, day = f"{bubble(parts, one.work):.1%}", f"{one.tokens_per_day / 1e9:.2f}"
+    return line(what, f"{one.memory.total / GIB:.1f}", idle, f"{one.seconds:.2f}", day)
+
+
+def build_ranks(args: Namespace, recipe: Recipe) -> Iterator[str]:
+    """A line for each rank of the dry run."""
+    from megatron_slm.planning.dry_run import dry_run
+
+    for rank in args.dry_run:
+        built = dry_run(recipe, rank, args.vocabulary)
+        where = " ".join(f"{name}{number}" for name, number in built.position.items())
+        yield (
+            f"rank {rank} of {recipe.ranks} ({where}): policy of {built.policy:,} parameters in "
+            f"{built.chunks} chunks, reference of {built.reference:,}: built, shapes meet"
+        )
+
+
+def main(arguments: list[str]) -> None:
+    """Exit with code 2 on bad input."""
+    args = build_parser().parse_args(arguments)
+    with exit_on_user_error():
+        for setting in args.settings:
+            if "=" not in setting:
+                raise UserError(f"{setting}: give the script's variables as NAME=VALUE")
+        settings = dict(setting.split("=", 1) for setting in args.settings)
+        recipe = read_recipe(args.recipe, settings)
+        if args.dry_run:
+            for built in build_ranks(args, recipe):
+                print(built, flush=True)
+        else:
+            print(report(args, recipe))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
