@@ -121,10 +121,15 @@ def scale(directory: Path, size: int, rounds: int) -> None:
     ratios = []
     for number in range(rounds):
         prefixes = {workers: directory / f"{workers}of{number}" for workers in (1, 2)}
-        one, two = (run(ours(packed, prefix, n), every)[0] for n, prefix in prefixes.items())
-        ratios.append(one / two)
-        print(f"one worker {one:.2f} s, two {two:.2f} s: {one / two:.2f}x", flush=True)
-    print(f"median of two workers over one {statistics.median(ratios):.2f}x")
+        one, two = (run(ours(packed, prefix, n), every) for n, prefix in prefixes.items())
+        ratios.append((one[0] / two[0], two[1] / one[1]))
+        print(
+            f"one worker {one[0]:.2f} s ({one[1]:.2f} processor seconds), two {two[0]:.2f} s "
+            f"({two[1]:.2f}): {one[0] / two[0]:.2f}x",
+            flush=True,
+        )
+    clock, processor = (statistics.median(values) for values in zip(*ratios, strict=True))
+    print(f"median: two workers {clock:.2f}x as fast, for {processor:.3f}x the processor time")
 
 
 def measure_memory(directory: Path, size: int) -> None:

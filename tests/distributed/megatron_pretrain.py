@@ -79,7 +79,7 @@ if __name__ == "__main__":
     model_config.transformer_layer_spec = plain_block_spec
     pretrain(
         pretrain_cfg_container_from_args(arguments, model_config),
-        datasets.train_valid_test_datasets,
+        datasets.DatasetProvider(),
         ModelType.encoder_or_decoder,
         forward_step,
     )
