@@ -45,6 +45,7 @@ export TORCH_NCCL_AVOID_RECORD_STREAMS="${TORCH_NCCL_AVOID_RECORD_STREAMS:-1}"
 export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
 
+program=(-m megatron_slm.pretrain)
 slm_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
 _refuse() {
@@ -81,7 +82,7 @@ _check_node() {
 _command() {
     torchrun=(torchrun --nnodes="$NODES" --nproc-per-node="$ranks_per_node" --rdzv-backend=c10d
         --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" --rdzv-id="${SLURM_JOB_ID:-slm}"
-        --max-restarts="$MAX_RESTARTS" -m megatron_slm.pretrain "$@")
+        --max-restarts="$MAX_RESTARTS" "${program[@]}" "$@")
 }
 
 # Runs on every node.  torchrun would give ranks 30 s to end: signals go past it, to the ranks.

@@ -166,6 +166,29 @@ def test_nodes_are_checked(base: Path, tmp_path: Path) -> None:
         assert f"port {port} is taken" in refused(MASTER_PORT=port, **there)
 
 
+def option(script: str, name: str, **settings: str) -> str:
+    """What a recipe gives it."""
+    done = subprocess.run(
+        ["bash", str(RECIPE.with_name(script))],
+        env=os.environ | settings | {"DRY_RUN": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    words = shlex.split(done.stdout)
+    return words[words.index(name) + 1]
+
+
+@pytest.mark.parametrize("size", ["1b", "7b", "13b", "70b"])
+def test_references_go_where_policies_look(size: str) -> None:
+    policy = f"pretrain_slm_{size}.sh"
+    saved = option("train_reference_math.sh", "--save", SIZE=size)
+    assert saved == option(policy, "--slm-reference-load")
+    assert option("train_reference_math.sh", "--num-layers", SIZE=size) == option(
+        policy, "--num-layers"
+    )
+
+
 def test_slurm(tmp_path: Path) -> None:
     """One step with a task on every node, which runs the recipe again; its node is the step's."""
     for name, text in {

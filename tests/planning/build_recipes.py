@@ -65,7 +65,10 @@ def wrong_groups() -> str:
 
 if __name__ == "__main__":
     os.environ["BASE"] = sys.argv[1]  # of finetune_tora.sh, which takes its shape from it
-    found: dict[str, Any] = {script: built(script, {}, every_stage=True) for script in sys.argv[2:]}
+    found: dict[str, Any] = {}
+    for named in sys.argv[2:]:
+        script, *settings = named.split()
+        found[named] = built(script, dict(each.split("=") for each in settings), every_stage=True)
     found["4096"] = built("pretrain_slm_70b.sh", {"NODES": "512", "BATCH": "1024"}, False)
     more = {
         "layers": refusal("pretrain_slm_70b.sh", {"EXTRA": "--num-layers 82"}, 0),

@@ -21,11 +21,14 @@ RECIPES = sorted(
     for path in (REPOSITORY / "examples").glob("*.sh")
     if "slm_recipe=" in path.read_text()
 )
+OF_ANOTHER_SIZE = "train_reference_math.sh SIZE=7b"
 WORLDS = {
     "pretrain_slm_1b.sh": 8,
     "pretrain_slm_7b.sh": 32,
     "pretrain_slm_13b.sh": 64,
     "pretrain_slm_70b.sh": 256,
+    "train_reference_math.sh": 8,
+    OF_ANOTHER_SIZE: 32,
 }
 REFUSALS = {
     "layers": "Megatron refuses",
@@ -57,11 +60,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ran(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     directory = tmp_path_factory.mktemp("dry-run")
     script = str(Path(__file__).with_name("build_recipes.py"))
-    launch(1, [script, str(base), *RECIPES], directory)
+    launch(1, [script, str(base), *RECIPES, OF_ANOTHER_SIZE], directory)
     return json.loads((directory / "built.json").read_text())
 
 
-@pytest.mark.parametrize("recipe", [*RECIPES, "4096"])
+@pytest.mark.parametrize("recipe", [*RECIPES, OF_ANOTHER_SIZE, "4096"])
 def test_every_stage_is_built(recipe: str, ran: dict[str, Any]) -> None:
     """With the parameters that the formulas say."""
     found = ran["built"][recipe]

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# The general reference, as the paper trained it: the policy's base model on 1.9 billion tokens of
+# instructions and answers, three times, by causal language modeling.
+#
+# Variables (and those of launch.sh, for nodes, Slurm, containers and restarts):
+#
+#   SIZE        1b (the paper's), 7b, 13b or 70b: of the policy
+#   DATA        examples/mixes/general-reference-1.9b.yaml as tools/build_mix.py wrote it; or the
+#               prefix of a tokenized corpus, or a blend: weight prefix weight prefix ...
+#   TOKENIZER   tokenizer.model: its tokenizer, a sentencepiece model file
+#   BASE        the policy's base model, from tools/convert_checkpoint.py import
+#   SAVE        where checkpoints go, and where a run that was stopped goes on from; REFERENCE of a
+#               policy's run
+#   TOKENS      tokens of an epoch
+#   EPOCHS      3
+#   LR          peak learning rate
+#   BATCH       sequences of a global batch, a million tokens
+#   SEQUENCE    tokens of a sequence; documents are packed
+#   MICRO_BATCH sequences of a micro-batch
+#   SAVE_EVERY  steps
+#
+# NODES, BASE, BATCH, SEQUENCE, MICRO_BATCH and SAVE_EVERY have training.sh's values for the size.
+#
+# The paper's: tokens, epochs, peak learning rate and length, cosine; of the corpus, Tulu-v2 and
+# OpenHermes-2.5.  Ours: batch, warm-up, minimum, weight decay, beta2, and all of 13B and 70B.
+set -euo pipefail
+slm_recipe="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/$(basename "${BASH_SOURCE[0]}")"
+: "${SIZE:=1b}" "${DATA:=data/general-reference.data-args.txt}" "${TOKENS:=1900000000}"
+: "${SAVE:=checkpoints/reference-general-$SIZE}"
+# shellcheck source=examples/train_reference.sh
+source "$(dirname "$slm_recipe")/train_reference.sh"

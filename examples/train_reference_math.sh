@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# The reference for mathematics, as the paper trained it: the policy's base model on half a billion
+# tokens of curated mathematics, three times, by causal language modeling.
+#
+# Variables (and those of launch.sh, for nodes, Slurm, containers and restarts):
+#
+#   SIZE        1b, 7b (the paper's), 13b or 70b: of the policy
+#   DATA        examples/mixes/math-reference-0.5b.yaml as tools/build_mix.py wrote it; or the prefix
+#               of a tokenized corpus, or a blend: weight prefix weight prefix ...
+#   TOKENIZER   tokenizer.model: its tokenizer, a sentencepiece model file
+#   BASE        the policy's base model, from tools/convert_checkpoint.py import
+#   SAVE        where checkpoints go, and where a run that was stopped goes on from; REFERENCE of
+#               pretrain_slm_*.sh
+#   TOKENS      tokens of an epoch
+#   EPOCHS      3
+#   LR          peak learning rate
+#   BATCH       sequences of a global batch, a million tokens
+#   SEQUENCE    tokens of a sequence; documents are packed
+#   MICRO_BATCH sequences of a micro-batch
+#   SAVE_EVERY  steps
+#
+# NODES, BASE, BATCH, SEQUENCE, MICRO_BATCH and SAVE_EVERY have training.sh's values for the size.
+#
+# The paper's: tokens, epochs, peak learning rate and length (1B and 7B), cosine.  Ours: the corpus,
+# since its own was not published, batch, warm-up, minimum, weight decay, beta2, and all of 13B
+# and 70B.
+set -euo pipefail
+slm_recipe="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/$(basename "${BASH_SOURCE[0]}")"
+: "${SIZE:=1b}" "${DATA:=data/math-reference.data-args.txt}" "${TOKENS:=500000000}"
+: "${SAVE:=checkpoints/reference-math-$SIZE}"
+# shellcheck source=examples/train_reference.sh
+source "$(dirname "$slm_recipe")/train_reference.sh"

@@ -1,0 +1,70 @@
+# Sourced by the recipes that train on a corpus, which set SIZE and the variables that have no value
+# here: the models, and the arguments that references and policies share, in training[].
+#
+# The paper's: models up to 7B, lengths (its references'), cosine, the policy's batch of a million
+# tokens.  Ours, since the paper does not say: larger models, warm-up, final learning rate, weight
+# decay, beta2, the references' batch.
+
+llama=(--position-embedding-type rope --rotary-base 10000 --normalization RMSNorm
+    --norm-epsilon 1e-5 --swiglu --disable-bias-linear --untie-embeddings-and-output-weights
+    --attention-dropout 0 --hidden-dropout 0)
+case "$SIZE" in
+1b) # TinyLlama-1.1B
+    : "${NODES:=1}" "${BASE:=checkpoints/tinyllama}" "${SEQUENCE:=2048}"
+    : "${BATCH:=512}" "${MICRO_BATCH:=8}" "${SAVE_EVERY:=1000}"
+    model=(--num-layers 22 --hidden-size 2048 --ffn-hidden-size 5632 --num-attention-heads 32
+        --group-query-attention --num-query-groups 4 --kv-channels 64
+        --max-position-embeddings 2048)
+    layout=(--tensor-model-parallel-size 1)
+    ;;
+7b) # Mistral-7B
+    : "${NODES:=4}" "${BASE:=checkpoints/mistral-7b}" "${SEQUENCE:=4096}"
+    : "${BATCH:=256}" "${MICRO_BATCH:=1}" "${SAVE_EVERY:=500}"
+    model=(--num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32
+        --group-query-attention --num-query-groups 8 --kv-channels 128
+        --max-position-embeddings 32768 --window-size "(4095,0)")
+    layout=(--tensor-model-parallel-size 2 --sequence-parallel)
+    ;;
+13b) # Llama-2-13B
+    : "${NODES:=8}" "${BASE:=checkpoints/llama-2-13b}" "${SEQUENCE:=4096}"
+    : "${BATCH:=256}" "${MICRO_BATCH:=2}" "${SAVE_EVERY:=500}"
+    model=(--num-layers 40 --hidden-size 5120 --ffn-hidden-size 13824 --num-attention-heads 40
+        --kv-channels 128 --max-position-embeddings 4096 --make-vocab-size-divisible-by 32)
+    layout=(--tensor-model-parallel-size 4 --sequence-parallel)
+    ;;
+70b) # Llama-2-70B
+    : "${NODES:=32}" "${BASE:=checkpoints/llama-2-70b}" "${SEQUENCE:=4096}"
+    : "${BATCH:=256}" "${MICRO_BATCH:=1}" "${SAVE_EVERY:=250}"
+    model=(--num-layers 80 --hidden-size 8192 --ffn-hidden-size 28672 --num-attention-heads 64
+        --group-query-attention --num-query-groups 8 --kv-channels 128
+        --max-position-embeddings 4096 --make-vocab-size-divisible-by 32)
+    layout=(--tensor-model-parallel-size 8 --sequence-parallel --pipeline-model-parallel-size 4
+        --num-layers-per-virtual-pipeline-stage 5)
+    ;;
+*)
+    echo "error: SIZE $SIZE: there are 1b, 7b, 13b and 70b" >&2
+    exit 2
+    ;;
+esac
+: "${TOKENIZER:=tokenizer.model}"
+# shellcheck source=examples/launch.sh
+source "$(dirname "$slm_recipe")/launch.sh"
+
+INPUTS="$TOKENIZER $BASE" # read by launch.sh's checks
+# shellcheck disable=SC2206
+data=(--data-path $DATA)
+if [[ "$DATA" == *.txt ]]; then
+    INPUTS+=" $DATA"
+    data=(--data-args-path "$DATA")
+fi
+training=(
+    "${model[@]}" "${llama[@]}" "${layout[@]}" "${data[@]}"
+    --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --bf16
+    --seq-length "$SEQUENCE" --micro-batch-size "$MICRO_BATCH" --global-batch-size "$BATCH"
+    --train-samples "$((TOKENS * EPOCHS / SEQUENCE))" --lr "$LR" --min-lr 0
+    --lr-decay-style cosine --lr-warmup-fraction 0.01 --weight-decay 0.1 --adam-beta2 0.95
+    --clip-grad 1.0 --split 998,2,0 --tokenizer-type SentencePieceTokenizer
+    --tokenizer-model "$TOKENIZER" --pretrained-checkpoint "$BASE" --load "$SAVE" --save "$SAVE"
+    --save-interval "$SAVE_EVERY" --exit-signal-handler --eval-interval 500 --eval-iters 20
+    --log-interval 10 --tensorboard-dir "$SAVE/tensorboard" --distributed-timeout-minutes 30
+)
