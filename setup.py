@@ -29,7 +29,8 @@ setup(
         "tensorboard",
     ],
     extras_require={
-        "dev": ["hypothesis", "mypy", "pytest", "ruff"],
+        "dev": ["hypothesis", "lm_eval[hf]>=0.4.10,<0.5", "mypy", "pytest", "ruff"],
+        "evaluation": ["lm_eval[hf,math]>=0.4.10,<0.5"],
         "cuda": ["transformer-engine[pytorch]", "liger-kernel"],
     },
 )

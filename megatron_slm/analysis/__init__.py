@@ -1,0 +1,1 @@
+"""Looking at what runs and jobs left behind.  Reads files; training never imports it."""
