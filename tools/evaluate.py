@@ -86,12 +86,23 @@ def row(score: Score) -> str:
     )
 
 
+def entry(score: Score) -> dict[str, object]:
+    """A score as JSON; the paper's as parts of 1, too."""
+    written = asdict(score)
+    paper = written.pop("benchmark")["paper"]
+    if paper is not None:
+        written["paper"] = {
+            name: round(value / 100, 3) for name, value in zip(MODELS, paper, strict=True)
+        }
+    return written
+
+
 def write(output: Path, model: Path, scores: list[Score]) -> None:
     """All scores as JSON, whole or not at all."""
     written = {
         "model": str(model),
         "lm_eval": version("lm_eval"),
-        "scores": [asdict(score) for score in scores],
+        "scores": [entry(score) for score in scores],
     }
     partial = output.with_name(f"{output.name}.partial")
     partial.write_text(json.dumps(written, indent=2) + "\n")
@@ -102,10 +113,12 @@ def run(args: Namespace) -> None:
     """Do what the command line says."""
     if args.output is not None and not args.output.parent.is_dir():
         raise UserError(f"--output {args.output}: there is no directory {args.output.parent}")
+    if not args.model.is_dir():
+        raise UserError(f"--model {args.model}: no such directory")
     wanted = benchmarks(args.tasks)
+    tasks = load_tasks(wanted, args.include_path, args.run_generated_code)
     scores: list[Score] = []
     with hugging_face_directory(args.model, args.ckpt_step, args.like) as directory:
-        tasks = load_tasks(wanted, args.include_path, args.run_generated_code)
         for some in evaluate(directory, tasks, args.batch_size, args.device):
             if not scores:
                 paper = [f"{name}*" for name in MODELS]
@@ -114,10 +127,11 @@ def run(args: Namespace) -> None:
             scores += some
     if not scores:
         return  # not the first rank
-    notes = {score.benchmark.name: score.benchmark.differs for score in scores}
-    if any(notes.values()):
-        print("* the paper, after 15B tokens; it reasons step by step in all tasks.")
-    print(*(f"{name}: {note}" for name, note in notes.items() if note), sep="\n")
+    if any(benchmark.paper for benchmark in wanted):
+        print("* the paper, after 15B tokens, reasoning step by step in every task")
+    for benchmark in wanted:
+        if benchmark.differs:
+            print(f"{benchmark.name}: {benchmark.differs}")
     if args.output is not None:
         write(args.output, args.model, scores)
 

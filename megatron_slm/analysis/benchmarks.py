@@ -69,20 +69,16 @@ MATH = (
         "here likelihoods of the letters, without reasoning, and anatomy, which it leaves out",
     ),
 )
-GENERAL = tuple(
-    Benchmark(name)
-    for name in """
-        mmlu bbh_cot_fewshot agieval arc_easy arc_challenge boolq piqa hellaswag winogrande
-        openbookqa tydiqa_goldp humaneval mbpp
-    """.split()
-) + (MATH[0], MATH[1])
+GENERAL_NAMES = """
+    mmlu bbh_cot_fewshot agieval arc_easy arc_challenge boolq piqa hellaswag winogrande openbookqa
+    tydiqa_goldp humaneval mbpp gsm8k_cot minerva_math500
+""".split()
+KNOWN = {one.name: one for one in MATH}
+GENERAL = tuple(KNOWN.get(name, Benchmark(name)) for name in GENERAL_NAMES)
 GROUPS = {"math": MATH, "general": GENERAL}
 
 
 def benchmarks(names: Sequence[str]) -> list[Benchmark]:
     """What groups and lm-eval's names stand for, each once, in the order given."""
-    known = {one.name: one for one in MATH}
-    found = [
-        one for name in names for one in GROUPS.get(name, (known.get(name) or Benchmark(name),))
-    ]
+    found = [one for name in names for one in GROUPS.get(name, (KNOWN.get(name, Benchmark(name)),))]
     return list(dict.fromkeys(found))

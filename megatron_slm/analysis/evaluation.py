@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,6 +30,7 @@ from megatron_slm.model.torch_dist import TRACKER, iteration_directory
 
 FEW_SHOT_SEED = 1234  # lm-eval's own
 SHARD_BYTES = 5 * 10**9
+TOKENIZER_SETTINGS = ("tokenizer.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,8 @@ def hugging_face_directory(model: Path, step: int | None, like: Path | None) -> 
     Raises:
         UserError: `model` is neither, cannot be exported, or has no tokenizer.
     """
-    if not model.is_dir():
-        raise UserError(f"--model {model}: no such directory")
     if (model / "config.json").is_file():
-        if not has_tokenizer(model):
-            raise UserError(f"--model {model} has no tokenizer; copy the tokenizer's files there")
+        _check_tokenizer(model, "copy the tokenizer's files there")
         yield model
         return
     if step is None and not (model / TRACKER).is_file():
@@ -83,12 +82,19 @@ def hugging_face_directory(model: Path, step: int | None, like: Path | None) -> 
     with TemporaryDirectory(prefix="megatron-slm-") as temporary:
         exported = Path(temporary) / "hf"
         export_hugging_face(checkpoint, exported, like, None, SHARD_BYTES)
-        if not has_tokenizer(exported):
-            raise UserError(
-                f"--model {model} does not say where its tokenizer is; name a Hugging Face "
-                "directory that has it with --like"
-            )
+        _check_tokenizer(exported, f"name a Hugging Face directory that has {model}'s with --like")
         yield exported
+
+
+def _check_tokenizer(directory: Path, remedy: str) -> None:
+    """Transformers would read a sentencepiece model alone in another way than training did."""
+    if not has_tokenizer(directory):
+        raise UserError(f"{directory} has no tokenizer; {remedy}")
+    if not any((directory / name).is_file() for name in TOKENIZER_SETTINGS):
+        raise UserError(
+            f"{directory} has a sentencepiece model without the tokenizer_config.json that says "
+            f"how to read it; {remedy}"
+        )
 
 
 def load_tasks(
@@ -108,9 +114,7 @@ def load_tasks(
     if include is not None and not include.is_dir():
         raise UserError(f"--include-path {include}: no such directory")
     os.environ["HF_ALLOW_CODE_EVAL"] = str(int(run_code))  # read when a task's metric is made
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_path=include)
+    manager = _known_tasks(include)
     for benchmark in wanted:
         entry = manager.task_index.get(benchmark.name)
         if entry is None:
@@ -125,6 +129,13 @@ def load_tasks(
                 "--run-generated-code, inside a container"
             )
     return {benchmark: _load_task(manager, benchmark) for benchmark in wanted}
+
+
+@lru_cache  # reading lm-eval's 15,000 takes seconds
+def _known_tasks(include: Path | None) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include)
 
 
 def _load_task(manager: Any, benchmark: Benchmark) -> Any:
@@ -177,31 +188,29 @@ def _scores(benchmark: Benchmark, results: dict[str, Any]) -> list[Score]:
     """Those of the benchmark's name, or of all its tasks where lm-eval has no average of them."""
     by_task: dict[str, dict[str, Any]] = results["results"]
     own = by_task.get(benchmark.name, {})
-    names = [benchmark.name] if _metrics(own) else list(by_task)
-    leaves = {shots for name, shots in results["n-shot"].items() if name in results["configs"]}
-    return [
-        Score(
-            benchmark,
-            task=name,
-            shots=results["configs"].get(name, {}).get("num_fewshot", _only(leaves)),
-            samples=by_task[name]["sample_len"],
-            metric=metric,
-            value=by_task[name][metric],
-            stderr=_number(by_task[name].get(metric.replace(",", "_stderr,"))),
-        )
-        for name in names
-        for metric in _metrics(by_task[name])
-        if benchmark.metric in (None, metric)
-    ]
+    names = [benchmark.name] if _metrics(own, benchmark) else list(by_task)
+    shots = {config["num_fewshot"] for config in results["configs"].values()}
+    found = []
+    for name in names:
+        result = by_task[name]
+        for metric in _metrics(result, benchmark):
+            stderr = result.get(metric.replace(",", "_stderr,"))
+            found.append(
+                Score(
+                    benchmark,
+                    task=name,
+                    shots=min(shots) if len(shots) == 1 else None,
+                    samples=result["sample_len"],
+                    metric=metric,
+                    value=float(result[metric]),
+                    stderr=stderr if isinstance(stderr, float) else None,  # else "N/A"
+                )
+            )
+    return found
 
 
-def _metrics(result: dict[str, Any]) -> list[str]:
+def _metrics(result: dict[str, Any], benchmark: Benchmark) -> list[str]:
+    """The benchmark's if it is there, else all."""
+    if benchmark.metric in result:
+        return [benchmark.metric]
     return [name for name in result if "," in name and "_stderr," not in name]
-
-
-def _only(values: set[int]) -> int | None:
-    return next(iter(values)) if len(values) == 1 else None
-
-
-def _number(value: object) -> float | None:
-    return value if isinstance(value, float) else None
