@@ -29,8 +29,8 @@ setup(
         "tensorboard",
     ],
     extras_require={
-        "dev": ["hypothesis", "lm_eval[hf]>=0.4.10,<0.5", "mypy", "pytest", "ruff"],
-        "evaluation": ["lm_eval[hf,math]>=0.4.10,<0.5"],
+        "dev": ["hypothesis", "lm_eval[hf]>=0.4.13,<0.5", "mypy", "pytest", "ruff"],
+        "evaluation": ["lm_eval[hf,math]>=0.4.13,<0.5"],
         "cuda": ["transformer-engine[pytorch]", "liger-kernel"],
     },
 )

@@ -5,8 +5,8 @@
     python tools/evaluate.py --model policy-hf --tasks mine --include-path tasks   # tasks/mine.yaml
     torchrun --nproc_per_node 8 tools/evaluate.py --model policy-hf --tasks math
 
-A Megatron checkpoint is exported to a temporary directory first.  Tasks in --include-path that read
-local files need no network.
+A Megatron checkpoint is exported to a temporary directory (of TMPDIR) first.  Tasks in
+--include-path that read local files need no network.
 """
 
 from __future__ import annotations

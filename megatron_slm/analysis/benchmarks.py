@@ -2,7 +2,7 @@
 
 Table 1 of the paper is few-shot chain of thought under the authors' own harness
 (github.com/ZubinGou/math-evaluation-harness).  lm-eval's tasks come close to it in some cases only,
-and `differs` says where not.  lm-eval has no SVAMP, MAWPS and TabMWP, and other SAT questions.
+and `differs` says in what not.  It has no SVAMP, MAWPS or TabMWP, and other SAT questions.
 
 The 15 general tasks run with as many examples as lm-eval itself gives them.
 """
@@ -52,7 +52,7 @@ MATH = (
         8,
         "exact_match,flexible-extract",
         (36.7, 61.4, 71.0, 79.0),
-        "the paper's examples, here under an instruction; it drops questions of several answers",
+        "the paper's examples, here under an instruction; the paper drops some questions",
     ),
     Benchmark(
         "mathqa",
@@ -66,7 +66,7 @@ MATH = (
         4,
         "acc,none",
         (23.0, 24.7, 52.6, 54.6),
-        "here likelihoods of the letters, without reasoning, and anatomy, which it leaves out",
+        "here likelihoods of the letters, without reasoning, and anatomy; the paper leaves it out",
     ),
 )
 GENERAL_NAMES = """

@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from megatron_slm.analysis.benchmarks import Benchmark
 from megatron_slm.errors import UserError
@@ -124,11 +125,15 @@ def load_tasks(
                 "name" + (f"; near it are {', '.join(near)}" if near else "")
             )
         if (entry.cfg or {}).get("unsafe_code") and not run_code:
-            raise UserError(
-                f"--tasks {benchmark.name} runs code that the model writes; allow it with "
-                "--run-generated-code, inside a container"
-            )
-    return {benchmark: _load_task(manager, benchmark) for benchmark in wanted}
+            raise _code_refused(benchmark)  # lm-eval would not load it
+    return {benchmark: _load_task(manager, benchmark, run_code) for benchmark in wanted}
+
+
+def _code_refused(benchmark: Benchmark) -> UserError:
+    return UserError(
+        f"--tasks {benchmark.name} runs code that the model writes; allow it with "
+        "--run-generated-code, inside a container"
+    )
 
 
 @lru_cache  # reading lm-eval's 15,000 takes seconds
@@ -138,16 +143,22 @@ def _known_tasks(include: Path | None) -> Any:
     return TaskManager(include_path=include)
 
 
-def _load_task(manager: Any, benchmark: Benchmark) -> Any:
+def _load_task(manager: Any, benchmark: Benchmark, run_code: bool) -> Any:
     try:
         loaded = manager.load(benchmark.name)
-    except (AssertionError, ImportError, OSError, ValueError) as error:
-        raise UserError(f"--tasks {benchmark.name} cannot be loaded: {error}") from error
+    except Exception as error:  # a task is YAML, Python and data of somebody else
+        raise UserError(f"--tasks {benchmark.name} cannot be loaded: {_line(error)}") from error
     for task in loaded["tasks"].values():
+        if getattr(task, "UNSAFE_CODE", False) and not run_code:
+            raise _code_refused(benchmark)
         shots = benchmark.shots if benchmark.shots is not None else task.config.num_fewshot
         task.set_config("num_fewshot", shots or 0)
         task.set_fewshot_seed(FEW_SHOT_SEED)
     return loaded
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def evaluate(
@@ -176,9 +187,10 @@ def evaluate(
             # One process spreads the layers over its GPUs: 70B do not fit on one.
             parallelize=device is None and alone and torch.cuda.device_count() > 1,
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"{directory} cannot be read by transformers: {error}") from error
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{directory} cannot be read by transformers: {_line(error)}") from error
     for benchmark, loaded in tasks.items():
+        # load_tasks has asked about code already.
         results = run(model, loaded, log_samples=False, confirm_run_unsafe_code=True)
         if results is not None:
             yield _scores(benchmark, results)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import runpy
 import shutil
 import socket
@@ -157,6 +158,10 @@ def tasks(documents: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFact
     data.write_text("".join(json.dumps(document) + "\n" for document in documents))
     for name, kind in (("which_words", CHOICES), ("mathqa", CHOICES), ("right_words", RIGHT_WORDS)):
         (directory / f"{name}.yaml").write_text(TASK.format(name=name, data=data) + kind)
+    unsafe = TASK.format(name="unsafe", data=data) + CHOICES + "unsafe_code: true\n"
+    (directory / "unsafe.yaml").write_text(unsafe)
+    (directory / "group.yaml").write_text("group: unsafe_group\ntask: [which_words, unsafe]\n")
+    (directory / "broken.yaml").write_text("group: broken\ntask: [no_such_task]\n")
     return directory
 
 
@@ -242,10 +247,18 @@ def test_what_is_refused(
         (["--model", megatron, *local], "no tokenizer; name a Hugging Face directory that has"),
         (["--model", llama, *local[:3], "which_word"], "name; near it are which_words"),
         (["--model", llama, *local[:3], "general"], "humaneval runs code that the model writes"),
+        (["--model", llama, *local[:3], "unsafe"], "unsafe runs code that the model writes"),
+        (["--model", llama, *local[:3], "unsafe_group"], "group runs code that the model writes"),
+        (["--model", llama, *local[:3], "broken"], "broken cannot be loaded"),
         (["--model", llama, *local, "--include-path", llama / "no"], "no: no such directory"),
         (["--model", llama, *local, "--output", tmp_path / "no" / "o"], "there is no directory"),
     ):
         assert message in refused(capsys, *arguments)
+
+    torn = tmp_path / "torn"
+    shutil.copytree(llama, torn)
+    os.truncate(torn / "model.safetensors", 5000)
+    assert "cannot be read by transformers" in refused(capsys, "--model", torn, *local)
 
     bare = tmp_path / "bare"
     shutil.copytree(llama, bare)
