@@ -4,7 +4,7 @@
     names of tasks      -> tasks, all of them loaded before the first is run
     each task           -> lm-eval on transformers' model -> scores
 
-Under torchrun on GPUs each rank takes its part of the questions, and the first has the scores.
+Under torchrun the GPUs of a node take a part of the questions each; the first rank has the scores.
 """
 
 from __future__ import annotations
@@ -173,19 +173,21 @@ def evaluate(
         device: as torch names it; None for all GPUs, or the CPU.
 
     Raises:
-        UserError: transformers cannot read the model.
+        UserError: transformers cannot read the model, or there are more ranks than GPUs.
     """
     from lm_eval import evaluate as run
     from lm_eval.models.huggingface import HFLM
 
-    alone = int(os.getenv("WORLD_SIZE", "1")) == 1
+    ranks, gpus = int(os.getenv("WORLD_SIZE", "1")), torch.cuda.device_count()
+    if ranks > max(gpus, 1):
+        raise UserError(f"{ranks} ranks on {gpus} GPUs: give each its own, all in one node")
     try:
         model = HFLM(
             pretrained=str(directory),
             device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
             batch_size=batch_size,
             # One process spreads the layers over its GPUs: 70B do not fit on one.
-            parallelize=device is None and alone and torch.cuda.device_count() > 1,
+            parallelize=device is None and ranks == 1 and gpus > 1,
         )
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{directory} cannot be read by transformers: {_line(error)}") from error

@@ -260,6 +260,12 @@ def test_what_is_refused(
     os.truncate(torn / "model.safetensors", 5000)
     assert "cannot be read by transformers" in refused(capsys, "--model", torn, *local)
 
+    with monkeypatch.context() as change:
+        change.setenv("WORLD_SIZE", "2")
+        change.setattr(torch.cuda, "device_count", lambda: 1)
+        assert "2 ranks on 1 GPUs" in refused(capsys, "--model", llama, *local)
+        assert "export it first" in refused(capsys, "--model", megatron, *local)
+
     bare = tmp_path / "bare"
     shutil.copytree(llama, bare)
     (bare / "tokenizer.json").unlink()
