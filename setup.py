@@ -43,13 +43,16 @@ setup(
         "dev": [
             "datasets",
             "hypothesis",
+            "lm_eval[hf]>=0.4.13,<0.5",
             "matplotlib",
             "mypy",
             "pytest",
+            "pytest-xdist",
             "ruff",
             *DATA,
             *DATATROVE,
         ],
+        "evaluation": ["lm_eval[hf,math]>=0.4.13,<0.5"],
         "sft": ["datasets"],  # Megatron's SFT dataset reads with it
         "cuda": ["transformer-engine[pytorch]"],
     },

@@ -10,4 +10,5 @@ use_environment dev
 ruff check .
 ruff format --check .
 mypy
-python -m pytest "$@"
+# A file of tests at a time on each core.
+python -m pytest --numprocesses 2 --dist loadfile "$@"

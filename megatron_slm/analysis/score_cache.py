@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> None:
             f"{name:{width}} {histogram.sum():15,} {mean(histogram):8.3f}"
             + "".join(f"{percentile(histogram, p):8.3f}" for p in PERCENTILES)
         )
-    if args.plot:
+    if args.plot and histograms:
         plot(histograms, args.plot)
     if faults:
         raise UserError("; ".join(faults))

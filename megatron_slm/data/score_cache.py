@@ -7,8 +7,8 @@
 A section is a split of training samples in the order in which training draws them (kind "sample"),
 or a dataset cut into windows of s tokens in the order of its file (kind "document").  A shard gets
 its name when it is whole and on the disk, so what has a name is good, and a killed job goes on with
-the others.  Every record proves itself when it is read: that its bytes are those written, and that
-the sample has the labels that were scored.
+the others.  Every record proves itself when it is read: that its bytes are those written and, by
+sample, that the labels are those scored.
 """
 
 from __future__ import annotations
@@ -191,30 +191,33 @@ def missing_shards(directory: Path, manifest: Manifest) -> list[tuple[str, int]]
     return [
         (section, shard)
         for section in manifest.sections
+        for there in [_names(directory / section)]
         for shard in range(manifest.shards(section))
-        if not shard_path(directory, section, shard).exists()
+        if shard_path(directory, section, shard).name not in there
     ]
+
+
+def _names(directory: Path) -> set[str]:
+    """Of its files.  A file system that thousands of ranks ask answers a listing more readily than
+    a question for each file."""
+    return set(os.listdir(directory)) if directory.is_dir() else set()
 
 
 class Section:
     """Reads the records of a section.
 
     Raises:
-        UserError: a shard is missing or has the wrong size.
+        UserError: a shard is missing.
     """
 
     def __init__(self, directory: Path, manifest: Manifest, name: str) -> None:
         self.directory, self.manifest, self.name = directory, manifest, name
+        there = _names(directory / name)
         for shard in range(manifest.shards(name)):
             path = shard_path(directory, name, shard)
-            size = len(manifest.records_of(name, shard)) * manifest.record.itemsize
-            have = path.stat().st_size if path.exists() else None
-            if have != size:
+            if path.name not in there:
                 raise UserError(
                     f"{path} is missing: finish the cache with the command that began it"
-                    if have is None
-                    else f"{path} is damaged: it has {have} bytes, not {size}; delete it and "
-                    "run tools/score_reference.py again"
                 )
 
     def __len__(self) -> int:
@@ -238,7 +241,8 @@ class Section:
             )
         shard, row = divmod(number, self.manifest.shard_records)
         path = shard_path(self.directory, self.name, shard)
-        record = _open_shard(path, self.manifest.record)[row]
+        records = len(self.manifest.records_of(self.name, shard))
+        record = _open_shard(path, self.manifest.record, records)[row]
         if checksum(record["losses"]) != record["losses_crc"]:
             raise UserError(
                 f"{path} is damaged at record {row} (sample {number}): delete it and run "
@@ -255,7 +259,13 @@ class Section:
 
 # Of all sections together: a process that reads a blend must not run out of mappings.
 @lru_cache(OPEN_SHARDS)
-def _open_shard(path: Path, record: np.dtype[Any]) -> np.memmap[Any, Any]:
+def _open_shard(path: Path, record: np.dtype[Any], records: int) -> np.memmap[Any, Any]:
+    size = path.stat().st_size
+    if size != records * record.itemsize:
+        raise UserError(
+            f"{path} is damaged: it has {size} bytes, not {records * record.itemsize}; delete it "
+            "and run tools/score_reference.py again"
+        )
     return np.memmap(path, record, mode="r")
 
 

@@ -16,7 +16,8 @@ from typing import Any
 from megatron_slm.errors import UserError
 from megatron_slm.model.torch_dist import TorchDistReader, iteration_directory
 
-END_BYTES = 1 << 16  # of each file, for a fingerprint
+# Enough to tell models apart, and little enough for every rank to read at every start.
+FILES, BLOCK_BYTES = 8, 1 << 16
 
 # What shapes a dense GPT or its arithmetic; everything else (parallelism, precision, recompute) the
 # reference takes from the policy's run.
@@ -83,13 +84,14 @@ def open_checkpoint(load: str, step: int | None) -> ReferenceCheckpoint:
 
 
 def fingerprint(checkpoint: ReferenceCheckpoint) -> dict[str, str]:
-    """The iteration's name, and a hash of its files' names, sizes and ends."""
+    """The iteration's name, and a hash of its weights' files: names, sizes, blocks from the middle
+    of some."""
     digest = hashlib.sha256()
-    for path in sorted(checkpoint.directory.iterdir()):
-        with path.open("rb") as stream:
-            size = stream.seek(0, 2)
-            digest.update(f"{path.name} {size}".encode())
-            for start in {0, max(0, size - END_BYTES)}:
-                stream.seek(start)
-                digest.update(stream.read(END_BYTES))
+    for number, path in enumerate(sorted(checkpoint.directory.glob("*.distcp"))):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        if number < FILES:
+            with path.open("rb") as stream:
+                stream.seek(size // 2)
+                digest.update(stream.read(BLOCK_BYTES))
     return {"iteration": checkpoint.directory.name, "files": digest.hexdigest()[:32]}

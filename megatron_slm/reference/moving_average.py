@@ -10,6 +10,7 @@ from has its average.  What is saved is an ordinary checkpoint, of use as a refe
 
 from __future__ import annotations
 
+import shutil
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,7 +36,7 @@ class MovingAverage(OnlineReference):
     """Scores with the average of the policy's weights.
 
     Args:
-        arguments: its own, from follower_arguments().
+        arguments: its own, from frozen_arguments().
         decay: in (0, 1).
         layer_spec: as for the policy.
         resume: directory and iteration of the policy's checkpoint; None where it starts afresh, and
@@ -95,6 +96,9 @@ class MovingAverage(OnlineReference):
         dist_checkpointing.save(state, str(directory))
         if first:
             (directory.parent / TRACKER).write_text(str(iteration))
+            for old in directory.parent.glob("iter_*"):
+                if old != directory and not (Path(save) / old.name).exists():
+                    shutil.rmtree(old)  # the policy's checkpoint is gone as well
         torch.distributed.barrier()
 
     def _load(self, load: Path, iteration: int) -> None:

@@ -1,6 +1,6 @@
 """A frozen model whose weights stay in host memory and visit the device when they are needed.
 
-    host     every layer's weights, one pinned buffer each
+    host     every layer's weights, one pinned buffer each (of a power of two of bytes, in torch)
     device   two buffers of the largest layer's size: one computes, the other is filled meanwhile
     begin()  embedding, last norm and output layer come for the whole pass, and leave at end()
 
@@ -36,6 +36,7 @@ class StreamedLayers:
         self.free = [torch.cuda.Event(), torch.cuda.Event()]
         self.ready = [torch.cuda.Event(), torch.cuda.Event()]
         self.stream = torch.cuda.Stream()
+        self.stream.wait_stream(torch.cuda.current_stream())  # what the buffers' memory was before
         self.buffer_of: dict[int, int] = {}  # of layers on the device
         self.fetched = 0
         for number, layer in enumerate(model.decoder.layers):

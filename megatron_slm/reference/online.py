@@ -130,7 +130,7 @@ def frozen_reference(
 def _joined(wanted: int | None, micro_batch_size: int, count: int) -> int:
     """How many of `count` micro-batches are scored at once: as many as wanted, or fewer if that
     does not divide count."""
-    return math.gcd((wanted or micro_batch_size) // micro_batch_size, count)
+    return math.gcd(max(1, (wanted or 0) // micro_batch_size), count)
 
 
 def _join(inputs: list[dict[str, Tensor | None]]) -> dict[str, Tensor | None]:
@@ -167,6 +167,7 @@ def frozen_arguments(arguments: Namespace) -> Namespace:
     own.fp8_recipe = "tensorwise"
     own.fp4 = own.te_precision_config_file = None
     own.fp8_param_gather = own.fp4_param_gather = False
+    own.disable_parameter_transpose_cache = True  # no copies in fp8 beside the weights
     if own.slm_reference_offload:
         own.use_cpu_initialization = True  # never whole on the device
     # Buffers and hooks that are made for the policy's sizes, or registered once a process.

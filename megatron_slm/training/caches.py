@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,17 +28,19 @@ class Caches:
     sections: dict[str, Section]
     identity: str
 
-    def section(self, name: str) -> Section:
-        """
+    def check_samples(self, datasets: Sequence[Any], wanted: Sequence[int | None]) -> None:
+        """Compare with the training, validation and test samples that a run draws.
+
         Raises:
-            UserError: nothing of that split was scored.
+            UserError: fewer were scored.
         """
-        if name not in self.sections:
-            raise UserError(
-                f"the score cache holds {', '.join(self.sections)}, not {name}: score with the "
-                "run's own --eval-iters and --eval-interval"
-            )
-        return self.sections[name]
+        for split, dataset, count in zip(SPLITS, datasets, wanted, strict=True):
+            scored = len(self.sections[split]) if split in self.sections else 0
+            if dataset is not None and (count or 0) > scored:
+                raise UserError(
+                    f"the run draws {count} {split} samples, and the score cache has {scored}: "
+                    "score with the run's own --train-iters, --eval-iters and --eval-interval"
+                )
 
 
 def data_prefixes(args: Namespace) -> list[str]:
@@ -84,12 +87,19 @@ def open_caches(args: Namespace) -> Caches:
     directories = [Path(directory) for directory in args.slm_reference_cache]
     manifests = [read_manifest(directory) for directory in directories]
     kind = manifests[0].kind
+    if kind == "sample" and args.dataloader_type != "single":
+        raise UserError(
+            f"--dataloader-type {args.dataloader_type} draws samples in an order of its own: score "
+            "--by document"
+        )
     if len(manifests) > 1 and any(manifest.kind != "document" for manifest in manifests):
         raise UserError("several directories in --slm-reference-cache must be --by document each")
     own = describe_data(args, kind)
     sections: dict[str, Section] = {}
     for directory, manifest in zip(directories, manifests, strict=True):
         _check(args, own, directory, manifest)
+        if twice := sections.keys() & manifest.sections.keys():
+            raise UserError(f"--slm-reference-cache: two have losses of {', '.join(sorted(twice))}")
         sections |= {name: Section(directory, manifest, name) for name in manifest.sections}
     if kind == "document" and (lacking := own["datasets"].keys() - sections.keys()):
         raise UserError(

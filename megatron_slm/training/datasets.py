@@ -77,8 +77,9 @@ class DatasetProvider:
         print_rank_0("> finished creating GPT datasets ...")
         if caches is None or caches.kind == "document":
             return datasets
+        caches.check_samples(datasets, samples)
         return [
-            None if dataset is None else SampleScored(dataset, caches.section(split))
+            None if dataset is None else SampleScored(dataset, caches.sections[split])
             for split, dataset in zip(SPLITS, datasets, strict=True)
         ]
 

@@ -125,7 +125,8 @@ def _shared(values: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -
     """The first tensor-parallel rank's values, on all of them."""
     group = mpu.get_tensor_model_parallel_group()
     result = torch.empty(shape, dtype=dtype, device=torch.cuda.current_device())
-    if values is not None:
+    if mpu.get_tensor_model_parallel_rank() == 0:
+        assert values is not None, "the samples lack it"
         result.copy_(values, non_blocking=True)
     if group.size() > 1:
         torch.distributed.broadcast(result, group=group, group_src=0)

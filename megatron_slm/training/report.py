@@ -32,7 +32,8 @@ def install(timed: bool) -> None:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        due = iteration % get_args().log_interval == 0 or kwargs.get("is_first_iteration", False)
+        first = kwargs.get("is_first_iteration", False)
+        due = iteration % get_args().log_interval == 0 or first
         before = dict(total_loss_dict)  # which Megatron resets when it prints
         share = _reference_share() if due and timed else None
         result = training_log(
@@ -55,7 +56,7 @@ def install(timed: bool) -> None:
                 values = "".join(f" {name}: {value:.6E} |" for name, value in left_out.items())
                 print_rank_last(f" iteration {iteration:8d} |{values}")
             # Those of them that ran; the time is that of one iteration.
-            get_timers().log(TIMERS, normalizer=get_args().log_interval)
+            get_timers().log(TIMERS, normalizer=get_args().log_interval, reset=not first)
         return result
 
     training.training_log = log

@@ -34,5 +34,6 @@ def check_same_reference(args: Namespace, saved: Namespace) -> None:
     if args.slm_reference_ckpt_step is None and before not in (None, now):
         raise UserError(
             f"this run selected tokens by {before} of the reference so far, and now that is {now}: "
-            "give the same, or say which one with --slm-reference-ckpt-step"
+            "give the same; a checkpoint that is to take its place is named by "
+            "--slm-reference-ckpt-step as well"
         )

@@ -11,6 +11,7 @@ and go on in another layout.
 
 from __future__ import annotations
 
+import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,11 +44,13 @@ from megatron_slm.training.datasets import (
     use_prebuilt_helpers,
 )
 from megatron_slm.training.micro_batch import read_micro_batches
-from megatron_slm.training.sources import open_reference
+from megatron_slm.training.sources import check_options, open_reference
 from megatron_slm.training.tokenizer import record_tokenizer
 
-# A shard is what a kill may cost a replica, and what replicas share work by.
-MOST_RECORDS, LEAST_RECORDS, SHARDS = 2048, 16, 512
+# A shard is what a kill may cost a replica, what replicas share work by, and what they hold on
+# their devices at a time.
+MOST_TOKENS, LEAST_RECORDS, SHARDS = 1 << 23, 16, 512
+POLL_SECONDS = 5.0
 
 
 def parse_arguments(add_own: Callable[[ArgumentParser], ArgumentParser]) -> Namespace:
@@ -113,8 +116,8 @@ def _add_arguments(parser: ArgumentParser) -> ArgumentParser:
         "--shard-samples",
         type=int,
         metavar="N",
-        help=f"Samples of a file. Default: enough for {SHARDS} files, but {LEAST_RECORDS} to "
-        f"{MOST_RECORDS}.",
+        help=f"Samples of a file. Default: enough for {SHARDS} files, but at least {LEAST_RECORDS} "
+        f"and at most {MOST_TOKENS} tokens.",
     )
     return parser
 
@@ -125,6 +128,7 @@ def score(args: Namespace, layer_spec: Callable[..., Any] | None) -> None:
     Raises:
         UserError: bad input, found on every rank alike; a loss that is no number.
     """
+    check_options(args)
     record_tokenizer(args, get_tokenizer())
     check_files(args)
     checkpoint, own_arguments = open_reference(
@@ -146,14 +150,21 @@ def score(args: Namespace, layer_spec: Callable[..., Any] | None) -> None:
     batches = _load(args, datasets, manifest, mine)
     first = torch.distributed.get_rank() == 0
     records = sum(len(manifest.records_of(*shard)) for shard in mine)
-    progress = tqdm(total=records * manifest.sequence_length, unit="token", unit_scale=True)
-    progress.disable = not first
+    progress = tqdm(
+        total=records * manifest.sequence_length,
+        unit="token",
+        unit_scale=True,
+        disable=not first,
+    )
     for section, shard in mine:
         numbers = manifest.records_of(section, shard)
         _score_shard(args, reference, batches, directory, manifest, section, shard)
         progress.update(len(numbers) * manifest.sequence_length)
     progress.close()
-    torch.distributed.barrier()
+    # Others may need longer than a collective may wait.  The first rank stays: it is the job's
+    # store.
+    while first and missing_shards(directory, manifest):
+        time.sleep(POLL_SECONDS)
     print_rank_0(f"> {directory} is complete")
 
 
@@ -205,12 +216,14 @@ def _begin(
 ) -> tuple[Manifest, list[tuple[str, int]]]:
     """Write the manifest; what remains to be scored."""
     sections = {name: size for name, (_, size) in datasets.items() if size > 0}
-    most = max(sections.values())
+    if not sections:
+        raise UserError("there is nothing to score: no samples, or no --data-path")
+    enough = max(LEAST_RECORDS, max(sections.values()) // SHARDS)
     manifest = Manifest(
         kind=args.by,
         dtype=args.cache_dtype,
         sequence_length=args.seq_length,
-        shard_records=args.shard_samples or min(MOST_RECORDS, max(LEAST_RECORDS, most // SHARDS)),
+        shard_records=args.shard_samples or max(1, min(enough, MOST_TOKENS // args.seq_length)),
         sections=sections,
         source=describe_data(args, args.by),
         reference=fingerprint(checkpoint),
@@ -220,15 +233,15 @@ def _begin(
 
 
 def _on_first_rank(function: Callable[[], Any]) -> Any:
-    """Its result, or its UserError, on all ranks."""
+    """Its result, or its exception, on all ranks."""
     answer: list[Any] = [None]
     if torch.distributed.get_rank() == 0:
         try:
             answer = [function()]
-        except UserError as error:
+        except Exception as error:
             answer = [error]
     torch.distributed.broadcast_object_list(answer, src=0)
-    if isinstance(answer[0], UserError):
+    if isinstance(answer[0], Exception):
         raise answer[0]
     return answer[0]
 
@@ -266,16 +279,18 @@ def _load(
     if not reads_data():
         return None
     size = args.micro_batch_size
-    batches = []
-    for section, shard in shards:
-        numbers = list(manifest.records_of(section, shard))
-        numbers += numbers[-1:] * (-len(numbers) % size)
-        named = [(section, number) for number in numbers]
-        batches += [named[start : start + size] for start in range(0, len(named), size)]
+
+    def batches() -> Iterator[list[tuple[str, int]]]:
+        for section, shard in shards:
+            numbers = list(manifest.records_of(section, shard))
+            numbers += numbers[-1:] * (-len(numbers) % size)
+            for start in range(0, len(numbers), size):
+                yield [(section, number) for number in numbers[start : start + size]]
+
     return iter(
         torch.utils.data.DataLoader(
             _Records({name: dataset for name, (dataset, _) in datasets.items()}),
-            batch_sampler=batches,
+            batch_sampler=batches(),
             num_workers=args.num_workers,
             pin_memory=True,
         )

@@ -9,14 +9,18 @@
 
 from __future__ import annotations
 
+import json
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
+
+from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_slm.errors import UserError
 from megatron_slm.loss import Scoring
-from megatron_slm.reference.checkpoint import ReferenceCheckpoint, open_checkpoint
+from megatron_slm.reference import Reference
+from megatron_slm.reference.checkpoint import ReferenceCheckpoint, fingerprint, open_checkpoint
 from megatron_slm.reference.moving_average import MovingAverage
 from megatron_slm.reference.online import (
     frozen_arguments,
@@ -27,16 +31,6 @@ from megatron_slm.reference.several import SeveralReferences
 from megatron_slm.training.caches import Caches, open_caches
 from megatron_slm.training.micro_batch import MicroBatch
 from megatron_slm.training.tokenizer import check_tokenizer
-
-
-class Reference(Protocol):
-    """Gives a step's micro-batches their reference losses."""
-
-    def score(
-        self, micro_batches: Iterator[MicroBatch], count: int, micro_batch_size: int
-    ) -> Iterator[MicroBatch]:
-        """The micro-batches of a step, with what the reference says of their tokens set on the last
-        pipeline stage.  Collective over the ranks that share them."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +70,7 @@ def open_source(
     ]
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} name a reference each; give one of them")
-    _check_options(args)
+    check_options(args)
     if not given:
         return None
     if args.slm_reference_cache:
@@ -99,7 +93,11 @@ class _Cached:
         return micro_batches
 
 
-def _check_options(args: Namespace) -> None:
+def check_options(args: Namespace) -> None:
+    """
+    Raises:
+        UserError: options that do not suit the reference, or of none.
+    """
     if args.slm_reference_ckpt_step is not None and len(args.slm_reference_load or []) != 1:
         raise UserError("--slm-reference-ckpt-step needs --slm-reference-load with one directory")
     online = args.slm_reference_load or args.slm_reference
@@ -126,6 +124,11 @@ def _checkpoints(
 ) -> Source:
     named = _by_domain(args.slm_reference_load, domains)
     by_domain = any(name in domains for name in named)
+    if by_domain and get_blend_and_blend_per_split(args)[0] is None:
+        raise UserError(
+            "--slm-reference-load NAME=DIR needs --data-path and --split: validation has to have "
+            "the training blend's datasets"
+        )
     opened = [open_reference(args, load, args.slm_reference_ckpt_step) for load in named.values()]
 
     def build() -> Reference:
@@ -135,8 +138,8 @@ def _checkpoints(
         numbers = [domains.index(name) for name in named] if by_domain else None
         return SeveralReferences(references, numbers)
 
-    identity = ", ".join(checkpoint.directory.name for checkpoint, _ in opened)
-    return Source(build, identity, by_domain)
+    identity = [fingerprint(checkpoint) for checkpoint, _ in opened]
+    return Source(build, json.dumps(identity, sort_keys=True), by_domain)
 
 
 def open_reference(
@@ -181,7 +184,15 @@ def _moving_average(
     for flag, value in (
         ("--slm-reference-offload", args.slm_reference_offload),
         ("--overlap-param-gather", args.overlap_param_gather),
+        ("--non-persistent-save-interval", args.non_persistent_save_interval),
+        ("--spec", args.spec),
+        ("multi-latent attention", args.multi_latent_attention),
         ("virtual pipeline stages", args.virtual_pipeline_model_parallel_size),
+        ("--pipeline-model-parallel-layout", args.pipeline_model_parallel_layout),
+        ("stages of different sizes", args.decoder_first_pipeline_num_layers is not None),
+        ("stages of different sizes", args.decoder_last_pipeline_num_layers is not None),
+        ("stages of different sizes", args.account_for_embedding_in_pipeline_split),
+        ("stages of different sizes", args.account_for_loss_in_pipeline_split),
     ):
         if value:
             raise UserError(f"--slm-reference ema cannot be used with {flag}")

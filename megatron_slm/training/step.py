@@ -19,6 +19,7 @@ from megatron.training import get_args, get_timers
 from torch import Tensor
 
 from megatron_slm.loss import Scoring, Selecting, all_losses, loss_of_selected
+from megatron_slm.reference import Reference
 from megatron_slm.reference.moving_average import MovingAverage
 from megatron_slm.selection import CarriedThreshold, Choice, Ranks, TokenSelector
 from megatron_slm.training import seam
@@ -26,7 +27,7 @@ from megatron_slm.training.micro_batch import MicroBatch, read_micro_batches
 from megatron_slm.training.objective import MicroBatchObjective, token_scores
 from megatron_slm.training.resumed import check_same_reference
 from megatron_slm.training.settings import SelectiveSettings, Step
-from megatron_slm.training.sources import Reference, Source
+from megatron_slm.training.sources import Source
 
 
 class SelectiveStep:
@@ -93,10 +94,13 @@ class SelectiveStep:
         if isinstance(self.reference, MovingAverage):
             self.reference.follow(rest["model"], step.training)
         if self.reference is not None and step.selects:
-            timer = get_timers()("slm-reference", log_level=0)
-            timer.start()
+            # Of training steps alone, as Megatron's own interval is.
+            timer = get_timers()("slm-reference", log_level=0) if step.training else None
+            if timer is not None:
+                timer.start()
             micro_batches = self.reference.score(micro_batches, num_microbatches, micro_batch_size)
-            timer.stop()
+            if timer is not None:
+                timer.stop()
         sizes = {"num_microbatches": num_microbatches, "micro_batch_size": micro_batch_size}
         whole_step = step.training and step.selects and settings.selection.scope == "global-batch"
         seen: list[MicroBatch] = []

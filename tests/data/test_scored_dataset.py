@@ -13,6 +13,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from megatron.core.tokenizers import MegatronTokenizer
 
+from megatron_slm.data import score_cache
 from megatron_slm.data.score_cache import Manifest, Section, write_shard
 from megatron_slm.data.scored_dataset import (
     DocumentWindows,
@@ -129,9 +130,11 @@ def test_damage_is_named(prefix: str, tmp_path: Path) -> None:
     section.losses(8, rows[8])
     with pytest.raises(UserError, match=r"00001.losses is damaged at record 2 \(sample 9\)"):
         section.losses(9, rows[9])
+    path.unlink()
     path.write_bytes(content[:-1])
+    score_cache._open_shard.cache_clear()  # as in a process that has not read it yet
     with pytest.raises(UserError, match=r"00001\.losses is damaged: it has"):
-        Section(tmp_path, section.manifest, "train")
+        section.losses(8, rows[8])
     path.unlink()
     with pytest.raises(UserError, match=r"00001\.losses is missing: finish the cache"):
         Section(tmp_path, section.manifest, "train")

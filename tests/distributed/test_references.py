@@ -12,9 +12,9 @@ from torch import Tensor
 
 import oracle
 from distributed.test_layouts import LAYOUTS
-from distributed.test_score_cache import RUN, TAGS, records, train
+from distributed.test_score_cache import RUN, TAGS, records, resume, train
 from jobs import Checkpoints, Corpus, write_dataset
-from launch import Run, pretrain
+from launch import pretrain
 from real_text import docstrings
 
 
@@ -100,7 +100,7 @@ def test_moving_average(layout: str, corpus: Corpus, untied: Checkpoints, tmp_pa
     # The average lags behind the policy, which is getting better.
     assert straight.scalars("excess loss")[4] < straight.scalars("excess loss")[1]
     (saved / "latest_checkpointed_iteration.txt").write_text("3")
-    resumed = _resume(corpus, untied, saved, tmp_path / "resumed", line, ranks)
+    resumed = resume(corpus, untied, saved, tmp_path / "resumed", line, ranks=ranks)
     for tag in TAGS:
         assert resumed.scalars(tag) == {i: v for i, v in straight.scalars(tag).items() if i > 3}
 
@@ -114,18 +114,8 @@ def test_an_earlier_checkpoint_of_the_same_run(
     extra = f"--slm-reference-load {untied.reference} {line} --exit-interval 2"
     train(corpus, untied, tmp_path / "began", extra)
     extra = f"--slm-reference-load {saved} --slm-reference-ckpt-step 2 {line}"
-    run = _resume(corpus, untied, saved, tmp_path / "resumed", extra, 1)
+    run = resume(corpus, untied, saved, tmp_path / "resumed", extra)
     assert run.scalars("excess loss")[5] < run.scalars("excess loss")[3]
     # The policy itself, so far; but for the padding of the vocabulary, which its softmax includes.
     (first, *_) = records(run)
     assert (first["scores"] > 0.0).all()
-
-
-def _resume(
-    corpus: Corpus, start: Checkpoints, saved: Path, directory: Path, extra: str, ranks: int
-) -> Run:
-    arguments = [*corpus.arguments, *start.without_reference, *RUN.split()]
-    arguments += f"--slm-token-ratio 0.6 {extra}".split()
-    at = arguments.index("--load")
-    arguments[at : at + 5] = ["--load", str(saved)]  # and no --finetune, --no-load-*
-    return pretrain(ranks, arguments, directory, module="distributed.recorded_pretrain")

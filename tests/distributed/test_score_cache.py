@@ -50,6 +50,18 @@ def train(
     return pretrain(ranks, arguments, directory, module=module, **kwargs)
 
 
+def resume(
+    corpus: Corpus, start: Checkpoints, saved: Path, directory: Path, extra: str, **kwargs: Any
+) -> Run:
+    """The same run, from its own checkpoint instead of the policy's first."""
+    arguments = [*corpus.arguments, *start.without_reference, *RUN.split()]
+    arguments += f"--slm-token-ratio 0.6 {extra}".split()
+    at = arguments.index("--load")
+    arguments[at : at + 5] = ["--load", str(saved)]  # and no --finetune, --no-load-*
+    module = "distributed.recorded_pretrain"
+    return pretrain(kwargs.pop("ranks", 1), arguments, directory, module=module, **kwargs)
+
+
 def contents(cache: Path) -> dict[str, str]:
     """Hashes of what can be read as good: all but what a kill left under another name."""
     return {
@@ -101,8 +113,30 @@ def test_training_with_exact_losses_is_online_training(
         assert run.scalars(tag) == online.scalars(tag)
     for one, other in zip(records(run), records(online), strict=True):
         assert torch.equal(one["selected"], other["selected"])
-    for tag in set(VALIDATION) & set(online.tags()):
-        assert run.scalars(tag) == online.scalars(tag)
+    for tag in VALIDATION:
+        assert run.scalars(tag) == online.scalars(tag) != {}
+
+
+def test_a_run_goes_on_from_a_cache(
+    corpus: Corpus, untied: Checkpoints, exact: Path, online: Run, tmp_path: Path
+) -> None:
+    """What began with the checkpoint at hand, with its stored losses; not with another's, and not
+    beyond what was scored."""
+    saved = tmp_path / "saved"
+    load = f"--slm-reference-load {untied.reference} --save {saved} --save-interval 2"
+    train(corpus, untied, tmp_path / "began", f"{load} --exit-interval 2")
+    cached = f"--slm-reference-cache {exact}"
+    run = resume(corpus, untied, saved, tmp_path / "resumed", cached)
+    for tag in TAGS:
+        assert run.scalars(tag) == {i: v for i, v in online.scalars(tag).items() if i > 2}
+
+    other = f"--slm-reference-load {untied.policy}"
+    run = resume(corpus, untied, saved, tmp_path / "other", other, check=False)
+    assert run.codes == [2] and "of the reference so far" in run.outputs[0]
+    longer = f"{cached} --train-iters 7"
+    run = train(corpus, untied, tmp_path / "longer", longer, check=False)
+    assert run.codes == [2]
+    assert "the run draws 84 train samples, and the score cache has 60" in run.outputs[0]
 
 
 def test_damage_found_while_training(

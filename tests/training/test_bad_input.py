@@ -4,7 +4,6 @@ every rank, without waiting for another."""
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -164,11 +163,6 @@ def _shard_missing(cache: Path) -> list[str]:
     return []
 
 
-def _shard_truncated(cache: Path) -> list[str]:
-    os.truncate(cache / "train" / "00001.losses", 1000)
-    return []
-
-
 def _no_manifest(cache: Path) -> list[str]:
     (cache / "manifest.json").unlink()
     return []
@@ -197,7 +191,6 @@ CACHES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     ),
     "cache of another version": (_manifest_of(lambda m: m.update(format=0)), "another version"),
     "shard missing": (_shard_missing, "00002.losses is missing"),
-    "shard truncated": (_shard_truncated, "00001.losses is damaged"),
     "no cache": (_no_manifest, "is not a score cache"),
     "manifest broken": (_broken_manifest, "manifest.json cannot be read"),
     "cache without entropies": (
@@ -205,6 +198,10 @@ CACHES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         "a score cache holds losses alone",
     ),
     "offload of a cache": (lambda _: ["--slm-reference-offload"], "--slm-reference-load alone"),
+    "order that was not scored": (
+        lambda _: ["--dataloader-type", "cyclic"],
+        "--dataloader-type cyclic",
+    ),
     "several caches of samples": (
         lambda cache: ["--slm-reference-cache", str(cache), str(cache)],
         "--by document",

@@ -1,0 +1,280 @@
+"""Evaluation of a model that went to Megatron and back: lm-eval's scores against transformers' and
+torch's own, with no network."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import runpy
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from launch import REPOSITORY
+from megatron_slm.analysis import evaluation
+from megatron_slm.model.import_hf import import_hugging_face
+from real_text import docstrings
+
+TEXTS = docstrings(["argparse", "difflib", "statistics"])
+QUESTIONS = 50
+SHOTS = 4  # the paper's for mathqa
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}, train: {data}}}}}
+test_split: test
+training_split: train
+doc_to_text: "{{{{question}}}}"
+fewshot_config: {{sampler: first_n}}
+"""
+CHOICES = """
+output_type: multiple_choice
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{answer}}"
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
+"""
+RIGHT_WORDS = """
+output_type: loglikelihood
+num_fewshot: 2
+doc_to_target: "{{' ' + choices[answer]}}"
+target_delimiter: ""
+metric_list:
+  - {metric: perplexity, aggregation: perplexity, higher_is_better: false}
+"""
+
+
+def run(*arguments: object) -> None:
+    main = runpy.run_path(str(REPOSITORY / "tools" / "evaluate.py"))["main"]
+    main([*map(str, arguments), "--device", "cpu"])
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    with pytest.raises(SystemExit) as left:
+        run(*arguments)
+    assert left.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
+    """Every attempt at a connection fails, and fails the test."""
+    attempts: list[object] = []
+
+    def connect(self: socket.socket, address: object) -> None:
+        attempts.append(address)
+        raise OSError("no network here")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    yield attempts
+    assert not attempts
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """More would only wait for each other over matrices this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with a byte-level BPE of real text, as transformers saves them."""
+    directory = tmp_path_factory.mktemp("llama") / "hf"
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=700,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(TEXTS, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+    tokenizer.save_pretrained(directory)
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=48,
+        intermediate_size=112,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.4,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def megatron(llama: Path) -> Path:
+    directory = llama.with_name("megatron")
+    import_hugging_face(llama, directory, 128)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[dict[str, Any]]:
+    """Questions of real text: which words come next?"""
+    words = [text.split() for text in TEXTS]
+    long = [text for text in words if len(text) >= 19][:QUESTIONS]
+    assert len(long) == QUESTIONS
+    return [
+        {
+            "question": " ".join(text[:8]),
+            "choices": [" ".join(text[at : at + 3]) for at in (8, 12, 16)],
+            "answer": number % 3,
+        }
+        for number, text in enumerate(long)
+    ]
+
+
+@pytest.fixture(scope="module")
+def tasks(documents: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Local tasks, one of them under a name that lm-eval and the paper have as well."""
+    directory = tmp_path_factory.mktemp("tasks")
+    data = directory / "questions.jsonl"
+    data.write_text("".join(json.dumps(document) + "\n" for document in documents))
+    for name, kind in (("which_words", CHOICES), ("mathqa", CHOICES), ("right_words", RIGHT_WORDS)):
+        (directory / f"{name}.yaml").write_text(TASK.format(name=name, data=data) + kind)
+    unsafe = TASK.format(name="unsafe", data=data) + CHOICES + "unsafe_code: true\n"
+    (directory / "unsafe.yaml").write_text(unsafe)
+    (directory / "group.yaml").write_text("group: unsafe_group\ntask: [which_words, unsafe]\n")
+    (directory / "broken.yaml").write_text("group: broken\ntask: [no_such_task]\n")
+    return directory
+
+
+def expected_scores(directory: Path, documents: list[dict[str, Any]]) -> dict[str, float]:
+    """By one forward pass a choice: no batches, no padding, no lm-eval."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+
+    def log_likelihood(prompt: str, words: str) -> float:
+        start = len(tokenizer(prompt)["input_ids"])
+        ids = torch.tensor(tokenizer(f"{prompt} {words}")["input_ids"])
+        with torch.no_grad():
+            logs = model(ids[None]).logits[0].log_softmax(-1)
+        return logs[start - 1 : -1].gather(1, ids[start:, None]).sum().item()
+
+    def accuracies(examples: str) -> tuple[float, float]:
+        """By log likelihood, and by that over the number of characters."""
+        right, right_by_length = 0, 0
+        for document in documents:
+            choices, prompt = document["choices"], examples + document["question"]
+            logs = [log_likelihood(prompt, words) for words in choices]
+            by_length = [log / len(words) for log, words in zip(logs, choices, strict=True)]
+            right += logs.index(max(logs)) == document["answer"]
+            right_by_length += by_length.index(max(by_length)) == document["answer"]
+        return right / len(documents), right_by_length / len(documents)
+
+    answered = [f"{one['question']} {one['choices'][one['answer']]}\n\n" for one in documents]
+    plain, by_length = accuracies("")
+    answers = [
+        log_likelihood("".join(answered[:2]) + one["question"], one["choices"][one["answer"]])
+        for one in documents
+    ]
+    return {
+        "which_words acc,none": plain,
+        "which_words acc_norm,none": by_length,
+        "mathqa acc,none": accuracies("".join(answered[:SHOTS]))[0],
+        "right_words perplexity,none": math.exp(-sum(answers) / len(answers)),
+    }
+
+
+def test_exported_model_has_the_scores_of_the_original(
+    llama: Path,
+    megatron: Path,
+    documents: list[dict[str, Any]],
+    tasks: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = {}
+    for name, model in (("llama", [llama]), ("megatron", [megatron, "--like", llama])):
+        output = tmp_path / f"{name}.json"
+        local = ["--include-path", tasks, "--tasks", "which_words", "mathqa", "right_words"]
+        run("--model", *model, *local, "--output", output)
+        found[name] = json.loads(output.read_text())["scores"]
+    assert found["megatron"] == found["llama"]
+
+    values = {f"{score['task']} {score['metric']}": score["value"] for score in found["llama"]}
+    expected = expected_scores(llama, documents)
+    assert set(values) == set(expected)
+    for name, value in expected.items():
+        assert values[name] == pytest.approx(value, rel=1e-5), name
+    assert [score["shots"] for score in found["llama"]] == [0, 0, SHOTS, 2]
+
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    row = next(line for line in lines if line[0] == "mathqa")
+    assert row[1:4] == [str(SHOTS), str(QUESTIONS), "acc,none"]
+    assert row[4] == f"{expected['mathqa acc,none']:.4f}"
+    assert row[6:] == ["0.139", "0.304", "0.477", "0.587"]  # MQA in the paper's table 1
+
+
+def test_what_is_refused(
+    llama: Path,
+    megatron: Path,
+    tasks: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    local = ["--include-path", tasks, "--tasks", "which_words"]
+    for arguments, message in (
+        (["--model", tmp_path / "none", *local], "none: no such directory"),
+        (["--model", tmp_path, *local], "neither a config.json nor a latest_checkpointed"),
+        (["--model", megatron, *local], "no tokenizer; name a Hugging Face directory that has"),
+        (["--model", llama, *local[:3], "which_word"], "name; near it are which_words"),
+        (["--model", llama, *local[:3], "general"], "humaneval runs code that the model writes"),
+        (["--model", llama, *local[:3], "unsafe"], "unsafe runs code that the model writes"),
+        (["--model", llama, *local[:3], "unsafe_group"], "group runs code that the model writes"),
+        (["--model", llama, *local[:3], "broken"], "broken cannot be loaded"),
+        (["--model", llama, *local, "--include-path", llama / "no"], "no: no such directory"),
+        (["--model", llama, *local, "--output", tmp_path / "no" / "o"], "there is no directory"),
+    ):
+        assert message in refused(capsys, *arguments)
+
+    torn = tmp_path / "torn"
+    shutil.copytree(llama, torn)
+    os.truncate(torn / "model.safetensors", 5000)
+    assert "cannot be read by transformers" in refused(capsys, "--model", torn, *local)
+
+    with monkeypatch.context() as change:
+        change.setenv("WORLD_SIZE", "2")
+        change.setattr(torch.cuda, "device_count", lambda: 1)
+        assert "2 ranks on 1 GPUs" in refused(capsys, "--model", llama, *local)
+        assert "export it first" in refused(capsys, "--model", megatron, *local)
+
+    bare = tmp_path / "bare"
+    shutil.copytree(llama, bare)
+    (bare / "tokenizer.json").unlink()
+    assert "has no tokenizer; copy" in refused(capsys, "--model", bare, *local)
+    (bare / "tokenizer_config.json").unlink()
+    (bare / "tokenizer.model").write_bytes(b"a sentencepiece model")
+    assert "without the tokenizer_config.json" in refused(capsys, "--model", bare, *local)
+
+    (tasks / "questions.jsonl").rename(tmp_path / "questions.jsonl")
+    assert "which_words cannot be loaded" in refused(capsys, "--model", llama, *local)
+    monkeypatch.setattr(evaluation, "find_spec", lambda name: None)
+    assert "lm-eval is not installed" in refused(capsys, "--model", llama, *local)

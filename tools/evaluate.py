@@ -1,0 +1,147 @@
+"""Few-shot evaluation of a checkpoint with lm-eval, beside the paper's numbers.
+
+    python tools/evaluate.py --model policy-hf --tasks math
+    python tools/evaluate.py --model policy --like TinyLlama-1.1B --tasks math general
+    python tools/evaluate.py --model policy-hf --tasks mine --include-path tasks   # tasks/mine.yaml
+    torchrun --nproc_per_node 8 tools/evaluate.py --model policy-hf --tasks math
+
+A Megatron checkpoint is exported to a temporary directory (of TMPDIR) first.  Tasks in
+--include-path that read local files need no network.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+from megatron_slm.analysis.benchmarks import MODELS, benchmarks
+from megatron_slm.analysis.evaluation import (
+    Score,
+    evaluate,
+    hugging_face_directory,
+    load_tasks,
+)
+from megatron_slm.errors import UserError, exit_on_user_error
+
+
+def build_parser() -> ArgumentParser:
+    """The command line."""
+    parser = ArgumentParser(
+        description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--model", type=Path, required=True, metavar="DIR", help="Hugging Face's or Megatron's.")
+    add("--ckpt-step", type=int, metavar="N", help="Megatron's iteration. Default: the latest.")
+    add(
+        "--like",
+        type=Path,
+        metavar="DIR",
+        help="Hugging Face directory with the tokenizer of a Megatron checkpoint. Default: the "
+        "tokenizer of the run that trained.",
+    )
+    add(
+        "--tasks",
+        nargs="+",
+        required=True,
+        metavar="NAME",
+        help="math: the paper's that lm-eval has. general: the paper's 15. Or lm-eval's names.",
+    )
+    add("--include-path", type=Path, metavar="DIR", help="With tasks of your own, in YAML.")
+    add("--output", type=Path, metavar="FILE", help="Scores as JSON.")
+    add("--batch-size", type=int, default=8, metavar="N", help="Default: 8.")
+    add("--device", help="As torch names it. Default: the GPUs, or else the CPU.")
+    add(
+        "--run-generated-code",
+        action="store_true",
+        help="Let tasks such as humaneval run what the model writes.",
+    )
+    return parser
+
+
+def line(*cells: object) -> str:
+    """A line of the table: task, shots, samples, metric, score, stderr, the paper's four."""
+    widths = (-24, 5, 7, -28, 7, 7, *(7 for _ in MODELS))
+    return " ".join(
+        f"{cell!s:{'<' if width < 0 else '>'}{abs(width)}}"
+        for cell, width in zip(cells, widths, strict=True)
+    )
+
+
+def row(score: Score) -> str:
+    """A score beside the paper's."""
+    paper = score.benchmark.paper
+    return line(
+        score.task,
+        "-" if score.shots is None else score.shots,
+        score.samples,
+        score.metric,
+        f"{score.value:.4f}",
+        "-" if score.stderr is None else f"{score.stderr:.4f}",
+        *("-" * len(MODELS) if paper is None else (f"{value / 100:.3f}" for value in paper)),
+    )
+
+
+def entry(score: Score) -> dict[str, object]:
+    """A score as JSON; the paper's as parts of 1, too."""
+    written = asdict(score)
+    paper = written.pop("benchmark")["paper"]
+    if paper is not None:
+        written["paper"] = {
+            name: round(value / 100, 3) for name, value in zip(MODELS, paper, strict=True)
+        }
+    return written
+
+
+def write(output: Path, model: Path, scores: list[Score]) -> None:
+    """All scores as JSON, whole or not at all."""
+    written = {
+        "model": str(model),
+        "lm_eval": version("lm_eval"),
+        "scores": [entry(score) for score in scores],
+    }
+    partial = output.with_name(f"{output.name}.partial")
+    partial.write_text(json.dumps(written, indent=2) + "\n")
+    os.replace(partial, output)
+
+
+def run(args: Namespace) -> None:
+    """Do what the command line says."""
+    if args.output is not None and not args.output.parent.is_dir():
+        raise UserError(f"--output {args.output}: there is no directory {args.output.parent}")
+    if not args.model.is_dir():
+        raise UserError(f"--model {args.model}: no such directory")
+    wanted = benchmarks(args.tasks)
+    tasks = load_tasks(wanted, args.include_path, args.run_generated_code)
+    scores: list[Score] = []
+    with hugging_face_directory(args.model, args.ckpt_step, args.like) as directory:
+        for some in evaluate(directory, tasks, args.batch_size, args.device):
+            if not scores:
+                paper = [f"{name}*" for name in MODELS]
+                print(line("task", "shots", "samples", "metric", "score", "stderr", *paper))
+            print(*map(row, some), sep="\n", flush=True)
+            scores += some
+    if not scores:
+        return  # not the first rank
+    if any(benchmark.paper for benchmark in wanted):
+        print("* the paper, after 15B tokens, reasoning step by step in every task")
+    for benchmark in wanted:
+        if benchmark.differs:
+            print(f"{benchmark.name}: {benchmark.differs}")
+    if args.output is not None:
+        write(args.output, args.model, scores)
+
+
+def main(arguments: list[str]) -> None:
+    """Exit with code 2 on bad input."""
+    args = build_parser().parse_args(arguments)
+    with exit_on_user_error():
+        run(args)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
