@@ -70,11 +70,10 @@ def dry_run(recipe: Recipe, rank: int, vocabulary: int) -> BuiltRank:
         for stage in range(stages or 1):
             policy += _build_and_pass(args, stage if stages else None, f"rank {rank}'s policy")
         reference = 0
-        if args.slm_reference_load is not None:
+        for load in args.slm_reference_load or []:
             # The checkpoint may not be here: a reference of the policy's shape.
-            checkpoint = ReferenceCheckpoint(Path(args.slm_reference_load), args)
-            own = reference_arguments(checkpoint, args)
-            reference = _build_and_pass(own, None, f"rank {rank}'s reference")
+            own = reference_arguments(ReferenceCheckpoint(Path(load), args), args)
+            reference += _build_and_pass(own, None, f"rank {rank}'s reference")
     return BuiltRank(rank, position, stages or 1, policy, reference)
 
 

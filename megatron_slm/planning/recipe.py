@@ -89,6 +89,9 @@ def parse(recipe: Recipe, rank: int, vocabulary: int, cpu: bool) -> Namespace:
             if args.use_checkpoint_args:
                 load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
                 load_args_from_checkpoint(args)
+            if args.data_args_path is not None and not Path(args.data_args_path).exists():
+                # A mix that was not made yet, in the place of which any name of a dataset does.
+                args.data_path, args.data_args_path = [args.data_args_path], None
             validate_args(args, {})
         validate_arguments(args)
     except (AssertionError, ValueError) as error:

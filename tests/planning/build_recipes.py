@@ -68,7 +68,8 @@ if __name__ == "__main__":
     found: dict[str, Any] = {}
     for named in sys.argv[2:]:
         script, *settings = named.split()
-        found[named] = built(script, dict(each.split("=") for each in settings), every_stage=True)
+        values = dict(each.split("=") for each in settings)
+        found[named] = built(script, values, every_stage=True)
     found["4096"] = built("pretrain_slm_70b.sh", {"NODES": "512", "BATCH": "1024"}, False)
     more = {
         "layers": refusal("pretrain_slm_70b.sh", {"EXTRA": "--num-layers 82"}, 0),
