@@ -38,11 +38,13 @@ class Run:
         return events.Tags()["scalars"]
 
 
-# Ranks are forked from a process that has torch imported already: the import is most of the time of
-# a short run.  What torch reads from the environment at import has to be there before.
+# Ranks are forked from a process that has torch, and what Megatron's tokenizers import, already:
+# most of the time of a short run.  What torch reads from the environment has to be there before.
 os.environ |= {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
 FORKING = multiprocessing.get_context("forkserver")
-FORKING.set_forkserver_preload(["torch", "torch._dynamo"])
+FORKING.set_forkserver_preload(
+    ["torch", "torch._dynamo", "transformers.models.auto.tokenization_auto"]
+)
 
 
 def launch(

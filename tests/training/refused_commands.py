@@ -14,6 +14,7 @@ from megatron_slm import platform
 
 platform.install()
 
+import megatron.core.tokenizers.text
 import megatron.training.arguments  # noqa: F401
 
 from megatron_slm import pretrain
