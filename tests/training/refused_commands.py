@@ -22,8 +22,13 @@ from megatron_slm.training import seam, step  # noqa: F401
 PATIENCE = 60  # seconds, before a rank counts as hanging
 
 
-def refusal(arguments: list[str], rank: int) -> tuple[int, str]:
-    """Exit code and output of one rank."""
+def refusals(arguments: list[str], ranks: tuple[int, ...]) -> list[tuple[int, str]]:
+    """Exit code and output of each of these ranks, which run at a time."""
+    return [ended(*begun) for begun in [begin(arguments, rank) for rank in ranks]]
+
+
+def begin(arguments: list[str], rank: int) -> tuple[int, Path]:
+    """The process of one rank, and where its output goes."""
     output = Path(f"output{rank}")
     child = os.fork()
     if child == 0:
@@ -42,6 +47,11 @@ def refusal(arguments: list[str], rank: int) -> tuple[int, str]:
             code = 1
         sys.stdout.flush()
         os._exit(code)
+    return child, output
+
+
+def ended(child: int, output: Path) -> tuple[int, str]:
+    """Exit code and output."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -55,7 +65,5 @@ def refusal(arguments: list[str], rank: int) -> tuple[int, str]:
 
 if __name__ == "__main__":
     commands = json.loads(Path("commands.json").read_text())
-    found = {
-        case: [refusal(command, rank) for rank in (0, 3)] for case, command in commands.items()
-    }
+    found = {case: refusals(command, (0, 3)) for case, command in commands.items()}
     Path("refusals.json").write_text(json.dumps(found))
