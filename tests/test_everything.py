@@ -178,9 +178,8 @@ def test_everything(tmp_path: Path) -> None:
 
     export = ["export", "--load", "checkpoints/slm-math-1b", "--hf", "policy-hf", "--like", "hf"]
     at.tool("convert_checkpoint", *export)
-    before, after = (
-        load_file(tmp_path / name / "model.safetensors") for name in ("hf", "policy-hf")
-    )
+    before = load_file(tmp_path / "hf" / "model.safetensors")
+    after = load_file(tmp_path / "policy-hf" / "model.safetensors")
     assert before.keys() == after.keys()
     assert not any(torch.equal(before[name], after[name]) for name in before)
 
