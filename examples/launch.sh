@@ -1,6 +1,7 @@
 # Sourced by the recipes beside it: checks the nodes and starts megatron_slm.pretrain on them.
 #
-#   launch ARGUMENTS...      everything that follows torchrun ... -m megatron_slm.pretrain
+#   launch ARGUMENTS...      everything that follows torchrun ... -m megatron_slm.pretrain, or what
+#                            else program[] says
 #
 # One node                   bash examples/RECIPE.sh
 # Several, without Slurm     on each:  NODES=4 NODE_RANK=0..3 MASTER_ADDR=node0 bash examples/RECIPE.sh

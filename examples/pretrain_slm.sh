@@ -4,13 +4,15 @@
 EPOCHS=1
 # shellcheck source=examples/training.sh
 source "$(dirname "$slm_recipe")/training.sh"
+
+: "${CACHE:=}" "${SCORE:=0}"
 selection=(--slm-token-ratio "$RATIO")
-if [ -z "${CACHE:=}" ] || [ "${SCORE:=0}" = 1 ]; then
+if [ -n "$CACHE" ]; then selection+=(--slm-reference-cache "$CACHE"); fi
+if [ -n "$CACHE" ] && [ "$SCORE" != 1 ]; then
+    INPUTS+=" $CACHE"
+else
     INPUTS+=" $REFERENCE"
     selection+=(--slm-reference-load "$REFERENCE")
-else
-    INPUTS+=" $CACHE"
 fi
-if [ -n "$CACHE" ]; then selection+=(--slm-reference-cache "$CACHE"); fi
-if [ "${SCORE:=0}" = 1 ]; then program=("$slm_root/tools/score_reference.py"); fi
+if [ "$SCORE" = 1 ]; then program=("$slm_root/tools/score_reference.py"); fi
 launch "${training[@]}" "${selection[@]}"

@@ -166,3 +166,13 @@ def pretrain(
     return launch(
         ranks, command, directory, check=check, timeout=timeout, fresh_threads=fresh_threads
     )
+
+
+def recipe_environment(ranks: int, **settings: object) -> dict[str, str]:
+    """For a script of examples/ on this machine: no GPUs, a port of its own, its variables."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    own = {"GPUS_PER_NODE": 0, "RANKS_PER_NODE": ranks, "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+    own |= {"PYTHONWARNINGS": "ignore", "TORCHDYNAMO_DISABLE": 1} | settings
+    return os.environ | {name: str(value) for name, value in own.items()}

@@ -18,22 +18,12 @@ import torch
 from safetensors.torch import save_file
 
 from jobs import Corpus
-from launch import REPOSITORY
+from launch import REPOSITORY, recipe_environment
 from megatron_slm.model.architecture import Architecture, to_hugging_face
 from megatron_slm.model.import_hf import import_hugging_face
 from megatron_slm.model.tensors import hugging_face_shapes
 
 RECIPE = REPOSITORY / "examples" / "pretrain_slm_1b.sh"
-
-
-def environment(**settings: object) -> dict[str, str]:
-    """No GPUs, two ranks."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    own = {"GPUS_PER_NODE": 0, "RANKS_PER_NODE": 2, "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-    own |= {"PYTHONWARNINGS": "ignore", "TORCHDYNAMO_DISABLE": 1} | settings
-    return os.environ | {name: str(value) for name, value in own.items()}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +57,7 @@ class Started:
         self.log = log
         self.process = subprocess.Popen(
             ["bash", str(RECIPE)],
-            env=environment(**settings),
+            env=recipe_environment(2, **settings),
             stdout=log.open("w"),
             stderr=subprocess.STDOUT,
         )
@@ -142,7 +132,7 @@ def test_kill_restart_and_stop(corpus: Corpus, base: Path, tmp_path: Path) -> No
 def refused(**settings: object) -> str:
     done = subprocess.run(
         ["bash", str(RECIPE)],
-        env=environment(**settings),
+        env=recipe_environment(2, **settings),
         capture_output=True,
         text=True,
         check=False,
@@ -199,7 +189,7 @@ def test_slurm(tmp_path: Path) -> None:
         (tmp_path / name).chmod(0o755)
     slurm = {"SLURM_JOB_ID": 11, "SLURM_JOB_NUM_NODES": 2, "SLURM_JOB_NODELIST": "node[7-8]"}
     path = f"{tmp_path}:{os.environ['PATH']}"
-    env = environment(PATH=path, SRUN="--container-image x", **slurm)
+    env = recipe_environment(2, PATH=path, SRUN="--container-image x", **slurm)
     batch = subprocess.run(
         ["bash", str(RECIPE)], env=env, capture_output=True, text=True, check=True
     )

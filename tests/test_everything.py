@@ -1,0 +1,196 @@
+"""From a Hugging Face model to an evaluated one, by the scripts that a cluster runs.
+
+Recipes and tools run in one directory and find each other's files under the recipes' own names;
+sizes, learning rates and the number of ranks are all that is set.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import mistral_common
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaTokenizer,
+)
+
+from launch import REPOSITORY, Run, recipe_environment
+from real_text import docstrings
+
+SENTENCEPIECE = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
+RATIO, STEPS = 0.6, 20
+SMALL = {"SEQUENCE": 64, "BATCH": 16, "MICRO_BATCH": 4}
+MIX = """
+budget: 10_000
+sources:
+  - {name: docstrings, domain: prose, data: docstrings_text_document}
+"""
+TASK = """
+task: next_word
+dataset_path: json
+dataset_kwargs: {data_files: {test: tasks/next_word.jsonl}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{prompt}}"
+doc_to_target: "{{' ' + word}}"
+metric_list:
+  - {metric: perplexity, aggregation: perplexity, higher_is_better: false}
+"""
+
+
+class Directory:
+    """Where everything runs."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, name: str, text: str) -> Path:
+        file = self.path / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+        return file
+
+    def tool(self, name: str, *arguments: object) -> str:
+        """What tools/NAME.py prints."""
+        command = [sys.executable, REPOSITORY / "tools" / f"{name}.py", *arguments]
+        return self._run(command, recipe_environment(1, HF_HOME=self.path / "cache"))
+
+    def recipe(self, name: str, ranks: int, **settings: object) -> str:
+        """What examples/NAME.sh prints."""
+        command = ["bash", REPOSITORY / "examples" / f"{name}.sh"]
+        return self._run(command, recipe_environment(ranks, **SMALL | settings))
+
+    def scalars(self, run: str, tag: str) -> list[float]:
+        """What a run has logged, in order."""
+        return list(Run(self.path / "checkpoints" / run, [], []).scalars(tag).values())
+
+    def _run(self, command: list[object], environment: dict[str, str]) -> str:
+        done = subprocess.run(
+            [str(word) for word in command],
+            cwd=self.path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+        assert done.returncode == 0, f"{command}:\n{done.stdout[-4000:]}"
+        return done.stdout
+
+
+def make_model(directory: Path) -> None:
+    """A random Llama in bfloat16 with a real tokenizer, as transformers saves them."""
+    directory.mkdir()
+    (directory / "tokenizer.model").write_bytes(SENTENCEPIECE.read_bytes())
+    tokenizer = LlamaTokenizer.from_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=48,
+        intermediate_size=112,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+    )
+    LlamaForCausalLM(config).bfloat16().save_pretrained(directory)
+
+
+def make_data(at: Directory) -> None:
+    """A reference mix of documentation, and a pretraining corpus of it and of program text."""
+    (at.path / "data").mkdir()
+    prose = docstrings(["argparse", "ast", "difflib", "inspect", "statistics", "tarfile"])
+    code = Path(json.__file__).with_name("decoder.py").read_text().split("\n\n")
+    for name, texts in (("docstrings", prose), ("openwebmath", [*prose[:100], *code])):
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        source = at.write(f"raw/{name}.jsonl", lines)
+        at.tool(
+            *("preprocess_data", "--input", source, "--output-prefix", f"data/{name}"),
+            *("--tokenizer-model", "tokenizer.model", "--append-eod", "--domain", "prose"),
+        )
+    mix = at.write("mix.yaml", MIX)
+    at.tool("build_mix", mix, "--data-root", "data", "--output-prefix", "data/math-reference")
+
+
+def make_task(at: Directory) -> list[dict[str, str]]:
+    """Which word comes next?  In documentation that no corpus has."""
+    words = [text.split() for text in docstrings(["string", "typing", "os"])]
+    documents = [{"prompt": " ".join(text[:8]), "word": text[8]} for text in words if len(text) > 8]
+    at.write("tasks/next_word.yaml", TASK)
+    at.write("tasks/next_word.jsonl", "".join(json.dumps(one) + "\n" for one in documents))
+    return documents
+
+
+def perplexity(model: Path, documents: list[dict[str, str]]) -> float:
+    """exp of the mean over documents of the word's -log likelihood, by transformers alone."""
+    llama = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    losses = []
+    for document in documents:
+        start = len(tokenizer(document["prompt"])["input_ids"])
+        ids = torch.tensor(tokenizer(f"{document['prompt']} {document['word']}")["input_ids"])
+        with torch.no_grad():
+            logits = llama(ids[None]).logits[0]
+        losses.append(cross_entropy(logits[start - 1 : -1], ids[start:], reduction="sum").item())
+    return math.exp(sum(losses) / len(losses))
+
+
+@pytest.mark.slow
+def test_everything(tmp_path: Path) -> None:
+    at = Directory(tmp_path)
+    make_model(tmp_path / "hf")
+    (tmp_path / "tokenizer.model").write_bytes(SENTENCEPIECE.read_bytes())
+    make_data(at)
+
+    said = at.tool("convert_checkpoint", "import", "--hf", "hf", "--save", "checkpoints/tinyllama")
+    model = next(line for line in said.splitlines() if line.startswith("--"))
+    small = f"{model} --split 90,10,0 --eval-iters 1 --num-workers 0"
+
+    at.recipe("train_reference_math", 2, TOKENS=10_000, LR=3e-3, EXTRA=small)
+    losses = at.scalars("reference-math-1b", "lm loss")
+    assert losses[0] > losses[-1] + 1
+
+    policy = {"TOKENS": STEPS * 16 * 64, "LR": 3e-3, "CACHE": "scores"}
+    at.recipe("pretrain_slm_1b", 2, SCORE=1, EXTRA=small, **policy)
+    assert not (tmp_path / "checkpoints" / "slm-math-1b" / "tensorboard").exists()
+    (tmp_path / "checkpoints" / "reference-math-1b").rename(tmp_path / "not-needed-any-more")
+
+    layout = "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2"
+    at.recipe("pretrain_slm_1b", 4, EXTRA=f"{small} {layout}", **policy)
+    ratios = at.scalars("slm-math-1b", "selected ratio")
+    assert ratios == pytest.approx([RATIO] * STEPS, abs=0.005)
+    losses = at.scalars("slm-math-1b", "all-token loss")
+    assert losses[0] > losses[-1] + 0.5
+    assert at.scalars("slm-math-1b", "reference loss")[0] < losses[0]
+
+    export = ["export", "--load", "checkpoints/slm-math-1b", "--hf", "policy-hf", "--like", "hf"]
+    at.tool("convert_checkpoint", *export)
+    before = load_file(tmp_path / "hf" / "model.safetensors")
+    after = load_file(tmp_path / "policy-hf" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert not any(torch.equal(before[name], after[name]) for name in before)
+
+    documents = make_task(at)
+    local = ["--tasks", "next_word", "--include-path", "tasks", "--output", "scores.json"]
+    table = at.tool("evaluate", "--model", "policy-hf", *local, "--device", "cpu")
+    (score,) = json.loads((tmp_path / "scores.json").read_text())["scores"]
+    assert score["samples"] == len(documents)
+    found = {name: perplexity(tmp_path / name, documents) for name in ("hf", "policy-hf")}
+    # lm-eval computes in the model's bfloat16.
+    assert math.log(score["value"]) == pytest.approx(math.log(found["policy-hf"]), abs=0.03)
+    assert math.log(found["policy-hf"]) < math.log(found["hf"]) - 0.3
+    row = next(line.split() for line in table.splitlines() if line.startswith("next_word"))
+    assert row[1:5] == ["0", str(len(documents)), "perplexity,none", f"{score['value']:.4f}"]
