@@ -1,7 +1,7 @@
 """Manifests: what a shard or dataset was made from, how, and what it holds.
 
 A shard is made again unless its manifest has today's options and inputs.  An input counts as the
-same if its size and time are, or else its content by SHA-256.
+same if its path, size and time are, or else its content by SHA-256.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def same_inputs(task: Task, recorded: list[dict[str, Any]]) -> bool:
     return len(recorded) == len(task.pieces) and all(
         (before["start"], before["end"]) == (piece.start, piece.end)
         and (
-            (before["size"], before["modified"]) == (piece.size, piece.modified)
+            (before["path"], before["size"], before["modified"])
+            == (piece.path, piece.size, piece.modified)
             or before["sha256"] == hash_piece(piece)
         )
         for before, piece in zip(recorded, task.pieces, strict=True)

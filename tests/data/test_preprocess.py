@@ -29,6 +29,9 @@ from corpus import (
     write_jsonl,
 )
 
+from megatron_slm.data.inputs import Task, open_piece
+from megatron_slm.data.manifest import what_changed
+
 TEXTS = texts()
 WITHOUT_TEXT = [""]  # gives no tokens, so no document
 
@@ -228,6 +231,19 @@ def test_only_what_changed_is_done_again(tmp_path: Path, merge: str) -> None:
     first = write_jsonl(tmp_path / "0-added.jsonl", ["added"])
     added = preprocess([first, *inputs], tmp_path / "out", *options, "--prepend-bos")
     assert not made_again(added.err)
+
+
+def test_another_file_of_the_same_size_and_time(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        source = write_jsonl(tmp_path / f"{name}.jsonl", [name])
+        os.utime(source, (1, 1))
+    preprocess(tmp_path / "one.jsonl", tmp_path / "out", "--no-merge")
+    shard = next((tmp_path / "out_shards").glob("*.json"))
+    manifest = json.loads(shard.read_text())
+    task = Task("x", (open_piece(str(tmp_path / "two.jsonl")),))
+    assert what_changed(task, manifest["options"], manifest) == "its input has changed"
+    task = Task("x", (open_piece(str(tmp_path / "one.jsonl")),))
+    assert what_changed(task, manifest["options"], manifest) is None
 
 
 def test_a_dataset_of_another_program_is_left_alone(tmp_path: Path) -> None:
