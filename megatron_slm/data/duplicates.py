@@ -22,9 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_slm.data.documents import Wanted, read_documents
-from megatron_slm.data.indexed_format import publish, sync
+from megatron_slm.data.indexed_format import publish, sync, temporary
 from megatron_slm.data.inputs import Task
-from megatron_slm.data.layout import temporary
 from megatron_slm.data.lines import InputHash
 from megatron_slm.data.manifest import describe_input, write_manifest
 from megatron_slm.data.progress import Progress

@@ -18,9 +18,9 @@ from typing import Any
 
 import orjson
 
-from megatron_slm.data.indexed_format import publish, token_dtype
+from megatron_slm.data.indexed_format import publish, temporary, token_dtype
 from megatron_slm.data.inputs import Task
-from megatron_slm.data.layout import Layout, temporary
+from megatron_slm.data.layout import Layout
 from megatron_slm.data.manifest import manifest_path, read_manifest, what_changed, write_manifest
 from megatron_slm.data.merge import Part, merge
 from megatron_slm.data.shard import COUNTS, shard_prefix
@@ -82,6 +82,16 @@ def merged_shards(layout: Layout) -> dict[str, dict[str, Any]]:
             merged = found.setdefault(shard["name"], {**shard, "outputs": {}})
             merged["outputs"] |= shard["outputs"]
     return found
+
+
+def remove_lists(layout: Layout) -> None:
+    """Remove what makes datasets of shards that are not merged, before any of these changes."""
+    for key in layout.keys:
+        path = manifest_path(layout.dataset(key))
+        manifest = read_manifest(path)
+        if manifest is None or not manifest["merged"]:
+            path.unlink(missing_ok=True)
+            Path(f"{layout.dataset(key)}.data-args.txt").unlink(missing_ok=True)
 
 
 def is_complete(
@@ -157,6 +167,9 @@ def finish(
             Path(f"{prefix}.data-args.txt").unlink(missing_ok=True)
         else:
             files = {}
+            manifest_path(prefix).unlink(missing_ok=True)
+            for suffix in ("idx", "bin"):  # of an older, merged one
+                Path(f"{prefix}.{suffix}").unlink(missing_ok=True)
             _write_data_args(layout, key, shards)
         manifest = {
             "options": options,
