@@ -122,12 +122,17 @@ def check_rejects(layout: Layout, counts: dict[str, int], most: float) -> None:
     """Raises: UserError: too large a part of all documents could not be used."""
     rejects, read = counts["rejects"], counts["read"]
     if rejects > most * (read + rejects):
-        first = next(path for path in sorted(layout.rejects.iterdir()) if path.suffix == ".jsonl")
+        what = (
+            f"{rejects} of {read + rejects} documents could not be used, more than "
+            f"--max-reject-fraction {most:g} of them"
+        )
+        first = next(iter(sorted(layout.rejects.glob("*.jsonl"))), None)
+        if first is None:
+            raise UserError(f"{what}; their list in {layout.rejects} was removed. Allow more")
         with first.open("rb") as file:
             reject = orjson.loads(file.readline())
         raise UserError(
-            f"{rejects} of {read + rejects} documents could not be used, more than "
-            f"--max-reject-fraction {most:g} of them: {reject['file']}:{reject['line']}: "
+            f"{what}: {reject['file']}:{reject['line']}: "
             f"{reject['reason']}; all are in {layout.rejects}. Mend them and run again, which "
             "keeps the other shards, or allow more"
         )

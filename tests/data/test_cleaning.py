@@ -109,6 +109,9 @@ def test_shingles_are_of_words() -> None:
         for n in (1, 5, 13):
             assert len(np.unique(shingles(text, n))) == len(runs(text, n))
     assert np.array_equal(shingles("A, b. C!", 2), shingles("a b c", 2))
+    assert np.array_equal(
+        shingles("“Ça” va\u2014bien\u3000东京。大阪", 2), shingles("ça va bien 东京 大阪", 2)
+    )
     assert shingles("a b", 3).size == 0
 
 

@@ -198,6 +198,20 @@ def test_what_is_right_passes(tmp_path: Path, merge: str) -> None:
     assert (len(shards) > 1) == (merge == "--no-merge")
 
 
+def test_several_keys_deeply(tmp_path: Path) -> None:
+    """A record without one of them gave no document of the others."""
+    source = tmp_path / "in.jsonl"
+    rows = [{"q": text, "a": text[::-1]} for text in TEXTS[:40]]
+    lines = [json.dumps(row) for row in [{"q": "only one"}, *rows]]
+    source.write_text("\n".join(lines))
+    options = ("--json-keys", "q", "a", "--max-reject-fraction", "0.1")
+    preprocess(source, tmp_path / "out", *options)
+    for key in ("q", "a"):
+        arguments = (tmp_path / f"out_{key}_document", "--deep", "--tokenizer-model", MODEL)
+        result = run_tool("verify_dataset", *arguments)
+        assert result.code == 0, result.err
+
+
 def test_of_megatrons_making(tmp_path: Path) -> None:
     """Without a manifest."""
     import torch
