@@ -47,8 +47,11 @@ def chat_renderer(template: str) -> Render:
             return compiled.render(
                 messages=messages, bos_token="", eos_token="", add_generation_prompt=False
             )
-        except TemplateError as error:
-            raise BadRecord(f"the chat template cannot render it: {error}") from error
+        except BadRecord:
+            raise
+        except Exception as error:  # a template can raise what Python's operators do
+            what = f"{type(error).__name__}: {error}"
+            raise BadRecord(f"the chat template cannot render it: {what}") from error
 
     return render
 

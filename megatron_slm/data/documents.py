@@ -109,8 +109,11 @@ def _read_json(piece: Piece, wanted: Wanted, seen: InputHash) -> Iterator[Batch]
     for lines in read_lines(piece, seen):
         batch = _parse_at_once(lines, wanted)
         if batch is None:
-            first = first_line_number(piece) if first is None else first
-            batch = _parse_each(piece.path, first + before, lines, wanted)
+            batch = _parse_each(piece.path, before, lines, wanted)
+            if batch.rejects and first is None:
+                first = first_line_number(piece)  # reads all before the piece
+            for reject in batch.rejects:
+                reject["line"] += first
         before += len(lines)
         yield batch
 

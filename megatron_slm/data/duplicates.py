@@ -8,13 +8,13 @@ So a corpus is read twice, and the result does not depend on the number of worke
 duplicates have the same text, to 128 bits.  Near-duplicates share one of 14 bands of 8 MinHash
 values of their runs of 5 words (FineWeb's setting: of pairs of Jaccard similarity 0.8 it finds
 92%, at 0.5 it takes 5%); of each group so connected one is kept.  Memory: about 1 GB for exact
-ones at any size; for near ones 40 bytes a document.
+ones at any size; for near ones 50 bytes a document.  One file is open at a time.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_slm.data.documents import Wanted, read_documents
-from megatron_slm.data.indexed_format import publish, sync
+from megatron_slm.data.indexed_format import publish, sync, temporary
 from megatron_slm.data.inputs import Task
-from megatron_slm.data.layout import temporary
 from megatron_slm.data.lines import InputHash
 from megatron_slm.data.manifest import describe_input, write_manifest
 from megatron_slm.data.progress import Progress
@@ -122,9 +121,9 @@ def find_duplicates(
         sync(file.fileno())
     if total:
         verdicts = np.memmap(unfinished, mode="r+", dtype=np.uint8)
-        _mark_exact(verdicts, list(_mapped(tasks, directory, counts, "exact", 2)))
+        _mark_exact(verdicts, lambda: _mapped(tasks, directory, counts, "exact", 2))
         if near:
-            _mark_near(verdicts, list(_mapped(tasks, directory, counts, "near", BANDS)))
+            _mark_near(verdicts, lambda: _mapped(tasks, directory, counts, "near", BANDS))
         verdicts.flush()
     publish(unfinished, path)
 
@@ -132,22 +131,26 @@ def find_duplicates(
 def _mapped(
     tasks: Sequence[Task], directory: Path, counts: Sequence[int], kind: str, width: int
 ) -> Iterator[Hashes]:
+    """Task after task, for the caller to copy from: a map holds its file open."""
     for task, count in zip(tasks, counts, strict=True):
         path = fingerprint_path(directory, task, kind)
         if count:
-            yield np.memmap(path, mode="r", dtype=np.uint64, shape=(count, width))
+            try:
+                yield np.memmap(path, mode="r", dtype=np.uint64, shape=(count, width))
+            except (OSError, ValueError) as error:
+                raise UserError(f"cannot read {path}: {error}") from error
 
 
-def _mark_exact(verdicts: NDArray[np.uint8], fingerprints: list[Hashes]) -> None:
+def _mark_exact(verdicts: NDArray[np.uint8], fingerprints: Callable[[], Iterator[Hashes]]) -> None:
     """A part of all hash values at a time."""
     parts = -(-len(verdicts) // SORTED_AT_ONCE)
-    firsts = np.cumsum([0, *map(len, fingerprints)])[:-1]
     for part in range(parts):
-        places, hashes = [], []
-        for first, values in zip(firsts, fingerprints, strict=True):
+        first, places, hashes = 0, [], []
+        for values in fingerprints():
             chosen = np.flatnonzero(values[:, 0] % np.uint64(parts) == part)
             places.append(chosen + first)
-            hashes.append(values[chosen])
+            hashes.append(np.array(values[chosen]))
+            first += len(values)
         place, found = np.concatenate(places), np.concatenate(hashes)
         order = np.lexsort((found[:, 0], found[:, 1]))  # stable: earlier documents first
         found = found[order]
@@ -155,14 +158,14 @@ def _mark_exact(verdicts: NDArray[np.uint8], fingerprints: list[Hashes]) -> None
         verdicts[place[order[1:][again]]] = EXACT
 
 
-def _mark_near(verdicts: NDArray[np.uint8], bands: list[Hashes]) -> None:
+def _mark_near(verdicts: NDArray[np.uint8], bands: Callable[[], Iterator[Hashes]]) -> None:
     """Each document's leader becomes the first of those it is connected with; others go."""
     leader = np.arange(len(verdicts))
     changed = True
     while changed:
         changed = False
         for band in range(BANDS):
-            values = np.concatenate([part[:, band] for part in bands])
+            values = np.concatenate([part[:, band].copy() for part in bands()])
             order = np.argsort(values, kind="stable")
             values = values[order]
             starts = np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]]))

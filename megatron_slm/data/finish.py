@@ -18,9 +18,9 @@ from typing import Any
 
 import orjson
 
-from megatron_slm.data.indexed_format import publish, token_dtype
+from megatron_slm.data.indexed_format import publish, temporary, token_dtype
 from megatron_slm.data.inputs import Task
-from megatron_slm.data.layout import Layout, temporary
+from megatron_slm.data.layout import Layout
 from megatron_slm.data.manifest import manifest_path, read_manifest, what_changed, write_manifest
 from megatron_slm.data.merge import Part, merge
 from megatron_slm.data.shard import COUNTS, shard_prefix
@@ -84,6 +84,16 @@ def merged_shards(layout: Layout) -> dict[str, dict[str, Any]]:
     return found
 
 
+def remove_lists(layout: Layout) -> None:
+    """Remove what makes datasets of shards that are not merged, before any of these changes."""
+    for key in layout.keys:
+        path = manifest_path(layout.dataset(key))
+        manifest = read_manifest(path)
+        if manifest is None or not manifest["merged"]:
+            path.unlink(missing_ok=True)
+            Path(f"{layout.dataset(key)}.data-args.txt").unlink(missing_ok=True)
+
+
 def is_complete(
     layout: Layout, tasks: Sequence[Task], options: dict[str, Any], merged: bool
 ) -> Summary | None:
@@ -112,12 +122,17 @@ def check_rejects(layout: Layout, counts: dict[str, int], most: float) -> None:
     """Raises: UserError: too large a part of all documents could not be used."""
     rejects, read = counts["rejects"], counts["read"]
     if rejects > most * (read + rejects):
-        first = next(path for path in sorted(layout.rejects.iterdir()) if path.suffix == ".jsonl")
+        what = (
+            f"{rejects} of {read + rejects} documents could not be used, more than "
+            f"--max-reject-fraction {most:g} of them"
+        )
+        first = next(iter(sorted(layout.rejects.glob("*.jsonl"))), None)
+        if first is None:
+            raise UserError(f"{what}; their list in {layout.rejects} was removed. Allow more")
         with first.open("rb") as file:
             reject = orjson.loads(file.readline())
         raise UserError(
-            f"{rejects} of {read + rejects} documents could not be used, more than "
-            f"--max-reject-fraction {most:g} of them: {reject['file']}:{reject['line']}: "
+            f"{what}: {reject['file']}:{reject['line']}: "
             f"{reject['reason']}; all are in {layout.rejects}. Mend them and run again, which "
             "keeps the other shards, or allow more"
         )
@@ -157,6 +172,9 @@ def finish(
             Path(f"{prefix}.data-args.txt").unlink(missing_ok=True)
         else:
             files = {}
+            manifest_path(prefix).unlink(missing_ok=True)
+            for suffix in ("idx", "bin"):  # of an older, merged one
+                Path(f"{prefix}.{suffix}").unlink(missing_ok=True)
             _write_data_args(layout, key, shards)
         manifest = {
             "options": options,

@@ -11,6 +11,7 @@ when read, so neither takes memory in proportion to the data.
 from __future__ import annotations
 
 import os
+import socket
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ DTYPES: dict[int, np.dtype] = {
     for code, name in enumerate("u1 i1 <i2 <i4 <i8 <f8 <f4 <u2".split(), start=1)
 }
 BLOCK = 1 << 20  # sequences
+HOST = socket.gethostname().replace(".", "-")
 
 Lengths = NDArray[np.int32]
 Blocks = Callable[[], Iterator[Lengths]]
@@ -115,9 +117,14 @@ def sync(descriptor: int) -> None:
     os.fsync(descriptor)
 
 
-def publish(temporary: Path, final: Path) -> None:
+def temporary(path: Path) -> Path:
+    """Its name while it is written, by this process alone."""
+    return path.with_name(f"{path.name}.{HOST}-{os.getpid()}.partial")
+
+
+def publish(unfinished: Path, final: Path) -> None:
     """Give a complete and synced file its name, durably."""
-    temporary.replace(final)
+    unfinished.replace(final)
     directory = os.open(final.parent, os.O_RDONLY)
     try:
         sync(directory)

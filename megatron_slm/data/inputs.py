@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_slm.data.progress import say
 from megatron_slm.errors import UserError
 
 KINDS = {
@@ -24,7 +25,13 @@ KINDS = {
     ".zstd": "zstd",
     ".parquet": "parquet",
 }
-MAGIC = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "parquet": b"PAR1"}
+NOT_READ = (".bz2", ".xz", ".lz4")
+SKIPPABLE = tuple(number.to_bytes(4, "little") for number in range(0x184D2A50, 0x184D2A60))
+MAGIC = {
+    "gzip": (b"\x1f\x8b",),
+    "zstd": (b"\x28\xb5\x2f\xfd", *SKIPPABLE),
+    "parquet": (b"PAR1",),
+}
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,7 @@ def find_files(inputs: Iterable[str]) -> list[str]:
     found: dict[str, None] = {}
     for name in inputs:
         if os.path.isdir(name):
-            matches = [str(path) for path in sorted(Path(name).rglob("*")) if is_input(path)]
+            matches = files_below(name)
         elif os.path.exists(name):
             matches = [name]
         else:
@@ -103,14 +110,38 @@ def find_files(inputs: Iterable[str]) -> list[str]:
     return list(found)
 
 
-def is_input(path: Path) -> bool:
-    """In a directory, files of other kinds (checksums, read-me files) are passed over."""
-    return path.suffix in KINDS and path.is_file() and not path.name.startswith(".")
+def files_below(directory: str) -> list[str]:
+    """The inputs in a directory, sorted, also through links to directories, each of these once.
+    Files of other kinds (checksums, read-me files) are passed over."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+    found: list[Path] = []
+    passed_over = 0
+    seen = set()
+    for root, directories, names in os.walk(directory, onerror=refuse, followlinks=True):
+        status = os.stat(root)
+        if (status.st_dev, status.st_ino) in seen:
+            directories.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        directories.sort()
+        paths = [Path(root, name) for name in names if not name.startswith(".")]
+        inputs = [path for path in paths if path.suffix.lower() in (*KINDS, *NOT_READ)]
+        passed_over += len(paths) - len(inputs)
+        found += inputs
+    if passed_over:
+        say(f"{directory}: passed over {passed_over} files of other kinds")
+    return [str(path) for path in sorted(found)]
 
 
 def open_piece(path: str, start: int = 0, end: int | None = None) -> Piece:
     """A part of a file, whose first bytes are as its name says; default: all of it."""
-    kind = KINDS.get(Path(path).suffix, "jsonl")
+    suffix = Path(path).suffix.lower()
+    if suffix in NOT_READ:
+        raise UserError(f"{path}: {suffix} is not read; compress it with zstd or gzip instead")
+    kind = KINDS.get(suffix, "jsonl")
     try:
         status = os.stat(path)
         with open(path, "rb") as file:

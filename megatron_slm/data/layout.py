@@ -8,24 +8,17 @@ PREFIX_rejects/         lines that could not be used
 from __future__ import annotations
 
 import glob
-import os
 import shutil
-import socket
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_slm.data.indexed_format import HOST, temporary
 from megatron_slm.data.manifest import manifest_path
 from megatron_slm.errors import UserError
 
 STDIN = "stdin.jsonl"
-HOST = socket.gethostname().replace(".", "-")
-
-
-def temporary(path: Path) -> Path:
-    """Its name while it is written, by this process alone."""
-    return path.with_name(f"{path.name}.{HOST}-{os.getpid()}.partial")
 
 
 @dataclass(frozen=True)

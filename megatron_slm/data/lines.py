@@ -159,7 +159,11 @@ def _decompressed(
         while compressed := file.read(READ_BYTES):
             seen.update(compressed)
             while compressed:
-                stream = stream or new_stream()
+                if stream is None:
+                    compressed = compressed.lstrip(b"\0")  # tar pads with zeros
+                    if not compressed:
+                        break
+                    stream = new_stream()
                 try:
                     chunk = stream.decompress(compressed)
                 except damaged as error:
@@ -169,7 +173,7 @@ def _decompressed(
                     ) from error
                 compressed = b""
                 if stream.eof:
-                    compressed = stream.unused_data.lstrip(b"\0")  # tar pads with zeros
+                    compressed = stream.unused_data
                     stream = None
                 if chunk:
                     yield chunk

@@ -1,7 +1,7 @@
 """Manifests: what a shard or dataset was made from, how, and what it holds.
 
 A shard is made again unless its manifest has today's options and inputs.  An input counts as the
-same if its size and time are, or else its content by SHA-256.
+same if its path, size and time are, or else its content by SHA-256.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 
-from megatron_slm.data.indexed_format import publish, sync
+from megatron_slm.data.indexed_format import publish, sync, temporary
 from megatron_slm.data.inputs import Piece, Task
 from megatron_slm.data.lines import hash_piece
 from megatron_slm.errors import UserError
@@ -27,12 +27,27 @@ def manifest_path(prefix: Path | str) -> Path:
 
 def write_manifest(path: Path, content: dict[str, Any]) -> None:
     """Write it whole or not at all."""
-    unfinished = path.with_name(f"{path.name}.partial")
+    unfinished = temporary(path)
     with unfinished.open("wb") as file:
         file.write(orjson.dumps({"format": FORMAT, **content}, option=orjson.OPT_INDENT_2))
         file.flush()
         sync(file.fileno())
     publish(unfinished, path)
+
+
+def manifest_of_pair(prefix: Path) -> dict[str, Any] | None:
+    """That beside a pair of files: of a dataset, or of a shard that was not merged."""
+    manifest = read_manifest(manifest_path(prefix))
+    if manifest is not None or not prefix.parent.name.endswith("_shards"):
+        return manifest
+    words = prefix.name.removesuffix("_document").split("_")
+    for at in range(1, len(words)):  # NAME_KEY, of which both may have underscores
+        name, key = "_".join(words[:at]), "_".join(words[at:])
+        shard = read_manifest(prefix.with_name(f"{name}.json"))
+        if shard is not None and key in shard["outputs"]:
+            output = shard["outputs"][key]
+            return shard | output | {"merged": True, "shards": [shard | {"outputs": {key: output}}]}
+    return None
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
@@ -69,7 +84,8 @@ def same_inputs(task: Task, recorded: list[dict[str, Any]]) -> bool:
     return len(recorded) == len(task.pieces) and all(
         (before["start"], before["end"]) == (piece.start, piece.end)
         and (
-            (before["size"], before["modified"]) == (piece.size, piece.modified)
+            (before["path"], before["size"], before["modified"])
+            == (piece.path, piece.size, piece.modified)
             or before["sha256"] == hash_piece(piece)
         )
         for before, piece in zip(recorded, task.pieces, strict=True)

@@ -20,9 +20,9 @@ from megatron_slm.data.indexed_format import (
     open_index,
     publish,
     sync,
+    temporary,
     write_index,
 )
-from megatron_slm.data.layout import temporary
 from megatron_slm.data.manifest import manifest_path
 from megatron_slm.errors import UserError
 

@@ -32,6 +32,7 @@ from megatron_slm.data.finish import (
     finish,
     is_complete,
     merged_shards,
+    remove_lists,
     shard_manifest,
 )
 from megatron_slm.data.inputs import Task
@@ -153,6 +154,7 @@ def tokenize(setup: Setup) -> tuple[dict[str, dict[str, Any]], set[str]]:
             if reason is not None:
                 say(f"{task.name}: made again: {reason}")
     if missing:
+        remove_lists(setup.layout)
         settings = setup.settings
         chosen = choose_engine(
             settings.engine, setup.file, settings.special_ids, sample(setup, missing)

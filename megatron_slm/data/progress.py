@@ -5,11 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from megatron_slm.data.inputs import Task
+if TYPE_CHECKING:
+    from megatron_slm.data.inputs import Task
 
 POLL = 0.5  # seconds between looks at the counters
 STOP = 4  # the counter that tells workers to stop, after those of Progress

@@ -89,14 +89,16 @@ def _sources(
     options = shard["options"]
     render = None if chat_template is None else chat_renderer(chat_template)
     (key,) = shard["outputs"]
-    wanted = Wanted((key,), tuple(map(tuple, options["filters"])), render)
+    keys = tuple(options["json_keys"])
+    wanted = Wanted(keys, tuple(map(tuple, options["filters"])), render)
     before, after = (
         () if options[name] is None else (options[name],) for name in ("prepend_bos", "append_eod")
     )
     for recorded in shard["inputs"]:
         piece = open_piece(recorded["path"], recorded["start"], recorded["end"])
         for batch in read_documents(piece, wanted, InputHash(lambda _: None)):
-            for (text,) in batch.texts:
+            for texts in batch.texts:
+                text = texts[keys.index(key)]
                 ids, lengths = encode([text])
                 if ids.size:
                     where = f"{Path(piece.path)}: {text[:40]!r}"

@@ -23,9 +23,16 @@ from numpy.typing import NDArray
 from megatron_slm.data.contamination import Contamination
 from megatron_slm.data.documents import Batch, Wanted, read_documents
 from megatron_slm.data.engines import Encode
-from megatron_slm.data.indexed_format import length_blocks, publish, sync, token_dtype, write_index
+from megatron_slm.data.indexed_format import (
+    length_blocks,
+    publish,
+    sync,
+    temporary,
+    token_dtype,
+    write_index,
+)
 from megatron_slm.data.inputs import Task
-from megatron_slm.data.layout import Layout, temporary
+from megatron_slm.data.layout import Layout
 from megatron_slm.data.lines import InputHash
 from megatron_slm.data.manifest import describe_input, write_manifest
 from megatron_slm.data.progress import Progress

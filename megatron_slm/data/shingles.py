@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
 
 WORDS = re.compile(rb"[0-9a-z\x80-\xff]+")  # UTF-8, in lower case
+SPACES = {code: " " for code in range(0x80, 0x10000) if unicodedata.category(chr(code))[0] in "PZ"}
 FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
 def shingles(text: str, n: int) -> NDArray[np.uint64]:
     """A 64-bit hash of each run of n words [words - n + 1]; none if there are fewer words.
 
-    Case and what is ASCII but neither letter nor digit do not count.
+    Case, punctuation, spaces and what else is ASCII but neither letter nor digit do not count.
     """
-    words = np.fromiter(map(crc32, WORDS.findall(text.lower().encode())), np.uint64)
+    text = text.lower() if text.isascii() else text.lower().translate(SPACES)
+    words = np.fromiter(map(crc32, WORDS.findall(text.encode())), np.uint64)
     if len(words) < n:
         return np.empty(0, np.uint64)
     words = mix(words)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from megatron_slm.data.indexed_format import BLOCK, Index, open_index
-from megatron_slm.data.manifest import manifest_path, read_manifest
+from megatron_slm.data.manifest import manifest_of_pair, manifest_path, read_manifest
 from megatron_slm.errors import UserError
 
 PROBED = 512  # offsets that the quick check looks at
@@ -52,9 +52,16 @@ def check_quickly(
 
     Raises:
         UserError: index and data do not belong together, are truncated, or are of a type or
-            vocabulary that cannot be.
+            vocabulary that cannot be; or the dataset was not merged.
     """
     prefix = Path(prefix)
+    if manifest is None:
+        manifest = manifest_of_pair(prefix)
+        if manifest is not None and not manifest.get("merged"):  # nor is a mix
+            raise UserError(
+                f"{prefix} is no pair of files but a list of several: give "
+                f"--data-args-path {prefix}.data-args.txt"
+            )
     index = open_index(Path(f"{prefix}.idx"))
     data = Path(f"{prefix}.bin")
     try:
@@ -64,7 +71,6 @@ def check_quickly(
     if index.dtype.kind not in "iu":
         raise UserError(f"{prefix}.idx says ids are of type {index.dtype}; they are whole numbers")
     _check_ends(prefix, index, size)
-    manifest = manifest or read_manifest(manifest_path(prefix))
     if manifest is not None:
         for path, written in ((data, size), (Path(f"{prefix}.idx"), None)):
             actual = path.stat().st_size if written is None else written

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,10 @@ import pytest
 from corpus import ids_of, preprocess, read_dataset, texts, write_jsonl
 
 from megatron_slm.data import duplicates
-from megatron_slm.data.duplicates import band_hashes
+from megatron_slm.data.duplicates import band_hashes, find_duplicates, fingerprint_path
+from megatron_slm.data.inputs import Task
 from megatron_slm.data.shingles import shingles
+from megatron_slm.errors import UserError
 
 LONG = [text for text in texts() if len(text.split()) > 60][:60]
 
@@ -41,6 +45,25 @@ def test_exact_duplicates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_on
     manifest = json.loads((tmp_path / "out_text_document.manifest.json").read_text())
     counted = sum(shard["counts"]["exact_duplicates"] for shard in manifest["shards"])
     assert counted == 400 - len(kept)
+
+
+def test_duplicates_of_more_tasks_than_may_be_open(tmp_path: Path) -> None:
+    tasks = [Task(f"task-{at}", ()) for at in range(200)]
+    for task in tasks:
+        hashes = np.arange(3 * 14, dtype=np.uint64).reshape(3, 14)
+        hashes[:, :2].tofile(fingerprint_path(tmp_path, task, "exact"))
+        hashes.tofile(fingerprint_path(tmp_path, task, "near"))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 50, limits[1]))
+    try:
+        find_duplicates(tasks, tmp_path, [3] * 200, True, tmp_path / "verdicts")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    verdicts = np.fromfile(tmp_path / "verdicts", np.uint8)
+    assert verdicts.tolist() == [0] * 3 + [1] * 597
+    fingerprint_path(tmp_path, tasks[7], "near").unlink()
+    with pytest.raises(UserError, match=r"cannot read .*task-7\.fingerprints\.near"):
+        find_duplicates(tasks, tmp_path, [3] * 200, True, tmp_path / "verdicts")
 
 
 def test_near_duplicates(tmp_path: Path) -> None:
@@ -86,6 +109,9 @@ def test_shingles_are_of_words() -> None:
         for n in (1, 5, 13):
             assert len(np.unique(shingles(text, n))) == len(runs(text, n))
     assert np.array_equal(shingles("A, b. C!", 2), shingles("a b c", 2))
+    assert np.array_equal(
+        shingles("“Ça” va\u2014bien\u3000东京。大阪", 2), shingles("ça va bien 东京 大阪", 2)
+    )
     assert shingles("a b", 3).size == 0
 
 

@@ -1,4 +1,4 @@
-"""Forty-four ways in which an input can be bad: each is named with its file, the line where it has
+"""Forty-five ways in which an input can be bad: each is named with its file, the line where it has
 one, and the reason; nothing is written that could be read as a dataset."""
 
 from __future__ import annotations
@@ -117,6 +117,7 @@ FILES: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "damaged zstd": ("in.jsonl.zst", lambda: _spoiled(_zstd(DATA)), "is damaged"),
     "gzip behind another's name": ("in.jsonl", lambda: gzip.compress(DATA), "the contents of gzip"),
     "text behind zstd's name": ("in.jsonl.zst", lambda: DATA, "the contents of jsonl"),
+    "bzip2": ("in.jsonl.bz2", lambda: b"BZh9", ".bz2 is not read"),
     "empty gzip": ("in.jsonl.gz", lambda: b"", "nothing in it"),
     "truncated parquet": (
         "in.parquet",

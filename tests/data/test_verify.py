@@ -198,6 +198,20 @@ def test_what_is_right_passes(tmp_path: Path, merge: str) -> None:
     assert (len(shards) > 1) == (merge == "--no-merge")
 
 
+def test_several_keys_deeply(tmp_path: Path) -> None:
+    """A record without one of them gave no document of the others."""
+    source = tmp_path / "in.jsonl"
+    rows = [{"q": text, "a": text[::-1]} for text in TEXTS[:40]]
+    lines = [json.dumps(row) for row in [{"q": "only one"}, *rows]]
+    source.write_text("\n".join(lines))
+    options = ("--json-keys", "q", "a", "--max-reject-fraction", "0.1")
+    preprocess(source, tmp_path / "out", *options)
+    for key in ("q", "a"):
+        arguments = (tmp_path / f"out_{key}_document", "--deep", "--tokenizer-model", MODEL)
+        result = run_tool("verify_dataset", *arguments)
+        assert result.code == 0, result.err
+
+
 def test_of_megatrons_making(tmp_path: Path) -> None:
     """Without a manifest."""
     import torch
@@ -223,3 +237,28 @@ def test_manifest_ties_it_to_a_vocabulary(prefix: Path) -> None:
     )
     with pytest.raises(UserError, match="a tokenizer of 32000 tokens, this run's has 31999"):
         check_quickly(prefix, 31999)
+
+
+def test_a_dataset_that_was_not_merged(tmp_path: Path) -> None:
+    """Takes the place of a merged one; its shards have manifests of their own."""
+    from megatron_slm.data.verify import check_quickly
+    from megatron_slm.errors import UserError
+
+    source = write_jsonl(tmp_path / "in.jsonl", TEXTS)
+    options = ("--shard-size", "20K", "--json-keys", "text")
+    preprocess(source, tmp_path / "out", *options)
+    preprocess(source, tmp_path / "out", *options, "--no-merge")
+    prefix = tmp_path / "out_text_document"
+    assert not idx(prefix).exists() and not bin_of(prefix).exists()
+    with pytest.raises(UserError, match=r"--data-args-path .*out_text_document\.data-args\.txt"):
+        check_quickly(prefix)
+    shard = next((tmp_path / "out_shards").glob("*.idx")).with_suffix("")
+    check_quickly(shard, 32000)
+    with pytest.raises(UserError, match="a tokenizer of 32000 tokens, this run's has 31999"):
+        check_quickly(shard, 31999)
+    assert run_tool("verify_dataset", shard).code == 0
+
+    source.write_bytes(source.read_bytes() + b"{bad\n")
+    failed = preprocess(source, tmp_path / "out", *options, "--no-merge", check=False)
+    assert failed.code == 2
+    assert not list(tmp_path.glob("out_text_document*"))
