@@ -40,7 +40,8 @@ TRAINING=(
 )
 if [ "$TP" -gt 1 ]; then TRAINING+=(--sequence-parallel); fi
 FILES=(
-    --use-checkpoint-args --pretrained-checkpoint "$BASE" --load "$SAVE" --save "$SAVE"
+    --use-checkpoint-args --no-use-tokenizer-model-from-checkpoint-args
+    --pretrained-checkpoint "$BASE" --load "$SAVE" --save "$SAVE"
     --sft --sft-tokenizer-prompt-format identity --tokenizer-type SFTTokenizer
     --tokenizer-model "$HF" --train-data-path "$DATA" --valid-data-path "$DATA"
     --eval-interval 500 --eval-iters 1 --save-interval 500 --exit-signal-handler --log-interval 10

@@ -90,7 +90,8 @@ _command() {
 _run_node() {
     local agent status
     # shellcheck disable=SC1091
-    if [ -n "${PYTHON_ENV:-}" ]; then eval "$PYTHON_ENV"
+    # Activation scripts often read variables that are not set.
+    if [ -n "${PYTHON_ENV:-}" ]; then set +u && eval "$PYTHON_ENV" && set -u
     elif [ -f "$slm_root/.venv/bin/activate" ]; then source "$slm_root/.venv/bin/activate"; fi
     if [ "$CHECK" = 1 ]; then _check_node; fi
     (trap '' USR1 && exec "${torchrun[@]}") &

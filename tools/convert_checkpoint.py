@@ -104,7 +104,8 @@ def convert(args: Namespace) -> None:
         return
     checkpoint = iteration_directory(args.load, args.ckpt_step, "--load", "--ckpt-step")
     if args.command == "complete":
-        print(f"added {complete(checkpoint)} empty entries to {checkpoint}")
+        if first:
+            print(f"added {complete(checkpoint)} empty entries to {checkpoint}")
         return
     architecture = export_hugging_face(
         checkpoint, args.hf, args.like, args.vocab_size, int(args.shard_gb * 1e9)

@@ -86,6 +86,7 @@ def parse_arguments(add_own: Callable[[ArgumentParser], ArgumentParser]) -> Name
     args.num_layers_per_virtual_pipeline_stage = args.num_virtual_stages_per_pipeline_rank = None
     args.pipeline_model_parallel_layout = None
     args.tensorboard_dir, args.wandb_project = None, ""  # the run's logs are not this job's
+    args.exit_signal_handler = False  # a job that is killed goes on as well as one that ends
     validate_args(args, {"tokenizer_type": "GPT2BPETokenizer"})
     set_global_variables(args)
     args.global_batch_size = batches["global_batch_size"]
