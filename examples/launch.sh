@@ -18,20 +18,21 @@
 #   NODE_RANK      0, without Slurm: which node this is
 #   MASTER_ADDR    localhost; under Slurm the job's first node
 #   MASTER_PORT    29500, of the rendezvous, on MASTER_ADDR
-#   MAX_RESTARTS   3: a rank that fails or a node that is lost restarts all ranks, from the last
-#                  checkpoint, that often
+#   MAX_RESTARTS   3: a rank that fails restarts all ranks, from the last checkpoint, that often; a
+#                  node that is lost ends the job (sbatch --requeue starts it again)
 #   CHECK          1: check nodes before the start; 0 leaves it out
 #   PYTHON_ENV     shell command that sets up Python on a node; default: this repository's .venv if
-#                  there is one.  In NVIDIA's PyTorch container, which has Transformer Engine and
-#                  Apex:  PYTHON_ENV="pip install -q --no-deps -e /path/to/megatron-slm".  Elsewhere
-#                  tools/environment.sh makes .venv:  use_environment cuda.
+#                  there is one, which tools/environment.sh makes:  use_environment cuda.  In
+#                  NVIDIA's PyTorch container install once, into the image (README)
 #   SRUN           options of srun, for example --container-image ... --container-mounts ...
 #   EXTRA          more arguments, after the recipe's, which they override
 #   NCCL_*, TORCH_*, CUDA_*, GLOO_*, UCX_*   as they are; NCCL_SOCKET_IFNAME and NCCL_IB_HCA where
 #                  a node has several networks
 #
-# SIGTERM (or USR1, which Slurm sends 600 s before the end by --signal) lets the step end, saves a
-# checkpoint and ends the job with success; the same command then goes on from there.
+# SIGTERM to this script (or USR1, which Slurm sends 600 s before the end by --signal) lets the step
+# end, saves a checkpoint and ends the job with success; the same command then goes on from there.  A
+# SIGTERM that Slurm sends to every process, as scancel does, reaches torchrun too, which gives ranks
+# 30 s: preempt with USR1.
 
 NODES="${SLURM_JOB_NUM_NODES:-${NODES:-1}}"
 : "${GPUS_PER_NODE:=8}" "${NODE_RANK:=0}" "${MASTER_PORT:=29500}" "${MAX_RESTARTS:=3}" "${CHECK:=1}"
