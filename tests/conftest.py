@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gpt_datasets import gpt_config
 from jobs import (
     GLOBAL_BATCH,
     SEQUENCE,
@@ -33,23 +34,15 @@ def samples(corpus: Corpus) -> dict[str, torch.Tensor]:
     from megatron.core.datasets.blended_megatron_dataset_builder import (
         BlendedMegatronDatasetBuilder,
     )
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-    from megatron.core.tokenizers import MegatronTokenizer
+    from megatron.core.datasets.gpt_dataset import GPTDataset
 
     count = STEPS * GLOBAL_BATCH
-    config = GPTDatasetConfig(
-        random_seed=1234,
-        sequence_length=SEQUENCE,
+    config = gpt_config(
+        SEQUENCE,
+        VOCABULARY,
         blend=([str(corpus.prefix)], None),
         split=SPLIT,
-        tokenizer=MegatronTokenizer.from_pretrained(
-            metadata_path={"library": "null-text"}, vocab_size=VOCABULARY
-        ),
-        reset_position_ids=False,
-        reset_attention_mask=False,
         eod_mask_loss=True,
-        create_attention_mask=False,
-        mid_level_dataset_surplus=0.005,
     )
     train, _, _ = BlendedMegatronDatasetBuilder(
         GPTDataset, [count, GLOBAL_BATCH, 0], lambda: True, config

@@ -91,6 +91,13 @@ class Checkpoints:
         return [*self.without_reference, "--slm-reference-load", str(self.reference)]
 
 
+def from_own_checkpoint(arguments: list[str], saved: Path) -> list[str]:
+    """The same run, from its own checkpoint instead of the policy's first."""
+    at = arguments.index("--load")
+    # and no --finetune, --no-load-*
+    return [*arguments[:at], "--load", str(saved), *arguments[at + 5 :]]
+
+
 def train_checkpoints(corpus: Corpus, directory: Path, tied: bool) -> Checkpoints:
     made = Checkpoints(directory / "policy", directory / "reference", tied)
     for path, model, steps in ((made.policy, POLICY, 2), (made.reference, REFERENCE, 10)):

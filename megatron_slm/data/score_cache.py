@@ -24,6 +24,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_slm.data.indexed_format import publish, sync
 from megatron_slm.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -191,16 +192,19 @@ def missing_shards(directory: Path, manifest: Manifest) -> list[tuple[str, int]]
     return [
         (section, shard)
         for section in manifest.sections
-        for there in [_names(directory / section)]
-        for shard in range(manifest.shards(section))
-        if shard_path(directory, section, shard).name not in there
+        for shard in _missing(directory, manifest, section)
     ]
 
 
-def _names(directory: Path) -> set[str]:
-    """Of its files.  A file system that thousands of ranks ask answers a listing more readily than
-    a question for each file."""
-    return set(os.listdir(directory)) if directory.is_dir() else set()
+def _missing(directory: Path, manifest: Manifest, section: str) -> list[int]:
+    """Shards of a section that are not there.  By a listing: a file system that thousands of ranks
+    ask answers one more readily than a question for each file."""
+    there = set(os.listdir(directory / section)) if (directory / section).is_dir() else set()
+    return [
+        shard
+        for shard in range(manifest.shards(section))
+        if shard_path(directory, section, shard).name not in there
+    ]
 
 
 class Section:
@@ -212,13 +216,9 @@ class Section:
 
     def __init__(self, directory: Path, manifest: Manifest, name: str) -> None:
         self.directory, self.manifest, self.name = directory, manifest, name
-        there = _names(directory / name)
-        for shard in range(manifest.shards(name)):
+        for shard in _missing(directory, manifest, name):
             path = shard_path(directory, name, shard)
-            if path.name not in there:
-                raise UserError(
-                    f"{path} is missing: finish the cache with the command that began it"
-                )
+            raise UserError(f"{path} is missing: finish the cache with the command that began it")
 
     def __len__(self) -> int:
         return self.manifest.sections[self.name]
@@ -275,13 +275,8 @@ def _write_whole(path: Path, content: bytes) -> None:
     with partial.open("wb") as stream:
         stream.write(content)
         stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
-    parent = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(parent)
-    finally:
-        os.close(parent)
+        sync(stream.fileno())
+    publish(partial, path)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

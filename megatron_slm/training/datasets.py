@@ -17,7 +17,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 
 from megatron_slm.data.scored_dataset import SampleScored, document_scored
 from megatron_slm.data.verify import check_quickly
-from megatron_slm.training.caches import SPLITS, Caches
+from megatron_slm.training.caches import SPLITS, Caches, data_prefixes
 
 
 def use_prebuilt_helpers() -> None:
@@ -40,13 +40,11 @@ def check_files(args: Any) -> None:
         UserError: files are missing or truncated, do not belong together, or were made with a
             larger vocabulary.
     """
-    blend, per_split = get_blend_and_blend_per_split(args)
     if args.sft:
         return
-    for paths, _ in filter(None, [blend, *(per_split or [])]):
-        for prefix in paths:
-            if not is_object_storage_path(prefix):
-                check_quickly(prefix, args.slm_vocab_size)
+    for prefix in data_prefixes(args):
+        if not is_object_storage_path(prefix):
+            check_quickly(prefix, args.slm_vocab_size)
 
 
 class DatasetProvider:

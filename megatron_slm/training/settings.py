@@ -19,7 +19,6 @@ class SelectiveSettings:
     """selection, schedule: which tokens are selected, and how large a part of them.
     warmup_tokens: tokens of causal language modeling before the first selection.
     selective: whether any selection takes place; if not, this is causal language modeling.
-    has_reference: whether there are reference losses.
     head: how the policy's output layer and loss are computed (loss/chunked.py compares the two).
     domains: names of the blend's datasets, empty where there is no blend.
     seed: of random scores.
@@ -29,7 +28,6 @@ class SelectiveSettings:
     schedule: RatioSchedule
     warmup_tokens: int
     selective: bool
-    has_reference: bool
     head: Literal["dense", "chunked"]
     domains: tuple[str, ...]
     seed: int
@@ -92,7 +90,6 @@ def settings_from_arguments(args: Namespace) -> SelectiveSettings:
         schedule=schedule,
         warmup_tokens=args.slm_warmup_tokens,
         selective=selective,
-        has_reference=has_reference,
         head=head,
         domains=domains if selective else (),
         seed=args.seed,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -89,27 +90,23 @@ class SelectiveStep:
             micro_batch_size,
             num_microbatches,
             with_domains=bool(settings.domains) and (step.training or self._by_domain),
-            with_losses=self.source is not None and self.source.caches is not None,
+            with_losses=self._cached,
         )
         if isinstance(self.reference, MovingAverage):
             self.reference.follow(rest["model"], step.training)
         if self.reference is not None and step.selects:
             # Of training steps alone, as Megatron's own interval is.
-            timer = get_timers()("slm-reference", log_level=0) if step.training else None
-            if timer is not None:
-                timer.start()
-            micro_batches = self.reference.score(micro_batches, num_microbatches, micro_batch_size)
-            if timer is not None:
-                timer.stop()
+            with _timed("slm-reference", when=step.training and not self._cached):
+                micro_batches = self.reference.score(
+                    micro_batches, num_microbatches, micro_batch_size
+                )
         sizes = {"num_microbatches": num_microbatches, "micro_batch_size": micro_batch_size}
         whole_step = step.training and step.selects and settings.selection.scope == "global-batch"
         seen: list[MicroBatch] = []
         if whole_step:
             if settings.selection.exact:
-                timer = get_timers()("slm-ranking", log_level=0)
-                timer.start()
-                ranked = self._rank_step(schedule, data_iterator, micro_batches, sizes | rest)
-                timer.stop()
+                with _timed("slm-ranking"):
+                    ranked = self._rank_step(schedule, data_iterator, micro_batches, sizes | rest)
                 micro_batches = iter(ranked)
             else:
                 micro_batches = _noting(micro_batches, seen)
@@ -146,6 +143,10 @@ class SelectiveStep:
     @property
     def _by_domain(self) -> bool:
         return self.source is not None and self.source.by_domain
+
+    @property
+    def _cached(self) -> bool:
+        return self.source is not None and self.source.caches is not None
 
     @property
     def _wants_entropies(self) -> bool:
@@ -253,6 +254,18 @@ class SelectiveStep:
         self.carried.after(self.step.iteration, thresholds, [bool(any_) for any_ in has_tokens])
         # Megatron's checkpoints carry the arguments, and so this.
         get_args().slm_carried_threshold = self.carried.state()
+
+
+@contextmanager
+def _timed(name: str, when: bool = True) -> Iterator[None]:
+    """Count the time in one of Megatron's timers, which waits for the device twice."""
+    if not when:
+        yield
+        return
+    timer = get_timers()(name, log_level=0)
+    timer.start()
+    yield
+    timer.stop()
 
 
 def _noting(micro_batches: Iterator[MicroBatch], seen: list[MicroBatch]) -> Iterator[MicroBatch]:

@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path[:0] = map(str, Path(__file__).parents[1:3])
 os.environ["LOCAL_RANK"] = "0"
 
 from megatron_slm import platform
@@ -40,6 +40,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 
 from megatron_slm.loss import selected_loss, token_losses
+from resident import resident
 
 TOKENS, HIDDEN, VOCABULARY, RATIO = 4096, 1024, 32000, 0.6
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -93,14 +94,6 @@ def make_step(
         {"dense": dense, "chunked": chunked}[head]()
 
     return step
-
-
-def resident(field: str) -> int:
-    """VmRSS (now) or VmHWM (highest) of this process, bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise ValueError(field)
 
 
 def print_memory(head: str, dtype: torch.dtype) -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     os.execv(sys.executable, [sys.executable, *sys.argv])
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path[:0] = map(str, Path(__file__).parents[1:3])
 
 from megatron_slm.entry import add_arguments, use_device
 
@@ -40,6 +40,7 @@ from megatron_slm.model.layer_spec import plain_block_spec
 from megatron_slm.reference.online import OnlineReference, build_model, frozen_arguments
 from megatron_slm.training.datasets import use_prebuilt_helpers
 from megatron_slm.training.micro_batch import MicroBatch
+from resident import resident
 
 LAYERS, HIDDEN, FFN, VOCABULARY = 8, 1024, 2816, 32000
 SEQUENCE, SAMPLES, COUNT = 1024, 2, 4
@@ -51,14 +52,6 @@ MODEL = f"""
     --bf16 --micro-batch-size {SAMPLES} --train-iters 1 --lr 1e-4 --tokenizer-type NullTokenizer
     --vocab-size {VOCABULARY - 1} --mock-data --eval-interval 1 --eval-iters 0
 """
-
-
-def resident(field: str) -> int:
-    """VmRSS (now) or VmHWM (highest) of this process, bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise ValueError(field)
 
 
 def score(reference: OnlineReference) -> None:

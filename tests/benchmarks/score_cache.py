@@ -19,10 +19,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.indexed_dataset import DType, _IndexWriter
-from megatron.core.tokenizers import MegatronTokenizer
 
+from gpt_datasets import gpt_config
 from megatron_slm.data.score_cache import Manifest, Section, write_shard
 from megatron_slm.data.scored_dataset import SampleScored, document_scored
 
@@ -40,20 +40,7 @@ def write_dataset(prefix: str) -> None:
 
 def build(prefix: str, kind: Any) -> Any:
     """Training samples in Megatron's order."""
-    config = GPTDatasetConfig(
-        random_seed=5,
-        sequence_length=LENGTH,
-        blend=([prefix], None),
-        split="100,0,0",
-        tokenizer=MegatronTokenizer.from_pretrained(
-            metadata_path={"library": "null-text"}, vocab_size=VOCABULARY
-        ),
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-        mid_level_dataset_surplus=0.005,
-    )
+    config = gpt_config(LENGTH, VOCABULARY, random_seed=5, blend=([prefix], None))
     builder = BlendedMegatronDatasetBuilder(kind, [SAMPLES, 0, 0], lambda: True, config)
     return builder.build()[0]
 

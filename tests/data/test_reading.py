@@ -12,6 +12,8 @@ from corpus import Document, preprocess, run_tool, texts, write_jsonl
 from test_engines import hugging_face  # noqa: F401  (a fixture)
 from transformers import PreTrainedTokenizerFast
 
+from gpt_datasets import gpt_config
+
 TEXTS = texts()
 SEQUENCE = 64
 
@@ -30,26 +32,6 @@ def dataset(tmp_path: Path, hugging_face: Path) -> tuple[Path, list[Document]]: 
             for text in found
         ]
     return tmp_path, documents
-
-
-def config(**more: Any) -> Any:
-    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
-    from megatron.core.tokenizers import MegatronTokenizer
-
-    return GPTDatasetConfig(
-        random_seed=1234,
-        sequence_length=SEQUENCE,
-        split="1,0,0",
-        tokenizer=MegatronTokenizer.from_pretrained(
-            metadata_path={"library": "null-text"}, vocab_size=1000
-        ),
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-        mid_level_dataset_surplus=0.005,
-        **more,
-    )
 
 
 @pytest.mark.parametrize("mmap", [True, False])
@@ -76,7 +58,7 @@ def test_gpt_dataset_and_blend(dataset: tuple[Path, list[Document]]) -> None:
     half = len(TEXTS[::2])
     paths = [str(directory / f"{name}_text_document") for name in ("first", "second")]
     blend, _, _ = BlendedMegatronDatasetBuilder(
-        GPTDataset, [400, 0, 0], lambda: True, config(blend=(paths, [3.0, 1.0]))
+        GPTDataset, [400, 0, 0], lambda: True, gpt_config(SEQUENCE, 1000, blend=(paths, [3.0, 1.0]))
     ).build()
     streams = []
     for part, own in zip(blend.datasets, (documents[:half], documents[half:]), strict=True):

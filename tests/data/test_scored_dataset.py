@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
-from megatron.core.tokenizers import MegatronTokenizer
 
+from gpt_datasets import gpt_config
 from megatron_slm.data import score_cache
 from megatron_slm.data.score_cache import Manifest, Section, write_shard
 from megatron_slm.data.scored_dataset import (
@@ -56,20 +56,7 @@ def write_cache(directory: Path, kind: Any, name: str, records: int, rows: np.nd
 
 def build(prefix: str, kind: Any = GPTDataset, count: int = 400) -> Any:
     """Training samples in Megatron's order, of more than one epoch."""
-    config = GPTDatasetConfig(
-        random_seed=5,
-        sequence_length=LENGTH,
-        blend=([prefix], None),
-        split="100,0,0",
-        tokenizer=MegatronTokenizer.from_pretrained(
-            metadata_path={"library": "null-text"}, vocab_size=EOD + 1
-        ),
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=True,
-        create_attention_mask=False,
-        mid_level_dataset_surplus=0.005,
-    )
+    config = gpt_config(LENGTH, EOD + 1, random_seed=5, blend=([prefix], None), eod_mask_loss=True)
     builder = BlendedMegatronDatasetBuilder(kind, [count, 0, 0], lambda: True, config)
     return builder.build()[0]
 

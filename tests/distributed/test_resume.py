@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import Checkpoints, Corpus
+from jobs import Checkpoints, Corpus, from_own_checkpoint
 from launch import pretrain
 
 TAGS = ("lm loss", "grad-norm", "threshold", "excess loss")
@@ -23,11 +23,7 @@ def _arguments(corpus: Corpus, start: Checkpoints, extra: str) -> list[str]:
 
 
 def _resumed(corpus: Corpus, start: Checkpoints, saved: Path, extra: str) -> list[str]:
-    """The same run, from its own checkpoint instead of the policy's first."""
-    arguments = _arguments(corpus, start, extra)
-    at = arguments.index("--load")
-    arguments[at : at + 5] = ["--load", str(saved)]  # and no --finetune, --no-load-*
-    return arguments
+    return from_own_checkpoint(_arguments(corpus, start, extra), saved)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,15 @@ import torch
 
 import oracle
 from distributed.test_layouts import LAYOUTS
-from jobs import GLOBAL_BATCH, SEQUENCE, STEPS, VOCABULARY, Checkpoints, Corpus
+from jobs import (
+    GLOBAL_BATCH,
+    SEQUENCE,
+    STEPS,
+    VOCABULARY,
+    Checkpoints,
+    Corpus,
+    from_own_checkpoint,
+)
 from launch import REPOSITORY, Run, launch, pretrain, start
 from megatron_slm.data.score_cache import Section, decode, encode, read_manifest
 
@@ -26,6 +34,7 @@ MICRO_BATCH = 3
 RUN = f"--train-iters {STEPS} --global-batch-size {GLOBAL_BATCH} --eval-iters 1"
 RUN += f" --eval-interval 1000 --micro-batch-size {MICRO_BATCH}"
 KILLS = 20
+RECORDED = "distributed.recorded_pretrain"
 # Scores this close to the threshold may fall on either side of it: two stored losses' error.
 NEAR_TIE = 4e-4
 
@@ -41,25 +50,29 @@ def job(corpus: Corpus, start: Checkpoints, cache: Path, extra: str = "") -> lis
     ]
 
 
+def run_arguments(corpus: Corpus, start: Checkpoints, extra: str) -> list[str]:
+    arguments = [*corpus.arguments, *start.without_reference, *RUN.split()]
+    return arguments + f"--slm-token-ratio 0.6 {extra}".split()
+
+
 def train(
     corpus: Corpus, start: Checkpoints, directory: Path, extra: str, ranks: int = 1, **kwargs: Any
 ) -> Run:
-    arguments = [*corpus.arguments, *start.without_reference, *RUN.split()]
-    arguments += f"--slm-token-ratio 0.6 {extra}".split()
-    module = "distributed.recorded_pretrain"
-    return pretrain(ranks, arguments, directory, module=module, **kwargs)
+    arguments = run_arguments(corpus, start, extra)
+    return pretrain(ranks, arguments, directory, module=RECORDED, **kwargs)
 
 
 def resume(
-    corpus: Corpus, start: Checkpoints, saved: Path, directory: Path, extra: str, **kwargs: Any
+    corpus: Corpus,
+    start: Checkpoints,
+    saved: Path,
+    directory: Path,
+    extra: str,
+    ranks: int = 1,
+    **kwargs: Any,
 ) -> Run:
-    """The same run, from its own checkpoint instead of the policy's first."""
-    arguments = [*corpus.arguments, *start.without_reference, *RUN.split()]
-    arguments += f"--slm-token-ratio 0.6 {extra}".split()
-    at = arguments.index("--load")
-    arguments[at : at + 5] = ["--load", str(saved)]  # and no --finetune, --no-load-*
-    module = "distributed.recorded_pretrain"
-    return pretrain(kwargs.pop("ranks", 1), arguments, directory, module=module, **kwargs)
+    arguments = from_own_checkpoint(run_arguments(corpus, start, extra), saved)
+    return pretrain(ranks, arguments, directory, module=RECORDED, **kwargs)
 
 
 def contents(cache: Path) -> dict[str, str]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
-import re
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_slm import pretrain
+from resident import resident
 
 train = pretrain._pretrain
 libc = ctypes.CDLL("libc.so.6")
@@ -31,13 +31,6 @@ def addmm_flops(out: Any, a: list[int], b: list[int], *args: Any, **kwargs: Any)
 
 
 IN_PLACE = {torch.ops.aten.addmm_: addmm_flops}  # torch's counter leaves it out
-
-
-def resident(name: str) -> int:
-    """VmRSS or VmHWM, bytes."""
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
 
 
 def tensors_of(model: list[Any], optimizer: Any, reference: Any) -> Iterator[torch.Tensor]:
