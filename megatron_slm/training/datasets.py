@@ -76,8 +76,11 @@ class DatasetProvider:
         if caches is None or caches.kind == "document":
             return datasets
         caches.check_samples(datasets, samples)
+        # A split that a run draws nothing from has no section.
         return [
-            None if dataset is None else SampleScored(dataset, caches.sections[split])
+            SampleScored(dataset, caches.sections[split])
+            if dataset is not None and split in caches.sections
+            else dataset
             for split, dataset in zip(SPLITS, datasets, strict=True)
         ]
 
