@@ -56,6 +56,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
 export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGINT,SIGHUP,SIGQUIT}"
 
 program=(-m megatron_slm.pretrain)
+may_be_killed=0 # 1 for a program that has everything saved at all times
 slm_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
 _refuse() {
@@ -120,7 +121,7 @@ _notice() {
     [ -z "$noticed" ] || return 0
     noticed="$1"
     echo "> $1: saving and ending"
-    _stop_ranks "$agent" &
+    if [ "$may_be_killed" = 1 ]; then kill -HUP "$agent"; else _stop_ranks "$agent" & fi
 }
 
 # Runs on every node.  Signals go past torchrun, which ignores them, to the ranks.
@@ -140,6 +141,7 @@ _run_node() {
         status=0
         wait "$agent" || status=$?
     done
+    if [[ "$may_be_killed" = 1 && -n "$noticed" ]]; then status=0; fi
     if [[ "$REQUEUE" = 1 && "$noticed" = USR1 && "$status" = 0 && "$NODE_RANK" = 0 ]]; then
         scontrol requeue "$SLURM_JOB_ID"
     fi

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+
+from tokenizers import Tokenizer
 
 from megatron_slm.model.sentencepiece_json import write_tokenizer_json
 
@@ -36,10 +39,14 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def special_ids(directory: Path) -> dict[str, int | None]:
-    """bos_token_id and eos_token_id for config.json; none if transformers can read no tokenizer."""
-    from transformers import AutoTokenizer
-
-    if not any((directory / name).is_file() for name in SETTINGS):
+    """bos_token_id and eos_token_id for config.json; none without what says so."""
+    if not all((directory / name).is_file() for name in SETTINGS):
         return {}
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    return {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    ids = {}
+    for name in ("bos_token", "eos_token"):
+        token = config.get(name)
+        content = token["content"] if isinstance(token, dict) else token
+        ids[f"{name}_id"] = None if content is None else tokenizer.token_to_id(content)
+    return ids

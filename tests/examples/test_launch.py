@@ -89,13 +89,16 @@ class Started:
 
     def signal_all(self, number: signal.Signals) -> None:
         """As Slurm does: every process of the job."""
-        for pid in [pid for one in self.processes for pid in [*descendants(one.pid), one.pid]]:
+        running = [one.pid for one in self.processes if one.poll() is None]
+        for pid in [each for one in running for each in [*descendants(one), one]]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
     def ended(self) -> None:
+        """With success, and without torchrun's help, which kills after 30 s."""
         for one in self.processes:
             assert one.wait(60) == 0, self.said()[-6000:]
+        assert "death signal" not in self.said()
 
 
 def descendants(pid: int) -> list[int]:
@@ -168,6 +171,23 @@ def test_kill_restart_stop_and_go_on(corpus: Corpus, base: Path, tmp_path: Path)
     assert re.findall(ITERATION, job.said()) == [str(last + 1)]
     assert int(tracker.read_text()) == last + 1
     assert (tmp_path / "queued").read_text() == "requeue 11\n"
+
+
+def test_a_scoring_job_ends_at_once(corpus: Corpus, base: Path, tmp_path: Path) -> None:
+    """It goes on where it was, so that it can be killed."""
+    tokenizer = tmp_path / "tokenizer.model"
+    tokenizer.touch()
+    own = {"DATA": corpus.prefix, "TOKENIZER": tokenizer, "BASE": base, "REFERENCE": base}
+    own |= {"SAVE": tmp_path / "save", "SCORE": 1, "CACHE": tmp_path / "cache", "BATCH": 8}
+    own |= {"TOKENS": 2048 * 8 * 100_000, "EXTRA": SMALL.replace("\n", " ")}
+    job = Started(tmp_path / "logs", [own])
+    try:
+        ranks = job.ranks(2)
+        job.signal_all(signal.SIGTERM)
+        assert job.processes[0].wait(60) == 0, job.said()[-6000:]
+    finally:
+        job.signal_all(signal.SIGKILL)
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
 
 
 def free_port() -> int:
