@@ -6,7 +6,8 @@
 # One node                   bash examples/RECIPE.sh
 # Several, without Slurm     on each:  NODES=4 NODE_RANK=0..3 MASTER_ADDR=node0 bash examples/RECIPE.sh
 # Slurm                      sbatch --nodes 4 --ntasks-per-node 1 --gpus-per-node 8 --exclusive \
-#                                --signal USR1@600 --wrap "bash examples/RECIPE.sh"
+#                                --signal USR1@600 --requeue --open-mode append \
+#                                --wrap "REQUEUE=1 exec bash examples/RECIPE.sh"
 #                            (Slurm runs a copy of what it is given itself, away from this file)
 # Only see the command       DRY_RUN=1 bash examples/RECIPE.sh
 #
@@ -16,10 +17,13 @@
 #   GPUS_PER_NODE  8
 #   RANKS_PER_NODE as many; more with GPUS_PER_NODE=0, on nodes without GPUs
 #   NODE_RANK      0, without Slurm: which node this is
-#   MASTER_ADDR    localhost; under Slurm the job's first node
+#   MASTER_ADDR    localhost; under Slurm the job's first node.  Any name or address by which others
+#                  reach the node of rank 0, which listens there
 #   MASTER_PORT    29500, of the rendezvous, on MASTER_ADDR
-#   MAX_RESTARTS   3: a rank that fails restarts all ranks, from the last checkpoint, that often; a
-#                  node that is lost ends the job (sbatch --requeue starts it again)
+#   NODE_ADDR      this node's address, where the one of its name is on a network that others cannot
+#                  reach; expanded on each node, so '$(hostname -s)-ib' does under Slurm
+#   MAX_RESTARTS   3: a rank that fails restarts all ranks, from the last checkpoint, that often
+#   REQUEUE        0; 1 has Slurm queue the job again when USR1 has ended it, by scontrol
 #   CHECK          1: check nodes before the start; 0 leaves it out
 #   PYTHON_ENV     shell command that sets up Python on a node; default: this repository's .venv if
 #                  there is one, which tools/environment.sh makes:  use_environment cuda.  In
@@ -29,14 +33,15 @@
 #   NCCL_*, TORCH_*, CUDA_*, GLOO_*, UCX_*   as they are; NCCL_SOCKET_IFNAME and NCCL_IB_HCA where
 #                  a node has several networks
 #
-# SIGTERM to this script (or USR1, which Slurm sends 600 s before the end by --signal) lets the step
-# end, saves a checkpoint and ends the job with success; the same command then goes on from there.  A
-# SIGTERM that Slurm sends to every process, as scancel does, reaches torchrun too, which gives ranks
-# 30 s: preempt with USR1.
+# SIGTERM, to this script or to all of its processes, and USR1, which Slurm sends 600 s before the end
+# by --signal, let the step end, save a checkpoint and end the job with success; the same command then
+# goes on from there.  Until it is saved nothing here kills a rank, so whoever preempts has to wait:
+# Slurm's partitions by GraceTime (scancel by KillWait), Kubernetes by terminationGracePeriodSeconds.
+# sbatch --requeue has Slurm start a job again that lost a node or was killed by preemption.
 
 NODES="${SLURM_JOB_NUM_NODES:-${NODES:-1}}"
 : "${GPUS_PER_NODE:=8}" "${NODE_RANK:=0}" "${MASTER_PORT:=29500}" "${MAX_RESTARTS:=3}" "${CHECK:=1}"
-: "${DRY_RUN:=0}" "${EXTRA:=}" "${SRUN:=}"
+: "${DRY_RUN:=0}" "${EXTRA:=}" "${SRUN:=}" "${NODE_ADDR:=}" "${REQUEUE:=0}"
 
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}" # Megatron's overlap needs it
 # Else ranks that were restarted find in the store where those before them listened (torch 2.15).
@@ -46,8 +51,12 @@ export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
 export TORCH_NCCL_AVOID_RECORD_STREAMS="${TORCH_NCCL_AVOID_RECORD_STREAMS:-1}"
 export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
+# torchrun would end its ranks within 30 s of a SIGTERM.  As torchrun's --signals-to-handle, which
+# torch before 2.9 has not.
+export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGINT,SIGHUP,SIGQUIT}"
 
 program=(-m megatron_slm.pretrain)
+may_be_killed=0 # 1 for a program that has everything saved at all times
 slm_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
 _refuse() {
@@ -57,7 +66,7 @@ _refuse() {
 
 # What goes wrong most often, before minutes are spent on it.
 _check_node() {
-    local found address path
+    local found name path
     [ "$GPUS_PER_NODE" = 0 ] || {
         found="$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)"
         [ "$found" -ge "$GPUS_PER_NODE" ] ||
@@ -66,8 +75,9 @@ _check_node() {
             --format=csv,noheader,nounits 2>/dev/null || true) | grep -cE '^[1-9]' || true)"
         [ "$found" = 0 ] || _refuse "$found GPUs have uncorrected memory errors; drain this node"
     }
-    address="$(getent hosts "$MASTER_ADDR" || true)"
-    [ -n "$address" ] || _refuse "MASTER_ADDR $MASTER_ADDR has no address here"
+    for name in "$MASTER_ADDR" $NODE_ADDR; do
+        [ -n "$(getent ahosts "$name" || true)" ] || _refuse "$name has no address here"
+    done
     if [ "$NODE_RANK" = 0 ] && (exec 3<>"/dev/tcp/$MASTER_ADDR/$MASTER_PORT") 2>/dev/null; then
         _refuse "port $MASTER_PORT is taken; set MASTER_PORT"
     fi
@@ -82,27 +92,59 @@ _check_node() {
 }
 
 _command() {
+    # The host is told, since a node may not know the name that others call it by.
     torchrun=(torchrun --nnodes="$NODES" --nproc-per-node="$ranks_per_node" --rdzv-backend=c10d
         --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" --rdzv-id="${SLURM_JOB_ID:-slm}"
-        --max-restarts="$MAX_RESTARTS" "${program[@]}" "$@")
+        --rdzv-conf="is_host=$((NODE_RANK == 0))" --max-restarts="$MAX_RESTARTS")
+    eval "NODE_ADDR=\"$NODE_ADDR\""
+    [ -z "$NODE_ADDR" ] || torchrun+=(--local-addr="$NODE_ADDR")
+    torchrun+=("${program[@]}" "$@")
 }
 
-# Runs on every node.  torchrun would give ranks 30 s to end: signals go past it, to the ranks.
+# One SIGTERM to each rank, as soon as it catches it: one that still starts ignores it.
+_stop_ranks() {
+    local rank caught told=" "
+    trap '' TERM USR1
+    while kill -0 "$1" 2>/dev/null; do
+        for rank in $(pgrep -P "$1" || true); do
+            caught="$(sed -n 's/^SigCgt:[[:space:]]*/0x/p' "/proc/$rank/status" 2>/dev/null || true)"
+            if [[ "$told" != *" $rank "* ]] && ((${caught:-0} >> 14 & 1)); then
+                kill -TERM "$rank" 2>/dev/null || true
+                told+="$rank "
+            fi
+        done
+        sleep 1
+    done
+}
+
+_notice() {
+    [ -z "$noticed" ] || return 0
+    noticed="$1"
+    echo "> $1: saving and ending"
+    if [ "$may_be_killed" = 1 ]; then kill -HUP "$agent"; else _stop_ranks "$agent" & fi
+}
+
+# Runs on every node.  Signals go past torchrun, which ignores them, to the ranks.
 _run_node() {
-    local agent status
+    local agent status noticed=""
     # shellcheck disable=SC1091
     # Activation scripts often read variables that are not set.
     if [ -n "${PYTHON_ENV:-}" ]; then set +u && eval "$PYTHON_ENV" && set -u
     elif [ -f "$slm_root/.venv/bin/activate" ]; then source "$slm_root/.venv/bin/activate"; fi
     if [ "$CHECK" = 1 ]; then _check_node; fi
-    (trap '' USR1 && exec "${torchrun[@]}") &
+    (trap '' TERM USR1 && exec "${torchrun[@]}") &
     agent=$!
-    trap 'echo "> saving and ending"; pkill -TERM -P "$agent" || true' TERM USR1
+    trap '_notice TERM' TERM
+    trap '_notice USR1' USR1
     status=129
     while [ "$status" -gt 128 ] && kill -0 "$agent" 2>/dev/null; do
         status=0
         wait "$agent" || status=$?
     done
+    if [[ "$may_be_killed" = 1 && -n "$noticed" ]]; then status=0; fi
+    if [[ "$REQUEUE" = 1 && "$noticed" = USR1 && "$status" = 0 && "$NODE_RANK" = 0 ]]; then
+        scontrol requeue "$SLURM_JOB_ID"
+    fi
     return "$status"
 }
 
@@ -110,11 +152,12 @@ launch() {
     local torchrun ranks_per_node="${RANKS_PER_NODE:-$GPUS_PER_NODE}"
     if [ -n "${SLURM_JOB_ID:-}" ]; then
         MASTER_ADDR="${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)}"
+        NODE_RANK="${SLURM_NODEID:-$NODE_RANK}"
     fi
     : "${MASTER_ADDR:=localhost}"
-    # shellcheck disable=SC2086
-    _command "$@" $EXTRA
     if [ "$DRY_RUN" = 1 ]; then
+        # shellcheck disable=SC2086
+        _command "$@" $EXTRA
         printf '%q ' "${torchrun[@]}"
         echo
     elif [ -n "${SLURM_JOB_ID:-}" ] && [ -z "${SLURM_STEP_ID:-}" ]; then
@@ -124,7 +167,8 @@ launch() {
         exec srun --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
             $SRUN bash "$slm_recipe"
     else
-        NODE_RANK="${SLURM_NODEID:-$NODE_RANK}"
+        # shellcheck disable=SC2086
+        _command "$@" $EXTRA
         _run_node
     fi
 }

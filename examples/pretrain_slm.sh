@@ -14,5 +14,8 @@ else
     INPUTS+=" $REFERENCE"
     selection+=(--slm-reference-load "$REFERENCE")
 fi
-if [ "$SCORE" = 1 ]; then program=("$slm_root/tools/score_reference.py"); fi
+if [ "$SCORE" = 1 ]; then
+    program=("$slm_root/tools/score_reference.py")
+    may_be_killed=1
+fi
 launch "${training[@]}" "${selection[@]}"

@@ -46,6 +46,7 @@ def _pretrain(args: Namespace) -> None:
     from megatron_slm.model.layer_spec import plain_block_spec
     from megatron_slm.training import datasets, report, seam
     from megatron_slm.training.arguments import validate_arguments
+    from megatron_slm.training.checkpoint_arguments import check_start
     from megatron_slm.training.resumed import saved_arguments
     from megatron_slm.training.settings import settings_from_arguments
     from megatron_slm.training.sources import open_source
@@ -59,6 +60,7 @@ def _pretrain(args: Namespace) -> None:
     layer_spec = None if HAVE_TE else plain_block_spec
     saved = cache(partial(saved_arguments, args))  # known when the policy has been loaded
     source = open_source(args, settings.domains, layer_spec)
+    check_start(args)
     args.slm_reference_identity = None if source is None else source.identity
     datasets.use_prebuilt_helpers()
     step = SelectiveStep(settings, source, saved)

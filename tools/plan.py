@@ -15,7 +15,7 @@ import os
 import sys
 import warnings
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from megatron_slm.planning.cluster import Cluster, Plan, best_plans, plan
 from megatron_slm.planning.formulas import (
     Layout,
     Memory,
+    Reference,
     Work,
     bubble,
     memory,
@@ -46,6 +47,7 @@ from megatron_slm.planning.recipe import (
     layout_of,
     parse,
     read_recipe,
+    references_of,
     work_of,
 )
 
@@ -69,7 +71,13 @@ def build_parser() -> ArgumentParser:
     add("--efficiency", type=float, default=0.5, help="What products reach of it. Default: 0.5.")
     add("--node-bandwidth", type=float, default=450, metavar="GB/s", help="Of a GPU. Default: 450.")
     add("--network-bandwidth", type=float, default=50, metavar="GB/s", help="Default: 50.")
-    add("--kernels", choices=("te", "plain"), default="te", help="Layers. Default: te.")
+    add(
+        "--kernels",
+        choices=("te", "plain"),
+        default="te",
+        help="Layers: Transformer Engine's, with Apex beside it as in NVIDIA's container (without "
+        "Apex the output layer's gradient comes on top), or plain ones. Default: te.",
+    )
     add(
         "--dry-run",
         type=int,
@@ -86,7 +94,8 @@ def report(args: Namespace, recipe: Recipe) -> str:
     megatron = parse(recipe, 0, args.vocabulary, cpu=True)
     model = architecture_of(megatron, args.vocabulary)
     layout, work = layout_of(megatron), work_of(megatron, args.kernels, "cuda")
-    reference = model if megatron.slm_reference_load is not None else None
+    references = references_of(megatron, model, work)
+    scoring = [reference.architecture for reference in references]
     cluster = Cluster(
         gpus=recipe.ranks,
         gpus_per_node=args.gpus_per_node,
@@ -98,14 +107,21 @@ def report(args: Namespace, recipe: Recipe) -> str:
     )
     text = [
         line("parameters, billions", f"{parameters(model, work.padded_vocabulary) / 1e9:.3f}"),
-        line("FLOPs of a step, 1e15", f"{step_flops(model, reference, work) / 1e15:.1f}"),
-        *cost_of_selection(model, work),
+        *(
+            line(
+                "reference, billions",
+                f"{parameters(one.architecture, work.padded_vocabulary) / 1e9:.3f}",
+            )
+            for one in references
+        ),
+        line("FLOPs of a step, 1e15", f"{step_flops(model, scoring, work) / 1e15:.1f}"),
+        *cost_of_selection(model, scoring, work),
         "",
-        *memory_by_stage(model, reference, layout, work),
+        *memory_by_stage(model, references, layout, work),
         "",
         line("layout", "GiB", "bubble", "s a step", "Gtok a day"),
-        described(plan(model, reference, layout, work, cluster)) + "  the recipe's",
-        *map(described, best_plans(model, reference, work, layout.cp, cluster)[: args.layouts]),
+        described(plan(model, references, layout, work, cluster)) + "  the recipe's",
+        *map(described, best_plans(model, references, work, layout.cp, cluster)[: args.layouts]),
     ]
     return "\n".join(text)
 
@@ -115,24 +131,27 @@ def line(name: str, *values: object) -> str:
     return f"{name:<44}" + "  ".join(f"{value!s:>10}" for value in values)
 
 
-def cost_of_selection(model: Architecture, work: Work) -> Iterator[str]:
-    """FLOPs of a step of SLM by those of a step of CLM, for references of the policy's size, of
-    TinyLlama's, and for losses that are known."""
-    clm = step_flops(model, None, replace(work, ratio=1.0, head="dense"))
+def cost_of_selection(
+    model: Architecture, scoring: Sequence[Architecture], work: Work
+) -> Iterator[str]:
+    """FLOPs of a step of SLM by those of a step of CLM: the recipe's, and for references of the
+    policy's size, of TinyLlama's, and for losses that are known."""
+    clm = step_flops(model, [], replace(work, ratio=1.0, head="dense"))
     selecting = replace(work, head="chunked")
+    yield line("SLM / CLM step, the recipe's", f"{step_flops(model, scoring, work) / clm:.2f}")
     for one in dict.fromkeys((model, TINYLLAMA)):
         size = parameters(one, work.padded_vocabulary) / 1e9
-        ratio = step_flops(model, one, selecting) / clm
+        ratio = step_flops(model, [one], selecting) / clm
         yield line(f"SLM / CLM step, reference online, {size:.1f}B", f"{ratio:.2f}")
-    yield line("SLM / CLM step, cached", f"{step_flops(model, None, selecting) / clm:.2f}")
+    yield line("SLM / CLM step, cached", f"{step_flops(model, [], selecting) / clm:.2f}")
 
 
 def memory_by_stage(
-    model: Architecture, reference: Architecture | None, layout: Layout, work: Work
+    model: Architecture, references: Sequence[Reference], layout: Layout, work: Work
 ) -> Iterator[str]:
     """A table of parts for the first, the middle and the last pipeline stage."""
     stages = sorted({0, layout.pp // 2, layout.pp - 1})
-    held = [memory(model, reference, layout, work, stage) for stage in stages]
+    held = [memory(model, references, layout, work, stage) for stage in stages]
     yield line("memory of a rank, GiB, by pipeline stage", *stages)
     for part in fields(Memory):
         yield line(f"  {part.name}", *(f"{getattr(m, part.name) / GIB:.2f}" for m in held))

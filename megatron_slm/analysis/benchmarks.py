@@ -4,7 +4,9 @@ Table 1 of the paper is few-shot chain of thought under the authors' own harness
 (github.com/ZubinGou/math-evaluation-harness).  lm-eval's tasks come close to it in some cases only,
 and `differs` says in what not.  It has no SVAMP, MAWPS or TabMWP, and other SAT questions.
 
-The 15 general tasks run with as many examples as lm-eval itself gives them.
+The 15 general tasks are those of the paper's figure 5 (v1; it has MBPP and HumanEval twice, by
+pass@1 and pass@10), listed in its appendix C.2: by lm-eval, except where `differs` says otherwise.
+The paper gives no numbers of examples; they run with lm-eval's own.
 """
 
 from __future__ import annotations
@@ -73,7 +75,12 @@ GENERAL_NAMES = """
     mmlu bbh_cot_fewshot agieval arc_easy arc_challenge boolq piqa hellaswag winogrande openbookqa
     tydiqa_goldp humaneval mbpp gsm8k_cot minerva_math500
 """.split()
-KNOWN = {one.name: one for one in MATH}
+OTHER_HARNESS = (
+    Benchmark("tydiqa_goldp", differs="the paper has F1 by open-instruct"),
+    Benchmark("humaneval", differs="the paper has pass@1 and pass@10 by open-instruct"),
+    Benchmark("mbpp", differs="the paper has pass@1 and pass@10 by DeepSeek-Coder's harness"),
+)
+KNOWN = {one.name: one for one in (*MATH, *OTHER_HARNESS)}
 GENERAL = tuple(KNOWN.get(name, Benchmark(name)) for name in GENERAL_NAMES)
 GROUPS = {"math": MATH, "general": GENERAL}
 

@@ -26,12 +26,11 @@ from safetensors import SafetensorError
 from megatron_slm.analysis.benchmarks import Benchmark
 from megatron_slm.errors import UserError
 from megatron_slm.model.export_hf import export_hugging_face
-from megatron_slm.model.tokenizer_files import has_tokenizer
+from megatron_slm.model.tokenizer_files import SETTINGS, has_tokenizer
 from megatron_slm.model.torch_dist import TRACKER, iteration_directory
 
 FEW_SHOT_SEED = 1234  # lm-eval's own
 SHARD_BYTES = 5 * 10**9
-TOKENIZER_SETTINGS = ("tokenizer.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ def _check_tokenizer(directory: Path, remedy: str) -> None:
     """Transformers would read a sentencepiece model alone in another way than training did."""
     if not has_tokenizer(directory):
         raise UserError(f"{directory} has no tokenizer; {remedy}")
-    if not any((directory / name).is_file() for name in TOKENIZER_SETTINGS):
+    if not any((directory / name).is_file() for name in SETTINGS):
         raise UserError(
             f"{directory} has a sentencepiece model without the tokenizer_config.json that says "
             f"how to read it; {remedy}"
@@ -173,16 +172,20 @@ def evaluate(
         device: as torch names it; None for all GPUs, or the CPU.
 
     Raises:
-        UserError: transformers cannot read the model, or there are more ranks than GPUs.
+        UserError: transformers cannot read the model, tensors are missing, or there are more ranks
+            than GPUs.
     """
     from lm_eval import evaluate as run
     from lm_eval.models.huggingface import HFLM
+
+    class WholeModel(HFLM):
+        AUTO_MODEL_CLASS = _Whole
 
     ranks, gpus = int(os.getenv("WORLD_SIZE", "1")), torch.cuda.device_count()
     if ranks > max(gpus, 1):
         raise UserError(f"{ranks} ranks on {gpus} GPUs: give each its own, all in one node")
     try:
-        model = HFLM(
+        model = WholeModel(
             pretrained=str(directory),
             device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
             batch_size=batch_size,
@@ -196,6 +199,26 @@ def evaluate(
         results = run(model, loaded, log_samples=False, confirm_run_unsafe_code=True)
         if results is not None:
             yield _scores(benchmark, results)
+
+
+class _Whole:
+    """In the place of transformers' class, which would draw missing weights at random."""
+
+    @staticmethod
+    def from_pretrained(directory: str, **options: Any) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        model, found = AutoModelForCausalLM.from_pretrained(
+            directory, output_loading_info=True, **options
+        )
+        missing = sorted(found["missing_keys"])
+        if missing:
+            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+            raise UserError(
+                f"{directory} lacks weights of its model: {', '.join(missing[:5])}{more}; copy its "
+                "files again, or export it again"
+            )
+        return model
 
 
 def _scores(benchmark: Benchmark, results: dict[str, Any]) -> list[Score]:

@@ -124,34 +124,47 @@ def from_hugging_face(config: dict[str, Any], where: str) -> Architecture:
         if config.get(name, only) != only:
             raise UserError(f"{where}: {name} {config[name]!r} is not supported, only {only!r}")
     config = HUGGING_FACE_DEFAULTS[family] | config
-    try:
-        heads, hidden = config["num_attention_heads"], config["hidden_size"]
-        theta, scaling = _rope(config, where)
-        return Architecture(
-            layers=config["num_hidden_layers"],
-            hidden=hidden,
-            ffn=config["intermediate_size"],
-            heads=heads,
-            groups=config["num_key_value_heads"] or heads,
-            head_dim=config.get("head_dim") or hidden // heads,
-            vocabulary=config["vocab_size"],
-            positions=config["max_position_embeddings"],
-            epsilon=config.get("rms_norm_eps", 1e-6),
-            rope_theta=theta,
-            rope_scaling=scaling,
-            window=config["sliding_window"] if family == "mistral" else None,
-            tied=config.get("tie_word_embeddings", False),
-        )
-    except KeyError as error:
-        raise UserError(f"{where} has no {error.args[0]!r}") from None
+
+    def number(name: str, otherwise: Any = None) -> Any:
+        """A positive number; `otherwise` where config.json has none or null."""
+        value = config.get(name)
+        value = otherwise if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise UserError(
+                f"{where} has no {name!r}"
+                if value is None
+                else f"{where}: {name} {value!r} is not a positive number"
+            )
+        return value
+
+    heads, hidden = number("num_attention_heads"), number("hidden_size")
+    theta, scaling = _rope(config, where)
+    windowed = family == "mistral" and config["sliding_window"] is not None
+    return Architecture(
+        layers=number("num_hidden_layers"),
+        hidden=hidden,
+        ffn=number("intermediate_size"),
+        heads=heads,
+        groups=number("num_key_value_heads", heads),
+        head_dim=number("head_dim", hidden // heads),
+        vocabulary=number("vocab_size"),
+        positions=number("max_position_embeddings"),
+        epsilon=number("rms_norm_eps", 1e-6),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        window=number("sliding_window") if windowed else None,
+        tied=bool(config.get("tie_word_embeddings")),
+    )
 
 
 def _rope(config: dict[str, Any], where: str) -> tuple[int, float | None]:
     """Base and Llama-3 scaling factor, as transformers before and since version 5 write them."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{where}: rope parameters {rope!r} are not an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    if theta != int(theta):
+    if not isinstance(theta, int | float) or theta != int(theta):
         raise UserError(f"{where}: rope_theta {theta} is not supported: Megatron's is an integer")
     if kind == "default":
         return int(theta), None
@@ -163,6 +176,8 @@ def _rope(config: dict[str, Any], where: str) -> tuple[int, float | None]:
                 f"{where}: {name} {rope.get(name)} of the llama3 rope is not supported: "
                 f"Megatron's is {value}"
             )
+    if not isinstance(rope.get("factor"), int | float):
+        raise UserError(f"{where}: factor {rope.get('factor')} of the llama3 rope is not a number")
     return int(theta), float(rope["factor"])
 
 
@@ -193,6 +208,16 @@ def to_hugging_face(architecture: Architecture, dtype: str) -> dict[str, Any]:
     if a.window is not None:
         config["sliding_window"] = a.window
     return config
+
+
+def vocabulary_of(arguments: Namespace) -> int | None:
+    """Tokens of the model in a checkpoint, without padding, from its arguments: the model's that it
+    was trained from, those of its tokenizer, or what import wrote.  None where they do not say."""
+    for name in ("slm_model_vocab_size", "slm_vocab_size", "vocab_size"):
+        found: int | None = getattr(arguments, name, None)
+        if found is not None:
+            return found
+    return None
 
 
 def to_megatron(architecture: Architecture) -> dict[str, Any]:

@@ -18,7 +18,12 @@ from typing import Any
 from torch import Tensor
 
 from megatron_slm.errors import UserError
-from megatron_slm.model.architecture import Architecture, from_megatron, to_hugging_face
+from megatron_slm.model.architecture import (
+    Architecture,
+    from_megatron,
+    to_hugging_face,
+    vocabulary_of,
+)
 from megatron_slm.model.destination import finished_directory, this_rank
 from megatron_slm.model.import_hf import read_architecture
 from megatron_slm.model.safetensors_files import (
@@ -29,7 +34,7 @@ from megatron_slm.model.safetensors_files import (
     write_index,
 )
 from megatron_slm.model.tensors import Block, blocks, hugging_face_shapes, split
-from megatron_slm.model.tokenizer_files import copy_tokenizer, has_tokenizer
+from megatron_slm.model.tokenizer_files import copy_tokenizer, has_tokenizer, special_ids
 from megatron_slm.model.torch_dist import TorchDistReader
 
 
@@ -82,13 +87,13 @@ def export_hugging_face(
         for name in list(named)[rank::size]:
             write_file(directory / name, named[name], read)
         if rank == 0:
-            config = _config(architecture, entries, like)
-            (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             if len(named) > 1:
                 write_index(directory, named)
             tokenizer = like or _own_tokenizer(reader.arguments)
             if tokenizer is not None:
                 copy_tokenizer(tokenizer, directory)
+            config = _config(architecture, entries, like, directory)
+            (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return architecture
 
 
@@ -110,11 +115,14 @@ def _checked_blocks(reader: TorchDistReader, a: Architecture) -> list[Block]:
     return found
 
 
-def _config(a: Architecture, entries: list[Entry], like: Path | None) -> dict[str, Any]:
-    """That of `like`, with what this project knows put over it."""
+def _config(
+    a: Architecture, entries: list[Entry], like: Path | None, directory: Path
+) -> dict[str, Any]:
+    """That of `like`, with what this project knows put over it; without it, the ids of the special
+    tokens are those of the tokenizer in `directory`."""
     own = to_hugging_face(a, str(entries[0].dtype).removeprefix("torch."))
     if like is None:
-        return own
+        return own | special_ids(directory)
     original = json.loads((like / "config.json").read_text())
     for renamed in ("rope_parameters", "dtype"):  # since transformers 5, for what `own` has too
         original.pop(renamed, None)
@@ -131,9 +139,8 @@ def _own_tokenizer(arguments: Namespace) -> Path | None:
 
 
 def _vocabulary(arguments: Namespace) -> int:
-    """Tokens of the run that trained, or padding and all where it did not say."""
-    for name in ("slm_vocab_size", "vocab_size", "padded_vocab_size"):
-        found: int | None = getattr(arguments, name, None)
-        if found is not None:
-            return found
-    raise UserError("the checkpoint does not say how many tokens it has; give --vocab-size")
+    """Tokens of the model, or padding and all where the checkpoint does not say."""
+    found = vocabulary_of(arguments) or getattr(arguments, "padded_vocab_size", None)
+    if found is None:
+        raise UserError("the checkpoint does not say how many tokens it has; give --vocab-size")
+    return int(found)

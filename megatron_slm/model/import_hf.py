@@ -80,6 +80,8 @@ def read_architecture(source: Path) -> Architecture:
         config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is not a model's: it has no object, but {str(config)[:40]!r}")
     return from_hugging_face(config, str(path))
 
 

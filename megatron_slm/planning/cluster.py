@@ -9,13 +9,14 @@ gathers and two scatters of [n, h] a layer forward and as many backward.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_slm.model.architecture import Architecture
 from megatron_slm.planning.formulas import (
     Layout,
     Memory,
+    Reference,
     Work,
     bubble,
     memory,
@@ -56,13 +57,18 @@ class Plan:
 
 
 def step_seconds(
-    a: Architecture, reference: Architecture | None, layout: Layout, work: Work, cluster: Cluster
+    a: Architecture,
+    references: Sequence[Reference],
+    layout: Layout,
+    work: Work,
+    cluster: Cluster,
 ) -> float:
     """Of a step over the global batch."""
-    compute = step_flops(a, reference, work) / (layout.ranks * cluster.flops * cluster.efficiency)
+    scoring = [reference.architecture for reference in references]
+    compute = step_flops(a, scoring, work) / (layout.ranks * cluster.flops * cluster.efficiency)
     micro_batches = work.micro_batches(layout)
     e, n = work.weight_bytes, work.tokens(layout)
-    passes = [(a, 12 if work.recompute else 8)] + ([(reference, 4)] if reference else [])
+    passes = [(a, 12 if work.recompute else 8), *((one, 4) for one in scoring)]
     tensor = sum(
         count * model.layers / layout.pp * n * model.hidden * e * (layout.tp - 1) / layout.tp
         for model, count in passes
@@ -85,30 +91,34 @@ def _bandwidth(span: int, cluster: Cluster) -> float:
 
 
 def plan(
-    a: Architecture, reference: Architecture | None, layout: Layout, work: Work, cluster: Cluster
+    a: Architecture,
+    references: Sequence[Reference],
+    layout: Layout,
+    work: Work,
+    cluster: Cluster,
 ) -> Plan:
     """Memory of the largest rank, and time."""
-    stages = [memory(a, reference, layout, work, stage) for stage in range(layout.pp)]
+    stages = [memory(a, references, layout, work, stage) for stage in range(layout.pp)]
     largest = max(stages, key=lambda stage: stage.total)
-    return Plan(layout, work, largest, step_seconds(a, reference, layout, work, cluster))
+    return Plan(layout, work, largest, step_seconds(a, references, layout, work, cluster))
 
 
 def best_plans(
-    a: Architecture, reference: Architecture | None, work: Work, cp: int, cluster: Cluster
+    a: Architecture, references: Sequence[Reference], work: Work, cp: int, cluster: Cluster
 ) -> list[Plan]:
     """All layouts that divide everything and fit, the fastest first."""
     plans = [
-        plan(a, reference, layout, own, cluster)
-        for layout, own in _candidates(a, reference, work, cp, cluster)
+        plan(a, references, layout, own, cluster)
+        for layout, own in _candidates(a, references, work, cp, cluster)
     ]
     fitting = [one for one in plans if one.memory.total < USABLE * cluster.memory]
     return sorted(fitting, key=lambda one: one.seconds)
 
 
 def _candidates(
-    a: Architecture, reference: Architecture | None, work: Work, cp: int, cluster: Cluster
+    a: Architecture, references: Sequence[Reference], work: Work, cp: int, cluster: Cluster
 ) -> Iterator[tuple[Layout, Work]]:
-    models = [a] + ([reference] if reference else [])
+    models = [a, *(reference.architecture for reference in references)]
     for tp in (1, 2, 4, 8):
         if tp > cluster.gpus_per_node or any(m.groups % tp or m.ffn % tp for m in models):
             continue

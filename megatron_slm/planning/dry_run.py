@@ -12,7 +12,6 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,9 +27,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from megatron_slm.errors import UserError
 from megatron_slm.model.gpt_config import gpt_config
 from megatron_slm.model.layer_spec import plain_block_spec
-from megatron_slm.planning.recipe import Recipe, parse
-from megatron_slm.reference.checkpoint import ReferenceCheckpoint
-from megatron_slm.reference.online import reference_arguments
+from megatron_slm.planning.recipe import Recipe, parse, reference_checkpoints
+from megatron_slm.reference.online import frozen_arguments, reference_arguments
 from megatron_slm.training.settings import settings_from_arguments
 
 
@@ -39,7 +37,7 @@ class BuiltRank:
     """What a rank of the job has.
 
     position: in each of the groups, by their names.  policy, reference: numbers of parameters.
-    chunks: of the policy, one for each virtual stage.
+    chunks: of the policy, one for each virtual stage; references are counted together.
     """
 
     rank: int
@@ -70,9 +68,10 @@ def dry_run(recipe: Recipe, rank: int, vocabulary: int) -> BuiltRank:
         for stage in range(stages or 1):
             policy += _build_and_pass(args, stage if stages else None, f"rank {rank}'s policy")
         reference = 0
-        for load in args.slm_reference_load or []:
-            # The checkpoint may not be here: a reference of the policy's shape.
-            own = reference_arguments(ReferenceCheckpoint(Path(load), args), args)
+        replicas = [reference_arguments(each, args) for each in reference_checkpoints(args)]
+        if args.slm_reference is not None:
+            replicas.append(frozen_arguments(args))
+        for own in replicas:
             reference += _build_and_pass(own, None, f"rank {rank}'s reference")
     return BuiltRank(rank, position, stages or 1, policy, reference)
 

@@ -14,6 +14,7 @@ v padded vocabulary, t tensor-parallel size, e bytes of a weight.  All bytes are
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -71,6 +72,19 @@ class Work:
         return self.sequence * self.micro_batch // layout.cp
 
 
+@dataclass(frozen=True)
+class Reference:
+    """A model that scores on the policy's ranks.
+
+    parameter_bytes: what a rank holds of a parameter.  streamed: layers stay in the host's memory,
+    and two at a time are here.
+    """
+
+    architecture: Architecture
+    parameter_bytes: int
+    streamed: bool = False
+
+
 def layer_parameters(a: Architecture) -> int:
     """q, k, v and output projection, gate, up and down projection, two norms."""
     query, key = a.heads * a.head_dim, a.groups * a.head_dim
@@ -113,29 +127,33 @@ class Memory:
 
 
 def memory(
-    a: Architecture, reference: Architecture | None, layout: Layout, work: Work, stage: int
+    a: Architecture, references: Sequence[Reference], layout: Layout, work: Work, stage: int
 ) -> Memory:
     """At the peak of a step.
 
-    The reference runs before the policy keeps anything, so of it the weights alone count.
+    References run before the policy keeps anything, so of them the weights alone count.
     """
     count = stage_parameters(a, work.padded_vocabulary, layout, stage)
     sharded = layout.dp * layout.cp if layout.distributed_optimizer else 1
-    scored = (
-        0
-        if reference is None
-        else stage_parameters(reference, work.padded_vocabulary, layout, stage)
-    )
     activations, backward = activation_bytes(a, layout, work, stage)
     head = head_bytes(a, layout, work) if stage == layout.pp - 1 else 0
     return Memory(
         policy=count * work.weight_bytes,
         gradients=count * work.gradient_bytes,
         optimizer=count * work.optimizer_bytes // sharded,
-        reference=scored * work.weight_bytes,
+        reference=sum(reference_bytes(one, layout, work, stage) for one in references),
         activations=activations + max(0, backward - head),  # they peak one after the other
         head=head,
     )
+
+
+def reference_bytes(reference: Reference, layout: Layout, work: Work, stage: int) -> int:
+    """Weights of a reference on a rank."""
+    a = reference.architecture
+    if reference.streamed:
+        return 2 * layer_parameters(a) // layout.tp * reference.parameter_bytes
+    count = stage_parameters(a, work.padded_vocabulary, layout, stage)
+    return count * reference.parameter_bytes
 
 
 def layer_activation_bytes(a: Architecture, layout: Layout, work: Work) -> int:
@@ -222,7 +240,7 @@ def forward_flops(
 
 
 def step_flops(
-    a: Architecture, reference: Architecture | None, work: Work, *, causal: bool = True
+    a: Architecture, references: Sequence[Architecture], work: Work, *, causal: bool = True
 ) -> int:
     """Of a step over the global batch: what is computed, recomputation included.
 
@@ -237,7 +255,7 @@ def step_flops(
     total += 3 * projections + 7 * attention // 2
     if work.recompute:
         total += projections + attention
-    if reference is not None:
+    for reference in references:
         total += sum(forward_flops(reference, tokens, work.sequence, causal=causal))
         total += 2 * tokens * reference.hidden * work.padded_vocabulary
     return total

@@ -1,8 +1,8 @@
 """What a recipe asks for, from its command line, by the parser of pretraining.
 
 A recipe is a shell script that prints its command under DRY_RUN=1.  Nothing it names has to be
-there, neither data nor tokenizer; a checkpoint only where the recipe takes the model's shape from
-it (--use-checkpoint-args).
+there, neither data nor tokenizer; a base only where the recipe takes the model's shape from it
+(--use-checkpoint-args).  A reference that is there is taken as it is, another of the policy's size.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from typing import Any, Literal
 
 from megatron_slm.errors import UserError
 from megatron_slm.model.architecture import Architecture, from_megatron
-from megatron_slm.planning.formulas import Layout, Work
+from megatron_slm.model.torch_dist import TRACKER
+from megatron_slm.planning.formulas import FLOAT32, Layout, Reference, Work
+from megatron_slm.reference.checkpoint import ReferenceCheckpoint, open_checkpoint
 
 MODULE = "megatron_slm.pretrain"
 
@@ -113,6 +115,46 @@ def architecture_of(args: Namespace, vocabulary: int) -> Architecture:
     return from_megatron(args, vocabulary, "the recipe")
 
 
+def reference_checkpoints(args: Namespace) -> list[ReferenceCheckpoint]:
+    """Those of --slm-reference-load; with the policy's arguments where there is none on disk.
+
+    Raises:
+        UserError: as open_checkpoint.
+    """
+    found = []
+    for load in args.slm_reference_load or []:
+        path = Path(load)
+        if "=" in load and not path.exists():  # NAME=DIR, for a dataset
+            path = Path(load.partition("=")[2])
+        if (path / TRACKER).is_file():
+            found.append(open_checkpoint(str(path), args.slm_reference_ckpt_step))
+        else:
+            found.append(ReferenceCheckpoint(path, args))
+    return found
+
+
+def references_of(args: Namespace, policy: Architecture, work: Work) -> list[Reference]:
+    """What scores beside the policy: none with a score cache.
+
+    Raises:
+        UserError: a reference that is no Llama, or as open_checkpoint.
+    """
+    if args.slm_reference is not None:  # the average in float32, and its copy that computes
+        return [Reference(policy, FLOAT32 + work.weight_bytes)]
+    return [
+        Reference(
+            from_megatron(
+                Namespace(**vars(args) | checkpoint.architecture()),
+                policy.vocabulary,
+                str(checkpoint.directory),
+            ),
+            work.weight_bytes,
+            streamed=args.slm_reference_offload,
+        )
+        for checkpoint in reference_checkpoints(args)
+    ]
+
+
 def layout_of(args: Namespace) -> Layout:
     """The parallel groups' sizes."""
     return Layout(
@@ -129,9 +171,15 @@ def layout_of(args: Namespace) -> Layout:
 def work_of(
     args: Namespace, kernels: Literal["plain", "te"], device: Literal["cpu", "cuda"]
 ) -> Work:
-    """What a step does."""
+    """What a step does.
+
+    Args:
+        kernels: "te" also stands for Apex, which NVIDIA's containers have beside it: by it weight
+            gradients go straight into their buffer, also the output layer's.
+    """
     half = args.bf16 or args.fp16
-    selects = args.slm_token_ratio < 1.0 or args.slm_reference_load is not None
+    reference = args.slm_reference_load or args.slm_reference or args.slm_reference_cache
+    selects = args.slm_token_ratio < 1.0 or bool(reference)
     recompute = args.recompute_num_layers if args.recompute_granularity == "full" else 0
     moments: list[Any] = [args.exp_avg_dtype, args.exp_avg_sq_dtype]
     master = args.main_params_dtype.itemsize if half else 0

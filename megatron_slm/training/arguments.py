@@ -199,6 +199,14 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         "logits in memory, gradients of selected tokens only. Default: chunked when tokens are "
         "selected, else dense.",
     )
+    group.add_argument(
+        "--slm-changed",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="Arguments of the model, such as rotary_base, in which this run is to differ from the "
+        "checkpoint that it starts from. Any other difference is an error.",
+    )
     # The loss is a sum over tokens, normalised by their number over the global batch.
     defaults: dict[str, Any] = {
         "calculate_per_token_loss": True,

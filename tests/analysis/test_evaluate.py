@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -259,6 +260,11 @@ def test_what_is_refused(
     shutil.copytree(llama, torn)
     os.truncate(torn / "model.safetensors", 5000)
     assert "cannot be read by transformers" in refused(capsys, "--model", torn, *local)
+
+    tensors = load_file(llama / "model.safetensors")
+    gone = "model.layers.1.mlp.up_proj.weight"
+    save_file({k: v for k, v in tensors.items() if k != gone}, torn / "model.safetensors")
+    assert f"lacks weights of its model: {gone}; copy" in refused(capsys, "--model", torn, *local)
 
     with monkeypatch.context() as change:
         change.setenv("WORLD_SIZE", "2")

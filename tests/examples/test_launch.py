@@ -51,26 +51,54 @@ SMALL = """
 
 
 class Started:
-    """A recipe that runs, and what it has said."""
+    """A recipe that runs on some nodes, all of them this machine, and what it has said."""
 
-    def __init__(self, log: Path, **settings: object) -> None:
-        self.log = log
-        self.process = subprocess.Popen(
-            ["bash", str(RECIPE)],
-            env=recipe_environment(2, **settings),
-            stdout=log.open("w"),
-            stderr=subprocess.STDOUT,
-        )
+    def __init__(self, logs: Path, nodes: list[dict[str, object]]) -> None:
+        logs.mkdir()
+        self.logs = [logs / f"node{number}.log" for number in range(len(nodes))]
+        self.processes = [
+            subprocess.Popen(
+                ["bash", str(RECIPE)],
+                env=recipe_environment(2, **settings),
+                stdout=log.open("w"),
+                stderr=subprocess.STDOUT,
+            )
+            for log, settings in zip(self.logs, nodes, strict=True)
+        ]
+
+    def said(self) -> str:
+        return "".join(log.read_text() for log in self.logs)
 
     def wait_for(self, pattern: str, count: int = 1, seconds: float = 120) -> list[str]:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            found = re.findall(pattern, self.log.read_text())
+            found = re.findall(pattern, self.said())
             if len(found) >= count:
                 return found
-            assert self.process.poll() is None, self.log.read_text()[-3000:]
+            assert all(one.poll() is None for one in self.processes), self.said()[-6000:]
             time.sleep(0.1)
-        raise TimeoutError(self.log.read_text()[-3000:])
+        raise TimeoutError(self.said()[-6000:])
+
+    def ranks(self, count: int) -> list[int]:
+        """Their processes, as soon as there are so many."""
+        deadline = time.monotonic() + 60
+        while len(found := [rank for one in self.processes for rank in ranks_of(one.pid)]) < count:
+            assert time.monotonic() < deadline, self.said()[-6000:]
+            time.sleep(0.1)
+        return found
+
+    def signal_all(self, number: signal.Signals) -> None:
+        """As Slurm does: every process of the job."""
+        running = [one.pid for one in self.processes if one.poll() is None]
+        for pid in [each for one in running for each in [*descendants(one), one]]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def ended(self) -> None:
+        """With success, and without torchrun's help, which kills after 30 s."""
+        for one in self.processes:
+            assert one.wait(60) == 0, self.said()[-6000:]
+        assert "death signal" not in self.said()
 
 
 def descendants(pid: int) -> list[int]:
@@ -93,40 +121,79 @@ def ranks_of(pid: int) -> list[int]:
 ITERATION = r"iteration +(\d+)/"
 
 
-def test_kill_restart_and_stop(corpus: Corpus, base: Path, tmp_path: Path) -> None:
-    save = tmp_path / "save"
-    tokenizer = tmp_path / "tokenizer.model"
+def variables(pid: int) -> dict[str, str]:
+    lines = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+    return dict(line.split("=", 1) for line in lines if "=" in line)
+
+
+def test_kill_restart_stop_and_go_on(corpus: Corpus, base: Path, tmp_path: Path) -> None:
+    save, tokenizer = tmp_path / "save", tmp_path / "tokenizer.model"
     tokenizer.touch()
-    settings = {
-        "DATA": corpus.prefix,
-        "TOKENIZER": tokenizer,
-        "BASE": base,
-        "REFERENCE": base,
-        "SAVE": save,
-        "BATCH": 8,
-        "MICRO_BATCH": 2,
-        "TOKENS": 2048 * 8 * 100_000,
-        "EXTRA": SMALL.replace("\n", " "),
-    }
-    job = Started(tmp_path / "first.log", **settings)
+    own = {"DATA": corpus.prefix, "TOKENIZER": tokenizer, "BASE": base, "REFERENCE": base}
+    own |= {"SAVE": save, "BATCH": 8, "MICRO_BATCH": 2, "TOKENS": 2048 * 8 * 100_000}
+    own |= {"EXTRA": SMALL.replace("\n", " "), "MASTER_PORT": free_port()}
+    nodes = {"NODES": 2, "RANKS_PER_NODE": 1, "MASTER_ADDR": "127.0.0.2"}
+    job = Started(
+        tmp_path / "first",
+        [own | nodes | {"NODE_RANK": n, "NODE_ADDR": f"127.0.0.{3 + n}"} for n in (0, 1)],
+    )
     try:
         job.wait_for(r"successfully saved checkpoint from iteration +3 ")
-        ranks = ranks_of(job.process.pid)
-        assert len(ranks) == 2
+        ranks = job.ranks(2)
+        assert {variables(rank)["MASTER_ADDR"] for rank in ranks} == {"127.0.0.3"}
         os.kill(ranks[1], signal.SIGKILL)
         # torchrun starts both anew, and they go on from a checkpoint.
         job.wait_for(r"successfully loaded checkpoint from \S+ .*at iteration (?!0)\d+")
-        at = len(re.findall(ITERATION, job.log.read_text()))
+        at = len(re.findall(ITERATION, job.said()))
         job.wait_for(ITERATION, at + 2)
-        job.process.send_signal(signal.SIGTERM)
-        assert job.process.wait(60) == 0, job.log.read_text()[-3000:]
+        job.signal_all(signal.SIGTERM)
+        job.ended()
     finally:
-        for pid in [*descendants(job.process.pid), job.process.pid]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-    last = int(re.findall(ITERATION, job.log.read_text())[-1])
-    saved = int((save / "latest_checkpointed_iteration.txt").read_text())
-    assert saved == last
+        job.signal_all(signal.SIGKILL)
+    last = int(re.findall(ITERATION, job.said())[-1])
+    tracker = save / "latest_checkpointed_iteration.txt"
+    assert int(tracker.read_text()) == last
+
+    # Under Slurm, whose time is up before the first step.
+    queue = tmp_path / "scontrol"
+    queue.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/queued\n')
+    queue.chmod(0o755)
+    slurm = {"SLURM_JOB_ID": 11, "SLURM_STEP_ID": 0, "SLURM_JOB_NUM_NODES": 1, "SLURM_NODEID": 0}
+    slurm |= {"MASTER_ADDR": "localhost", "REQUEUE": 1, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    job = Started(tmp_path / "second", [own | slurm])
+    try:
+        job.ranks(2)
+        job.signal_all(signal.SIGUSR1)
+        job.ended()
+    finally:
+        job.signal_all(signal.SIGKILL)
+    assert f"at iteration {last}" in job.said()
+    assert re.findall(ITERATION, job.said()) == [str(last + 1)]
+    assert int(tracker.read_text()) == last + 1
+    assert (tmp_path / "queued").read_text() == "requeue 11\n"
+
+
+def test_a_scoring_job_ends_at_once(corpus: Corpus, base: Path, tmp_path: Path) -> None:
+    """It goes on where it was, so that it can be killed."""
+    tokenizer = tmp_path / "tokenizer.model"
+    tokenizer.touch()
+    own = {"DATA": corpus.prefix, "TOKENIZER": tokenizer, "BASE": base, "REFERENCE": base}
+    own |= {"SAVE": tmp_path / "save", "SCORE": 1, "CACHE": tmp_path / "cache", "BATCH": 8}
+    own |= {"TOKENS": 2048 * 8 * 100_000, "EXTRA": SMALL.replace("\n", " ")}
+    job = Started(tmp_path / "logs", [own])
+    try:
+        ranks = job.ranks(2)
+        job.signal_all(signal.SIGTERM)
+        assert job.processes[0].wait(60) == 0, job.said()[-6000:]
+    finally:
+        job.signal_all(signal.SIGKILL)
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def refused(**settings: object) -> str:
@@ -146,7 +213,7 @@ def test_nodes_are_checked(base: Path, tmp_path: Path) -> None:
     there = {"TOKENIZER": base, "BASE": base, "REFERENCE": base, "SAVE": tmp_path / "save"}
     assert "0 GPUs, and GPUS_PER_NODE is 8" in refused(GPUS_PER_NODE=8, **there)
     assert "no/such/base is not there" in refused(**there | {"BASE": "no/such/base"})
-    assert "has no address" in refused(MASTER_ADDR="no-such-host.invalid", **there)
+    assert "invalid has no address" in refused(MASTER_ADDR="no-such-host.invalid", **there)
     assert "names no interface" in refused(NCCL_SOCKET_IFNAME="nosuch0", **there)
     assert "cannot write" in refused(**there | {"SAVE": "/proc/save"})
     with socket.socket() as taken:
@@ -170,13 +237,28 @@ def option(script: str, name: str, **settings: str) -> str:
 
 
 @pytest.mark.parametrize("size", ["1b", "7b", "13b", "70b"])
-def test_references_go_where_policies_look(size: str) -> None:
-    policy = f"pretrain_slm_{size}.sh"
-    saved = option("train_reference_math.sh", "--save", SIZE=size)
-    assert saved == option(policy, "--slm-reference-load")
-    assert option("train_reference_math.sh", "--num-layers", SIZE=size) == option(
-        policy, "--num-layers"
+@pytest.mark.parametrize("domain", ["math", "general"])
+def test_references_go_where_policies_look(domain: str, size: str) -> None:
+    policy = "pretrain_slm_general.sh" if domain == "general" else f"pretrain_slm_{size}.sh"
+    reference = f"train_reference_{domain}.sh"
+    saved = option(reference, "--save", SIZE=size)
+    assert saved == option(policy, "--slm-reference-load", SIZE=size)
+    assert option(reference, "--num-layers", SIZE=size) == option(policy, "--num-layers", SIZE=size)
+
+
+def test_general_recipe_is_the_papers() -> None:
+    paper = {"--slm-token-ratio": "0.6", "--lr": "1e-4", "--seq-length": "2048"}
+    script = "pretrain_slm_general.sh"
+    assert {name: option(script, name) for name in paper} == paper
+    samples = int(option(script, "--train-samples"))
+    assert samples * 2048 == 80_000_000_000
+    assert int(option(script, "--global-batch-size")) * 2048 == 2**20
+    mix = option(script, "--data-args-path")
+    assert (
+        "general-80b.yaml --data-root data --output-prefix data/general-80b"
+        in (REPOSITORY / "examples" / "mixes" / "general-80b.yaml").read_text()
     )
+    assert mix == "data/general-80b.data-args.txt"
 
 
 def test_slurm(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ Q = "model.layers.1.self_attn.q_proj.weight"
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
-IMPORTS: dict[str, tuple[Callable[[Path], None], str]] = {
+IMPORTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "another architecture": (change_config(model_type="qwen2"), "model_type 'qwen2'"),
     "biases": (change_config(attention_bias=True), "attention_bias True"),
     "another activation": (change_config(hidden_act="gelu"), "hidden_act 'gelu'"),
@@ -102,6 +102,19 @@ IMPORTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a rope base between integers": (
         change_config(rope_parameters={"rope_type": "default", "rope_theta": 10000.5}),
         "rope_theta 10000.5",
+    ),
+    "no rope base": (
+        change_config(rope_parameters=..., rope_theta=None),
+        "rope_theta None is not supported",
+    ),
+    "rope parameters that are none": (change_config(rope_parameters=["default"]), "['default']"),
+    "a size that is none": (change_config(hidden_size="16"), "hidden_size '16' is not a positive"),
+    # Transformers 5 refuses these as well.
+    "biases of null": (change_config(attention_bias=None), "attention_bias None"),
+    "more biases of null": (change_config(mlp_bias=None), "mlp_bias None"),
+    "a config that is a list": (
+        lambda directory: (directory / "config.json").write_text('["llama"]'),
+        "config.json is not a model's",
     ),
     "incomplete config": (change_config(hidden_size=...), "no 'hidden_size'"),
     "no config": (lambda directory: (directory / "config.json").unlink(), "config.json"),

@@ -20,6 +20,7 @@ import pytest
 from launch import REPOSITORY
 from megatron_slm.errors import UserError
 from megatron_slm.planning import dry_run, recipe
+from megatron_slm.planning.formulas import memory
 
 
 def built(script: str, settings: dict[str, str], every_stage: bool) -> list[dict[str, Any]]:
@@ -36,6 +37,22 @@ def built(script: str, settings: dict[str, str], every_stage: bool) -> list[dict
         | {"architecture": vars(a), "layout": vars(layout), "padded": args.padded_vocab_size}
         for rank in sorted(ranks)
     ]
+
+
+def references(extra: str, **settings: str) -> dict[str, Any]:
+    """What the 1B recipe's plan counts of its references, and what a rank builds."""
+    read = recipe.read_recipe(
+        REPOSITORY / "examples" / "pretrain_slm_1b.sh", {"EXTRA": extra} | settings
+    )
+    if "ema" in extra:
+        at = read.arguments.index("--slm-reference-load")
+        del read.arguments[at : at + 2]
+    args = recipe.parse(read, 0, 32000, cpu=True)
+    policy, work = recipe.architecture_of(args, 32000), recipe.work_of(args, "te", "cuda")
+    found = recipe.references_of(args, policy, work)
+    held = memory(policy, found, recipe.layout_of(args), work, 0).reference
+    built = dry_run.dry_run(read, 0, 32000).reference
+    return {"layers": [one.architecture.layers for one in found], "held": held, "built": built}
 
 
 def refusal(script: str, settings: dict[str, str], rank: int) -> str:
@@ -81,4 +98,13 @@ if __name__ == "__main__":
         "shapes": wrong_shapes(),
         "groups": wrong_groups(),
     }
-    Path("built.json").write_text(json.dumps({"built": found, "refused": more}))
+    small = sys.argv[1]
+    scored = {
+        "on disk": references("", REFERENCE=small),
+        "several": references(f"--slm-reference-load web={small} books={small} absent"),
+        "cached": references("", CACHE="scores"),
+        "streamed": references("--slm-reference-offload"),
+        "moving average": references("--slm-reference ema:0.99"),
+    }
+    everything = {"built": found, "refused": more, "references": scored}
+    Path("built.json").write_text(json.dumps(everything))

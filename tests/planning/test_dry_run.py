@@ -27,9 +27,12 @@ WORLDS = {
     "pretrain_slm_7b.sh": 32,
     "pretrain_slm_13b.sh": 64,
     "pretrain_slm_70b.sh": 256,
+    "pretrain_slm_general.sh": 32,
     "train_reference_math.sh": 8,
     OF_ANOTHER_SIZE: 32,
 }
+TINYLLAMA = 1_100_048_384  # parameters, as published
+TINYLLAMA_LAYER = (TINYLLAMA - 2 * 32000 * 2048 - 2048) // 22
 REFUSALS = {
     "layers": "Megatron refuses",
     "heads": "num_attention_heads (60)",
@@ -78,6 +81,26 @@ def test_every_stage_is_built(recipe: str, ran: dict[str, Any]) -> None:
     assert found[-1]["rank"] == layout.ranks - 1
     stages = [rank["position"]["pp"] for rank in found]
     assert stages == ([layout.pp - 1] if recipe == "4096" else list(range(layout.pp)))
+
+
+def test_references_are_taken_as_they_are(ran: dict[str, Any]) -> None:
+    """Bytes that a rank holds, and parameters that the dry run builds: of 2 layers, or of 22."""
+    found, layer = ran["references"], TINYLLAMA_LAYER
+    small, large = (
+        2 * 32000 * 64 + 64 + 2 * (64 * (64 + 2 * 32 + 64) + 3 * 64 * 128 + 2 * 64),
+        TINYLLAMA,
+    )
+    expected = {
+        "on disk": ([2], small * 2, small),
+        "several": ([2, 2, 22], (2 * small + large) * 2, 2 * small + large),
+        "cached": ([], 0, 0),
+        "streamed": ([22], 2 * layer * 2, large),
+        "moving average": ([22], large * 6, large),
+    }
+    assert found == {
+        case: {"layers": layers, "held": held, "built": built}
+        for case, (layers, held, built) in expected.items()
+    }
 
 
 def test_a_world_of_4096(ran: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from megatron_slm.model.import_hf import import_hugging_face
 from megatron_slm.model.tensors import hugging_face_shapes
 from megatron_slm.planning.formulas import (
     Layout,
+    Reference,
     Work,
     chunks_in_flight,
     memory,
@@ -94,10 +95,10 @@ RUNS = {
 @pytest.mark.parametrize("case", RUNS)
 def test_memory_and_flops_of_a_run(case: str, reference: Path, tmp_path: Path) -> None:
     layout, flags, ratio = RUNS[case]
-    work, scored_by = WORK, None
+    work, scored_by = WORK, []
     if ratio < 1:
         work = Work(**vars(WORK) | {"ratio": ratio, "head": "chunked"})
-        scored_by = REFERENCE
+        scored_by = [REFERENCE]
         flags += f" --slm-token-ratio {ratio} --slm-reference-load {reference}"
     if "recompute" in flags:
         work = Work(**vars(work) | {"recompute": 1})
@@ -106,7 +107,7 @@ def test_memory_and_flops_of_a_run(case: str, reference: Path, tmp_path: Path) -
     measured = [json.loads((tmp_path / f"measured{rank}.json").read_text()) for rank in (0, 1)]
     for rank, found in enumerate(measured):
         stage = rank if layout.pp > 1 else 0
-        expected = memory(POLICY, scored_by, layout, work, stage)
+        expected = memory(POLICY, [Reference(one, 4) for one in scored_by], layout, work, stage)
         moment = expected.activations + expected.head
         assert found["states"] == pytest.approx(expected.total - moment, rel=1e-3)
         total = found["states"] + found["moment"]

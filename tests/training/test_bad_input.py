@@ -141,6 +141,15 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         lambda _: ["--slm-reference-micro-batch-size", "4"],
         "a multiple of --micro-batch-size",
     ),
+    "another rotary base than the checkpoint's": (
+        lambda _: ["--rotary-base", "500000"],
+        "rotary_base is 10000 there and 500000 here",
+    ),
+    "another model to start from": (
+        lambda reference: ["--load", "absent", "--pretrained-checkpoint", str(reference)],
+        "hidden_size is 96 there and 64 here",
+    ),
+    "a change that is none": (lambda _: ["--slm-changed", "rope"], "--slm-changed: rope shapes"),
     "fp8 without its library": (lambda _: ["--slm-reference-fp8"], "Transformer Engine"),
     "multi-token prediction": (lambda _: ["--mtp-num-layers", "1"], "--mtp-num-layers"),
     "reset attention mask": (lambda _: ["--reset-attention-mask"], "--reset-attention-mask"),
