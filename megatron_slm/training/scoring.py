@@ -43,7 +43,7 @@ from megatron_slm.training.datasets import (
     reads_data,
     use_prebuilt_helpers,
 )
-from megatron_slm.training.micro_batch import read_micro_batches
+from megatron_slm.training.micro_batch import read_micro_batches, whole_sequences
 from megatron_slm.training.sources import check_options, open_reference
 from megatron_slm.training.tokenizer import record_tokenizer
 
@@ -200,16 +200,8 @@ def _score_shard(
 
 
 def _whole(parts: list[Tensor | None], records: int) -> Tensor:
-    """Rows of micro-batches [b, s/c] as [records, s]: context-parallel rank r of c has the chunks r
-    and 2c - 1 - r of 2c."""
-    own = torch.cat([part for part in parts if part is not None])[:records]
-    group = mpu.get_context_parallel_group()
-    if group.size() == 1:
-        return own
-    of_ranks = [torch.empty_like(own) for _ in range(group.size())]
-    torch.distributed.all_gather(of_ranks, own.contiguous(), group=group)
-    halves = [part.chunk(2, dim=1) for part in of_ranks]
-    return torch.cat([half[0] for half in halves] + [half[1] for half in halves[::-1]], dim=1)
+    """Rows of micro-batches [b, s/c] as [records, s]."""
+    return whole_sequences(torch.cat([part for part in parts if part is not None])[:records])
 
 
 def _begin(
