@@ -157,7 +157,10 @@ class TokenDumps:
         names = self.settings.domains if self._knows_domains() else ()
         about = {
             "tokenizer_type": args.tokenizer_type,
-            "tokenizer_model": str(Path(model).resolve()) if model else None,
+            # A name on the hub, or a path that reports find from wherever they are made.
+            "tokenizer_model": str(Path(model).resolve())
+            if model and Path(model).exists()
+            else model,
             "split": split,
             "domains": [names[int(row["dataset_id"])] for row in rows] if names else None,
             "score": selection.score if self.settings.selective else None,

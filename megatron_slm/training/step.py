@@ -218,7 +218,9 @@ class SelectiveStep:
         assert self.dumps is not None
         if not self.dumps.due(iteration, ends):
             return
-        step = replace(self._begin(True, iteration), selects=self.settings.selective)
+        # With a training step's thresholds, but of no training step.
+        step = self._begin(True, iteration)
+        step = replace(step, training=False, selects=self.settings.selective)
         if isinstance(self.reference, MovingAverage):
             self.reference.follow(arguments["model"], training=False)
 
