@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
+from megatron_slm.analysis.dynamics_report import dynamics_section
 from megatron_slm.analysis.report.curves import run_facts, run_figures
 from megatron_slm.analysis.report.run_files import RunFiles, read_run
 from megatron_slm.analysis.report.study import (
@@ -23,7 +24,7 @@ from megatron_slm.analysis.report.study import (
     study_figures,
 )
 from megatron_slm.analysis.report.token_map import MOST_TOKENS, token_map
-from megatron_slm.data.tokenizer import TokenizerFile, open_tokenizer
+from megatron_slm.analysis.token_text import dump_tokenizer
 from megatron_slm.errors import UserError
 
 HERE = Path(__file__).parent
@@ -77,22 +78,13 @@ def _study(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def _run(run: RunFiles, tokenizer_model: str | None, most_tokens: int) -> dict[str, Any]:
-    tokenizer = _tokenizer(run, tokenizer_model)
+    tokenizer = dump_tokenizer(run.dumps, tokenizer_model)
     return {
         "facts": run_facts(run),
         "figures": run_figures(run),
         "map": token_map(run.dumps, tokenizer, most_tokens) if run.dumps else None,
-        "dynamics": None,
+        "dynamics": None if run.dynamics is None else dynamics_section(run.dynamics),
     }
-
-
-def _tokenizer(run: RunFiles, given: str | None) -> TokenizerFile | None:
-    """None for tokens that are numbers."""
-    if given is not None:
-        return open_tokenizer(given)
-    if not run.dumps or run.dumps[0].about["tokenizer_model"] is None:
-        return None
-    return open_tokenizer(run.dumps[0].about["tokenizer_model"])
 
 
 def _asset(name: str) -> Markup:

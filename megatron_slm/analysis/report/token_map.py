@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_slm.analysis.report.token_text import token_texts
+from megatron_slm.analysis.token_text import token_texts
 from megatron_slm.data.token_dump import TokenDump
 from megatron_slm.data.tokenizer import TokenizerFile
 

@@ -10,7 +10,9 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable
 
-from megatron_slm.data.tokenizer import TokenizerFile
+from megatron_slm.data.token_dump import TokenDump
+from megatron_slm.data.tokenizer import TokenizerFile, open_tokenizer
+from megatron_slm.errors import UserError
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
@@ -43,6 +45,23 @@ def token_texts(tokenizer: TokenizerFile | None, ids: Iterable[int]) -> list[str
     decode = _numbers if tokenizer is None else DECODERS[tokenizer.kind](tokenizer)
     size = 0 if tokenizer is None else tokenizer.vocab_size
     return [decode(number) if 0 <= number < size else _numbers(number) for number in ids]
+
+
+def dump_tokenizer(dumps: list[TokenDump], given: str | None) -> TokenizerFile | None:
+    """The tokenizer that the dumps name, or another file; None where tokens are numbers.
+
+    Raises:
+        UserError: it is no longer where it was.
+    """
+    if given is not None:
+        return open_tokenizer(given)
+    model = dumps[0].about["tokenizer_model"] if dumps else None
+    if model is None:
+        return None
+    try:
+        return open_tokenizer(model)
+    except UserError as error:
+        raise UserError(f"{error}; name the run's tokenizer with --tokenizer-model") from error
 
 
 def _numbers(number: int) -> str:
