@@ -11,6 +11,8 @@ VERSION = next(
     if line.startswith("__version__")
 )
 
+# Plots, reports, token dynamics as tables.
+ANALYSIS = ["matplotlib", "plotly", "pyarrow"]
 # Fast tokenizers, compressed and columnar inputs, near-duplicates.
 DATA = ["gigatoken", "kitoken", "mistral-common", "pyarrow", "rensa", "zstandard"]
 DATATROVE = ["datatrove>=0.10"]
@@ -24,6 +26,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.12,<3.14",
     packages=find_packages(include=["megatron_slm", "megatron_slm.*"]),
+    package_data={"megatron_slm.analysis.report": ["*.css", "*.html", "*.js"]},
     install_requires=[
         "megatron-core[training]>=0.19.2,<0.20",
         "torch",
@@ -39,16 +42,17 @@ setup(
     extras_require={
         "data": DATA,
         "datatrove": DATATROVE,
-        "analysis": ["matplotlib"],
+        "analysis": ANALYSIS,
         "dev": [
             "datasets",
             "hypothesis",
             "lm_eval[hf]>=0.4.13,<0.5",
-            "matplotlib",
             "mypy",
+            "playwright",
             "pytest",
             "pytest-xdist",
             "ruff",
+            *ANALYSIS,
             *DATA,
             *DATATROVE,
         ],

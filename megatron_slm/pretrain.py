@@ -47,6 +47,7 @@ def _pretrain(args: Namespace) -> None:
     from megatron_slm.training import datasets, report, seam
     from megatron_slm.training.arguments import validate_arguments
     from megatron_slm.training.checkpoint_arguments import check_start
+    from megatron_slm.training.dump import token_dumps
     from megatron_slm.training.resumed import saved_arguments
     from megatron_slm.training.settings import settings_from_arguments
     from megatron_slm.training.sources import open_source
@@ -63,13 +64,14 @@ def _pretrain(args: Namespace) -> None:
     check_start(args)
     args.slm_reference_identity = None if source is None else source.identity
     datasets.use_prebuilt_helpers()
-    step = SelectiveStep(settings, source, saved)
-    seam.install(step.run, step.save)
+    provider = datasets.DatasetProvider(None if source is None else source.caches)
+    step = SelectiveStep(settings, source, token_dumps(args, settings, provider), saved)
+    seam.install(step.run, step.save, step.finish)
     report.install(timed=source is not None and source.caches is None)
 
     pretrain(
         pretrain_cfg_container_from_args(args, gpt_config(args, layer_spec)),
-        datasets.DatasetProvider(None if source is None else source.caches),
+        provider,
         ModelType.encoder_or_decoder,
         step.forward_step,
     )

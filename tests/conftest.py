@@ -28,15 +28,15 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 
 @pytest.fixture(scope="session")
-def samples(corpus: Corpus) -> dict[str, torch.Tensor]:
-    """The training samples in the order a run reads them, by Megatron's own dataset: tokens,
-    labels, loss_mask [N, s]."""
+def both_samples(corpus: Corpus) -> list[dict[str, torch.Tensor]]:
+    """Training and validation samples in the order a run reads them, by Megatron's own datasets:
+    tokens, labels, loss_mask [N, s]."""
     from megatron.core.datasets.blended_megatron_dataset_builder import (
         BlendedMegatronDatasetBuilder,
     )
     from megatron.core.datasets.gpt_dataset import GPTDataset
 
-    count = STEPS * GLOBAL_BATCH
+    counts = [STEPS * GLOBAL_BATCH, GLOBAL_BATCH, 0]
     config = gpt_config(
         SEQUENCE,
         VOCABULARY,
@@ -44,14 +44,30 @@ def samples(corpus: Corpus) -> dict[str, torch.Tensor]:
         split=SPLIT,
         eod_mask_loss=True,
     )
-    train, _, _ = BlendedMegatronDatasetBuilder(
-        GPTDataset, [count, GLOBAL_BATCH, 0], lambda: True, config
-    ).build()
-    rows = [train[i] for i in range(count)]
-    return {
-        name: torch.stack([torch.as_tensor(row[name]) for row in rows])
-        for name in ("tokens", "labels", "loss_mask")
-    }
+    built = BlendedMegatronDatasetBuilder(GPTDataset, counts, lambda: True, config).build()
+    rows = [
+        [dataset[i] for i in range(count)]
+        for dataset, count in zip(built[:2], counts[:2], strict=True)
+    ]
+    return [
+        {
+            name: torch.stack([torch.as_tensor(row[name]) for row in of_split])
+            for name in ("tokens", "labels", "loss_mask")
+        }
+        for of_split in rows
+    ]
+
+
+@pytest.fixture(scope="session")
+def samples(both_samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Of training."""
+    return both_samples[0]
+
+
+@pytest.fixture(scope="session")
+def validation(both_samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Of validation."""
+    return both_samples[1]
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 @dataclass
 class Step:
-    """One step of the oracle: scores, valid and selected are [global batch, s]."""
+    """One step of the oracle: scores, valid and selected are [global batch, s].
+    watched: losses of policy and reference before it, [2, n, s], of samples that it is not about.
+    """
 
     lm_loss: float
     selected_loss: float
@@ -32,6 +34,7 @@ class Step:
     valid: Tensor
     selected: Tensor
     thresholds: Tensor  # one per sample: that of its scope
+    watched: Tensor
 
 
 def llama(
@@ -117,6 +120,7 @@ def train(
     steps: int,
     global_batch: int,
     vocabulary: int,
+    watched: dict[str, Tensor],
     lr: float = 3e-4,
     weight_decay: float = 0.01,
     clip: float = 1.0,
@@ -124,6 +128,7 @@ def train(
     """Train for `steps` on consecutive samples; tokens, labels int64, loss_mask float [N, s].
 
     vocabulary: number of tokens; the reference's logits beyond it are padding, and not its.
+    watched: samples whose losses are computed before each step.
     """
     decay = [p for p in policy.parameters() if p.ndim > 1]
     rest = [p for p in policy.parameters() if p.ndim <= 1]
@@ -142,6 +147,13 @@ def train(
         with torch.no_grad():
             reference_logits = reference(tokens).logits[..., :vocabulary]
             reference_losses = _token_losses(reference_logits, labels)
+            of_watched = [
+                _token_losses(logits, watched["labels"])
+                for logits in (
+                    policy(watched["tokens"]).logits,
+                    reference(watched["tokens"]).logits[..., :vocabulary],
+                )
+            ]
         logits = policy(tokens).logits
         losses = _token_losses(logits, labels)
         excess = losses.detach() - reference_losses
@@ -153,9 +165,9 @@ def train(
             "policy-entropy": _entropies(logits.detach()),
             "reference-entropy": -_entropies(reference_logits),
         }[method.score]
-        selected, thresholds = _select(scores, valid, method, carried)
+        selected, thresholds = select(scores, valid, method, carried)
         if method.scope_samples is None:
-            _, exact = _select(scores, valid, replace(method, scope_samples=global_batch), None)
+            _, exact = select(scores, valid, replace(method, scope_samples=global_batch), None)
             carried = exact[0] if carried is None else 0.8 * carried + 0.2 * exact[0]
         weights = _weights(scores, valid, selected, method)
         loss = (weights * losses).sum() / selected.sum()
@@ -176,12 +188,13 @@ def train(
                 valid=valid,
                 selected=selected,
                 thresholds=thresholds,
+                watched=torch.stack(of_watched),
             )
         )
     return done
 
 
-def _select(
+def select(
     scores: Tensor, valid: Tensor, method: Method, carried: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Selected tokens, and the threshold of each sample."""

@@ -63,19 +63,23 @@ class ReferenceCheckpoint:
         return {name: saved[name] for name in ARCHITECTURE if name in saved}
 
 
-def open_checkpoint(load: str, step: int | None) -> ReferenceCheckpoint:
+FLAGS = ("--slm-reference-load", "--slm-reference-ckpt-step")
+
+
+def open_checkpoint(
+    load: str, step: int | None, flags: tuple[str, str] = FLAGS
+) -> ReferenceCheckpoint:
     """Find a checkpoint as Megatron's --load does and check that its files are whole.
 
     Args:
         load: a directory with iter_* directories and a tracker file, as --save leaves it.
         step: the iteration; None for that of the tracker file.
+        flags: the arguments that both come from, for errors.
 
     Raises:
         UserError: nothing there, another format, truncated, or a model that cannot be a reference.
     """
-    directory = iteration_directory(
-        Path(load), step, "--slm-reference-load", "--slm-reference-ckpt-step"
-    )
+    directory = iteration_directory(Path(load), step, *flags)
     arguments = TorchDistReader(directory).arguments
     for name, what in UNSUPPORTED.items():
         if getattr(arguments, name, None):

@@ -207,6 +207,16 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         help="Arguments of the model, such as rotary_base, in which this run is to differ from the "
         "checkpoint that it starts from. Any other difference is an error.",
     )
+    group.add_argument(
+        "--slm-dump-interval",
+        type=int,
+        metavar="N",
+        help="Every N iterations, at the start and at the end, write the losses of all tokens of a "
+        "few fixed samples, for tools/report.py.",
+    )
+    group.add_argument(
+        "--slm-dump-dir", metavar="DIR", help="Where to. Default: dump in the directory of --save."
+    )
     # The loss is a sum over tokens, normalised by their number over the global batch.
     defaults: dict[str, Any] = {
         "calculate_per_token_loss": True,
@@ -247,6 +257,11 @@ def validate_arguments(args: Namespace) -> None:
             "--tensor-parallel-num-weight-shards cannot be used: the output layer's "
             "weight is gathered only when it is called"
         )
+    if args.slm_dump_interval is not None:
+        if args.slm_dump_interval < 1:
+            raise UserError("--slm-dump-interval must be at least 1")
+        if args.slm_dump_dir is None and args.save is None:
+            raise UserError("--slm-dump-interval needs --slm-dump-dir or --save to write to")
     if args.slm_reference_fp8 and not HAVE_TE:
         raise UserError("--slm-reference-fp8 needs Transformer Engine, which is not installed")
     if args.use_distributed_optimizer and not distrib_optimizer.HAVE_APEX_OR_TE:

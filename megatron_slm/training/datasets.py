@@ -59,6 +59,7 @@ class DatasetProvider:
 
     def __init__(self, caches: Caches | None = None) -> None:
         self.caches = caches
+        self.built: list[Any] = [None] * len(SPLITS)  # the datasets, when they are
 
     def __call__(self, samples: list[int | None], vp_stage: int | None = None) -> Any:
         """Training, validation and test datasets of `samples` samples each; None on ranks that read
@@ -73,16 +74,18 @@ class DatasetProvider:
             kind, samples, partial(reads_data, vp_stage), _dataset_config(args)
         ).build()
         print_rank_0("> finished creating GPT datasets ...")
-        if caches is None or caches.kind == "document":
-            return datasets
-        caches.check_samples(datasets, samples)
-        # A split that a run draws nothing from has no section.
-        return [
-            SampleScored(dataset, caches.sections[split])
-            if dataset is not None and split in caches.sections
-            else dataset
-            for split, dataset in zip(SPLITS, datasets, strict=True)
-        ]
+        if caches is not None and caches.kind == "sample":
+            caches.check_samples(datasets, samples)
+            # A split that a run draws nothing from has no section.
+            datasets = [
+                SampleScored(dataset, caches.sections[split])
+                if dataset is not None and split in caches.sections
+                else dataset
+                for split, dataset in zip(SPLITS, datasets, strict=True)
+            ]
+        if any(dataset is not None for dataset in datasets):  # one call for each model chunk
+            self.built = datasets
+        return datasets
 
 
 def reads_data(vp_stage: int | None = None) -> bool:

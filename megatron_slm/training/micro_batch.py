@@ -121,6 +121,18 @@ def read_micro_batches(
         )
 
 
+def whole_sequences(own: Tensor) -> Tensor:
+    """Rows [n, s/c] of this rank as [n, s]: context-parallel rank r of c has the chunks r and
+    2c - 1 - r of 2c.  Collective over the context-parallel ranks."""
+    group = mpu.get_context_parallel_group()
+    if group.size() == 1:
+        return own
+    of_ranks = [torch.empty_like(own) for _ in range(group.size())]
+    torch.distributed.all_gather(of_ranks, own.contiguous(), group=group)
+    halves = [part.chunk(2, dim=1) for part in of_ranks]
+    return torch.cat([half[0] for half in halves] + [half[1] for half in halves[::-1]], dim=1)
+
+
 def _shared(values: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """The first tensor-parallel rank's values, on all of them."""
     group = mpu.get_tensor_model_parallel_group()

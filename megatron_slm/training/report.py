@@ -9,7 +9,7 @@ from megatron.training import get_args, get_tensorboard_writer, get_timers, trai
 from megatron.training.global_vars import get_wandb_writer
 from megatron.training.utils import print_rank_last
 
-TIMERS = ["slm-reference", "slm-ranking"]
+TIMERS = ["slm-reference", "slm-ranking", "slm-dump"]
 
 
 def install(timed: bool) -> None:

@@ -22,8 +22,7 @@ import torch
 from megatron.core import mpu
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.training import get_tokenizer
-from megatron.training.arguments import parse_args, validate_args
-from megatron.training.global_vars import set_global_variables
+from megatron.training.arguments import parse_args
 from megatron.training.initialize import initialize_megatron
 from megatron.training.training import get_train_valid_test_num_samples
 from megatron.training.utils import print_rank_0
@@ -43,7 +42,8 @@ from megatron_slm.training.datasets import (
     reads_data,
     use_prebuilt_helpers,
 )
-from megatron_slm.training.micro_batch import read_micro_batches
+from megatron_slm.training.job_arguments import settle_arguments
+from megatron_slm.training.micro_batch import read_micro_batches, whole_sequences
 from megatron_slm.training.sources import check_options, open_reference
 from megatron_slm.training.tokenizer import record_tokenizer
 
@@ -74,23 +74,7 @@ def parse_arguments(add_own: Callable[[ArgumentParser], ArgumentParser]) -> Name
                 raise UserError(f"--{name.replace('_', '-')}: score --by document")
     (load,) = args.slm_reference_load
     saved = open_checkpoint(load, args.slm_reference_ckpt_step).arguments
-    for name in ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings"):
-        if getattr(args, name) is None:  # Megatron asks for a policy's
-            setattr(args, name, getattr(saved, name))
-    # The run's batch need not divide by this job's replicas, nor its layers by stages of stages.
-    batches = {
-        name: getattr(args, name) for name in ("global_batch_size", "eval_global_batch_size")
-    }
-    for name in (*batches, "eval_micro_batch_size"):
-        setattr(args, name, None)
-    args.num_layers_per_virtual_pipeline_stage = args.num_virtual_stages_per_pipeline_rank = None
-    args.pipeline_model_parallel_layout = None
-    args.tensorboard_dir, args.wandb_project = None, ""  # the run's logs are not this job's
-    args.exit_signal_handler = False  # a job that is killed goes on as well as one that ends
-    validate_args(args, {"tokenizer_type": "GPT2BPETokenizer"})
-    set_global_variables(args)
-    args.global_batch_size = batches["global_batch_size"]
-    args.eval_global_batch_size = batches["eval_global_batch_size"] or args.global_batch_size
+    settle_arguments(args, saved)
     if args.by == "sample" and args.train_iters is None:
         args.train_iters = args.train_samples // args.global_batch_size
     return args
@@ -139,7 +123,7 @@ def score(args: Namespace, layer_spec: Callable[..., Any] | None) -> None:
     initialize_megatron()
     datasets = _documents(args) if args.by == "document" else _samples()
     directory = Path(args.slm_reference_cache[0])
-    manifest, missing = _on_first_rank(lambda: _begin(args, checkpoint, directory, datasets))
+    manifest, missing = on_first_rank(lambda: _begin(args, checkpoint, directory, datasets))
     replicas = mpu.get_data_parallel_world_size()
     mine = missing[mpu.get_data_parallel_rank() :: replicas]
     print_rank_0(
@@ -200,16 +184,8 @@ def _score_shard(
 
 
 def _whole(parts: list[Tensor | None], records: int) -> Tensor:
-    """Rows of micro-batches [b, s/c] as [records, s]: context-parallel rank r of c has the chunks r
-    and 2c - 1 - r of 2c."""
-    own = torch.cat([part for part in parts if part is not None])[:records]
-    group = mpu.get_context_parallel_group()
-    if group.size() == 1:
-        return own
-    of_ranks = [torch.empty_like(own) for _ in range(group.size())]
-    torch.distributed.all_gather(of_ranks, own.contiguous(), group=group)
-    halves = [part.chunk(2, dim=1) for part in of_ranks]
-    return torch.cat([half[0] for half in halves] + [half[1] for half in halves[::-1]], dim=1)
+    """Rows of micro-batches [b, s/c] as [records, s]."""
+    return whole_sequences(torch.cat([part for part in parts if part is not None])[:records])
 
 
 def _begin(
@@ -233,7 +209,7 @@ def _begin(
     return manifest, missing_shards(directory, manifest)
 
 
-def _on_first_rank(function: Callable[[], Any]) -> Any:
+def on_first_rank(function: Callable[[], Any]) -> Any:
     """Its result, or its exception, on all ranks."""
     answer: list[Any] = [None]
     if torch.distributed.get_rank() == 0:

@@ -20,15 +20,21 @@ from megatron.training import training
 from megatron_slm.training.micro_batch import MicroBatch
 
 
-def install(run_step: Callable[..., Any], before_save: Callable[[int], None]) -> None:
-    """Wrap Megatron's schedules and checkpoints.  Call once, before `pretrain()`.
+def install(
+    run_step: Callable[..., Any],
+    before_save: Callable[[int], None],
+    after_training: Callable[[int], None],
+) -> None:
+    """Wrap Megatron's schedules, checkpoints and training loop.  Call once, before `pretrain()`.
 
     Args:
         run_step: called as run_step(schedule, **arguments of the schedule) in the schedule's place.
         before_save: called with the iteration before a checkpoint is written.
+        after_training: called with the iteration when the training loop has come to its end.
     """
     get_schedule = training.get_forward_backward_func
     save_checkpoint = training.save_checkpoint
+    train = training.train
 
     @functools.wraps(save_checkpoint)
     def save(iteration: int, *args: Any, **kwargs: Any) -> Any:
@@ -36,6 +42,14 @@ def install(run_step: Callable[..., Any], before_save: Callable[[int], None]) ->
         return save_checkpoint(iteration, *args, **kwargs)
 
     training.save_checkpoint = save
+
+    @functools.wraps(train)
+    def train_and_finish(*args: Any, **kwargs: Any) -> Any:
+        iteration, operations = train(*args, **kwargs)
+        after_training(iteration)
+        return iteration, operations
+
+    training.train = train_and_finish
 
     @functools.wraps(get_schedule)
     def get_wrapped_schedule(*args: Any, **kwargs: Any) -> Callable[..., Any]:

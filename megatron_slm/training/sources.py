@@ -20,7 +20,12 @@ from megatron.training.utils import get_blend_and_blend_per_split
 from megatron_slm.errors import UserError
 from megatron_slm.loss import Scoring
 from megatron_slm.reference import Reference
-from megatron_slm.reference.checkpoint import ReferenceCheckpoint, fingerprint, open_checkpoint
+from megatron_slm.reference.checkpoint import (
+    FLAGS,
+    ReferenceCheckpoint,
+    fingerprint,
+    open_checkpoint,
+)
 from megatron_slm.reference.moving_average import MovingAverage
 from megatron_slm.reference.online import (
     frozen_arguments,
@@ -143,14 +148,14 @@ def _checkpoints(
 
 
 def open_reference(
-    args: Namespace, load: str, step: int | None
+    args: Namespace, load: str, step: int | None, flags: tuple[str, str] = FLAGS
 ) -> tuple[ReferenceCheckpoint, Namespace]:
     """A checkpoint and the arguments to build its model by.
 
     Raises:
         UserError: as open_checkpoint, check_tokenizer and reference_arguments.
     """
-    checkpoint = open_checkpoint(load, step)
+    checkpoint = open_checkpoint(load, step, flags)
     check_tokenizer(args, checkpoint)
     return checkpoint, reference_arguments(checkpoint, args)
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,23 +21,26 @@ from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, get_timers
 from torch import Tensor
 
-from megatron_slm.loss import Scoring, Selecting, all_losses, loss_of_selected
+from megatron_slm.loss import Selecting, loss_of_selected
 from megatron_slm.reference import Reference
 from megatron_slm.reference.moving_average import MovingAverage
 from megatron_slm.selection import CarriedThreshold, Choice, Ranks, TokenSelector
 from megatron_slm.training import seam
+from megatron_slm.training.dump import TokenDumps
 from megatron_slm.training.micro_batch import MicroBatch, read_micro_batches
 from megatron_slm.training.objective import MicroBatchObjective, token_scores
+from megatron_slm.training.policy_pass import Scored, noting, score_with_policy
 from megatron_slm.training.resumed import check_same_reference
 from megatron_slm.training.settings import SelectiveSettings, Step
 from megatron_slm.training.sources import Source
 
 
 class SelectiveStep:
-    """Runs steps.  `run` and `save` go to seam.install, `forward_step` to Megatron's pretrain().
+    """Runs steps.  `run`, `save` and `finish` go to seam.install, `forward_step` to Megatron.
 
     Args:
         source: of reference losses; None without a reference.
+        dumps: None if none are asked for.
         load_saved: for the arguments in the checkpoint that the policy resumed from.
     """
 
@@ -43,10 +48,13 @@ class SelectiveStep:
         self,
         settings: SelectiveSettings,
         source: Source | None,
+        dumps: TokenDumps | None,
         load_saved: Callable[[], Namespace],
     ) -> None:
         self.settings = settings
         self.source = source
+        self.dumps = dumps
+        self.dump: Callable[..., None] | None = None  # with the arguments of the last step
         self.load_saved = load_saved
         self.reference: Reference | None = None
         self.step: Step | None = None
@@ -83,7 +91,13 @@ class SelectiveStep:
         """Call the schedule, with what has to be known before, and after, it."""
         if self.step is None:
             self._build()
-        self.step = step = self._begin(training=not forward_only)
+        # Validation alone (--skip-train) never sets the current iteration.
+        iteration = getattr(get_args(), "curr_iteration", get_args().iteration)
+        sizes = {"num_microbatches": num_microbatches, "micro_batch_size": micro_batch_size}
+        if self.dumps is not None and not forward_only:
+            self.dump = partial(self._dump, schedule, data_iterator, sizes | rest)
+            self.dump(iteration)
+        self.step = step = self._begin(not forward_only, iteration)
         settings = self.settings
         micro_batches = read_micro_batches(
             seam.own_iterator(data_iterator),
@@ -100,7 +114,6 @@ class SelectiveStep:
                 micro_batches = self.reference.score(
                     micro_batches, num_microbatches, micro_batch_size
                 )
-        sizes = {"num_microbatches": num_microbatches, "micro_batch_size": micro_batch_size}
         whole_step = step.training and step.selects and settings.selection.scope == "global-batch"
         seen: list[MicroBatch] = []
         if whole_step:
@@ -109,7 +122,7 @@ class SelectiveStep:
                     ranked = self._rank_step(schedule, data_iterator, micro_batches, sizes | rest)
                 micro_batches = iter(ranked)
             else:
-                micro_batches = _noting(micro_batches, seen)
+                micro_batches = noting(micro_batches, seen)
         result = schedule(
             data_iterator=seam.for_model_chunks(data_iterator, micro_batches, num_microbatches),
             forward_only=forward_only,
@@ -152,10 +165,8 @@ class SelectiveStep:
     def _wants_entropies(self) -> bool:
         return self.settings.selection.score == "policy-entropy"
 
-    def _begin(self, training: bool) -> Step:
+    def _begin(self, training: bool, iteration: int) -> Step:
         args, settings = get_args(), self.settings
-        # Validation alone (--skip-train) never sets the current iteration.
-        iteration = getattr(args, "curr_iteration", args.iteration)
         warming_up = args.consumed_train_samples * args.seq_length < settings.warmup_tokens
         thresholds = None
         if training and settings.selection.scope == "global-batch":
@@ -178,46 +189,51 @@ class SelectiveStep:
         arguments: dict[str, Any],
     ) -> list[MicroBatch]:
         """Read all micro-batches, score them with the policy, and choose from all at once."""
-        read: list[MicroBatch] = []
-
-        def score_step(
-            data_iterator: Iterator[MicroBatch], model: torch.nn.Module
-        ) -> tuple[Tensor, Callable[..., Any]]:
-            output = model(
-                **next(data_iterator).model_inputs(),
-                output_processor=all_losses,
-                output_processor_context=Scoring(entropies=self._wants_entropies),
-            )
-            return output, lambda scored, non_loss_data: scored
-
-        count = arguments["num_microbatches"]
-        models = arguments["model"]
-        # Dropout would draw numbers that the training pass has to draw.
-        for model in models:
-            model.eval()
-        with torch.no_grad():
-            scored = schedule(
-                **arguments
-                | {
-                    "forward_step_func": score_step,
-                    "data_iterator": seam.for_model_chunks(
-                        data_iterator, _noting(micro_batches, read), count
-                    ),
-                    "forward_only": True,
-                    "collect_non_loss_data": True,
-                }
-            )
-        for model in models:
-            model.train()
+        read, scored = score_with_policy(
+            schedule, data_iterator, micro_batches, arguments, self._wants_entropies
+        )
         if mpu.is_pipeline_last_stage():
             assert self.step is not None
             for batch, said in zip(read, scored, strict=True):
-                losses, entropies = said if self._wants_entropies else (said, None)
-                batch.scores = token_scores(batch, losses, entropies, self.settings, self.step)
+                batch.scores = token_scores(batch, *said, self.settings, self.step)
             choice = self.selector.choose_from_step(*self._whole_step(read))
-            for batch, part in zip(read, _split(choice, count), strict=True):
+            for batch, part in zip(read, _split(choice, len(read)), strict=True):
                 batch.choice = part
         return read
+
+    def finish(self, iteration: int) -> None:
+        """What has to be done when training has ended."""
+        if self.dump is not None:
+            self.dump(iteration, ends=True)
+
+    def _dump(
+        self,
+        schedule: Callable[..., Any],
+        data_iterator: Any,
+        arguments: dict[str, Any],
+        iteration: int,
+        ends: bool = False,
+    ) -> None:
+        """Write a token dump of the policy after `iteration` iterations, if it is time."""
+        assert self.dumps is not None
+        if not self.dumps.due(iteration, ends):
+            return
+        # With a training step's thresholds, but of no training step.
+        step = self._begin(True, iteration)
+        step = replace(step, training=False, selects=self.settings.selective)
+        if isinstance(self.reference, MovingAverage):
+            self.reference.follow(arguments["model"], training=False)
+
+        def score(batches: list[MicroBatch]) -> list[Scored]:
+            sizes = {"num_microbatches": len(batches)}
+            _, scored = score_with_policy(
+                schedule, data_iterator, iter(batches), arguments | sizes, self._wants_entropies
+            )
+            return scored
+
+        with _timed("slm-dump"):
+            reference = None if self._cached else self.reference
+            self.dumps.take(step, self.selector, reference, score)
 
     def _whole_step(
         self, read: list[MicroBatch]
@@ -266,12 +282,6 @@ def _timed(name: str, when: bool = True) -> Iterator[None]:
     timer.start()
     yield
     timer.stop()
-
-
-def _noting(micro_batches: Iterator[MicroBatch], seen: list[MicroBatch]) -> Iterator[MicroBatch]:
-    for micro_batch in micro_batches:
-        seen.append(micro_batch)
-        yield micro_batch
 
 
 def _split(choice: Choice, count: int) -> list[Choice]:

@@ -12,15 +12,19 @@ from torch import Tensor
 import oracle
 from jobs import GLOBAL_BATCH, SEQUENCE, STEPS, VOCABULARY, Checkpoints
 from launch import Run
+from megatron_slm.data.token_dump import read_dumps
 
 # Scores this close to the threshold may fall on either side of it.
 NEAR_TIE = 1e-6
 
 
 def train_oracle(
-    start: Checkpoints, samples: dict[str, Tensor], method: oracle.Method
+    start: Checkpoints,
+    samples: dict[str, Tensor],
+    validation: dict[str, Tensor],
+    method: oracle.Method,
 ) -> list[oracle.Step]:
-    """The oracle's steps from the checkpoints that runs start from."""
+    """The oracle's steps from the checkpoints that runs start from, watching validation."""
     with tempfile.TemporaryDirectory() as scratch:
         models = [
             oracle.llama(directory, Path(scratch), heads=heads, groups=groups, tied=start.tied)
@@ -36,6 +40,7 @@ def train_oracle(
         steps=STEPS,
         global_batch=GLOBAL_BATCH,
         vocabulary=VOCABULARY,
+        watched=validation,
     )
 
 
@@ -60,6 +65,31 @@ def agrees_with_oracle(run: Run, expected: list[oracle.Step], micro_batch: int) 
         apart = (step.scores - step.thresholds[:, None]).abs() > NEAR_TIE
         assert torch.equal(chosen[number][apart], step.selected[apart])
         assert chosen[number].sum() == step.selected.sum()
+
+
+def dumps_agree_with_oracle(
+    run: Run, expected: list[oracle.Step], validation: dict[str, Tensor], method: oracle.Method
+) -> None:
+    """Token dumps in `dump`: ids and mask exactly, losses to 1e-5, selected but for near-ties."""
+    dumps = read_dumps(run.directory / "dump")
+    valid = validation["loss_mask"] > 0
+    assert [dump.iteration for dump in dumps] == [0, 3, STEPS]
+    for dump in dumps:
+        count = len(dump.losses)
+        assert count == 8
+        whole = torch.cat([validation["tokens"][:, :1], validation["labels"]], dim=1)[:count]
+        assert torch.equal(torch.from_numpy(dump.tokens).long(), whole)
+        assert torch.equal(torch.from_numpy(dump.valid), valid[:count])
+        if dump.iteration < STEPS:
+            policy, reference = expected[dump.iteration].watched
+            found = torch.from_numpy(dump.losses), torch.from_numpy(dump.reference_losses)
+            torch.testing.assert_close(found[0], policy[:count], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(found[1], reference[:count], rtol=1e-5, atol=1e-5)
+            scores = policy - reference
+            selected, thresholds = oracle.select(scores, valid, method, None)
+            apart = ((scores - thresholds[:, None]).abs() > NEAR_TIE)[:count]
+            chosen = torch.from_numpy(dump.selected)
+            assert torch.equal(chosen[apart], selected[:count][apart])
 
 
 def selected_tokens(run: Run, micro_batch: int) -> dict[int, Tensor]:

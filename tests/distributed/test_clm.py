@@ -20,7 +20,8 @@ DROPOUT = ["--attention-dropout", "0.1", "--hidden-dropout", "0.1"]
 def test_full_ratio_is_bitwise_causal_language_modeling(
     layout: str, corpus: Corpus, untied: Checkpoints, tmp_path: Path
 ) -> None:
-    """Also with dropout: a reference that drew a single random number would change the masks."""
+    """Also with dropout: a reference or a dump that drew a single random number would change the
+    masks."""
     ranks, flags = LAYOUTS[layout]
     common = [
         *corpus.arguments,
@@ -36,7 +37,8 @@ def test_full_ratio_is_bitwise_causal_language_modeling(
         ranks, common, tmp_path / "megatron", module="distributed.megatron_pretrain"
     )
     plain = pretrain(ranks, common, tmp_path / "plain")
-    full = pretrain(ranks, [*common, *reference], tmp_path / "full")
+    dump = ["--slm-dump-interval", "1", "--slm-dump-dir", "dump"]
+    full = pretrain(ranks, [*common, *reference, *dump], tmp_path / "full")
     # Validation after steps 2 and 4; another after the last step comes when the log may be closed.
     for tag, steps in (("lm loss", 5), ("grad-norm", 5), ("lm loss validation", 4)):
         expected = _until(megatron, tag, steps)

@@ -1,4 +1,4 @@
-"""One answer in every layout: losses, selected tokens and gradient norms of the oracle."""
+"""One answer in every layout: losses, selected tokens, gradient norms and dumps of the oracle."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from torch import Tensor
 
 import oracle
-from distributed.agreement import agrees_with_oracle, train_oracle
+from distributed.agreement import agrees_with_oracle, dumps_agree_with_oracle, train_oracle
 from jobs import STEPS, Checkpoints, Corpus
 from launch import pretrain
 
@@ -32,11 +32,16 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def oracles(
-    samples: dict[str, Tensor], untied: Checkpoints, tied: Checkpoints
+    samples: dict[str, Tensor],
+    validation: dict[str, Tensor],
+    untied: Checkpoints,
+    tied: Checkpoints,
 ) -> dict[tuple[bool, int], list[oracle.Step]]:
     """By (tied embeddings, micro-batch size)."""
     return {
-        (start.tied, size): train_oracle(start, samples, oracle.Method(RATIO, size, size))
+        (start.tied, size): train_oracle(
+            start, samples, validation, oracle.Method(RATIO, size, size)
+        )
         for start in (untied, tied)
         for size in (1, 3)
     }
@@ -120,6 +125,14 @@ def _compare(
         *start.arguments,
         *f"--train-iters {STEPS} --micro-batch-size {micro_batch}".split(),
         *f"--slm-token-ratio {RATIO} {flags} {extra}".split(),
+        *"--slm-dump-interval 3 --slm-dump-dir dump".split(),
     ]
     run = pretrain(ranks, arguments, directory, module="distributed.recorded_pretrain")
-    agrees_with_oracle(run, oracles[is_tied, micro_batch], micro_batch)
+    expected = oracles[is_tied, micro_batch]
+    agrees_with_oracle(run, expected, micro_batch)
+    dumps_agree_with_oracle(
+        run,
+        expected,
+        request.getfixturevalue("validation"),
+        oracle.Method(RATIO, micro_batch, micro_batch),
+    )

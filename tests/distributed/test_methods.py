@@ -70,11 +70,16 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_method_agrees_with_oracle(
-    case: str, corpus: Corpus, untied: Checkpoints, samples: dict[str, Tensor], tmp_path: Path
+    case: str,
+    corpus: Corpus,
+    untied: Checkpoints,
+    samples: dict[str, Tensor],
+    validation: dict[str, Tensor],
+    tmp_path: Path,
 ) -> None:
     layout, flags, changes = CASES[case]
     settings = {"scope_samples": MICRO_BATCH, "micro_batch": MICRO_BATCH} | changes
-    expected = train_oracle(untied, samples, oracle.Method(RATIO, **settings))
+    expected = train_oracle(untied, samples, validation, oracle.Method(RATIO, **settings))
     run = run_method(corpus, untied, layout, flags, tmp_path)
     agrees_with_oracle(run, expected, MICRO_BATCH)
     if "exact" in flags:

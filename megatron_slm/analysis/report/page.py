@@ -1,0 +1,91 @@
+"""Put a page together from a run's directory or a study's.
+
+Everything is in the one file: plotly.js, styles, scripts and data.  A content security policy in it
+forbids the page any request.  Text from a corpus is data, in JSON without a `<`, and reaches the
+page as text nodes alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
+
+from megatron_slm.analysis.dynamics_report import dynamics_section
+from megatron_slm.analysis.report.curves import run_facts, run_figures
+from megatron_slm.analysis.report.run_files import RunFiles, read_run
+from megatron_slm.analysis.report.study import (
+    RESULTS,
+    arm_rows,
+    read_study,
+    run_directories,
+    study_figures,
+)
+from megatron_slm.analysis.report.token_map import MOST_TOKENS, token_map
+from megatron_slm.analysis.token_text import dump_tokenizer
+from megatron_slm.errors import UserError
+
+HERE = Path(__file__).parent
+
+
+def write_report(directory: Path, output: Path, tokenizer_model: str | None) -> None:
+    """Write the page about a run, or about a study if the directory has its results.
+
+    Args:
+        tokenizer_model: in the place of the one that the token dumps name.
+
+    Raises:
+        UserError: nothing to report on, damaged files, or no plotly.
+    """
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise UserError("a report needs plotly: pip install 'megatron-slm[analysis]'") from error
+    study = read_study(directory) if (directory / RESULTS).exists() else None
+    if study is None:
+        directories = [directory]
+    else:
+        directories = [directory / each for each in run_directories(study)]
+    runs = [read_run(each) for each in directories]
+    if not runs:
+        raise UserError(f"{directory / RESULTS} has no finished run yet")
+    most_tokens = MOST_TOKENS // len(runs)
+    data = {
+        "study_figures": [] if study is None else study_figures(study),
+        "runs": [_run(run, tokenizer_model, most_tokens) for run in runs],
+    }
+    environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True)
+    page = environment.get_template("page.html").render(
+        title=directory.resolve().name if study is None else study["study"],
+        subtitle=str(directory.resolve()),
+        study=None if study is None else _study(study),
+        runs=[run.name for run in runs],
+        data=data,
+        style=_asset("page.css"),
+        plotly=Markup(get_plotlyjs()),
+        scripts=_asset("token_map.js") + _asset("page.js"),
+    )
+    try:
+        output.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error.strerror}") from error
+
+
+def _study(results: dict[str, Any]) -> dict[str, Any]:
+    return {"target": results.get("target", ""), "rows": arm_rows(results), "summary": []}
+
+
+def _run(run: RunFiles, tokenizer_model: str | None, most_tokens: int) -> dict[str, Any]:
+    tokenizer = dump_tokenizer(run.dumps, tokenizer_model)
+    return {
+        "facts": run_facts(run),
+        "figures": run_figures(run),
+        "map": token_map(run.dumps, tokenizer, most_tokens) if run.dumps else None,
+        "dynamics": None if run.dynamics is None else dynamics_section(run.dynamics),
+    }
+
+
+def _asset(name: str) -> Markup:
+    return Markup((HERE / name).read_text(encoding="utf-8"))

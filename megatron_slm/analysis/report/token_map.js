@@ -1,0 +1,245 @@
+"use strict";
+// The token map: one element a token, made once; the slider changes nothing but their classes, and
+// only in samples that are in sight.  page.js calls showTokenMap with what token_map.py has packed.
+
+const LEVELS = 5;
+let map = null;
+
+function unpack(text, type) {
+  const bytes = Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+  return new type(bytes.buffer);
+}
+
+function bit(bits, at) {
+  return (bits[at >> 3] >> (at & 7)) & 1;
+}
+
+function showTokenMap(packed) {
+  map?.observer.disconnect();
+  map = {
+    ...packed,
+    ids: unpack(packed.ids, packed.wide ? Uint32Array : Uint16Array),
+    losses: packed.losses.map((text) => unpack(text, Uint16Array)),
+    reference: packed.reference.map((text) => unpack(text, Uint16Array)),
+    selected: packed.selected.map((text) => unpack(text, Uint8Array)),
+    valid: unpack(packed.valid, Uint8Array),
+    at: packed.iterations.length - 1,
+    current: -1,
+    elements: [],
+    shades: new Int8Array(packed.count * packed.length).fill(-1),
+    stale: new Set(),
+    inSight: new Set(),
+  };
+  const samples = document.getElementById("samples");
+  samples.replaceChildren();
+  map.observer = new IntersectionObserver(seen, { rootMargin: "50%" });
+  for (let number = 0; number < map.count; number++) samples.append(sampleOf(number));
+  const slider = document.getElementById("iteration");
+  slider.max = map.iterations.length - 1;
+  slider.value = map.at;
+  slider.disabled = map.iterations.length < 2;
+  describe();
+  goTo(map.at);
+}
+
+function sampleOf(number) {
+  const { length, pieces, ids } = map;
+  const sample = element("article", undefined, "sample");
+  const heading = element("h3", map.titles[number]);
+  heading.append(" ", element("span", "", "about"));
+  const text = element("p", undefined, "text");
+  const first = element("i", pieces[ids[number * (length + 1)]], "off");
+  first.title = "context: the first token has no loss";
+  text.append(first);
+  for (let at = 0; at < length; at++) {
+    const token = document.createElement("i");
+    token.textContent = pieces[ids[number * (length + 1) + at + 1]];
+    map.elements.push(token);
+    text.append(token);
+  }
+  text.dataset.sample = number;
+  sample.dataset.sample = number;
+  sample.append(heading, text);
+  map.observer.observe(sample);
+  return sample;
+}
+
+function seen(entries) {
+  for (const entry of entries) {
+    const number = Number(entry.target.dataset.sample);
+    if (entry.isIntersecting) {
+      map.inSight.add(number);
+      refresh(number);
+    } else map.inSight.delete(number);
+  }
+}
+
+// Nats above the reference, or the loss itself where there is none.
+function excess(token) {
+  return (map.losses[map.at][token] - (referenceAt(map.at)?.[token] ?? 0)) / 1000;
+}
+
+function referenceAt(at) {
+  return map.reference[map.reference.length === 1 ? 0 : at];
+}
+
+// 0 to 5 above, 6 to 10 below; 11 where there is no loss; 16 more for the selected.
+function shadeOf(token) {
+  if (!bit(map.valid, token)) return 11;
+  const value = excess(token);
+  const level = Math.min(LEVELS, Math.round((Math.abs(value) / map.scale) * LEVELS));
+  const shade = level && value < 0 ? LEVELS + level : level;
+  return shade + (map.selected.length && bit(map.selected[map.at], token) ? 16 : 0);
+}
+
+function classOf(shade) {
+  const level = shade & 15;
+  if (level === 11) return "off";
+  const own = level === 0 ? "" : level <= LEVELS ? `a${level}` : `b${level - LEVELS}`;
+  return shade & 16 ? `${own} s` : own;
+}
+
+const CLASSES = Array.from({ length: 32 }, (_, shade) => classOf(shade));
+
+function refresh(number) {
+  if (!map.stale.delete(number)) return;
+  const { length, shades, elements } = map;
+  let sum = 0, count = 0, selected = 0;
+  for (let token = number * length; token < (number + 1) * length; token++) {
+    const shade = shadeOf(token);
+    if (shade !== shades[token]) {
+      shades[token] = shade;
+      elements[token].className = CLASSES[shade];
+    }
+    if (shade === 11) continue;
+    count += 1;
+    sum += map.losses[map.at][token];
+    selected += shade >> 4;
+  }
+  const about = elements[number * length].closest(".sample").querySelector(".about");
+  about.textContent = `mean loss ${(sum / Math.max(1, count) / 1000).toFixed(3)}` +
+    (map.selected.length ? `, ${((100 * selected) / Math.max(1, count)).toFixed(0)}% selected` : "");
+  if (map.current >= 0) elements[map.current].classList.add("here");
+}
+
+function goTo(at) {
+  map.at = at;
+  for (let number = 0; number < map.count; number++) map.stale.add(number);
+  const last = map.iterations[map.iterations.length - 1];
+  const words = `${map.iterations[at].toLocaleString("en")} of ${last.toLocaleString("en")}`;
+  document.getElementById("iteration-value").textContent = words;
+  document.getElementById("iteration").setAttribute("aria-valuetext", words);
+  for (const number of map.inSight) refresh(number);
+  if (map.current >= 0) showCard(map.current);
+}
+
+function describe() {
+  const measure = map.reference.length ? "policy loss minus reference loss" : "loss";
+  document.getElementById("map-lead").textContent =
+    `Shade: ${measure}. Underlined: ${map.selected.length ? "selected for training" : "nothing"}. ` +
+    "The slider goes through the run; point at a token, or press the arrow keys, for its values." +
+    (map.left_out ? ` ${map.left_out} more samples are in the dump.` : "");
+  const legend = document.getElementById("legend");
+  const shades = element("span", undefined, "shades");
+  const names = map.reference.length ? ["b5", "b4", "b3", "b2", "b1", ""] : [""];
+  for (const name of [...names, "a1", "a2", "a3", "a4", "a5"]) shades.append(element("i", "", name));
+  const low = map.reference.length ? `\u2212${map.scale}` : "0";
+  const high = map.reference.length ? `+${map.scale}` : `${map.scale}`;
+  legend.replaceChildren(low, shades, `${high} nats`);
+}
+
+function rankOf(token) {
+  const own = excess(token);
+  let above = 0, all = 0;
+  for (let other = 0; other < map.shades.length; other++) {
+    if (!bit(map.valid, other)) continue;
+    all += 1;
+    if (excess(other) > own) above += 1;
+  }
+  return `${(above + 1).toLocaleString("en")} of ${all.toLocaleString("en")}`;
+}
+
+function showCard(token) {
+  const card = document.getElementById("card");
+  const reference = referenceAt(map.at)?.[token];
+  const nats = (value) => (value / 1000).toFixed(3);
+  const facts = element("dl");
+  const rows = [["policy loss", nats(map.losses[map.at][token])]];
+  if (reference !== undefined) {
+    rows.push(["reference loss", nats(reference)], ["excess loss", excess(token).toFixed(3)]);
+  }
+  if (bit(map.valid, token)) rows.push(["rank", rankOf(token)]);
+  if (map.selected.length) rows.push(["selected", bit(map.selected[map.at], token) ? "yes" : "no"]);
+  for (const [name, value] of rows) facts.append(element("dt", name), element("dd", value));
+  const text = map.elements[token].textContent;
+  card.replaceChildren(element("div", `\u201c${text.replace(/\n$/, "")}\u201d`, "token"), facts, history(token));
+  card.hidden = false;
+  const place = map.elements[token].getClientRects()[0] ?? map.elements[token].getBoundingClientRect();
+  const box = card.getBoundingClientRect();
+  const below = place.bottom + 8 + box.height < innerHeight;
+  card.style.left = `${Math.max(8, Math.min(place.left, innerWidth - box.width - 8))}px`;
+  card.style.top = `${below ? place.bottom + 8 : Math.max(8, place.top - box.height - 8)}px`;
+}
+
+// The token's loss over the run, and the reference's.
+function history(token) {
+  const space = "http://www.w3.org/2000/svg";
+  const drawing = document.createElementNS(space, "svg");
+  if (map.iterations.length < 2) return drawing;
+  drawing.setAttribute("viewBox", "0 0 100 100");
+  drawing.setAttribute("preserveAspectRatio", "none");
+  const references = map.iterations.map((_, at) => referenceAt(at)?.[token]);
+  const policy = map.losses.map((losses) => losses[token]);
+  const high = Math.max(1, ...policy, ...references.filter((value) => value !== undefined));
+  const draw = (values, stroke, dashes) => {
+    const path = document.createElementNS(space, "path");
+    const points = values.map((value, at) => {
+      const along = (map.iterations[at] - map.iterations[0]) / (map.iterations[map.iterations.length - 1] - map.iterations[0]);
+      return `${(100 * along).toFixed(2)} ${(100 - (100 * value) / high).toFixed(2)}`;
+    });
+    path.setAttribute("d", `M${points.join("L")}`);
+    path.setAttribute("stroke", stroke);
+    if (dashes) path.setAttribute("stroke-dasharray", "4 3");
+    drawing.append(path);
+  };
+  if (references[0] !== undefined) draw(references, "var(--role-3)", true);
+  draw(policy, "var(--role-0)", false);
+  return drawing;
+}
+
+function pointAt(token) {
+  if (map.current >= 0) map.elements[map.current].classList.remove("here");
+  map.current = token;
+  if (token < 0) document.getElementById("card").hidden = true;
+  else {
+    map.elements[token].classList.add("here");
+    showCard(token);
+  }
+}
+
+function tokenOf(target) {
+  const text = target.closest?.(".text");
+  if (!text || target.parentElement !== text) return -1;
+  const number = Number(text.dataset.sample);
+  const at = Array.prototype.indexOf.call(text.childNodes, target) - 1; // behind the context token
+  return at < 0 ? -1 : number * map.length + at;
+}
+
+addEventListener("DOMContentLoaded", () => {
+  const samples = document.getElementById("samples");
+  document.getElementById("iteration").addEventListener("input", (event) => goTo(Number(event.target.value)));
+  samples.addEventListener("pointerover", (event) => pointAt(tokenOf(event.target)));
+  samples.addEventListener("pointerleave", () => pointAt(-1));
+  samples.addEventListener("blur", () => pointAt(-1));
+  samples.addEventListener("keydown", (event) => {
+    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (!step || !map) return;
+    event.preventDefault();
+    pointAt(Math.max(0, Math.min(map.elements.length - 1, map.current + step)));
+    map.elements[map.current].scrollIntoView({ block: "nearest" });
+    showCard(map.current);
+  });
+  addEventListener("beforeprint", () => {
+    for (let number = 0; map && number < map.count; number++) refresh(number);
+  });
+});

@@ -1,0 +1,144 @@
+"""How a token is shown: its text with spaces and line ends in sight, nothing that acts on a page.
+
+A token need not be text.  Pieces of characters (byte fallback, byte-level BPE), control characters
+and characters that change the direction of what follows are shown by their numbers.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Iterable
+
+from megatron_slm.data.token_dump import TokenDump
+from megatron_slm.data.tokenizer import TokenizerFile, open_tokenizer
+from megatron_slm.errors import UserError
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+# Other, and separators of lines and paragraphs: controls, formats, surrogates, unassigned.
+HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+
+
+def show(text: str) -> str:
+    """The text as it is read on a page where white space is kept and nothing is interpreted."""
+    return "".join(_show(character) for character in text)
+
+
+def _show(character: str) -> str:
+    match character:
+        case "\n":
+            return "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}\n"
+        case "\t":
+            return "\N{RIGHTWARDS ARROW}\t"
+    if unicodedata.category(character) in HIDDEN:
+        return f"\u27e8{ord(character):04X}\u27e9"
+    return character
+
+
+def _show_bytes(content: bytes) -> str:
+    return "".join(f"\u27e8{byte:02X}\u27e9" for byte in content)
+
+
+def token_texts(tokenizer: TokenizerFile | None, ids: Iterable[int]) -> list[str]:
+    """What is shown for each id; without a tokenizer, or for ids that it lacks, the number."""
+    decode = _numbers if tokenizer is None else DECODERS[tokenizer.kind](tokenizer)
+    size = 0 if tokenizer is None else tokenizer.vocab_size
+    return [decode(number) if 0 <= number < size else _numbers(number) for number in ids]
+
+
+def dump_tokenizer(dumps: list[TokenDump], given: str | None) -> TokenizerFile | None:
+    """The tokenizer that the dumps name, or another file; None where tokens are numbers.
+
+    Raises:
+        UserError: it is no longer where it was.
+    """
+    if given is not None:
+        return open_tokenizer(given)
+    model = dumps[0].about["tokenizer_model"] if dumps else None
+    if model is None:
+        return None
+    try:
+        return open_tokenizer(model)
+    except UserError as error:
+        raise UserError(f"{error}; name the run's tokenizer with --tokenizer-model") from error
+
+
+def _numbers(number: int) -> str:
+    return f"\u27e8{number}\u27e9"
+
+
+def _sentencepiece(tokenizer: TokenizerFile) -> Callable[[int], str]:
+    import sentencepiece
+
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.content)
+
+    def decode(number: int) -> str:
+        piece = pieces.id_to_piece(number)
+        if byte := BYTE_PIECE.fullmatch(piece):
+            return _of_bytes(bytes.fromhex(byte[1]))
+        return show(piece.replace("\u2581", " "))
+
+    return decode
+
+
+def _hugging_face(tokenizer: TokenizerFile) -> Callable[[int], str]:
+    from tokenizers import Tokenizer
+
+    loaded = Tokenizer.from_str(tokenizer.content.decode())
+
+    def decode(number: int) -> str:
+        piece = loaded.id_to_token(number)
+        if piece is None:
+            return _numbers(number)
+        if byte := BYTE_PIECE.fullmatch(piece):
+            return _of_bytes(bytes.fromhex(byte[1]))
+        if loaded.decoder is None:
+            return show(piece)
+        # Behind another token, for decoders strip a space from the first.
+        text = loaded.decoder.decode(["x", piece])
+        if text.startswith("x") and REPLACEMENT not in text:
+            return show(text[1:])
+        if all(character in BYTE_LEVEL for character in piece):
+            return _of_bytes(bytes(BYTE_LEVEL[character] for character in piece))
+        return show(piece)
+
+    return decode
+
+
+def _tekken(tokenizer: TokenizerFile) -> Callable[[int], str]:
+    from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+
+    loaded = Tekkenizer.from_file(tokenizer.path)
+
+    def decode(number: int) -> str:
+        if number < loaded.num_special_tokens:
+            return show(loaded.id_to_piece(number))
+        return _of_bytes(loaded.id_to_byte_piece(number))
+
+    return decode
+
+
+def _of_bytes(content: bytes) -> str:
+    try:
+        return show(content.decode())
+    except UnicodeDecodeError:
+        return _show_bytes(content)
+
+
+def _byte_level() -> dict[str, int]:
+    """The bytes that GPT-2's characters stand for: printable ones for themselves, the others in
+    order from 256 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + number): byte for number, byte in enumerate(others)
+    }
+
+
+BYTE_LEVEL = _byte_level()
+DECODERS = {
+    "sentencepiece": _sentencepiece,
+    "hugging-face": _hugging_face,
+    "tekken": _tekken,
+}

@@ -1,0 +1,161 @@
+"""Token dumps: what the policy makes of a few fixed samples, every so many iterations.
+
+The samples pass through the policy in a forward-only pass of their own; the run's selector says
+which of their tokens it would train on, micro-batch by micro-batch as in validation.
+data/token_dump.py has the file, fixed_samples.py the samples.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from megatron.core import mpu
+from megatron.training import get_args
+from megatron.training.utils import get_blend_and_blend_per_split
+from torch import Tensor
+
+from megatron_slm.data.token_dump import TokenDump, write_dump
+from megatron_slm.reference import Reference
+from megatron_slm.reference.moving_average import MovingAverage
+from megatron_slm.selection import TokenSelector
+from megatron_slm.training.datasets import DatasetProvider
+from megatron_slm.training.fixed_samples import (
+    FixedSamples,
+    described_tokenizer,
+    is_writer,
+    of_all_ranks,
+)
+from megatron_slm.training.micro_batch import MicroBatch
+from megatron_slm.training.objective import MicroBatchObjective
+from megatron_slm.training.policy_pass import Scored
+from megatron_slm.training.settings import SelectiveSettings, Step
+
+SAMPLES = 8
+
+
+class TokenDumps:
+    """The dumps of one run.
+
+    Args:
+        provider: has the run's datasets when the first step begins.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        interval: int,
+        settings: SelectiveSettings,
+        provider: DatasetProvider,
+    ) -> None:
+        self.directory, self.interval = directory, interval
+        self.settings, self.provider = settings, provider
+        self.last: int | None = None
+        self.micro_batches: list[MicroBatch] | None = None
+
+    def due(self, iteration: int, ends: bool) -> bool:
+        """Whether it is time: when a run starts or `ends`, and at multiples of the interval."""
+        wanted = ends or self.last is None or iteration % self.interval == 0
+        return wanted and iteration != self.last
+
+    def take(
+        self,
+        step: Step,
+        selector: TokenSelector,
+        reference: Reference | None,
+        score: Callable[[list[MicroBatch]], list[Scored]],
+    ) -> None:
+        """Write a dump.  Collective over all ranks.
+
+        Args:
+            step: as if the samples were its micro-batches.
+            reference: None where there is none to run.
+            score: the policy's pass; losses and entropies where the last pipeline stage is.
+        """
+        self.last = step.iteration
+        samples = FixedSamples(self.provider)
+        batches = self._scored_by(reference, samples)
+        scored = score(batches)
+        if not mpu.is_pipeline_last_stage():
+            return
+        fields = []
+        for batch, (losses, entropies) in zip(batches, scored, strict=True):
+            objective = MicroBatchObjective(batch, self.settings, step, selector)
+            objective.weigh(losses, entropies)
+            choice = objective.choice
+            selected = batch.valid if choice is None else choice.selected
+            known = [] if batch.reference_losses is None else [batch.reference_losses]
+            fields.append(torch.stack([losses, selected.float(), *known]))
+        whole = of_all_ranks(torch.stack(fields, dim=1))[:, :SAMPLES].cpu()
+        if is_writer():
+            self._write(step, samples, whole)
+
+    def _scored_by(self, reference: Reference | None, samples: FixedSamples) -> list[MicroBatch]:
+        """This rank's micro-batches, with reference losses if there are any.  A reference that
+        learns scores them anew each time."""
+        known = self.micro_batches is not None
+        if self.micro_batches is None:
+            self.micro_batches = samples.read(
+                _micro_batch_count(),
+                with_domains=self._knows_domains(),
+                with_losses=self.provider.caches is not None,
+            )
+        if reference is not None and (not known or isinstance(reference, MovingAverage)):
+            count, size = len(self.micro_batches), get_args().micro_batch_size
+            self.micro_batches = list(reference.score(iter(self.micro_batches), count, size))
+        return self.micro_batches
+
+    def _knows_domains(self) -> bool:
+        """Only a blend that is split has the training blend's datasets in validation as well."""
+        split = get_blend_and_blend_per_split(get_args())[0] is not None
+        return split and bool(self.settings.domains)
+
+    def _write(self, step: Step, samples: FixedSamples, fields: Tensor) -> None:
+        """fields: losses, selected and, if there are any, reference losses, [2 or 3, n, s]."""
+        losses, selected, *reference = fields.numpy()
+        tokens, valid = samples.tokens(len(losses))
+        domains = None
+        if self._knows_domains():
+            domains = [self.settings.domains[number] for number in samples.domains(len(losses))]
+        selection = self.settings.selection
+        dump = TokenDump(
+            iteration=step.iteration,
+            tokens=tokens,
+            losses=losses,
+            valid=valid,
+            samples=samples.numbers(len(losses)),
+            about=described_tokenizer()
+            | {
+                "split": samples.split,
+                "domains": domains,
+                "score": selection.score if self.settings.selective else None,
+                "scope": selection.scope,
+                "ratio": step.ratio,
+            },
+            reference_losses=reference[0] if reference else None,
+            selected=selected > 0,
+        )
+        write_dump(self.directory, dump)
+
+
+def token_dumps(
+    args: Namespace, settings: SelectiveSettings, provider: DatasetProvider
+) -> TokenDumps | None:
+    """What the arguments ask for; None if nothing."""
+    if args.slm_dump_interval is None:
+        return None
+    directory = Path(args.slm_dump_dir or Path(args.save) / "dump")
+    return TokenDumps(directory, args.slm_dump_interval, settings, provider)
+
+
+def _micro_batch_count() -> int:
+    """Of each data-parallel rank: enough for the samples, and for the groups of virtual stages."""
+    args = get_args()
+    at_a_time = args.micro_batch_size * mpu.get_data_parallel_world_size()
+    group = 1
+    if args.virtual_pipeline_model_parallel_size is not None:
+        stages = args.pipeline_model_parallel_size
+        group = args.microbatch_group_size_per_vp_stage or stages
+    return -(-SAMPLES // (at_a_time * group)) * group

@@ -1,0 +1,33 @@
+"""A training run's arguments, for a job that scores with a checkpoint instead of training."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from megatron.training.arguments import validate_args
+from megatron.training.global_vars import set_global_variables
+
+
+def settle_arguments(args: Namespace, model: Namespace) -> None:
+    """Let Megatron check the arguments and make them its own, without what only a run has.
+
+    Args:
+        model: arguments of the checkpoint to score with, for what Megatron asks of a policy.
+    """
+    for name in ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings"):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(model, name))
+    # The run's batch need not divide by this job's replicas, nor its layers by stages of stages.
+    batches = {
+        name: getattr(args, name) for name in ("global_batch_size", "eval_global_batch_size")
+    }
+    for name in (*batches, "eval_micro_batch_size"):
+        setattr(args, name, None)
+    args.num_layers_per_virtual_pipeline_stage = args.num_virtual_stages_per_pipeline_rank = None
+    args.pipeline_model_parallel_layout = None
+    args.tensorboard_dir, args.wandb_project = None, ""  # the run's logs are not this job's
+    args.exit_signal_handler = False  # a job that is killed goes on as well as one that ends
+    validate_args(args, {"tokenizer_type": "GPT2BPETokenizer"})
+    set_global_variables(args)
+    args.global_batch_size = batches["global_batch_size"]
+    args.eval_global_batch_size = batches["eval_global_batch_size"] or args.global_batch_size

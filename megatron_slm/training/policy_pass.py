@@ -1,0 +1,73 @@
+"""The policy's losses of all tokens of some micro-batches, in a forward-only pass of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_slm.loss import Scoring, all_losses
+from megatron_slm.training import seam
+from megatron_slm.training.micro_batch import MicroBatch
+
+Scored = tuple[Tensor, Tensor | None]
+
+
+def score_with_policy(
+    schedule: Callable[..., Any],
+    data_iterator: Any,
+    micro_batches: Iterator[MicroBatch],
+    arguments: dict[str, Any],
+    entropies: bool,
+) -> tuple[list[MicroBatch], list[Scored]]:
+    """Run the schedule on micro-batches without a gradient, a random number or a change of state.
+
+    Args:
+        data_iterator: whose form the schedule takes; not read.
+        arguments: of the schedule, from a training step.
+        entropies: whether they are wanted.
+
+    Returns:
+        The micro-batches as they were read, and on the last pipeline stage each one's losses and
+        entropies, float32 [b, s/c]; no losses elsewhere.
+    """
+    read: list[MicroBatch] = []
+
+    def score(
+        data_iterator: Iterator[MicroBatch], model: torch.nn.Module
+    ) -> tuple[Tensor, Callable[..., Any]]:
+        output = model(
+            **next(data_iterator).model_inputs(),
+            output_processor=all_losses,
+            output_processor_context=Scoring(entropies=entropies),
+        )
+        return output, lambda scored, non_loss_data: scored
+
+    models = arguments["model"]
+    # Dropout would draw numbers that the training pass has to draw.
+    for model in models:
+        model.eval()
+    with torch.no_grad():
+        scored = schedule(
+            **arguments
+            | {
+                "forward_step_func": score,
+                "data_iterator": seam.for_model_chunks(
+                    data_iterator, noting(micro_batches, read), arguments["num_microbatches"]
+                ),
+                "forward_only": True,
+                "collect_non_loss_data": True,
+            }
+        )
+    for model in models:
+        model.train()
+    return read, [tuple(said) if entropies else (said, None) for said in scored]
+
+
+def noting(micro_batches: Iterator[MicroBatch], seen: list[MicroBatch]) -> Iterator[MicroBatch]:
+    """The micro-batches, each added to `seen` as it is read."""
+    for micro_batch in micro_batches:
+        seen.append(micro_batch)
+        yield micro_batch
