@@ -57,7 +57,7 @@ def preprocess(settings: Settings) -> Summary | None:
     if stage == "all":
         complete = is_complete(layout, setup.tasks, setup.options, settings.merge)
         if complete is not None:
-            check_rejects(layout, complete.counts, settings.max_reject_fraction)
+            check_rejects(layout, complete.shards, settings.max_reject_fraction)
             say("the dataset is complete: nothing to do")
             layout.clear(settings.merge)
             return complete
