@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_slm.data.duplicates import find_duplicates, fingerprint, fingerprint_path
+from megatron_slm.data.inputs import Task
 from megatron_slm.data.layout import Layout
 from megatron_slm.data.manifest import manifest_path, read_manifest, what_changed, write_manifest
-from megatron_slm.data.pool import Work, over_all_cores
-from megatron_slm.data.settings import Settings, Setup, reading_options, wanted_of
+from megatron_slm.data.pool import over_all_cores
+from megatron_slm.data.progress import Progress
+from megatron_slm.data.settings import Setup, reading_options, wanted_of
 from megatron_slm.errors import UserError
-
-
-@dataclass(frozen=True)
-class FingerprintJob:
-    """Sent to the workers of the fingerprint stage."""
-
-    settings: Settings
-    directory: Path
-
-    def start(self) -> Work:
-        wanted, options = wanted_of(self.settings), reading_options(self.settings)
-        return lambda task, progress: fingerprint(task, self.directory, wanted, options, progress)
 
 
 def verdicts_path(layout: Layout) -> Path:
@@ -35,14 +25,18 @@ def verdicts_path(layout: Layout) -> Path:
 
 def make_fingerprints(setup: Setup) -> None:
     """Of this rank's tasks."""
-    options = reading_options(setup.settings)
+    directory = setup.layout.shards
+    wanted, options = wanted_of(setup.settings), reading_options(setup.settings)
     missing = []
     for task in setup.own:
-        manifest = read_manifest(fingerprint_path(setup.layout.shards, task, "json"))
+        manifest = read_manifest(fingerprint_path(directory, task, "json"))
         if manifest is None or what_changed(task, options, manifest) is not None:
             missing.append(task)
-    job = FingerprintJob(setup.settings, setup.layout.shards)
-    for _ in over_all_cores("fingerprint", missing, job, setup.settings.workers):
+
+    def work(task: Task, progress: Progress) -> dict[str, Any]:
+        return fingerprint(task, directory, wanted, options, progress)
+
+    for _ in over_all_cores("fingerprint", missing, work, setup.settings.workers):
         pass
 
 
@@ -88,3 +82,11 @@ def slices_of_verdicts(setup: Setup) -> dict[str, slice]:
     ends = np.cumsum([0, *(manifest["documents"] for manifest in fingerprints)]).tolist()
     spans = map(slice, ends, ends[1:])
     return {task.name: span for task, span in zip(setup.tasks, spans, strict=True)}
+
+
+def verdicts_of(task: Task, layout: Layout, slices: dict[str, slice]) -> NDArray[np.uint8] | None:
+    """On a task's documents; None without dedup."""
+    if not slices:
+        return None
+    own = slices[task.name]
+    return np.fromfile(verdicts_path(layout), np.uint8, own.stop - own.start, offset=own.start)

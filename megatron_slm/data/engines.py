@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -38,9 +39,10 @@ PROBES = (
 
 @dataclass(frozen=True)
 class Choice:
-    """engine: its name.  why: for people."""
+    """An engine.  why: for people."""
 
-    engine: str
+    name: str
+    encode: Encode
     why: str
 
 
@@ -180,23 +182,25 @@ def choose_engine(wanted: str, file: TokenizerFile, special: bool, sample: list[
     reference = names[-1]
     if wanted not in ("auto", *names):
         load_engine(wanted, file, special)  # says what is wrong
+    exact = load_engine(reference, file, special)
     texts = [*PROBES, *(f"a{token}b {token}" for token in file.special_tokens), *sample]
-    expected = load_engine(reference, file, special)(texts)
     passed_over: list[str] = []
-    for name in names if wanted == "auto" else [wanted]:
-        if name == reference:
-            break
-        try:
-            fault = differs(load_engine(name, file, special), texts, expected)
-        except Exception as error:  # whatever it is, another engine can do it
-            fault = str(error) or type(error).__name__
-        if fault is None:
-            same = f"the same ids as {reference} on {len(sample)} documents of this corpus"
-            return Choice(name, f"{version(name)}: {same}{_besides(passed_over)}")
-        if wanted != "auto":
-            raise UserError(f"--engine {name}: {fault}; take another, or auto")
-        passed_over.append(f"not {name}: {fault}")
-    return Choice(reference, f"{version(reference)}, the reference{_besides(passed_over)}")
+    others = [name for name in names[:-1] if wanted in ("auto", name)]
+    with ThreadPoolExecutor(1) as pool:
+        expected = pool.submit(exact, texts if others else [])  # while the next one is loaded
+        for name in others:
+            try:
+                encode = load_engine(name, file, special)
+                fault = differs(encode, texts, expected.result())
+            except Exception as error:  # whatever it is, another engine can do it
+                fault = str(error) or type(error).__name__
+            if fault is None:
+                same = f"the same ids as {reference} on {len(sample)} documents of this corpus"
+                return Choice(name, encode, f"{version(name)}: {same}{_besides(passed_over)}")
+            if wanted != "auto":
+                raise UserError(f"--engine {name}: {fault}; take another, or auto")
+            passed_over.append(f"not {name}: {fault}")
+    return Choice(reference, exact, f"{version(reference)}, the reference{_besides(passed_over)}")
 
 
 def differs(encode: Encode, texts: list[str], expected: tuple[Any, Any]) -> str | None:

@@ -23,7 +23,7 @@ from megatron_slm.data.inputs import Task
 from megatron_slm.data.layout import Layout
 from megatron_slm.data.manifest import manifest_path, read_manifest, what_changed, write_manifest
 from megatron_slm.data.merge import Part, merge
-from megatron_slm.data.shard import COUNTS, shard_prefix
+from megatron_slm.data.shard import COUNTS, remove_shard, shard_prefix
 from megatron_slm.errors import UserError
 
 MOST_IN_A_BLEND = 32766
@@ -31,11 +31,20 @@ MOST_IN_A_BLEND = 32766
 
 @dataclass(frozen=True)
 class Summary:
-    """datasets: manifests by key.  counts: over all keys."""
+    """datasets: manifests by key."""
 
     layout: Layout
     datasets: dict[str, dict[str, Any]]
-    counts: dict[str, int]
+
+    @property
+    def shards(self) -> list[dict[str, Any]]:
+        """Their manifests, with the counts over all keys."""
+        return self.datasets[self.layout.keys[0]]["shards"]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Over all shards."""
+        return total_counts(self.shards)
 
 
 def shard_manifest(layout: Layout, task: Task) -> dict[str, Any] | None:
@@ -44,7 +53,7 @@ def shard_manifest(layout: Layout, task: Task) -> dict[str, Any] | None:
     if manifest is None:
         return None
     for key, output in manifest["outputs"].items():
-        if not has_sizes(shard_prefix(layout.shards, task, key), output):
+        if not has_sizes(shard_prefix(layout.shards, task.name, key), output):
             return None
     return manifest
 
@@ -110,7 +119,7 @@ def is_complete(
                 return None
             if not merged and shard_manifest(layout, task) is None:
                 return None
-    return Summary(layout, manifests, total_counts(manifests[layout.keys[0]]["shards"]))
+    return Summary(layout, manifests)
 
 
 def total_counts(shards: Sequence[dict[str, Any]]) -> dict[str, int]:
@@ -118,15 +127,28 @@ def total_counts(shards: Sequence[dict[str, Any]]) -> dict[str, int]:
     return {name: sum(shard["counts"][name] for shard in shards) for name in COUNTS}
 
 
-def check_rejects(layout: Layout, counts: dict[str, int], most: float) -> None:
-    """Raises: UserError: too large a part of all documents could not be used."""
+def remove_strangers(layout: Layout, names: set[str]) -> None:
+    """Remove what earlier inputs have left, of tasks that are none of this run's."""
+    for path in layout.shards.glob("*.json"):
+        of_a_shard = not path.stem.endswith((".fingerprints", ".manifest"))
+        if of_a_shard and path.stem not in names:
+            remove_shard(layout, path.stem)
+    for path in layout.rejects.glob("*.jsonl"):
+        if path.stem not in names:
+            path.unlink()
+
+
+def check_rejects(layout: Layout, shards: Sequence[dict[str, Any]], most: float) -> None:
+    """Raises: UserError: too large a part of the shards' documents could not be used."""
+    counts = total_counts(shards)
     rejects, read = counts["rejects"], counts["read"]
     if rejects > most * (read + rejects):
         what = (
             f"{rejects} of {read + rejects} documents could not be used, more than "
             f"--max-reject-fraction {most:g} of them"
         )
-        first = next(iter(sorted(layout.rejects.glob("*.jsonl"))), None)
+        lists = (layout.rejects / f"{shard['name']}.jsonl" for shard in shards)
+        first = next(filter(Path.exists, lists), None)
         if first is None:
             raise UserError(f"{what}; their list in {layout.rejects} was removed. Allow more")
         with first.open("rb") as file:
@@ -156,8 +178,7 @@ def finish(
     Raises:
         UserError: too many rejects, no documents at all, or the disk is full.
     """
-    counts = total_counts(shards)
-    check_rejects(layout, counts, most_rejects)
+    check_rejects(layout, shards, most_rejects)
     found = {}
     for key in layout.keys:
         outputs = [shard["outputs"][key] for shard in shards]
@@ -186,8 +207,9 @@ def finish(
         found[key] = manifest
     for key, manifest in found.items():
         write_manifest(manifest_path(layout.dataset(key)), manifest)
+    remove_strangers(layout, {shard["name"] for shard in shards})
     layout.clear(merging)
-    return Summary(layout, found, counts)
+    return Summary(layout, found)
 
 
 def _parts(

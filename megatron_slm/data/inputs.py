@@ -2,12 +2,14 @@
 
 A task is a contiguous part of the input: a range of a large plain jsonl file (lines that begin in
 the range), one compressed or parquet file, or several small files.  Tasks follow from the inputs
-and the shard size alone, so any number of workers and machines makes the same ones.
+and the shard size alone, so any number of workers and machines makes the same ones.  The name of
+one, and where it ends, follow from its own files, so that files added elsewhere leave it as it is.
 """
 
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -60,7 +62,8 @@ class Task:
 
 
 def plan_tasks(inputs: Sequence[str], shard_size: int) -> list[Task]:
-    """Cut the named files into tasks of about `shard_size` bytes, in the order given.
+    """Cut the named files into tasks of about `shard_size` bytes, in the order given, which is that
+    of the dataset's documents.
 
     Args:
         inputs: files, directories (all they hold, sorted) and glob patterns (sorted).
@@ -69,26 +72,44 @@ def plan_tasks(inputs: Sequence[str], shard_size: int) -> list[Task]:
         UserError: nothing found, not readable, or not what the name says.
     """
     tasks: list[list[Piece]] = []
-    room = 0
+    small: list[Piece] = []
     for path in find_files(inputs):
         piece = open_piece(path)
+        if 2 * piece.size < shard_size:
+            small.append(piece)
+            if not ends_task(piece, shard_size):
+                continue
+        if small:
+            tasks.append(small)
+            small = []
         if piece.kind == "jsonl" and piece.size > shard_size:
             for start in range(0, piece.size, shard_size):
                 end = min(start + shard_size, piece.size)
                 tasks.append([Piece(path, piece.kind, piece.size, piece.modified, start, end)])
-            room = 0
-        elif room and piece.size <= room:
-            tasks[-1].append(piece)
-            room -= piece.size
-        else:
+        elif 2 * piece.size >= shard_size:
             tasks.append([piece])
-            room = shard_size - piece.size
-    return name_tasks(tasks)
+    if small:
+        tasks.append(small)
+    return [Task(task_name(pieces[0]), tuple(pieces)) for pieces in tasks]
+
+
+def ends_task(piece: Piece, shard_size: int) -> bool:
+    """Whether a small file is the last of its task, by its size and a hash of its path: tasks of
+    half the shard size on average."""
+    digest = hashlib.sha256(os.path.abspath(piece.path).encode()).digest()
+    return int.from_bytes(digest[:8]) * shard_size < 2 * piece.size << 64
+
+
+def task_name(first: Piece) -> str:
+    """After its first file and offset."""
+    path = Path(os.path.abspath(first.path))
+    digest = hashlib.sha256(str(path.parent).encode()).hexdigest()
+    return f"{path.name}-{digest[:12]}-{first.start:013d}"
 
 
 def find_files(inputs: Iterable[str]) -> list[str]:
     """Every file named, each once."""
-    found: dict[str, None] = {}
+    found: dict[str, str] = {}
     for name in inputs:
         if os.path.isdir(name):
             matches = files_below(name)
@@ -104,10 +125,11 @@ def find_files(inputs: Iterable[str]) -> list[str]:
                 f"{', '.join(f'*{suffix}' for suffix in KINDS)}"
             )
         for path in matches:
-            if path in found:
+            where = os.path.abspath(path)
+            if where in found:
                 raise UserError(f"--input names {path} twice; its documents would count double")
-            found[path] = None
-    return list(found)
+            found[where] = path
+    return list(found.values())
 
 
 def files_below(directory: str) -> list[str]:
@@ -154,18 +176,3 @@ def open_piece(path: str, start: int = 0, end: int | None = None) -> Piece:
         raise UserError(f"{path} is {kind} by its name, but has {has}; was it cut off?")
     size = status.st_size
     return Piece(path, kind, size, status.st_mtime_ns, start, size if end is None else end)
-
-
-def name_tasks(groups: list[list[Piece]]) -> list[Task]:
-    """Name each after its first file and offset, so that a task keeps its name when inputs are
-    added elsewhere."""
-    parents = [str(Path(pieces[0].path).absolute().parent) for pieces in groups]
-    root = os.path.commonpath(parents)
-    tasks: dict[str, Task] = {}
-    for pieces in groups:
-        relative = os.path.relpath(Path(pieces[0].path).absolute(), root)
-        name = f"{relative.replace(os.sep, '--')}-{pieces[0].start:013d}"
-        if name in tasks:
-            raise UserError(f"two inputs would both be called {name}; rename one of them")
-        tasks[name] = Task(name, tuple(pieces))
-    return list(tasks.values())

@@ -1,7 +1,7 @@
 """Run tasks over all cores: one process a core, no data between processes but progress counts.
 
-Workers are started afresh, not forked, load what they need once, and end with their parent however
-it ends.  The first task that fails stops the others.
+Workers are forked, so that what they need is loaded once, and its memory shared.  They end with
+their parent however it ends.  The first task that fails stops the others.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from typing import Any, Protocol
+from typing import Any
 
 from megatron_slm.data.inputs import Task
 from megatron_slm.data.progress import POLL, STOP, Bar, Counters, Progress, add_to
@@ -23,17 +23,13 @@ from megatron_slm.errors import UserError
 Work = Callable[[Task, Progress], dict[str, Any]]
 
 
-class Job(Protocol):
-    """What workers are sent."""
-
-    def start(self) -> Work:
-        """Called once in every worker: load what the tasks need."""
-
-
 def over_all_cores(
-    label: str, tasks: Sequence[Task], job: Job, workers: int
+    label: str, tasks: Sequence[Task], work: Work, workers: int
 ) -> Iterator[tuple[Task, dict[str, Any]]]:
     """Results of tasks as they are done; in this process if one is enough.
+
+    Args:
+        work: what it uses must stand a fork: no threads that it waits for.
 
     Raises:
         UserError: as the task does, or a worker was killed.
@@ -43,7 +39,6 @@ def over_all_cores(
     counters = Counters()
     with closing(Bar(label, tasks, counters)) as bar:
         if min(workers, len(tasks)) == 1:
-            work = job.start()
 
             def progress(*counts: int) -> None:
                 counters.add(*counts)
@@ -53,13 +48,13 @@ def over_all_cores(
                 yield task, work(task, progress)
             bar.show()
         else:
-            yield from _in_processes(tasks, job, min(workers, len(tasks)), counters, bar)
+            yield from _in_processes(tasks, work, min(workers, len(tasks)), counters, bar)
 
 
 def _in_processes(
-    tasks: Sequence[Task], job: Job, workers: int, counters: Counters, bar: Bar
+    tasks: Sequence[Task], work: Work, workers: int, counters: Counters, bar: Bar
 ) -> Iterator[tuple[Task, dict[str, Any]]]:
-    pool = ProcessPoolExecutor(workers, counters.context, _start_worker, (job, counters.shared))
+    pool = ProcessPoolExecutor(workers, counters.context, _start_worker, (work, counters.shared))
     try:
         # The largest first, so that none is left alone at the end.
         largest = sorted(tasks, key=lambda task: -task.size)
@@ -83,11 +78,11 @@ _work: Work
 _counters: Any
 
 
-def _start_worker(job: Job, counters: Any) -> None:
+def _start_worker(work: Work, counters: Any) -> None:
     global _work, _counters
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which stops workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _work, _counters = job.start(), counters
+    _work, _counters = work, counters
 
 
 def _end_with_parent() -> None:

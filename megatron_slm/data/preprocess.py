@@ -12,20 +12,18 @@ that was killed goes on where it was, and several machines share one output dire
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megatron_slm.data.documents import read_documents
 from megatron_slm.data.duplicate_stages import (
     make_fingerprints,
     make_verdicts,
     slices_of_verdicts,
-    verdicts_path,
+    verdicts_of,
 )
-from megatron_slm.data.engines import choose_engine, load_engine
+from megatron_slm.data.engines import choose_engine
 from megatron_slm.data.finish import (
     Summary,
     check_rejects,
@@ -38,7 +36,7 @@ from megatron_slm.data.finish import (
 from megatron_slm.data.inputs import Task
 from megatron_slm.data.lines import InputHash
 from megatron_slm.data.manifest import what_changed
-from megatron_slm.data.pool import Work, over_all_cores
+from megatron_slm.data.pool import over_all_cores
 from megatron_slm.data.progress import Progress, say
 from megatron_slm.data.settings import Settings, Setup, prepare, wanted_of
 from megatron_slm.data.shard import Recipe, make_shard, verdicts_hash
@@ -59,7 +57,7 @@ def preprocess(settings: Settings) -> Summary | None:
     if stage == "all":
         complete = is_complete(layout, setup.tasks, setup.options, settings.merge)
         if complete is not None:
-            check_rejects(layout, complete.counts, settings.max_reject_fraction)
+            check_rejects(layout, complete.shards, settings.max_reject_fraction)
             say("the dataset is complete: nothing to do")
             layout.clear(settings.merge)
             return complete
@@ -83,61 +81,20 @@ def preprocess(settings: Settings) -> Summary | None:
     )
 
 
-@dataclass(frozen=True)
-class TokenizeJob:
-    """Sent to the workers of the tokenize stage.  dropped: what of the verdicts is each task's."""
-
-    setup: Setup
-    engine: str
-    dropped: dict[str, slice]
-
-    def start(self) -> Work:
-        settings, setup = self.settings, self.setup
-        file = setup.file
-        recipe = Recipe(
-            wanted=wanted_of(settings),
-            encode=load_engine(self.engine, file, settings.special_ids),
-            engine=self.engine,
-            vocab_size=file.vocab_size,
-            before=(file.bos,) if settings.prepend_bos and file.bos is not None else (),
-            after=(file.eod,) if settings.append_eod and file.eod is not None else (),
-            contamination=setup.contamination,
-            options=setup.options,
-        )
-
-        def work(task: Task, progress: Progress) -> dict[str, Any]:
-            dropped = self.verdicts(task)
-            return make_shard(task, setup.layout, recipe, dropped, progress)
-
-        return work
-
-    @property
-    def settings(self) -> Settings:
-        return self.setup.settings
-
-    def verdicts(self, task: Task) -> NDArray[np.uint8] | None:
-        """On the task's documents; None without dedup."""
-        if not self.dropped:
-            return None
-        own = self.dropped[task.name]
-        path = verdicts_path(self.setup.layout)
-        return np.fromfile(path, np.uint8, own.stop - own.start, offset=own.start)
-
-
 def tokenize(setup: Setup) -> tuple[dict[str, dict[str, Any]], set[str]]:
     """Make the shards of this rank that are missing.
 
     Returns:
         manifests by task, and the tasks whose shards are part of the merged dataset.
     """
-    job = TokenizeJob(setup, "", slices_of_verdicts(setup))
+    slices = slices_of_verdicts(setup)
     in_dataset = merged_shards(setup.layout) if setup.settings.merge else {}
     shards: dict[str, dict[str, Any]] = {}
     merged_before: set[str] = set()
     missing = []
     for task in setup.own:
         reason = None
-        verdicts = verdicts_hash(job.verdicts(task))
+        verdicts = verdicts_hash(verdicts_of(task, setup.layout, slices))
         for manifest in (shard_manifest(setup.layout, task), in_dataset.get(task.name)):
             if manifest is None:
                 continue
@@ -155,15 +112,32 @@ def tokenize(setup: Setup) -> tuple[dict[str, dict[str, Any]], set[str]]:
                 say(f"{task.name}: made again: {reason}")
     if missing:
         remove_lists(setup.layout)
-        settings = setup.settings
-        chosen = choose_engine(
-            settings.engine, setup.file, settings.special_ids, sample(setup, missing)
-        )
-        say(f"engine: {chosen.why}")
-        job = TokenizeJob(setup, chosen.engine, job.dropped)
-        for task, manifest in over_all_cores("tokenize", missing, job, settings.workers):
+        recipe = recipe_of(setup, missing)
+
+        def work(task: Task, progress: Progress) -> dict[str, Any]:
+            dropped = verdicts_of(task, setup.layout, slices)
+            return make_shard(task, setup.layout, recipe, dropped, progress)
+
+        for task, manifest in over_all_cores("tokenize", missing, work, setup.settings.workers):
             shards[task.name] = manifest
     return shards, merged_before
+
+
+def recipe_of(setup: Setup, tasks: Sequence[Task]) -> Recipe:
+    """How the tasks' documents become token ids, by an engine that is right for them."""
+    settings, file = setup.settings, setup.file
+    engine = choose_engine(settings.engine, file, settings.special_ids, sample(setup, tasks))
+    say(f"engine: {engine.why}")
+    return Recipe(
+        wanted=wanted_of(settings),
+        encode=engine.encode,
+        engine=engine.name,
+        vocab_size=file.vocab_size,
+        before=(file.bos,) if settings.prepend_bos and file.bos is not None else (),
+        after=(file.eod,) if settings.append_eod and file.eod is not None else (),
+        contamination=setup.contamination,
+        options=setup.options,
+    )
 
 
 def sample(setup: Setup, tasks: Sequence[Task]) -> list[str]:

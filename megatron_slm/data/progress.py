@@ -27,7 +27,7 @@ class Counters:
     """Input bytes, documents, tokens and characters, over all processes."""
 
     def __init__(self) -> None:
-        self.context = multiprocessing.get_context("spawn")
+        self.context = multiprocessing.get_context("fork")
         self.shared = self.context.Array("q", STOP + 1)
 
     def add(self, *counts: int) -> None:

@@ -13,6 +13,7 @@ from megatron_slm.data.documents import Wanted
 from megatron_slm.data.inputs import Task, plan_tasks
 from megatron_slm.data.layout import Layout
 from megatron_slm.data.progress import say
+from megatron_slm.data.shingles import VERSION as WORDS
 from megatron_slm.data.tokenizer import TokenizerFile, open_tokenizer
 from megatron_slm.errors import UserError
 
@@ -119,6 +120,7 @@ def reading_options(settings: Settings) -> dict[str, Any]:
         if template is None
         else hashlib.sha256(Path(template).read_bytes()).hexdigest(),
         "dedup": settings.dedup,
+        "words": WORDS if settings.dedup == "near" or settings.decontaminate else None,
     }
 
 

@@ -129,9 +129,9 @@ class PairWriter:
             path.unlink(missing_ok=True)
 
 
-def shard_prefix(directory: Path, task: Task, key: str) -> Path:
-    """Of a shard's .bin and .idx."""
-    return directory / f"{task.name}_{key}_document"
+def shard_prefix(directory: Path, name: str, key: str) -> Path:
+    """Of the .bin and .idx of a task of this name."""
+    return directory / f"{name}_{key}_document"
 
 
 def verdicts_hash(dropped: NDArray[np.uint8] | None) -> str | None:
@@ -139,12 +139,12 @@ def verdicts_hash(dropped: NDArray[np.uint8] | None) -> str | None:
     return None if dropped is None else hashlib.sha256(dropped.tobytes()).hexdigest()
 
 
-def remove_shard(layout: Layout, task: Task) -> None:
+def remove_shard(layout: Layout, name: str) -> None:
     """Remove a shard, in an order that never leaves an index over other data."""
-    (layout.shards / f"{task.name}.json").unlink(missing_ok=True)
-    (layout.rejects / f"{task.name}.jsonl").unlink(missing_ok=True)
+    (layout.shards / f"{name}.json").unlink(missing_ok=True)
+    (layout.rejects / f"{name}.jsonl").unlink(missing_ok=True)
     for key in layout.keys:
-        prefix = shard_prefix(layout.shards, task, key)
+        prefix = shard_prefix(layout.shards, name, key)
         for suffix in (".idx", ".bin"):
             Path(f"{prefix}{suffix}").unlink(missing_ok=True)
 
@@ -166,8 +166,8 @@ def make_shard(
         UserError: an input is damaged, or the disk is full.
     """
     try:
-        remove_shard(layout, task)
-        prefixes = [shard_prefix(layout.shards, task, key) for key in layout.keys]
+        remove_shard(layout, task.name)
+        prefixes = [shard_prefix(layout.shards, task.name, key) for key in layout.keys]
         writers = [PairWriter(prefix, recipe.vocab_size) for prefix in prefixes]
         try:
             return _write_shard(task, layout, recipe, dropped, writers, progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 from zlib import crc32
@@ -9,17 +10,22 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
+VERSION = 2  # to be raised when other words are found
 WORDS = re.compile(rb"[0-9a-z\x80-\xff]+")  # UTF-8, in lower case
-SPACES = {code: " " for code in range(0x80, 0x10000) if unicodedata.category(chr(code))[0] in "PZ"}
+ZERO_WIDTH_SPACE, VARIATION_SELECTORS = 0x200B, range(0xFE00, 0xFE10)
 FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
 def shingles(text: str, n: int) -> NDArray[np.uint64]:
     """A 64-bit hash of each run of n words [words - n + 1]; none if there are fewer words.
 
-    Case, punctuation, spaces and what else is ASCII but neither letter nor digit do not count.
+    A word is a run of letters, marks and digits, in lower case and Unicode's form NFKC.  Spaces,
+    punctuation and symbols part words; what cannot be seen (soft hyphens, joiners, marks of
+    direction, variation selectors) is as if it were not there, as in Unicode's annex 29.
     """
-    text = text.lower() if text.isascii() else text.lower().translate(SPACES)
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text.translate(outside_words()))
+    text = text.lower()
     words = np.fromiter(map(crc32, WORDS.findall(text.encode())), np.uint64)
     if len(words) < n:
         return np.empty(0, np.uint64)
@@ -28,6 +34,19 @@ def shingles(text: str, n: int) -> NDArray[np.uint64]:
     for at in range(n):  # modulo 2**64
         found = found * FACTOR + words[at : len(words) - n + 1 + at]
     return mix(found)
+
+
+@functools.cache
+def outside_words() -> dict[int, str | None]:
+    """A space for characters beyond ASCII that part words, None for those that cannot be seen."""
+    found: dict[int, str | None] = {}
+    for code in (*range(0x80, 0x20000), *range(0xE0000, 0xE0200)):
+        category = unicodedata.category(chr(code))
+        if category[0] in "PSZ" or category == "Cc" or code == ZERO_WIDTH_SPACE:
+            found[code] = " "
+        elif category == "Cf" or code in VARIATION_SELECTORS:
+            found[code] = None
+    return found
 
 
 def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

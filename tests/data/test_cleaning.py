@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from corpus import ids_of, preprocess, read_dataset, texts, write_jsonl
 
-from megatron_slm.data import duplicates
+from megatron_slm.data import duplicates, settings
 from megatron_slm.data.duplicates import band_hashes, find_duplicates, fingerprint_path
 from megatron_slm.data.inputs import Task
 from megatron_slm.data.shingles import shingles
@@ -113,6 +113,31 @@ def test_shingles_are_of_words() -> None:
         shingles("“Ça” va\u2014bien\u3000东京。大阪", 2), shingles("ça va bien 东京 大阪", 2)
     )
     assert shingles("a b", 3).size == 0
+
+
+def test_words_of_any_script() -> None:
+    """Symbols part words, what is invisible does not, and however a character is composed."""
+    for written, meant in {
+        "5€≠£7→“x🎲y” ❤\ufe0f one™\x85two": "5 7 x y one two",
+        "co\u00adoper\u200date \ufeffthe\u200e end": "cooperate the end",
+        "zero\u200bwidth\u2028space": "zero width space",
+        "\ufb01ne cafe\u0301 \uff37ide \U0001d401old": "fine café wide bold",
+        "हिन्दी": "हिन्दी",
+    }.items():
+        assert np.array_equal(shingles(written, 1), shingles(meant, 1)), written
+        assert len(shingles(written, 1)) == len(meant.split())
+
+
+def test_what_was_found_with_other_words_is_found_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", LONG)
+    options = ("--dedup", "near", "--no-merge")
+    preprocess(source, tmp_path / "out", *options)
+    assert "nothing to do" in preprocess(source, tmp_path / "out", *options).err
+    monkeypatch.setattr(settings, "WORDS", settings.WORDS + 1)
+    said = preprocess(source, tmp_path / "out", *options).err
+    assert "fingerprint: 100%" in said and "made again: other words" in said
 
 
 def test_decontamination(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from corpus import Result, preprocess, run_tool, texts, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gpt_datasets import gpt_config
 from megatron_slm.data.mix import apportion, read_recipe
 
 MIXES = Path(__file__).parents[2] / "examples" / "mixes"
@@ -84,11 +85,9 @@ def shares_drawn(weights: list[tuple[str, int]], samples: int) -> dict[str, floa
         BlendedMegatronDatasetBuilder,
     )
     from megatron.core.datasets.gpt_dataset import GPTDataset
-    from test_reading import config
 
     paths, parts = [path for path, _ in weights], [float(weight) for _, weight in weights]
-    settings = config(blend=(paths, parts))
-    settings.sequence_length = 16
+    settings = gpt_config(16, 1000, blend=(paths, parts))
     blend, _, _ = BlendedMegatronDatasetBuilder(
         GPTDataset, [samples, 0, 0], lambda: True, settings
     ).build()

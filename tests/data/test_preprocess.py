@@ -117,9 +117,11 @@ def run_command(command: list[Any]) -> str:
 
 
 def test_workers_make_the_same_files(plain: Path, tmp_path: Path) -> None:
-    """From the command line, with real worker processes and from a directory of inputs."""
-    packed = compress(plain, "zst")
-    command = [sys.executable, TOOLS / "preprocess_data.py", "--input", plain, packed]
+    """From the command line, with real worker processes, which are forked from one that has read
+    parquet with Arrow's threads."""
+    packed, columns = compress(plain, "zst"), tmp_path / "in.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), columns, row_group_size=100)
+    command = [sys.executable, TOOLS / "preprocess_data.py", "--input", plain, packed, columns]
     command += ["--tokenizer-model", MODEL, "--append-eod", "--shard-size", "30K"]
     for workers in (1, 2):
         more = ["--output-prefix", tmp_path / f"out{workers}", "--workers", str(workers)]
@@ -129,7 +131,7 @@ def test_workers_make_the_same_files(plain: Path, tmp_path: Path) -> None:
         one, two = (tmp_path / f"out{n}_text_document.{suffix}" for n in (1, 2))
         assert one.read_bytes() == two.read_bytes()
     expected = [ids_of(text) for text in TEXTS]
-    assert read_dataset(tmp_path / "out1_text_document") == expected * 2
+    assert read_dataset(tmp_path / "out1_text_document") == expected * 3
 
 
 def test_two_keys_filter_bos(tmp_path: Path) -> None:
@@ -225,9 +227,56 @@ def test_only_what_changed_is_done_again(tmp_path: Path, merge: str) -> None:
 
     err = preprocess(inputs, tmp_path / "out", *options, "--prepend-bos").err
     assert "other prepend bos" in err
-    first = write_jsonl(tmp_path / "0-added.jsonl", ["added"])
-    added = preprocess([first, *inputs], tmp_path / "out", *options, "--prepend-bos")
-    assert not made_again(added.err)
+
+
+def shard_times(prefix: Path) -> dict[str, float]:
+    return {path.name: path.stat().st_mtime_ns for path in Path(f"{prefix}_shards").glob("*.bin")}
+
+
+def test_inputs_are_added_and_removed(tmp_path: Path) -> None:
+    """What is not new stays as it is, wherever small files, large ones or directories are added;
+    what is no input any more is gone."""
+    old = tmp_path / "corpus" / "old"
+    old.mkdir(parents=True)
+    for at in range(40):
+        write_jsonl(old / f"{at:02}.jsonl", ["x" * 400 + str(at), f"{at}"])
+    options = ("--shard-size", "2K", "--no-merge")
+    preprocess(old, tmp_path / "out", *options)
+    before = shard_times(tmp_path / "out")
+    assert 1 < len(before) < 40, "nearly half of them are a task's last, by their paths"
+
+    new = tmp_path / "corpus" / "new"
+    new.mkdir()
+    write_jsonl(new / "00.jsonl", TEXTS[:5])
+    write_jsonl(old / "17-small.jsonl", ["added"])
+    write_jsonl(old / "27-large.jsonl", TEXTS[:100])
+    preprocess([new, old], tmp_path / "out", *options)
+    after = shard_times(tmp_path / "out")
+    again = {name for name in before if after.get(name) != before[name]}
+    assert len(again) <= 2, "those that the two files are in the middle of"
+    fresh = tmp_path / "fresh"
+    preprocess([new, old], fresh, *options)
+    assert {name: Path(f"{fresh}_shards", name).read_bytes() for name in shard_times(fresh)} == {
+        name: (tmp_path / "out_shards" / name).read_bytes() for name in after
+    }
+
+    preprocess(old, tmp_path / "out", *options)
+    assert set(shard_times(tmp_path / "out")) < set(after)
+    write_jsonl(old / "99.jsonl", ["added"])
+    preprocess(old, tmp_path / "out")
+    documents = [
+        ids_of(json.loads(line)["text"], eod=False)
+        for path in sorted(old.iterdir())
+        for line in path.read_text().splitlines()
+    ]
+    assert read_dataset(tmp_path / "out_text_document") == documents
+
+
+def test_an_input_named_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", ["x"])
+    monkeypatch.chdir(tmp_path)
+    result = preprocess([source, "in.jsonl"], tmp_path / "out", check=False)
+    assert result.code == 2 and "--input names in.jsonl twice" in result.err
 
 
 def test_a_dataset_of_another_program_is_left_alone(tmp_path: Path) -> None:

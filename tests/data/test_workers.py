@@ -47,22 +47,16 @@ class Running:
         )
         wait_for(lambda: len(list(directory.glob("out_shards/*.bin.*.partial"))) == 2)
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        # Beside the workers there is multiprocessing's resource tracker.
-        self.children = [int(pid) for pid in children.read_text().split()]
-        self.workers = [pid for pid in self.children if "spawn_main" in command_line(pid)]
+        self.workers = [int(pid) for pid in children.read_text().split()]
         assert len(self.workers) == 2
 
     def finish(self) -> tuple[int, str]:
         """Exit code and stderr, when no process is left and no dataset either."""
         with self.process as process:
             _, err = process.communicate(timeout=TIMEOUT)
-        wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in self.children))
+        wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in self.workers))
         assert not list(self.prefix.parent.glob("out_text_document*"))
         return self.process.returncode, err
-
-
-def command_line(pid: int) -> str:
-    return Path(f"/proc/{pid}/cmdline").read_text()
 
 
 @pytest.fixture
