@@ -97,7 +97,7 @@ class Started:
     def ended(self) -> None:
         """With success, and without torchrun's help, which kills after 30 s."""
         for one in self.processes:
-            assert one.wait(60) == 0, self.said()[-6000:]
+            assert one.wait(120) == 0, self.said()[-6000:]
         assert "death signal" not in self.said()
 
 
