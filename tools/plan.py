@@ -111,6 +111,7 @@ def report(args: Namespace, recipe: Recipe) -> str:
             line(
                 "reference, billions",
                 f"{parameters(one.architecture, work.padded_vocabulary) / 1e9:.3f}",
+                one.where,
             )
             for one in references
         ),

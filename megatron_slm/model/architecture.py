@@ -125,15 +125,15 @@ def from_hugging_face(config: dict[str, Any], where: str) -> Architecture:
             raise UserError(f"{where}: {name} {config[name]!r} is not supported, only {only!r}")
     config = HUGGING_FACE_DEFAULTS[family] | config
 
-    def number(name: str, otherwise: Any = None) -> Any:
-        """A positive number; `otherwise` where config.json has none or null."""
+    def number(name: str, otherwise: Any = None, kind: Any = int) -> Any:
+        """A positive number of that kind; `otherwise` where config.json has none or null."""
         value = config.get(name)
         value = otherwise if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, kind) or value <= 0:
             raise UserError(
                 f"{where} has no {name!r}"
                 if value is None
-                else f"{where}: {name} {value!r} is not a positive number"
+                else f"{where}: {name} {value!r} is no positive number, or no whole one"
             )
         return value
 
@@ -149,7 +149,7 @@ def from_hugging_face(config: dict[str, Any], where: str) -> Architecture:
         head_dim=number("head_dim", hidden // heads),
         vocabulary=number("vocab_size"),
         positions=number("max_position_embeddings"),
-        epsilon=number("rms_norm_eps", 1e-6),
+        epsilon=number("rms_norm_eps", 1e-6, int | float),
         rope_theta=theta,
         rope_scaling=scaling,
         window=number("sliding_window") if windowed else None,

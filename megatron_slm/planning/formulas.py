@@ -77,12 +77,13 @@ class Reference:
     """A model that scores on the policy's ranks.
 
     parameter_bytes: what a rank holds of a parameter.  streamed: layers stay in the host's memory,
-    and two at a time are here.
+    and two at a time are here.  where: it comes from, in words.
     """
 
     architecture: Architecture
     parameter_bytes: int
     streamed: bool = False
+    where: str = ""
 
 
 def layer_parameters(a: Architecture) -> int:

@@ -140,7 +140,7 @@ def references_of(args: Namespace, policy: Architecture, work: Work) -> list[Ref
         UserError: a reference that is no Llama, or as open_checkpoint.
     """
     if args.slm_reference is not None:  # the average in float32, and its copy that computes
-        return [Reference(policy, FLOAT32 + work.weight_bytes)]
+        return [Reference(policy, FLOAT32 + work.weight_bytes, where="moving average")]
     return [
         Reference(
             from_megatron(
@@ -150,6 +150,8 @@ def references_of(args: Namespace, policy: Architecture, work: Work) -> list[Ref
             ),
             work.weight_bytes,
             streamed=args.slm_reference_offload,
+            where=f"{checkpoint.directory}"
+            + (", not here: the policy's size" if checkpoint.arguments is args else ""),
         )
         for checkpoint in reference_checkpoints(args)
     ]

@@ -69,7 +69,7 @@ class Started:
     def said(self) -> str:
         return "".join(log.read_text() for log in self.logs)
 
-    def wait_for(self, pattern: str, count: int = 1, seconds: float = 120) -> list[str]:
+    def wait_for(self, pattern: str, count: int = 1, seconds: float = 240) -> list[str]:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             found = re.findall(pattern, self.said())
@@ -97,7 +97,7 @@ class Started:
     def ended(self) -> None:
         """With success, and without torchrun's help, which kills after 30 s."""
         for one in self.processes:
-            assert one.wait(60) == 0, self.said()[-6000:]
+            assert one.wait(120) == 0, self.said()[-6000:]
         assert "death signal" not in self.said()
 
 
@@ -141,7 +141,8 @@ def test_kill_restart_stop_and_go_on(corpus: Corpus, base: Path, tmp_path: Path)
         job.wait_for(r"successfully saved checkpoint from iteration +3 ")
         ranks = job.ranks(2)
         assert {variables(rank)["MASTER_ADDR"] for rank in ranks} == {"127.0.0.3"}
-        os.kill(ranks[1], signal.SIGKILL)
+        for lost in [*descendants(ranks[1]), ranks[1]]:
+            os.kill(lost, signal.SIGKILL)
         # torchrun starts both anew, and they go on from a checkpoint.
         job.wait_for(r"successfully loaded checkpoint from \S+ .*at iteration (?!0)\d+")
         at = len(re.findall(ITERATION, job.said()))

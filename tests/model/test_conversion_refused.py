@@ -108,7 +108,8 @@ IMPORTS: dict[str, tuple[Callable[[Path], object], str]] = {
         "rope_theta None is not supported",
     ),
     "rope parameters that are none": (change_config(rope_parameters=["default"]), "['default']"),
-    "a size that is none": (change_config(hidden_size="16"), "hidden_size '16' is not a positive"),
+    "a size that is none": (change_config(hidden_size="16"), "hidden_size '16' is no positive"),
+    "half a layer": (change_config(num_hidden_layers=1.5), "num_hidden_layers 1.5 is no"),
     # Transformers 5 refuses these as well.
     "biases of null": (change_config(attention_bias=None), "attention_bias None"),
     "more biases of null": (change_config(mlp_bias=None), "mlp_bias None"),
