@@ -14,6 +14,7 @@ ones at any size; for near ones 50 bytes a document.  One file is open at a time
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,8 @@ def find_duplicates(
     total = sum(counts)
     unfinished = temporary(path)
     with unfinished.open("wb") as file:
-        file.truncate(total)
+        if total:  # not as a hole: on a full disk, to write into a map would end the process
+            os.posix_fallocate(file.fileno(), 0, total)
         sync(file.fileno())
     if total:
         verdicts = np.memmap(unfinished, mode="r+", dtype=np.uint8)
