@@ -14,6 +14,7 @@ ones at any size; for near ones 50 bytes a document.  One file is open at a time
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_slm.data.documents import Wanted, read_documents
-from megatron_slm.data.indexed_format import publish, sync, temporary
+from megatron_slm.data.indexed_format import BLOCK, publish, sync, temporary
 from megatron_slm.data.inputs import Task
 from megatron_slm.data.lines import InputHash
 from megatron_slm.data.manifest import describe_input, write_manifest
@@ -40,7 +41,8 @@ Hashes = NDArray[np.uint64]
 
 
 def fingerprint_path(directory: Path, task: Task, kind: str) -> Path:
-    """kind: exact [documents, 2], near [documents, BANDS] or json, the manifest."""
+    """kind: exact [documents, 2], near [BANDS, documents] or json, the manifest; rows is near as it
+    is found, [documents, BANDS]."""
     return directory / f"{task.name}.fingerprints.{kind}"
 
 
@@ -52,7 +54,7 @@ def fingerprint(
     Raises:
         UserError: an input is damaged, rensa is missing, or the disk is full.
     """
-    kinds = ("exact", "near") if options["dedup"] == "near" else ("exact",)
+    kinds = ("exact", "rows") if options["dedup"] == "near" else ("exact",)
     unfinished = {kind: temporary(fingerprint_path(directory, task, kind)) for kind in kinds}
     fingerprint_path(directory, task, "json").unlink(missing_ok=True)
     inputs, documents = [], 0
@@ -63,21 +65,38 @@ def fingerprint(
             for batch in read_documents(piece, wanted, seen):
                 texts = ["\0".join(texts) for texts in batch.texts]
                 files["exact"].write(b"".join(map(exact_hash, texts)))
-                if "near" in files:
-                    files["near"].write(band_hashes(texts).tobytes())
+                if "rows" in files:
+                    files["rows"].write(band_hashes(texts).tobytes())
                 documents += len(texts)
                 progress(0, len(texts), 0, sum(map(len, texts)))
             inputs.append(describe_input(piece, seen.digest.hexdigest()))
-        for kind, file in files.items():
+        for file in files.values():
             file.flush()
             sync(file.fileno())
             file.close()
-            publish(unfinished[kind], fingerprint_path(directory, task, kind))
+        publish(unfinished["exact"], fingerprint_path(directory, task, "exact"))
+        if "rows" in unfinished:
+            write_columns(unfinished["rows"], documents, fingerprint_path(directory, task, "near"))
+            unfinished["rows"].unlink()
     except OSError as error:
         raise UserError(f"cannot write fingerprints to {directory}: {error}") from error
     manifest = {"inputs": inputs, "options": options, "documents": documents}
     write_manifest(fingerprint_path(directory, task, "json"), manifest)
     return manifest
+
+
+def write_columns(rows: Path, documents: int, path: Path) -> None:
+    """Hashes [documents, BANDS] as [BANDS, documents]: the search reads a band at a time."""
+    unfinished = temporary(path)
+    with unfinished.open("wb") as file:
+        if documents:
+            values = np.memmap(rows, mode="r", dtype=np.uint64).reshape(documents, BANDS)
+            for band in range(BANDS):
+                for first in range(0, documents, BLOCK):
+                    file.write(np.ascontiguousarray(values[first : first + BLOCK, band]))
+        file.flush()
+        sync(file.fileno())
+    publish(unfinished, path)
 
 
 def exact_hash(text: str) -> bytes:
@@ -117,26 +136,29 @@ def find_duplicates(
     total = sum(counts)
     unfinished = temporary(path)
     with unfinished.open("wb") as file:
-        file.truncate(total)
+        if total:  # not as a hole: on a full disk, to write into a map would end the process
+            os.posix_fallocate(file.fileno(), 0, total)
         sync(file.fileno())
     if total:
         verdicts = np.memmap(unfinished, mode="r+", dtype=np.uint8)
-        _mark_exact(verdicts, lambda: _mapped(tasks, directory, counts, "exact", 2))
+        _mark_exact(verdicts, lambda: _read(tasks, directory, counts, "exact"))
         if near:
-            _mark_near(verdicts, lambda: _mapped(tasks, directory, counts, "near", BANDS))
+            _mark_near(verdicts, lambda band: _read(tasks, directory, counts, "near", band))
         verdicts.flush()
     publish(unfinished, path)
 
 
-def _mapped(
-    tasks: Sequence[Task], directory: Path, counts: Sequence[int], kind: str, width: int
+def _read(
+    tasks: Sequence[Task], directory: Path, counts: Sequence[int], kind: str, band: int = 0
 ) -> Iterator[Hashes]:
-    """Task after task, for the caller to copy from: a map holds its file open."""
+    """Exact hashes [documents, 2] of task after task, or those of a band [documents, 1], for the
+    caller to copy from: a map holds its file open."""
+    width = 2 if kind == "exact" else 1
     for task, count in zip(tasks, counts, strict=True):
         path = fingerprint_path(directory, task, kind)
         if count:
             try:
-                yield np.memmap(path, mode="r", dtype=np.uint64, shape=(count, width))
+                yield np.memmap(path, np.uint64, "r", 8 * count * band, (count, width))
             except (OSError, ValueError) as error:
                 raise UserError(f"cannot read {path}: {error}") from error
 
@@ -158,14 +180,14 @@ def _mark_exact(verdicts: NDArray[np.uint8], fingerprints: Callable[[], Iterator
         verdicts[place[order[1:][again]]] = EXACT
 
 
-def _mark_near(verdicts: NDArray[np.uint8], bands: Callable[[], Iterator[Hashes]]) -> None:
+def _mark_near(verdicts: NDArray[np.uint8], read: Callable[[int], Iterator[Hashes]]) -> None:
     """Each document's leader becomes the first of those it is connected with; others go."""
     leader = np.arange(len(verdicts))
     changed = True
     while changed:
         changed = False
         for band in range(BANDS):
-            values = np.concatenate([part[:, band].copy() for part in bands()])
+            values = np.concatenate([part[:, 0].copy() for part in read(band)])
             order = np.argsort(values, kind="stable")
             values = values[order]
             starts = np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]]))

@@ -8,6 +8,7 @@ PREFIX_rejects/         lines that could not be used
 from __future__ import annotations
 
 import glob
+import os
 import shutil
 import sys
 from contextlib import suppress
@@ -59,7 +60,7 @@ class Layout:
             raise UserError(f"--output-prefix {self.prefix}: {error.strerror}") from error
 
     def remove_leftovers(self) -> None:
-        """Remove what processes of this machine that are no more were writing."""
+        """Remove what this process, and those of this machine that are no more, were writing."""
         name = Path(self.prefix).name
         for path in (
             *self.shards.glob("*.partial"),
@@ -67,7 +68,8 @@ class Layout:
             *self.shards.parent.glob(f"{glob.escape(name)}_*.partial"),
         ):
             host, _, process = path.name.split(".")[-2].rpartition("-")
-            if host == HOST and not Path("/proc", process).exists():
+            ended = process == str(os.getpid()) or not Path("/proc", process).exists()
+            if host == HOST and ended:
                 path.unlink(missing_ok=True)
 
     def clear(self, merged: bool) -> None:

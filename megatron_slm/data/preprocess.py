@@ -34,6 +34,7 @@ from megatron_slm.data.finish import (
     shard_manifest,
 )
 from megatron_slm.data.inputs import Task
+from megatron_slm.data.layout import Layout
 from megatron_slm.data.lines import InputHash
 from megatron_slm.data.manifest import what_changed
 from megatron_slm.data.pool import over_all_cores
@@ -52,7 +53,20 @@ def preprocess(settings: Settings) -> Summary | None:
         UserError: bad input or options, or a full disk.  No dataset that could be taken for a good
             one is left then, and finished shards are kept for the next run.
     """
-    setup = prepare(settings)
+    layout = Layout(settings.output_prefix, settings.json_keys)
+    try:
+        return run_stages(prepare(settings, layout))
+    except OSError as error:
+        raise UserError(
+            f"{layout.prefix}: {error}; run again when this is mended: finished shards are kept"
+        ) from error
+    finally:
+        layout.remove_leftovers()
+
+
+def run_stages(setup: Setup) -> Summary | None:
+    """As preprocess."""
+    settings = setup.settings
     layout, stage = setup.layout, settings.stage
     if stage == "all":
         complete = is_complete(layout, setup.tasks, setup.options, settings.merge)

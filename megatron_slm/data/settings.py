@@ -78,9 +78,8 @@ class Setup:
         return self.tasks[self.settings.rank :: self.settings.world_size]
 
 
-def prepare(settings: Settings) -> Setup:
+def prepare(settings: Settings, layout: Layout) -> Setup:
     """Look at inputs, tokenizer and evaluation sets."""
-    layout = Layout(settings.output_prefix, settings.json_keys)
     layout.make()
     layout.remove_leftovers()
     inputs = [layout.spool_stdin() if name == "-" else name for name in settings.inputs]

@@ -43,7 +43,11 @@ from megatron_slm.training.datasets import (
     use_prebuilt_helpers,
 )
 from megatron_slm.training.job_arguments import settle_arguments
-from megatron_slm.training.micro_batch import read_micro_batches, whole_sequences
+from megatron_slm.training.micro_batch import (
+    MicroBatch,
+    read_micro_batches,
+    whole_sequences,
+)
 from megatron_slm.training.sources import check_options, open_reference
 from megatron_slm.training.tokenizer import record_tokenizer
 
@@ -134,17 +138,14 @@ def score(args: Namespace, layer_spec: Callable[..., Any] | None) -> None:
     reference = frozen_reference(checkpoint, own_arguments, scoring, layer_spec)
     batches = _load(args, datasets, manifest, mine)
     first = torch.distributed.get_rank() == 0
-    records = sum(len(manifest.records_of(*shard)) for shard in mine)
     progress = tqdm(
-        total=records * manifest.sequence_length,
+        total=sum(len(manifest.records_of(*shard)) for shard in mine) * manifest.sequence_length,
         unit="token",
         unit_scale=True,
         disable=not first,
     )
     for section, shard in mine:
-        numbers = manifest.records_of(section, shard)
-        _score_shard(args, reference, batches, directory, manifest, section, shard)
-        progress.update(len(numbers) * manifest.sequence_length)
+        _score_shard(args, reference, batches, directory, manifest, section, shard, progress)
     progress.close()
     # Others may need longer than a collective may wait.  The first rank stays: it is the job's
     # store.
@@ -161,11 +162,13 @@ def _score_shard(
     manifest: Manifest,
     section: str,
     shard: int,
+    progress: tqdm[Any],
 ) -> None:
     records = len(manifest.records_of(section, shard))
     count = -(-records // args.micro_batch_size)
     read = read_micro_batches(batches, args.micro_batch_size, count, with_domains=True)
-    scored = list(reference.score(read, count, args.micro_batch_size))
+    shown = _shown(read, records, args.micro_batch_size, manifest.sequence_length, progress)
+    scored = list(reference.score(shown, count, args.micro_batch_size))
     if not mpu.is_pipeline_last_stage():
         return
     losses = _whole([batch.reference_losses for batch in scored], records)
@@ -181,6 +184,16 @@ def _score_shard(
             labels.cpu().numpy().astype(np.int32),
             domains[:records].cpu().numpy(),
         )
+
+
+def _shown(
+    batches: Iterator[MicroBatch], records: int, size: int, length: int, progress: tqdm[Any]
+) -> Iterator[MicroBatch]:
+    """Micro-batches, whose tokens `progress` counts as they are asked for, without what fills up
+    the last."""
+    for first, batch in zip(range(0, records, size), batches, strict=True):
+        progress.update(min(size, records - first) * length)
+        yield batch
 
 
 def _whole(parts: list[Tensor | None], records: int) -> Tensor:

@@ -52,7 +52,7 @@ def test_duplicates_of_more_tasks_than_may_be_open(tmp_path: Path) -> None:
     for task in tasks:
         hashes = np.arange(3 * 14, dtype=np.uint64).reshape(3, 14)
         hashes[:, :2].tofile(fingerprint_path(tmp_path, task, "exact"))
-        hashes.tofile(fingerprint_path(tmp_path, task, "near"))
+        hashes.T.tofile(fingerprint_path(tmp_path, task, "near"))
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 50, limits[1]))
     try:

@@ -217,6 +217,26 @@ CACHES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     ),
 }
 
+# Of runs whose reference is the policy's moving average.
+AVERAGES = {
+    "average that forgets nothing": ("--slm-reference ema:1", "a decay in (0, 1)"),
+    "average of another kind": ("--slm-reference sma:0.9", "give ema:DECAY"),
+    "average in host memory": ("--slm-reference-offload", "with --slm-reference-offload"),
+    "average while weights are gathered": (
+        "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
+        "with --overlap-param-gather",
+    ),
+    "average of virtual stages": (
+        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
+        "with virtual pipeline stages",
+    ),
+    "average of uneven stages": (
+        "--pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 1",
+        "with stages of different sizes",
+    ),
+    "average in fp8": ("--slm-reference-fp8", "needs Transformer Engine"),
+}
+
 
 @pytest.fixture(scope="module")
 def refusals(
@@ -245,6 +265,9 @@ def refusals(
             *["--slm-reference-load", str(reference)],
             *spoil(reference),
         ]
+    for case, (extra, _) in AVERAGES.items():
+        commands[case] = [*untied.without_reference, *run, "--slm-token-ratio", "0.6"]
+        commands[case] += f"--slm-reference ema:0.9 --save {directory} {extra}".split()
     while "--slm-reference-load" in commands[NO_REFERENCE]:
         at = commands[NO_REFERENCE].index("--slm-reference-load")
         del commands[NO_REFERENCE][at : at + 2]
@@ -253,9 +276,9 @@ def refusals(
     return json.loads((directory / "refusals.json").read_text())
 
 
-@pytest.mark.parametrize("case", CASES | CACHES)
+@pytest.mark.parametrize("case", CASES | CACHES | AVERAGES)
 def test_refused(case: str, refusals: dict[str, list[tuple[int, str]]]) -> None:
-    _, message = (CASES | CACHES)[case]
+    _, message = (CASES | CACHES | AVERAGES)[case]
     for code, output in refusals[case]:
         assert code == 2, output[-3000:]
         errors = [line for line in output.splitlines() if line.startswith("error: ")]
