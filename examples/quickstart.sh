@@ -8,6 +8,7 @@
 #   CLM, SLM   the same GPT from the same start on the noisy corpus: all tokens, or the 60% whose
 #              loss exceeds the reference's the most
 #   table      both on the target domain
+#   report     a page about the SLM run: curves, and which tokens it selects
 #
 # Everything runs through `megatron_slm.pretrain` with Megatron's own arguments, two ranks, TP=2.
 set -euo pipefail
@@ -16,7 +17,7 @@ runs="${1:-$root/runs/quickstart}"
 started=$SECONDS
 # shellcheck source=tools/environment.sh
 source "$root/tools/environment.sh"
-use_environment
+use_environment analysis
 
 step() { printf '\n== %s (%d s)\n' "$*" $((SECONDS - started)); }
 
@@ -25,7 +26,7 @@ if [ -e "$runs" ] && [ ! -e "$runs/quickstart" ]; then
     exit 2
 fi
 rm -rf "$runs"
-mkdir -p "$runs"/{data,logs,tensorboard,checkpoints}
+mkdir -p "$runs"/{data,logs,checkpoints}
 touch "$runs/quickstart"
 cd "$runs"
 runs="$PWD"
@@ -70,7 +71,7 @@ run() {
         --train-data-path "data/${corpus}_text_document" \
         --valid-data-path data/target_text_document \
         "${TOKENIZER[@]}" --num-workers 0 --eval-iters 0 --eval-interval $STEPS --log-interval 10 \
-        --tensorboard-dir "tensorboard/$name" --tensorboard-log-interval 1 \
+        --tensorboard-dir "$name/tensorboard" --tensorboard-log-interval 1 \
         --log-timers-to-tensorboard "$@" 2>&1 | tee "logs/$name.log" | sed -unE \
         's|.* iteration +([0-9]+)/ +([0-9]+) .* lm loss: ([^ ]+) .*|  step \1 of \2, lm loss \3|p' ||
         {
@@ -90,7 +91,7 @@ step "CLM: all tokens of the noisy corpus"
 run clm noisy $(save clm)
 
 step "SLM: from the same start, 60% of the tokens of the noisy corpus"
-run slm noisy $(save slm) "${SELECT[@]}"
+run slm noisy $(save slm) "${SELECT[@]}" --slm-dump-interval 10 --slm-dump-dir slm/dump
 
 step "both on the target domain"
 for method in clm slm; do
@@ -99,4 +100,8 @@ for method in clm slm; do
 done
 echo
 python "$root/examples/quickstart_report.py" . $((BATCH * SEQUENCE))
-step "done. Curves: tensorboard --logdir $runs/tensorboard"
+
+step "report"
+python "$root/tools/token_dynamics.py" classify slm/dump --dynamics slm/dynamics
+python "$root/tools/report.py" slm -o report.html
+step "done. Look at $runs/report.html"

@@ -30,7 +30,7 @@ def main(runs: Path, tokens_per_step: int) -> None:
     for method in ("clm", "slm"):
         log = runs / "logs" / f"{method}-evaluation.log"
         losses = [validation(log, name) for name in ("lm loss", "selected loss", "unselected loss")]
-        step = statistics.median(scalars(runs / "tensorboard" / method, "iteration-time"))
+        step = statistics.median(scalars(runs / method / "tensorboard", "iteration-time"))
         target[method] = losses[0]
         print(
             f"{method.upper():6}"

@@ -7,6 +7,20 @@ cd "$(dirname "$0")/.."
 source tools/environment.sh
 use_environment dev
 
+# Reports are tested in a real browser.
+install_chromium() {
+    if command -v chromium > /dev/null || command -v google-chrome > /dev/null; then
+        return
+    fi
+    echo "> installing chromium"
+    if ! { [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null && apt-get update -qq \
+        && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends chromium; \
+        } > /dev/null 2>&1; then
+        echo "> could not; tests of reports in a browser are skipped (apt install chromium)"
+    fi
+}
+install_chromium
+
 ruff check .
 ruff format --check .
 mypy

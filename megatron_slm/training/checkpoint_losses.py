@@ -39,6 +39,10 @@ from megatron_slm.training.sources import open_reference
 from megatron_slm.training.tokenizer import record_tokenizer
 
 TOKENS = 320_000  # as in the paper's appendix B.1
+# What the number of a run's validation samples depends on, for those who do not give it.
+NUMBERS = """
+    global_batch_size eval_global_batch_size train_iters train_samples eval_interval
+""".split()
 FLAGS = ("--load", "--ckpt-steps")
 
 
@@ -58,8 +62,8 @@ def parse_arguments(add_own: Callable[[ArgumentParser], ArgumentParser]) -> Name
         raise UserError(f"--load {args.load}: dynamics need two checkpoints at least")
     saved = open_checkpoint(args.load, args.ckpt_steps[-1], FLAGS).arguments
     settle_arguments(args, saved)
-    for name in ("global_batch_size", "eval_global_batch_size", "train_iters", "train_samples"):
-        if getattr(args, name) is None:  # for the number of validation samples
+    for name in NUMBERS:
+        if getattr(args, name) is None:
             setattr(args, name, getattr(saved, name, None))
     return args
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from torch import Tensor
 import oracle
 from distributed.test_layouts import LAYOUTS
 from distributed.test_score_cache import RUN, TAGS, records, resume, train
-from jobs import Checkpoints, Corpus, write_dataset
+from jobs import STEPS, Checkpoints, Corpus, write_dataset
 from launch import pretrain
+from megatron_slm.data.token_dump import read_dumps
 from real_text import docstrings
 
 
@@ -87,7 +89,11 @@ def test_moving_average(layout: str, corpus: Corpus, untied: Checkpoints, tmp_pa
     ranks, flags = LAYOUTS[layout]
     saved = tmp_path / "saved"
     line = f"--slm-reference ema:{decay} --save {saved} --save-interval 1 {flags}"
-    straight = train(corpus, untied, tmp_path / "straight", line, ranks)
+    # With dumps beside the checkpoints; the resumed run has none, and goes on the same.
+    straight = train(corpus, untied, tmp_path / "straight", f"{line} --slm-dump-interval 1", ranks)
+    learning = [dump.reference_losses for dump in read_dumps(saved / "dump")]
+    assert len(learning) == STEPS + 1
+    assert all(one.mean() > other.mean() for one, other in itertools.pairwise(learning[1:]))
     average = weights(untied.policy / "iter_0000002")
     for step in range(1, steps):
         current = weights(saved / f"iter_{step:07d}")

@@ -29,6 +29,7 @@ from jobs import (
 )
 from launch import REPOSITORY, Run, launch, pretrain, start
 from megatron_slm.data.score_cache import Section, decode, encode, read_manifest
+from megatron_slm.data.token_dump import read_dumps
 
 TOOL = str(REPOSITORY / "tools" / "score_reference.py")
 MICRO_BATCH = 3
@@ -38,6 +39,7 @@ KILLS = 20
 RECORDED = "distributed.recorded_pretrain"
 # Scores this close to the threshold may fall on either side of it: two stored losses' error.
 NEAR_TIE = 4e-4
+DUMP = "--slm-dump-interval 2 --slm-dump-dir dump"
 
 
 def job(corpus: Corpus, start: Checkpoints, cache: Path, extra: str = "") -> list[str]:
@@ -103,7 +105,7 @@ def exact(corpus: Corpus, untied: Checkpoints, tmp_path_factory: pytest.TempPath
 @pytest.fixture(scope="module")
 def online(corpus: Corpus, untied: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run with the reference at hand."""
-    extra = f"--slm-reference-load {untied.reference}"
+    extra = f"--slm-reference-load {untied.reference} {DUMP}"
     return train(corpus, untied, tmp_path_factory.mktemp("online"), extra)
 
 
@@ -120,7 +122,7 @@ def test_training_with_exact_losses_is_online_training(
     corpus: Corpus, untied: Checkpoints, exact: Path, online: Run, tmp_path: Path
 ) -> None:
     """Bit for bit, in validation too, with losses read by loader workers."""
-    extra = f"--slm-reference-cache {exact} --num-workers 2"
+    extra = f"--slm-reference-cache {exact} --num-workers 2 {DUMP}"
     run = train(corpus, untied, tmp_path, extra)
     for tag in TAGS:
         assert len(online.scalars(tag)) == STEPS
@@ -129,6 +131,10 @@ def test_training_with_exact_losses_is_online_training(
         assert torch.equal(one["selected"], other["selected"])
     for tag in VALIDATION:
         assert run.scalars(tag) == online.scalars(tag) != {}
+    dumps = [read_dumps(each.directory / "dump") for each in (run, online)]
+    for one, other in zip(*dumps, strict=True):
+        assert np.array_equal(one.reference_losses, other.reference_losses)
+        assert np.array_equal(one.losses, other.losses)
 
 
 def test_a_run_goes_on_from_a_cache(

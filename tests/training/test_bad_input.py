@@ -151,6 +151,11 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     ),
     "a change that is none": (lambda _: ["--slm-changed", "rope"], "--slm-changed: rope shapes"),
     "fp8 without its library": (lambda _: ["--slm-reference-fp8"], "Transformer Engine"),
+    "dumps of nowhere": (lambda _: ["--slm-dump-interval", "5"], "--slm-dump-dir or --save"),
+    "dumps never": (
+        lambda _: ["--slm-dump-interval", "0", "--slm-dump-dir", "dump"],
+        "must be at least 1",
+    ),
     "multi-token prediction": (lambda _: ["--mtp-num-layers", "1"], "--mtp-num-layers"),
     "reset attention mask": (lambda _: ["--reset-attention-mask"], "--reset-attention-mask"),
 }

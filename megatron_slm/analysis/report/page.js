@@ -3,6 +3,8 @@
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const dark = matchMedia("(prefers-color-scheme: dark)");
+const printing = matchMedia("print");
+const PRINTED_WIDTH = 660; // of A4 and Letter with their margins
 const drawn = [];
 
 function colour(name) {
@@ -33,6 +35,7 @@ function inColours(figure) {
     margin: { l: 56, r: 12, t: 8, b: 44 },
     hovermode: "x unified",
     hoverlabel: { bgcolor: colour("--panel"), bordercolor: colour("--soft"), font: { color: colour("--ink") } },
+    ...(printing.matches ? { width: PRINTED_WIDTH } : {}),
     showlegend: figure.data.filter((trace) => trace.showlegend !== false).length > 1,
     legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 },
   };
@@ -129,5 +132,5 @@ addEventListener("DOMContentLoaded", () => {
   choice?.addEventListener("change", () => showRun(data.runs[Number(choice.value)]));
   showRun(data.runs[Number(choice?.value ?? 0)]);
   dark.addEventListener("change", redraw);
-  matchMedia("print").addEventListener("change", redraw);
+  printing.addEventListener("change", redraw);
 });

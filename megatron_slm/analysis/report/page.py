@@ -18,10 +18,10 @@ from megatron_slm.analysis.report.curves import run_facts, run_figures
 from megatron_slm.analysis.report.run_files import RunFiles, read_run
 from megatron_slm.analysis.report.study import (
     RESULTS,
-    arm_rows,
     read_study,
     run_directories,
     study_figures,
+    study_table,
 )
 from megatron_slm.analysis.report.token_map import MOST_TOKENS, token_map
 from megatron_slm.analysis.token_text import dump_tokenizer
@@ -60,7 +60,7 @@ def write_report(directory: Path, output: Path, tokenizer_model: str | None) -> 
     page = environment.get_template("page.html").render(
         title=directory.resolve().name if study is None else study["study"],
         subtitle=str(directory.resolve()),
-        study=None if study is None else _study(study),
+        study=None if study is None else study_table(study),
         runs=[run.name for run in runs],
         data=data,
         style=_asset("page.css"),
@@ -71,10 +71,6 @@ def write_report(directory: Path, output: Path, tokenizer_model: str | None) -> 
         output.write_text(page, encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror}") from error
-
-
-def _study(results: dict[str, Any]) -> dict[str, Any]:
-    return {"target": results.get("target", ""), "rows": arm_rows(results), "summary": []}
 
 
 def _run(run: RunFiles, tokenizer_model: str | None, most_tokens: int) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ def read_study(directory: Path) -> dict[str, Any]:
         results: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
-    if results.get("format") != 1 or "arms" not in results:
+    if results.get("format") != 1:
         raise UserError(f"{path} is not of a study that this version knows")
     return results
 
@@ -35,33 +34,45 @@ def run_directories(results: dict[str, Any]) -> list[str]:
     return [seed["directory"] for arm in results["arms"].values() for seed in arm["seeds"].values()]
 
 
-def arm_rows(results: dict[str, Any]) -> list[dict[str, str]]:
-    """The table's rows: means over seeds, spreads as standard deviations."""
-    rows = []
-    finished = {name: list(arm["seeds"].values()) for name, arm in results["arms"].items()}
-    losses = {
-        name: [seed["final_loss"] for seed in seeds] for name, seeds in finished.items() if seeds
-    }
-    best = min(losses, key=lambda name: statistics.mean(losses[name]), default=None)
-    for name, arm in results["arms"].items():
-        seeds = finished[name]
-        if not seeds:
-            continue
-        rows.append(
+def study_table(results: dict[str, Any]) -> dict[str, Any]:
+    """How the arms compare, as tools/run_experiment.py has found: all at one number of tokens, but
+    for the columns of equal compute."""
+    summary = results["summary"]
+    baseline = summary["baseline"]
+    arms = summary["arms"]
+    means = {name: found["final_loss"]["mean"] for name, found in arms.items()}
+    lowest = min(means, key=lambda name: means[name])
+    name = baseline.upper()
+    return {
+        "lead": f"Target: {results['target']}. Compared after "
+        f"{summary['compared']['tokens']:,} tokens.",
+        "head": [
+            "target loss",
+            f"minus {name}",
+            f"tokens to {name}'s loss",
+            "selected",
+            f"FLOPs / {name}'s",
+            f"loss at {name}'s FLOPs",
+        ],
+        "rows": [
             {
-                "arm": name,
-                "description": arm.get("description", ""),
-                "arguments": " ".join(map(str, arm.get("arguments", []))),
-                "seeds": str(len(seeds)),
-                "loss": with_spread(losses[name]),
-                "best": "lowest" if name == best else "",
-                "tokens": short(_mean(seeds, "tokens_seen")),
-                "selected": short(_mean(seeds, "tokens_selected")),
-                "flops": short(statistics.mean(sum(seed["flops"].values()) for seed in seeds)),
-                "wall": f"{_mean(seeds, 'wall_seconds'):,.0f}",
+                "arm": arm,
+                "description": results["arms"][arm]["description"],
+                "arguments": " ".join(map(str, results["arms"][arm]["arguments"])),
+                "lowest": arm == lowest,
+                "cells": [
+                    _spread(found["final_loss"]),
+                    "" if arm == baseline else _spread(found["difference"], "+"),
+                    _part(found["part_of_baseline_tokens"]),
+                    f"{found['selected_part']['mean']:.0%}",
+                    f"{found['flops_ratio']['mean']:.2f}",
+                    _spread(found["equal_compute"]["arm_at_baseline_flops"]),
+                ],
             }
-        )
-    return rows
+            for arm, found in arms.items()
+        ],
+        "verdicts": [found["verdict"] for arm, found in arms.items() if arm != baseline],
+    }
 
 
 def study_figures(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -69,9 +80,6 @@ def study_figures(results: dict[str, Any]) -> list[dict[str, Any]]:
     bands, means = [], []
     for role, (name, arm) in enumerate(results["arms"].items()):
         curves = [np.asarray(seed["curve"], float) for seed in arm["seeds"].values()]
-        curves = [curve for curve in curves if curve.ndim == 2 and len(curve)]
-        if not curves:
-            continue
         length = min(map(len, curves))
         tokens = curves[0][:length, 1].tolist()
         losses = np.stack([curve[:length, 2] for curve in curves])
@@ -81,19 +89,16 @@ def study_figures(results: dict[str, Any]) -> list[dict[str, Any]]:
     return [figure("Loss on the target", "tokens seen", "nats a token", [*bands, *means])]
 
 
-def with_spread(values: list[float]) -> str:
-    """Mean, and the standard deviation of several."""
-    mean = f"{statistics.mean(values):.4f}"
-    return f"{mean} \N{PLUS-MINUS SIGN} {statistics.stdev(values):.4f}" if len(values) > 1 else mean
+def _spread(values: dict[str, Any], sign: str = "") -> str:
+    """Mean and standard deviation over the seeds."""
+    if values["mean"] is None:
+        return "not known"
+    text = f"{values['mean']:{sign}.4f}"
+    return text if values["std"] is None else f"{text} \N{PLUS-MINUS SIGN} {values['std']:.4f}"
 
 
-def short(value: float) -> str:
-    """Three digits and a unit: 1.31M, 2.4e+15."""
-    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if limit <= value < 1000 * limit:
-            return f"{value / limit:.3g}{unit}"
-    return f"{value:.3g}"
-
-
-def _mean(seeds: list[dict[str, Any]], what: str) -> float:
-    return statistics.mean(float(seed[what]) for seed in seeds)
+def _part(values: dict[str, Any]) -> str:
+    missing, seeds = values["missing"], len(values["values"])
+    if values["mean"] is None:
+        return "not reached"
+    return f"{values['mean']:.0%}" + (f" ({seeds - missing} of {seeds} seeds)" if missing else "")

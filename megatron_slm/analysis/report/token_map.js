@@ -172,7 +172,7 @@ function showCard(token) {
   if (map.selected.length) rows.push(["selected", bit(map.selected[map.at], token) ? "yes" : "no"]);
   for (const [name, value] of rows) facts.append(element("dt", name), element("dd", value));
   const text = map.elements[token].textContent;
-  card.replaceChildren(element("div", `\u201c${text.replace(/\n$/, "")}\u201d`, "token"), facts, history(token));
+  card.replaceChildren(element("div", `\u201c${text.replace(/\n$/, "")}\u201d`, "token"), facts, ...history(token));
   card.hidden = false;
   const place = map.elements[token].getClientRects()[0] ?? map.elements[token].getBoundingClientRect();
   const box = card.getBoundingClientRect();
@@ -183,9 +183,9 @@ function showCard(token) {
 
 // The token's loss over the run, and the reference's.
 function history(token) {
+  if (map.iterations.length < 2) return [];
   const space = "http://www.w3.org/2000/svg";
   const drawing = document.createElementNS(space, "svg");
-  if (map.iterations.length < 2) return drawing;
   drawing.setAttribute("viewBox", "0 0 100 100");
   drawing.setAttribute("preserveAspectRatio", "none");
   const references = map.iterations.map((_, at) => referenceAt(at)?.[token]);
@@ -204,7 +204,8 @@ function history(token) {
   };
   if (references[0] !== undefined) draw(references, "var(--role-3)", true);
   draw(policy, "var(--role-0)", false);
-  return drawing;
+  const words = references[0] === undefined ? "loss over the run" : "loss over the run; dashed: reference";
+  return [drawing, element("div", words, "note")];
 }
 
 function pointAt(token) {

@@ -1,0 +1,290 @@
+"""The report in a real browser: it loads from its one file, runs nothing of the corpus, and answers
+to the slider, the pointer and the keys."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from analysis.report_page import ITERATIONS, LENGTH, SAMPLES, write_run, write_study
+from launch import REPOSITORY
+from megatron_slm.analysis.report.page import write_report
+from megatron_slm.data.token_dump import TokenDump, read_dump, write_dump
+from megatron_slm.errors import UserError
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+in_browser = pytest.mark.skipif(
+    BROWSER is None, reason="no chromium or google-chrome is installed: apt install chromium"
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[TokenDump]]:
+    """A page of 50,176 tokens, by the tool itself, and the dumps it shows."""
+    directory = tmp_path_factory.mktemp("slm")
+    dumps = write_run(directory)
+    tool = [sys.executable, str(REPOSITORY / "tools" / "report.py"), str(directory)]
+    printed = subprocess.run(tool, check=True, capture_output=True, text=True).stdout
+    assert printed == f"> {directory / 'report.html'}\n"
+    return directory / "report.html", dumps
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(
+            executable_path=BROWSER, args=["--headless=new", "--no-sandbox"]
+        )
+        yield started
+        started.close()
+
+
+def opened(browser: Any, file: Path, **options: Any) -> Any:
+    """A page that has loaded with nothing on the console and no request but its own file."""
+    page = browser.new_page(**options)
+    said: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: said.append(request.url))
+    page.goto(file.as_uri())
+    page.locator("#controls").scroll_into_view_if_needed()
+    page.wait_for_selector(".sample:first-child .text .s", state="attached")
+    assert said == [file.as_uri()]
+    page.said = said
+    return page
+
+
+@pytest.fixture(scope="module")
+def page(browser: Any, run: tuple[Path, list[TokenDump]]) -> Any:
+    return opened(browser, run[0])
+
+
+def token(sample: int, at: int) -> str:
+    """The selector of the token at a position that has a loss."""
+    return f".sample:nth-child({sample + 1}) .text i:nth-child({at + 2})"
+
+
+def classes(page: Any, sample: int, count: int) -> list[str]:
+    found: list[str] = page.eval_on_selector_all(
+        f".sample:nth-child({sample + 1}) .text i",
+        f"tokens => tokens.slice(1, {count + 1}).map(token => token.className)",
+    )
+    return found
+
+
+def expected_classes(dump: TokenDump, sample: int, count: int, scale: float) -> list[str]:
+    """Five levels of each sign, and s for the selected."""
+    found = []
+    for at in range(count):
+        if not dump.valid[sample, at]:
+            found.append("off")
+            continue
+        own, reference = (
+            round(float(values[sample, at]) * 1000)
+            for values in (dump.losses, dump.reference_losses)
+        )
+        excess = (own - reference) / 1000
+        level = min(5, int(abs(excess) / scale * 5 + 0.5))
+        shade = f"{'a' if excess >= 0 else 'b'}{level}" if level else ""
+        found.append(f"{shade} s" if dump.selected[sample, at] else shade)
+    return found
+
+
+def move_slider(page: Any, to: int) -> None:
+    page.eval_on_selector(
+        "#iteration",
+        f"slider => {{ slider.value = {to}; slider.dispatchEvent(new Event('input')) }}",
+    )
+
+
+@in_browser
+def test_slider_goes_through_the_run(page: Any, run: tuple[Path, list[TokenDump]]) -> None:
+    scale = page.evaluate("data.runs[0].map.scale")
+    assert page.locator(".sample .text i").count() == SAMPLES * (LENGTH + 1)
+    assert page.input_value("#iteration") == str(len(ITERATIONS) - 1)
+    for at in (len(ITERATIONS) - 1, 0, 2):
+        move_slider(page, at)
+        assert f"{ITERATIONS[at]} of 80" in page.inner_text("#iteration-value")
+        assert classes(page, 0, 500) == expected_classes(run[1][at], 0, 500, scale)
+    # What was out of sight follows when it comes into sight.
+    page.locator(".sample").last.scroll_into_view_if_needed()
+    page.wait_for_timeout(200)
+    assert classes(page, SAMPLES - 1, 500) == expected_classes(run[1][2], SAMPLES - 1, 500, scale)
+
+
+@in_browser
+def test_tokens_tell_their_values(page: Any, run: tuple[Path, list[TokenDump]]) -> None:
+    dump = run[1][1]
+    move_slider(page, 1)
+    card = ""
+    for _ in range(50):  # samples that come into sight move others
+        page.mouse.move(0, 0)
+        page.hover(token(0, 7))
+        card = page.inner_text("#card")
+        if f"{dump.losses[0, 7]:.3f}" in card:
+            break
+        page.wait_for_timeout(100)
+    excess = (np.rint(dump.losses * 1000) - np.rint(dump.reference_losses * 1000))[dump.valid]
+    own = round(float(dump.losses[0, 7]) * 1000) - round(float(dump.reference_losses[0, 7]) * 1000)
+    for value in (
+        f"{dump.losses[0, 7]:.3f}",
+        f"{dump.reference_losses[0, 7]:.3f}",
+        f"{own / 1000:.3f}",
+        f"{(excess > own).sum() + 1:,} of {dump.valid.sum():,}",
+        "yes" if dump.selected[0, 7] else "no",
+    ):
+        assert value in card
+    assert page.locator("#card svg path").count() == 2
+    before = card
+    page.locator("#samples").press("ArrowRight")
+    assert page.inner_text("#card") != before
+    assert f"{dump.losses[0, 8]:.3f}" in page.inner_text("#card")
+    page.mouse.move(0, 0)
+    assert page.locator("#card").is_hidden()
+
+
+@in_browser
+def test_a_corpus_runs_nothing(page: Any) -> None:
+    """Its markup is there to be read."""
+    assert page.evaluate("window.ran") is None
+    assert page.locator("img, b, iframe").count() == 0
+    shown = page.inner_text(".sample:nth-child(1) .text")
+    assert "<script>window.ran = 1</script></script><!--<script>" in shown
+    assert "{{ 7 * 7 }}" in shown
+    assert "⟨E2⟩⟨80⟩⟨AE⟩" in shown and "\u202e" not in page.content()
+    assert "<b>web</b>" in page.inner_text(".sample:nth-child(1) h3")
+    assert page.said == [page.url]
+
+
+@in_browser
+def test_fifty_thousand_tokens(page: Any, record_property: Any) -> None:
+    """How long a frame takes that the slider has changed is told, and not judged."""
+    times = page.evaluate(
+        """async () => {
+            const slider = document.getElementById("iteration"), times = [];
+            for (let turn = 0; turn < 9; turn++) {
+                const before = performance.now();
+                slider.value = turn % 2 ? 0 : slider.max;
+                slider.dispatchEvent(new Event("input"));
+                await new Promise(done => requestAnimationFrame(() => setTimeout(done)));
+                times.push(performance.now() - before);
+            }
+            return times;
+        }"""
+    )
+    print(f"50,176 tokens, slider to next frame: median {np.median(times):.0f} ms of {len(times)}")
+    record_property("median_ms", float(np.median(times)))
+    assert len(times) == 9
+
+
+@in_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_schemes_and_print(
+    browser: Any, run: tuple[Path, list[TokenDump]], scheme: str, tmp_path: Path
+) -> None:
+    """Text keeps a contrast of 4.5 (WCAG AA) to every shade, on the screen and on paper."""
+    page = opened(browser, run[0], color_scheme=scheme)
+    for media in ("screen", "print"):
+        page.emulate_media(media=media, color_scheme=scheme)
+        colours = page.evaluate(
+            """() => ["", "a1", "a2", "a3", "a4", "a5", "b1", "b2", "b3", "b4", "b5"].map(name => {
+                const token = document.querySelector(".text i:nth-child(9)");
+                const before = token.className;
+                token.className = name;
+                const style = getComputedStyle(token);
+                const pair = [style.color, style.backgroundColor];
+                token.className = before;
+                return pair;
+            })"""
+        )
+        paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        bright = luminance(paper) > 0.5
+        assert bright == (scheme == "light" or media == "print")
+        backgrounds = [paper if back == "rgba(0, 0, 0, 0)" else back for _, back in colours]
+        assert len(set(backgrounds)) == 11
+        for (ink, _), back in zip(colours, backgrounds, strict=True):
+            assert contrast(ink, back) >= 4.5
+        lines = page.evaluate("[0, 1, 2, 3, 4, 5].map(role => colour(`--role-${role}`))")
+        for line in lines:
+            assert contrast(line, paper) >= 3.0
+        page.wait_for_timeout(100)
+        drawn = page.eval_on_selector("#run-figures .js-line", "line => line.style.stroke")
+        assert luminance(drawn) == pytest.approx(luminance(lines[0]), abs=0.01)
+    assert len(page.pdf()) > 10_000
+    page.close()
+
+
+def luminance(colour: str) -> float:
+    """WCAG's relative luminance of "#rrggbb" or "rgb(r, g, b)"."""
+    if colour.startswith("#"):
+        numbers = [int(colour[at : at + 2], 16) for at in (1, 3, 5)]
+    else:
+        numbers = [int(number) for number in re.findall(r"\d+", colour)[:3]]
+    linear = [
+        (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4)
+        for part in (number / 255 for number in numbers)
+    ]
+    return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+
+
+def contrast(one: str, other: str) -> float:
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@in_browser
+def test_a_study_and_its_runs(browser: Any, tmp_path: Path) -> None:
+    write_study(tmp_path)
+    write_report(tmp_path, tmp_path / "study.html", None)
+    page = opened(browser, tmp_path / "study.html")
+    rows = page.locator("#experiment-heading ~ .scrolls tbody tr").all_inner_texts()
+    assert len(rows) == 2
+    assert "3.1500 ± 0.0707" in rows[0] and "lowest" not in rows[0]
+    assert "SLM <i>60%</i> (lowest loss)" in rows[1] and "2.6500" in rows[1]
+    assert "not reached" in rows[1] and "-0.5000 ± 0.0707" in rows[1]
+    assert "SLM <i>60%</i> WINS <b>by far</b>." in page.inner_text("#experiment-heading ~ ul")
+    assert page.locator("#study-figures .plot .js-line").count() >= 2
+    titles = page.locator("#run-figures figcaption").all_inner_texts()
+    assert titles[0] == "Loss" and "Selected part of each domain" in titles
+    assert "H→L" in page.inner_text("#dynamics-content")
+    page.select_option("#run", "3")
+    assert page.locator("#run-figures .plot svg").count() > 0
+    assert page.locator(".sample .text i").count() == 2 * 65
+    assert page.said == [page.url]
+    page.close()
+
+
+def test_what_cannot_be_reported_on(tmp_path: Path) -> None:
+    def refused(directory: Path, tokenizer: str | None = None) -> str:
+        with pytest.raises(UserError) as error:
+            write_report(directory, tmp_path / "page.html", tokenizer)
+        assert not (tmp_path / "page.html").exists()
+        return str(error.value)
+
+    assert "not a directory" in refused(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    assert "neither TensorBoard's events" in refused(tmp_path / "empty")
+    run = tmp_path / "run"
+    write_run(run, samples=2, length=32)
+    assert "--tokenizer-model gone" in refused(run, "gone")
+    file = run / "dump" / "iter_0000020.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    assert "iter_0000020.safetensors" in refused(run)
+    file.write_bytes(whole)
+    other = read_dump(file)
+    changed = TokenDump(**{**vars(other), "tokens": other.tokens + 1})
+    write_dump(run / "dump", changed)
+    assert "other samples" in refused(run)
+    (run / "results.json").write_text('{"format": 2}')
+    assert "not of a study" in refused(run)

@@ -1,0 +1,125 @@
+"""The paper's four classes against numpy's own least squares, and checkpoints scored in two layouts
+against Hugging Face's Llama."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pyarrow import parquet
+from torch.nn.functional import cross_entropy
+
+import oracle
+from distributed.test_layouts import LAYOUTS
+from jobs import SEQUENCE, VOCABULARY, Checkpoints, Corpus
+from launch import REPOSITORY, Run, launch, pretrain
+from megatron_slm.analysis.dynamics_files import read_table
+from megatron_slm.analysis.token_dynamics import classify
+from megatron_slm.data.token_dump import TokenDump, read_dumps
+
+TOOL = str(REPOSITORY / "tools" / "token_dynamics.py")
+STEPS = 3
+
+
+def dumps_of(losses: np.ndarray, iterations: list[int], valid: np.ndarray) -> list[TokenDump]:
+    """losses: [K, n, s]."""
+    tokens = np.arange(losses[0].size + len(valid), dtype=np.int32).reshape(len(valid), -1)
+    return [
+        TokenDump(at, tokens, each, valid, np.arange(len(valid)), {})
+        for at, each in zip(iterations, losses, strict=True)
+    ]
+
+
+def test_classes_are_those_of_polyfit() -> None:
+    draw = np.random.default_rng(5)
+    iterations = [0, 100, 250, 300, 1000]  # not at even steps
+    start = draw.exponential(3.0, (1, 7, 50))
+    drift = draw.normal(0.0, 0.6, (1, 7, 50)) * np.linspace(0, 1, 5)[:, None, None]
+    losses = np.abs(start + drift + draw.normal(0, 0.1, (5, 7, 50))).astype(np.float32)
+    valid = draw.random((7, 50)) < 0.9
+    found = classify(dumps_of(losses, iterations, valid))
+    names = [("H->H", "H->L", "L->H", "L->L")[number] for number in found.classes]
+    mean = losses[-1][valid].mean()
+    expected = []
+    for row, column in zip(*valid.nonzero(), strict=True):
+        own = losses[:, row, column].astype(float)
+        line = np.polynomial.Polynomial.fit(iterations, own, 1)
+        change = line(iterations[-1]) - line(iterations[0])
+        stays = "L->L" if own[-1] <= mean else "H->H"
+        expected.append("H->L" if change < -0.2 else "L->H" if change > 0.2 else stays)
+    assert names == expected
+    assert set(expected) == {"H->H", "H->L", "L->H", "L->L"}
+    for name in set(expected):
+        own = losses[:, valid][:, np.array(expected) == name]
+        np.testing.assert_allclose(found.mean_curve(name), own.mean(1), rtol=1e-5)
+        assert found.share(name) == pytest.approx(expected.count(name) / len(expected))
+        assert all(expected[at] == name for at in found.examples(name, 3))
+
+
+@pytest.fixture(scope="module")
+def run(corpus: Corpus, untied: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """With a checkpoint after every step."""
+    directory = tmp_path_factory.mktemp("run")
+    arguments = [*corpus.arguments, *untied.without_reference]
+    arguments += f"--train-iters {STEPS} --micro-batch-size 3 --lr 3e-3".split()
+    arguments += ["--save", "saved", "--save-interval", "1"]
+    return pretrain(1, arguments, directory)
+
+
+def score(corpus: Corpus, run: Run, layout: str, directory: Path, extra: str = "") -> Run:
+    ranks, flags = LAYOUTS[layout]
+    arguments = [*corpus.arguments, *f"--micro-batch-size 4 --eval-iters 1 {flags}".split()]
+    arguments += ["--load", str(run.directory / "saved"), "--dynamics", "dynamics"]
+    arguments += ["--dynamics-tokens", str(9 * SEQUENCE), *extra.split()]
+    return launch(ranks, [TOOL, *arguments], directory)
+
+
+def test_checkpoints_of_a_run(
+    corpus: Corpus, run: Run, validation: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    one = score(corpus, run, "one rank", tmp_path / "one")
+    other = score(corpus, run, "dp2 pp2", tmp_path / "other")
+    dumps = [read_dumps(each.directory / "dynamics" / "losses") for each in (one, other)]
+    assert [dump.iteration for dump in dumps[0]] == list(range(1, STEPS + 1))
+    for mine, theirs in zip(*dumps, strict=True):
+        checkpoint = run.directory / "saved" / f"iter_{mine.iteration:07d}"
+        with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
+            model = oracle.llama(checkpoint, Path(scratch), heads=4, groups=2, tied=False)
+            logits = model(validation["tokens"][:9]).logits[..., :VOCABULARY]
+        labels = validation["labels"][:9]
+        expected = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+        for found in (mine, theirs):
+            np.testing.assert_allclose(found.losses, expected.view_as(labels), rtol=1e-5, atol=1e-5)
+            assert np.array_equal(found.tokens[:, 1:], labels)
+    _the_files(one.directory / "dynamics", dumps[0])
+    # The same command again has nothing to score; the others' losses are left as they are.
+    again = score(corpus, run, "one rank", tmp_path / "one", "--ckpt-steps 1 3")
+    assert again.outputs[0].count("scored before") == 2
+
+
+def _the_files(directory: Path, dumps: list[TokenDump]) -> None:
+    """A row a token that counts, as anyone reads it, and plots."""
+    table = parquet.read_table(directory / "token_dynamics.parquet").to_pydict()
+    valid = dumps[0].valid
+    assert len(table["token"]) == valid.sum()
+    rows, columns = valid.nonzero()
+    assert table["sample"] == rows.tolist()
+    assert table["position"] == (columns + 1).tolist()
+    for dump in dumps:
+        assert table[f"loss_{dump.iteration:07d}"] == dump.losses[valid].tolist()
+    assert set(table["class"]) <= {"H->H", "H->L", "L->H", "L->L"}
+    read, texts = read_table(directory / "token_dynamics.parquet")
+    assert texts == [f"⟨{token}⟩" for token in table["token"]]
+    assert np.array_equal(read.classes, classify(dumps).classes)
+    assert (directory / "token_dynamics.png").read_bytes()[:4] == b"\x89PNG"
+    assert "<svg" in (directory / "token_dynamics.svg").read_text()
+
+
+def test_one_checkpoint_is_not_enough(corpus: Corpus, untied: Checkpoints, tmp_path: Path) -> None:
+    arguments = [*corpus.arguments, "--micro-batch-size", "4", "--dynamics", "dynamics"]
+    refused = launch(1, [TOOL, *arguments, "--load", str(untied.policy)], tmp_path, check=False)
+    assert refused.codes == [2]
+    assert "need two checkpoints" in refused.outputs[0]
