@@ -208,12 +208,13 @@ def up_to(characters: int, texts: Iterator[str]) -> Iterator[str]:
 
 
 def prose(directory: Path) -> dict[str, list[str]]:
-    """Docstrings by corpus; of 20 modules one is target, five are clean."""
+    """Docstrings by corpus; of 100 modules one is target, 30 are clean."""
     seen: set[str] = set()
     found: dict[str, list[str]] = {"clean": [], "target": [], "technical": []}
     damage = Damage(2)
     for number, (_, source) in enumerate(modules(directory)):
-        part = {0: "target", **dict.fromkeys(range(1, 6), "clean")}.get(number % 20, "technical")
+        place = number % 100
+        part = "target" if place == 0 else "clean" if place <= 30 else "technical"
         texts = [text for text in docstrings(source) if text not in seen]
         seen.update(texts)
         found[part] += map(damage.damage, texts) if part == "technical" else texts
