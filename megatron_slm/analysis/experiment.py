@@ -15,13 +15,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from tqdm import tqdm
 
 from megatron_slm.analysis.experiment_recipe import BASELINE, Recipe, read_recipe
-from megatron_slm.analysis.experiment_results import Runs, summary
-from megatron_slm.analysis.experiment_runs import read_run
+from megatron_slm.analysis.experiment_results import Runs, cut, summary
+from megatron_slm.analysis.experiment_runs import RunResult, read_run
 from megatron_slm.analysis.experiment_table import markdown, table
 from megatron_slm.analysis.experiment_tasks import Instance, Running, write_json
 from megatron_slm.errors import UserError
@@ -63,7 +63,7 @@ def run_experiment(
                 "arguments": recipe.arms[arm].commands[0],
                 "description": recipe.arms[arm].description,
                 "seeds": {
-                    seed: asdict(result) | {"final_loss": result.final_loss}
+                    seed: as_compared(result, found["compared"]["iteration"])
                     for seed, result in results.items()
                 },
             }
@@ -74,6 +74,12 @@ def run_experiment(
     write_json(study / "results.json", results)
     (study / "results.md").write_text(markdown(recipe.name, recipe.target, found))
     return table(found)
+
+
+def as_compared(result: RunResult, iteration: int) -> dict[str, Any]:
+    """All of the curve, and else what was seen and spent until the iteration of the comparison."""
+    until = cut(result, iteration)
+    return asdict(until) | {"curve": result.curve, "final_loss": until.final_loss}
 
 
 def run(

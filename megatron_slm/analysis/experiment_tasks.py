@@ -26,6 +26,7 @@ from typing import IO, Any
 
 from megatron_slm.analysis.experiment_recipe import PLACEHOLDER, Recipe, Task
 from megatron_slm.data.indexed_format import publish, sync, temporary
+from megatron_slm.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PRETRAIN = "-m megatron_slm.pretrain".split()
@@ -171,8 +172,13 @@ class Running:
         if not self.left:
             return 0
         with self.log.open("ab") as log:
+            self._start(self.left.pop(0), log)
+        return None
+
+    def _start(self, command: list[str], log: IO[bytes]) -> None:
+        try:
             self.process = subprocess.Popen(
-                self.left.pop(0),
+                command,
                 cwd=self.study,
                 env=self.environment | _one_rank(),
                 stdin=subprocess.DEVNULL,
@@ -181,7 +187,8 @@ class Running:
                 pass_fds=[self.lock.fileno()],
                 preexec_fn=_die_with_parent,  # noqa: PLW1509
             )
-        return None
+        except OSError as error:
+            raise UserError(f"{self.instance.name}: {error}") from error
 
     def stop(self) -> None:
         """End it; what it has made stays for the next start."""
