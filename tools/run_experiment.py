@@ -10,9 +10,14 @@ says what a recipe is.
 
 from __future__ import annotations
 
+import logging
 import sys
+import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
+
+warnings.filterwarnings("ignore")
+logging.disable(logging.WARNING)  # Megatron's, of what is not installed
 
 from megatron_slm.analysis.experiment import run_experiment
 from megatron_slm.errors import exit_on_user_error

@@ -20,8 +20,7 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from megatron_slm.analysis.experiment_recipe import BASELINE, Recipe, read_recipe
-from megatron_slm.analysis.experiment_results import Runs, cut, summary
-from megatron_slm.analysis.experiment_runs import RunResult, read_run
+from megatron_slm.analysis.experiment_results import RunResult, Runs, cut, summary
 from megatron_slm.analysis.experiment_table import markdown, table
 from megatron_slm.analysis.experiment_tasks import Instance, Running, write_json
 from megatron_slm.errors import UserError
@@ -48,6 +47,9 @@ def run_experiment(
     recipe = read_recipe(path)
     study = study.resolve()
     instances = run(recipe, study, jobs, arms, seeds)
+    # Imports Megatron, which takes seconds; a fault of the recipe need not wait for it.
+    from megatron_slm.analysis.experiment_runs import read_run
+
     runs: Runs = {one.task.name: {} for one in instances}
     for one in instances:
         assert one.seed is not None

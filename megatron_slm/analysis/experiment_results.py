@@ -7,14 +7,35 @@ comparison at equal compute, which uses all of the curves.  Between its points a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from statistics import mean, stdev
 from typing import Any
 
 from megatron_slm.analysis.experiment_recipe import BASELINE
-from megatron_slm.analysis.experiment_runs import RunResult
 
 Curve = Sequence[tuple[int, int, float]]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """curve: (iteration, tokens, target loss in nats), rising.
+    flops: of its whole length, by part.
+    wall_seconds: of training steps alone.
+    """
+
+    directory: str
+    curve: tuple[tuple[int, int, float], ...]
+    tokens_seen: int
+    tokens_selected: int
+    flops: dict[str, int]
+    wall_seconds: float
+
+    @property
+    def final_loss(self) -> float:
+        return self.curve[-1][2]
+
+
 Runs = dict[str, dict[int, RunResult]]  # by arm and seed
 
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
 from megatron_slm.analysis.experiment_recipe import BASELINE
+from megatron_slm.analysis.experiment_results import RunResult
 from megatron_slm.analysis.experiment_tasks import Instance
 from megatron_slm.errors import UserError
 from megatron_slm.model.architecture import Architecture, from_megatron
@@ -25,25 +26,6 @@ from megatron_slm.planning.formulas import forward_flops, step_flops
 from megatron_slm.planning.recipe import work_of
 
 TARGET_LOSS = "lm loss validation"
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """curve: (iteration, tokens, target loss in nats), rising.
-    flops: of its whole length, by part.
-    wall_seconds: of training steps alone.
-    """
-
-    directory: str
-    curve: tuple[tuple[int, int, float], ...]
-    tokens_seen: int
-    tokens_selected: int
-    flops: dict[str, int]
-    wall_seconds: float
-
-    @property
-    def final_loss(self) -> float:
-        return self.curve[-1][2]
 
 
 def read_run(instance: Instance, study: Path) -> RunResult:

@@ -1,6 +1,6 @@
 """A task of an experiment, for a seed or for all: where it is, whether it is done, its start.
 
-    DIRECTORY/begun.json     what is being made: a hash of the commands and of what they read
+    DIRECTORY/begun.json     what is being made: a hash of its commands and of those of its inputs
     DIRECTORY/record.json    the same, when it is whole: written last, by a rename
     DIRECTORY/log            what its processes print
 

@@ -19,13 +19,13 @@ from launch import REPOSITORY
 from megatron_slm.analysis.experiment import plan
 from megatron_slm.analysis.experiment_recipe import read_recipe
 from megatron_slm.analysis.experiment_results import (
+    RunResult,
     at_compute,
     compared_at,
     loss_at,
     summary,
     tokens_to_reach,
 )
-from megatron_slm.analysis.experiment_runs import RunResult
 from megatron_slm.analysis.experiment_table import table
 from megatron_slm.errors import UserError
 
