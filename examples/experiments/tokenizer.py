@@ -1,0 +1,48 @@
+"""Train a sentencepiece BPE with byte fallback:  tokenizer.py MODEL VOCABULARY CORPUS.jsonl ...
+
+On the first CHARACTERS of each corpus, so that each has the same say.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import sentencepiece
+
+CHARACTERS = 1_500_000
+
+
+def lines(corpora: list[str]) -> Iterator[str]:
+    """Of the beginning of each corpus."""
+    for corpus in corpora:
+        left = CHARACTERS
+        with Path(corpus).open(encoding="utf-8") as file:
+            for line in file:
+                text = json.loads(line)["text"]
+                yield from text.splitlines()
+                left -= len(text)
+                if left <= 0:
+                    break
+
+
+def main(model: str, vocabulary: int, corpora: list[str]) -> None:
+    """Write the model."""
+    Path(model).parent.mkdir(parents=True, exist_ok=True)
+    with Path(model).open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines(corpora),
+            model_writer=file,
+            vocab_size=vocabulary,
+            model_type="bpe",
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            minloglevel=2,
+        )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3:])

@@ -1,0 +1,166 @@
+"""Runs an experiment: stages, then all arms from one start, on the same data in the same order.
+
+    once     stages that all seeds share, one after the other, each with all cores
+    seeds    stages of a seed and arms, `jobs` at a time, each with its part of the cores
+
+What is done is not done again (experiment_tasks.py).  A directory serves one command at a time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+from tqdm import tqdm
+
+from megatron_slm.analysis.experiment_recipe import BASELINE, Recipe, read_recipe
+from megatron_slm.analysis.experiment_results import RunResult, Runs, cut, summary
+from megatron_slm.analysis.experiment_table import markdown, table
+from megatron_slm.analysis.experiment_tasks import Instance, Running, write_json
+from megatron_slm.errors import UserError
+
+POLL_SECONDS = 0.1
+FORMAT = 1  # of results.json
+
+
+def run_experiment(
+    path: Path, study: Path, jobs: int, arms: Sequence[str] | None, seeds: Sequence[int] | None
+) -> str:
+    """Run what a recipe says and write results.json and results.md.
+
+    Args:
+        jobs: runs at a time.
+        arms, seeds: some of the recipe's, or None for all; the baseline is always run.
+
+    Returns:
+        The table.
+
+    Raises:
+        UserError: a bad recipe, an arm or seed that it has not, or the run that failed and its log.
+    """
+    recipe = read_recipe(path)
+    study = study.resolve()
+    instances = run(recipe, study, jobs, arms, seeds)
+    # Imports Megatron, which takes seconds; a fault of the recipe need not wait for it.
+    from megatron_slm.analysis.experiment_runs import read_run
+
+    runs: Runs = {one.task.name: {} for one in instances}
+    for one in instances:
+        assert one.seed is not None
+        runs[one.task.name][one.seed] = read_run(one, study)
+    found = summary(runs)
+    results = {
+        "format": FORMAT,
+        "study": recipe.name,
+        "target": recipe.target,
+        "tokens_per_step": found["compared"]["tokens"] // found["compared"]["iteration"],
+        "arms": {
+            arm: {
+                "arguments": recipe.arms[arm].commands[0],
+                "description": recipe.arms[arm].description,
+                "seeds": {
+                    seed: as_compared(result, found["compared"]["iteration"])
+                    for seed, result in results.items()
+                },
+            }
+            for arm, results in runs.items()
+        },
+        "summary": found,
+    }
+    write_json(study / "results.json", results)
+    (study / "results.md").write_text(markdown(recipe.name, recipe.target, found))
+    return table(found)
+
+
+def as_compared(result: RunResult, iteration: int) -> dict[str, Any]:
+    """All of the curve, and else what was seen and spent until the iteration of the comparison."""
+    until = cut(result, iteration)
+    return asdict(until) | {"curve": result.curve, "final_loss": until.final_loss}
+
+
+def run(
+    recipe: Recipe, study: Path, jobs: int, arms: Sequence[str] | None, seeds: Sequence[int] | None
+) -> list[Instance]:
+    """Make what is not there yet; the arms' runs, all of them done."""
+    instances = plan(recipe, arms, seeds)
+    study.mkdir(parents=True, exist_ok=True)
+    with _lock(study) as lock:
+        todo = [one for one in instances if not one.done(study)]
+        bar = tqdm(total=len(instances), initial=len(instances) - len(todo), unit="task")
+        with bar:
+            once = [one for one in todo if one.seed is None]
+            _work(once, study, 1, lock, bar)
+            _work(todo[len(once) :], study, jobs, lock, bar)
+    return [one for one in instances if one.task.kind == "arm"]
+
+
+def plan(recipe: Recipe, arms: Sequence[str] | None, seeds: Sequence[int] | None) -> list[Instance]:
+    """All tasks in an order in which they can be run, those that seeds share first."""
+    for name in arms or ():
+        if name not in recipe.arms:
+            raise UserError(f"--arms {name}: the recipe has {', '.join(recipe.arms)}")
+    for seed in seeds or ():
+        if seed not in recipe.seeds:
+            raise UserError(f"--seeds {seed}: the recipe has {', '.join(map(str, recipe.seeds))}")
+    wanted = [
+        arm for name, arm in recipe.arms.items() if name in (BASELINE, *(arms or recipe.arms))
+    ]
+    needed = {name for arm in wanted for name in recipe.needs(arm)}
+    stages = [stage for name, stage in recipe.stages.items() if name in needed]
+    once = [Instance(recipe, stage, None) for stage in stages if not recipe.per_seed(stage)]
+    return once + [
+        Instance(recipe, task, seed)
+        for seed in (seeds or recipe.seeds)
+        for task in (*stages, *wanted)
+        if recipe.per_seed(task)
+    ]
+
+
+@contextmanager
+def _lock(study: Path) -> Iterator[IO[str]]:
+    """Keep other commands out; processes of one that was killed hold it until they have ended."""
+    with (study / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"> {study} is in use by another command: waiting for its end", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield lock
+
+
+def _work(todo: list[Instance], study: Path, jobs: int, lock: IO[str], bar: tqdm) -> None:
+    """Run tasks, at most `jobs` at a time, each when its inputs are done."""
+    waiting, running = list(todo), list[Running]()
+    try:
+        while waiting or running:
+            ready = [one for one in waiting if all(need.done(study) for need in one.inputs)]
+            for instance in ready[: jobs - len(running)]:
+                waiting.remove(instance)
+                instance.prepare(study)
+                cores = len(os.sched_getaffinity(0))
+                threads = max(1, cores // (jobs * instance.recipe.ranks))
+                running.append(Running(instance, study, threads, lock))
+            if (names := ", ".join(one.instance.name for one in running)) != bar.desc:
+                bar.set_description_str(names)
+            for one in list(running):
+                code = one.poll()
+                if code is None:
+                    continue
+                if code != 0:
+                    raise UserError(
+                        f"{one.instance.name} failed with exit code {code}: {one.last_words()} "
+                        f"(its log: {one.log})"
+                    )
+                one.instance.finish(study)
+                running.remove(one)
+                bar.update()
+            time.sleep(POLL_SECONDS)
+    finally:
+        for one in running:
+            one.stop()

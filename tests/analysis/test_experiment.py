@@ -1,0 +1,279 @@
+"""Experiments: what recipes are refused, how results are computed, and a study that was killed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import LLAMA, Corpus
+from launch import REPOSITORY
+from megatron_slm.analysis.experiment import plan
+from megatron_slm.analysis.experiment_recipe import read_recipe
+from megatron_slm.analysis.experiment_results import (
+    RunResult,
+    at_compute,
+    compared_at,
+    loss_at,
+    summary,
+    tokens_to_reach,
+)
+from megatron_slm.analysis.experiment_table import table
+from megatron_slm.errors import UserError
+
+SMALLEST = """
+seeds: [1]
+arms: {clm: {}}
+"""
+
+
+def write(directory: Path, text: str, name: str = "recipe.yaml") -> Path:
+    path = directory / name
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("arms: {clm: {}}", "seeds is a list of whole numbers"),
+        ("seeds: [one]\narms: {clm: {}}", "seeds is a list of whole numbers"),
+        ("seeds: [1]\narms: {slm: {}}", "no arm is named clm"),
+        (SMALLEST + "stage: {}", "a recipe has no stage"),
+        (SMALLEST + "ranks: 0", "ranks is a whole number above 0"),
+        (SMALLEST + "stages: {data: {make: x}}", "stage data has one of run, pretrain, score"),
+        (SMALLEST + "stages: {data: {run: []}}", "stage data has nothing to run"),
+        (SMALLEST + "stages: {seed: {run: x}}", "'seed' cannot be a name in stages"),
+        (SMALLEST + "arguments: --load {base}", "arm clm names {base}, which no stage before it"),
+        (SMALLEST + "stages: {a: {run: 'x {b}'}, b: {run: x}}", "stage a names {b}"),
+        (SMALLEST + 'arguments: "--load \'x"', "arguments: No closing quotation"),
+        ("seeds: [1]\narms: {clm: --lr 1}", "arm clm has description and arguments, no other"),
+        ("extends: recipe.yaml", "it extends itself"),
+        ("extends: none.yaml", "none.yaml"),
+        ("[1]", "a recipe is a mapping"),
+        ("a: [", "recipe.yaml"),
+    ],
+)
+def test_bad_recipes(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError) as raised:
+        read_recipe(write(tmp_path, text))
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_recipes_extend_others(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        """
+        seeds: [1, 2]
+        arguments: --lr 1
+        training: --train-iters 2
+        stages: {data: {run: make data}, base: {pretrain: "{data}"}, scores: {score: "{base}"}}
+        arms: {clm: {arguments: "{data}"}, slm: {arguments: "{scores}"}, other: {}}
+        """,
+        "parent.yaml",
+    )
+    own = (
+        "extends: parent.yaml\narguments: --lr 2\narms: {other: null, half: {arguments: '{base}'}}"
+    )
+    recipe = read_recipe(write(tmp_path, own))
+    assert list(recipe.arms) == ["clm", "slm", "half"]
+    assert recipe.stages["base"].commands == (("--lr", "1", "--lr", "2", "{data}"),)
+    assert recipe.arms["half"].commands == (
+        ("--lr", "1", "--lr", "2", "--train-iters", "2", "{base}"),
+    )
+    # What all seeds share comes first, and only what is needed; scores are of a seed's own order.
+    names = [one.name for one in plan(recipe, ["slm"], [2])]
+    assert names == ["data", "base", "scores-seed2", "clm-seed2", "slm-seed2"]
+    names = [one.name for one in plan(recipe, ["half"], None)]
+    assert names == ["data", "base", "clm-seed1", "half-seed1", "clm-seed2", "half-seed2"]
+    with pytest.raises(UserError, match="--arms none: the recipe has clm, slm, half"):
+        plan(recipe, ["none"], None)
+    with pytest.raises(UserError, match="--seeds 3: the recipe has 1, 2"):
+        plan(recipe, None, [3])
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "examples/experiments").glob("*.yaml")))
+def test_recipes_of_the_repository(path: Path) -> None:
+    if path.name != "small.yaml":  # which others extend
+        recipe = read_recipe(path)
+        assert plan(recipe, None, None)
+
+
+CURVE = ((10, 100, 5.0), (20, 200, 4.0), (30, 300, 3.5))
+
+
+@pytest.mark.parametrize(
+    ("loss", "tokens"), [(5.5, 100), (5.0, 100), (4.5, 150), (4.0, 200), (3.5, 300), (3.4, None)]
+)
+def test_tokens_to_reach(loss: float, tokens: float | None) -> None:
+    assert tokens_to_reach(CURVE, loss) == tokens
+
+
+def test_tokens_to_reach_takes_the_first_time() -> None:
+    assert tokens_to_reach(((1, 10, 5.0), (2, 20, 3.0), (3, 30, 6.0), (4, 40, 2.0)), 4.0) == 15
+
+
+@pytest.mark.parametrize(
+    ("tokens", "loss"), [(99, None), (100, 5.0), (175, 4.25), (250, 3.75), (300, 3.5), (301, None)]
+)
+def test_loss_at(tokens: float, loss: float | None) -> None:
+    assert loss_at(CURVE, tokens) == loss
+
+
+def result(curve: Any, reference: int = 0, each: int = 6, scoring: int = 0) -> RunResult:
+    """A run of 10 tokens a step that takes `each` FLOPs a token."""
+    tokens = curve[-1][1]
+    flops = {"policy": each * tokens, "reference_training": reference, "scoring": scoring * tokens}
+    return RunResult("", tuple(curve), tokens, tokens // 2, flops, tokens / 10)
+
+
+def test_comparison_at_equal_compute() -> None:
+    run = result(CURVE, reference=600, each=4, scoring=2)  # 600 before, then 6 FLOPs a token
+    assert at_compute(run, 600 + 6 * 250) == 3.75
+    assert at_compute(run, 600) is None  # nothing left to train with
+    assert at_compute(run, 10_000) is None
+
+
+def test_summary_of_seeds() -> None:
+    longer = (*CURVE, (40, 400, 3.25))  # the baseline goes on, for the comparison at equal compute
+    lower = [(at, tokens, loss - 0.5) for at, tokens, loss in CURVE]
+    least = [(at, tokens, loss - 1.5) for at, tokens, loss in CURVE]
+    worse = [(at, tokens, loss + 0.25) for at, tokens, loss in CURVE]
+    runs = {
+        "clm": {1: result(longer), 2: result(longer)},
+        "slm": {1: result(lower, reference=300, each=5), 2: result(least, reference=300, each=5)},
+        "random": {1: result(worse, each=5), 2: result(worse, each=5)},
+    }
+    assert compared_at(runs) == 30
+    found = summary(runs)
+    assert found["compared"] == {"iteration": 30, "tokens": 300}
+    clm, slm, random = (found["arms"][arm] for arm in ("clm", "slm", "random"))
+    assert clm["final_loss"]["mean"] == 3.5
+    assert slm["difference"]["values"] == [-0.5, -1.5]
+    assert slm["difference"]["mean"] == -1.0
+    assert slm["difference"]["std"] == pytest.approx(0.5**0.5)
+    # CLM's 3.5 is reached where the curves before were 4.0 and 5.0.
+    assert slm["tokens_to_reach_baseline"]["values"] == [200, 100]
+    assert slm["part_of_baseline_tokens"]["mean"] == 0.5
+    # 300 + 5 * 300 FLOPs of SLM are all 300 tokens of CLM; 6 * 300 of CLM are 300 of SLM's.
+    assert slm["equal_compute"]["baseline_at_arm_flops"]["values"] == [3.5, 3.5]
+    assert slm["equal_compute"]["arm_at_baseline_flops"]["values"] == [3.0, 2.0]
+    assert random["part_of_baseline_tokens"]["mean"] is None
+    assert "slm WINS over CLM by 1.0000 nats with all 2 seeds" in slm["verdict"]
+    assert "reaches CLM's final loss with 50% of its tokens" in slm["verdict"]
+    assert "random LOSES to CLM by 0.2500 nats with all 2 seeds" in random["verdict"]
+    assert "not reached" in table(found)
+    runs["slm"][2] = replace(runs["slm"][2], curve=tuple(worse))
+    mixed = summary(runs)["arms"]["slm"]["verdict"]
+    assert "slm is lower with 1 of 2 seeds only" in mixed
+    assert "does not reach CLM's final loss with 1 of 2 seeds" in mixed
+
+
+STUDY = """
+name: small
+target: docstrings
+seeds: [1]
+arguments: >-
+  --num-layers 2 --hidden-size 32 --ffn-hidden-size 96 --num-attention-heads 2 {llama}
+  --seq-length 32 --micro-batch-size 4 --global-batch-size 4 --lr 1e-3 --lr-decay-style constant
+  --tokenizer-type NullTokenizer --vocab-size 257 --make-vocab-size-divisible-by 64
+  --train-data-path {{data}}/docstrings --valid-data-path {{data}}/docstrings --num-workers 0
+  --eval-iters 1 --eval-interval 8 --log-interval 1 --save-interval 8
+stages:
+  data: {{run: "cp -r {corpus} {{out}}/"}}
+  reference: {{pretrain: --train-iters 8}}
+  scores: {{score: "--slm-reference-load {{reference}} --train-iters 24"}}
+arms:
+  clm: {{arguments: --train-iters 40}}
+  slm: {{arguments: "--train-iters 24 --slm-token-ratio 0.5 --slm-reference-cache {{scores}}"}}
+"""
+
+
+def command(recipe: Path, study: Path) -> list[str]:
+    tool = REPOSITORY / "tools" / "run_experiment.py"
+    return [sys.executable, str(tool), str(recipe), "-o", str(study), "--jobs", "2"]
+
+
+def run(recipe: Path, study: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(recipe, study), capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+def results(study: Path) -> dict[str, Any]:
+    """results.json without times."""
+    found = json.loads((study / "results.json").read_text())
+    for arm in found["arms"].values():
+        for seed in arm["seeds"].values():
+            assert seed.pop("wall_seconds") > 0
+    return found
+
+
+def test_a_study_killed_and_resumed(corpus: Corpus, tmp_path: Path) -> None:
+    text = STUDY.format(llama=" ".join(LLAMA), corpus=f"{corpus.prefix.parent}/.")
+    recipe = write(tmp_path, text)
+    killed, straight = tmp_path / "killed", tmp_path / "straight"
+    first = subprocess.Popen(command(recipe, killed), stderr=subprocess.DEVNULL)
+    saved = killed / "runs/clm-seed1/checkpoints/latest_checkpointed_iteration.txt"
+    while not saved.exists():
+        assert first.poll() is None, (killed / "runs/clm-seed1/log").read_text()
+        time.sleep(0.01)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert not (killed / "runs/clm-seed1/record.json").exists()
+    made = (killed / "stages/reference/record.json").stat().st_mtime_ns
+    done = run(recipe, killed)
+    assert done.returncode == 0, done.stderr
+    assert "slm" in done.stdout
+    assert (killed / "stages/reference/record.json").stat().st_mtime_ns == made
+    log = (killed / "runs/clm-seed1/log").read_text()
+    assert "successfully loaded checkpoint" in log  # it went on from where it was
+
+    shutil.copytree(killed, straight)
+    shutil.rmtree(straight / "runs/clm-seed1")
+    done = run(recipe, straight)
+    assert done.returncode == 0, done.stderr
+    assert results(killed) == results(straight)
+    check_costs(results(straight)["arms"])
+
+    # What changed is made again, and a failure names the task and its log.
+    changed = write(tmp_path, text.replace("cp -r", "cp -r nowhere"))
+    done = run(changed, straight)
+    assert done.returncode == 2
+    message = done.stderr.splitlines()[-1]
+    assert "data failed with exit code 1: cp: cannot stat 'nowhere'" in message
+    assert f"{straight}/stages/data/log" in message
+    assert not (straight / "stages/data/record.json").exists()
+    done = run(write(tmp_path, text.replace("cp -r", "nothing")), straight)
+    assert done.returncode == 2
+    assert "data: [Errno 2] No such file or directory: 'nothing'" in done.stderr.splitlines()[-1]
+
+
+def check_costs(arms: dict[str, Any]) -> None:
+    """FLOPs of tokens 4 * 32 a step, by 6 (2 for a forward) for each weight of a product."""
+    clm, slm = arms["clm"]["seeds"]["1"], arms["slm"]["seeds"]["1"]
+    assert clm["tokens_seen"] == clm["tokens_selected"] == 24 * 128  # until both can be compared
+    assert clm["curve"][-1][:2] == [40, 40 * 128]
+    assert slm["tokens_seen"] == 24 * 128
+    assert slm["tokens_selected"] == 24 * 64
+    layers = 2 * (4 * 32 * 32 + 3 * 32 * 96)  # projections of attention, SwiGLU
+    head = 320 * 32
+    attention = 2 * 2 * 32 * 32 // 2 * 2  # scores and values, half of them masked, two layers
+    forward = 2 * layers + attention + 2 * head
+    assert clm["flops"] == {
+        "policy": clm["tokens_seen"] * (6 * layers + 7 * attention // 2 + 6 * head),
+        "reference_training": 0,
+        "scoring": 0,
+    }
+    assert slm["flops"]["scoring"] == slm["tokens_seen"] * forward
+    assert slm["flops"]["reference_training"] * 3 == clm["flops"]["policy"]
+    assert [point[:2] for point in slm["curve"]] == [[8, 1024], [16, 2048], [24, 3072]]
