@@ -272,7 +272,8 @@ def refusals(
         ]
     for case, (extra, _) in AVERAGES.items():
         commands[case] = [*untied.without_reference, *run, "--slm-token-ratio", "0.6"]
-        commands[case] += f"--slm-reference ema:0.9 --save {directory} {extra}".split()
+        commands[case] += f"--save {directory} --save-interval 9".split()
+        commands[case] += f"--slm-reference ema:0.9 {extra}".split()
     while "--slm-reference-load" in commands[NO_REFERENCE]:
         at = commands[NO_REFERENCE].index("--slm-reference-load")
         del commands[NO_REFERENCE][at : at + 2]
