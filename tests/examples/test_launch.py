@@ -107,23 +107,23 @@ def descendants(pid: int) -> list[int]:
     return children + [deeper for child in children for deeper in descendants(child)]
 
 
+def variables(pid: int) -> dict[str, str]:
+    """Of a process; none of one that has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return {}
+    return dict(line.split("=", 1) for line in lines if "=" in line)
+
+
 def ranks_of(pid: int) -> list[int]:
     """torchrun's children: the processes that have a rank, and no parent that has."""
-    having = {
-        each
-        for each in descendants(pid)
-        if b"\0RANK=" in b"\0" + Path(f"/proc/{each}/environ").read_bytes()
-    }
+    having = {each for each in descendants(pid) if "RANK" in variables(each)}
     children = {child for each in having for child in descendants(each)}
     return sorted(having - children)
 
 
 ITERATION = r"iteration +(\d+)/"
-
-
-def variables(pid: int) -> dict[str, str]:
-    lines = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
-    return dict(line.split("=", 1) for line in lines if "=" in line)
 
 
 def test_kill_restart_stop_and_go_on(corpus: Corpus, base: Path, tmp_path: Path) -> None:
