@@ -121,7 +121,7 @@ _notice() {
     [ -z "$noticed" ] || return 0
     noticed="$1"
     echo "> $1: saving and ending"
-    if [ "$may_be_killed" = 1 ]; then kill -HUP "$agent"; else _stop_ranks "$agent" & fi
+    if [ "$may_be_killed" = 1 ]; then kill -HUP "$agent" || true; else _stop_ranks "$agent" & fi
 }
 
 # Runs on every node.  Signals go past torchrun, which ignores them, to the ranks.
@@ -142,7 +142,8 @@ _run_node() {
         wait "$agent" || status=$?
     done
     if [[ "$may_be_killed" = 1 && -n "$noticed" ]]; then status=0; fi
-    if [[ "$REQUEUE" = 1 && "$noticed" = USR1 && "$status" = 0 && "$NODE_RANK" = 0 ]]; then
+    if [[ "$REQUEUE" = 1 && "$noticed" = USR1 && "$status" = 0 && "$NODE_RANK" = 0 ]] &&
+        [ -n "${SLURM_JOB_ID:-}" ]; then
         scontrol requeue "$SLURM_JOB_ID"
     fi
     return "$status"

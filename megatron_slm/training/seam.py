@@ -11,7 +11,10 @@ hands over, stays untouched.
 from __future__ import annotations
 
 import functools
+import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from typing import Any
 
 from megatron.core import mpu
@@ -38,8 +41,9 @@ def install(
 
     @functools.wraps(save_checkpoint)
     def save(iteration: int, *args: Any, **kwargs: Any) -> Any:
-        before_save(iteration)
-        return save_checkpoint(iteration, *args, **kwargs)
+        with _sigterm_later():
+            before_save(iteration)
+            return save_checkpoint(iteration, *args, **kwargs)
 
     training.save_checkpoint = save
 
@@ -56,6 +60,18 @@ def install(
         return functools.partial(run_step, get_schedule(*args, **kwargs))
 
     training.get_forward_backward_func = get_wrapped_schedule
+
+
+@contextmanager
+def _sigterm_later() -> Iterator[None]:
+    """Keep SIGTERM from this thread, and for good from processes that it starts: at the first save
+    Megatron starts some that it writes by, and a SIGTERM to all would end them before the last."""
+    resource_tracker.ensure_running()  # which would let the signal through again when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def own_iterator(data_iterator: Any) -> Any:
