@@ -40,7 +40,7 @@ Runs = dict[str, dict[int, RunResult]]  # by arm and seed
 
 
 def cut(run: RunResult, iteration: int) -> RunResult:
-    """The run as if it had ended at a point of its curve."""
+    """The run as if it had ended at a point of its curve; costs in proportion."""
     points = tuple(point for point in run.curve if point[0] <= iteration)
     tokens = points[-1][1]
     part = tokens / run.tokens_seen

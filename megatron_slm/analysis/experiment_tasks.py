@@ -157,8 +157,9 @@ class Running:
             "OMP_NUM_THREADS": str(threads),
             "PYTHONUNBUFFERED": "1",
             "PYTHONWARNINGS": "ignore",
-            "TORCHDYNAMO_DISABLE": "1",
         }
+        if instance.task.kind != "run":
+            self.environment |= _one_rank()
         self.lock = lock
         self.left = instance.commands(study)
         self.process: subprocess.Popen[bytes] | None = None
@@ -180,7 +181,7 @@ class Running:
             self.process = subprocess.Popen(
                 command,
                 cwd=self.study,
-                env=self.environment | _one_rank(),
+                env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
