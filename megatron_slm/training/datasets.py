@@ -77,7 +77,9 @@ class DatasetProvider:
         if caches is not None and caches.kind == "sample":
             caches.check_samples(datasets, samples)
             datasets = [
-                None if dataset is None else SampleScored(dataset, caches.sections[split])
+                SampleScored(dataset, caches.sections[split])
+                if dataset is not None and split in caches.sections  # not if none is drawn of it
+                else None
                 for split, dataset in zip(SPLITS, datasets, strict=True)
             ]
         if any(dataset is not None for dataset in datasets):  # one call for each model chunk

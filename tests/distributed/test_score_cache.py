@@ -136,6 +136,17 @@ def test_training_with_exact_losses_is_online_training(
         assert np.array_equal(one.losses, other.losses)
 
 
+def test_a_run_without_validation(corpus: Corpus, untied: Checkpoints, tmp_path: Path) -> None:
+    """Has no validation losses to store; its dumps are of training samples."""
+    cache = tmp_path / "cache"
+    launch(1, job(corpus, untied, cache, "--eval-iters 0"), tmp_path / "job")
+    extra = f"--slm-reference-cache {cache} --eval-iters 0 --train-iters 1 {DUMP}"
+    run = train(corpus, untied, tmp_path / "run", extra)
+    dumps = read_dumps(run.directory / "dump")
+    assert [dump.about["split"] for dump in dumps] == ["train", "train"]
+    assert run.scalars("reference loss")[1] > 0.0
+
+
 def test_a_run_goes_on_from_a_cache(
     corpus: Corpus, untied: Checkpoints, exact: Path, online: Run, tmp_path: Path
 ) -> None:
