@@ -111,7 +111,7 @@ def read_dumps(directory: Path) -> list[TokenDump]:
     for path, dump in zip(paths, dumps, strict=True):
         if not np.array_equal(dump.tokens, dumps[0].tokens):
             raise UserError(
-                f"{path} has other samples than {paths[0]}: dumps of different runs; give each run "
-                "a --slm-dump-dir of its own"
+                f"{path} has other samples than {paths[0]}: they are of different runs; keep each "
+                "run's in a directory of its own"
             )
     return dumps

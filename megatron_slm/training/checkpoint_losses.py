@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core import mpu
 from megatron.training import get_tokenizer
@@ -122,7 +123,7 @@ def score_checkpoints(args: Namespace, layer_spec: Callable[..., Any] | None) ->
             "split": samples.split,
             "checkpoint": fingerprint(checkpoint),
         }
-        if _is_there(directory, step, checkpoint, count):
+        if _is_there(directory, step, checkpoint, samples, count):
             print_rank_0(f"> iteration {step}: scored before")
             continue
         if model is None:
@@ -135,14 +136,22 @@ def score_checkpoints(args: Namespace, layer_spec: Callable[..., Any] | None) ->
     return directory
 
 
-def _is_there(directory: Path, step: int, checkpoint: ReferenceCheckpoint, count: int) -> bool:
+def _is_there(
+    directory: Path,
+    step: int,
+    checkpoint: ReferenceCheckpoint,
+    samples: FixedSamples,
+    count: int,
+) -> bool:
+    """Whether this very checkpoint has scored these very tokens."""
+
     def look() -> bool:
         path = dump_path(directory, step)
         if not path.exists():
             return False
         dump = read_dump(path)
         same = dump.about.get("checkpoint") == fingerprint(checkpoint)
-        return same and len(dump.losses) == count
+        return same and np.array_equal(dump.tokens, samples.tokens(count)[0])
 
     found: bool = on_first_rank(look)
     return found

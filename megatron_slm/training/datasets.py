@@ -80,7 +80,7 @@ class DatasetProvider:
             datasets = [
                 SampleScored(dataset, caches.sections[split])
                 if dataset is not None and split in caches.sections
-                else dataset
+                else None
                 for split, dataset in zip(SPLITS, datasets, strict=True)
             ]
         if any(dataset is not None for dataset in datasets):  # one call for each model chunk

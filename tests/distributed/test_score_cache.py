@@ -181,11 +181,13 @@ def test_training_with_two_bytes_a_token(
     corpus: Corpus, untied: Checkpoints, online: Run, tmp_path: Path
 ) -> None:
     """What is selected differs at near-ties alone, and hardly ever.  There is no validation, and so
-    no section of it."""
+    no section of it; dumps are of training samples."""
     launch(1, job(corpus, untied, tmp_path / "cache", "--eval-iters 0"), tmp_path / "job")
     assert not (tmp_path / "cache" / "valid").exists()
-    extra = f"--slm-reference-cache {tmp_path / 'cache'} --eval-iters 0"
+    extra = f"--slm-reference-cache {tmp_path / 'cache'} --eval-iters 0 {DUMP}"
     run = train(corpus, untied, tmp_path / "run", extra)
+    dumps = read_dumps(run.directory / "dump")
+    assert {dump.about["split"] for dump in dumps} == {"train"}
     first, second = records(run), records(online)
     differing = total = 0
     for one, other in zip(first, second, strict=True):

@@ -46,7 +46,7 @@ def run_facts(run: RunFiles) -> list[tuple[str, str]]:
         facts.append(("iterations", f"{iterations:,}"))
     if run.dumps:
         about = run.dumps[-1].about
-        if about["score"] is not None:
+        if about.get("score") is not None:
             facts.append(("selection", f"{about['score']}, {about['scope']}"))
     for tag, name in (
         ("selected ratio", "selected"),

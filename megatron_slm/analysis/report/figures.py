@@ -6,6 +6,7 @@ A line differs from its neighbours in its dashes as well, so that nothing depend
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,9 +68,10 @@ def figure(
     }
 
 
-def thin(values: Numbers) -> list[float]:
-    """Means of equal numbers of neighbours, at most MOST_POINTS; the values if they are few."""
+def thin(values: Numbers) -> list[float | None]:
+    """Means of equal numbers of neighbours, at most MOST_POINTS; the values if they are few.  None
+    for what is no number, which JSON does not know."""
     array = np.asarray(values, np.float64)
-    if len(array) <= MOST_POINTS:
-        return [float(value) for value in array]
-    return [float(part.mean()) for part in np.array_split(array, MOST_POINTS)]
+    if len(array) > MOST_POINTS:
+        array = np.array([part.mean() for part in np.array_split(array, MOST_POINTS)])
+    return [value if math.isfinite(value) else None for value in array.tolist()]

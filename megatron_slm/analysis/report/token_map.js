@@ -229,13 +229,25 @@ function tokenOf(target) {
 addEventListener("DOMContentLoaded", () => {
   const samples = document.getElementById("samples");
   document.getElementById("iteration").addEventListener("input", (event) => goTo(Number(event.target.value)));
-  samples.addEventListener("pointerover", (event) => pointAt(tokenOf(event.target)));
-  samples.addEventListener("pointerleave", () => pointAt(-1));
-  samples.addEventListener("blur", () => pointAt(-1));
+  // Where the keys scroll, other tokens come under a pointer that rests.
+  let byKeys = false;
+  const leave = () => {
+    byKeys = false;
+    pointAt(-1);
+  };
+  samples.addEventListener("pointerover", (event) => byKeys || pointAt(tokenOf(event.target)));
+  samples.addEventListener("pointermove", (event) => {
+    if (!byKeys || !(event.movementX || event.movementY)) return;
+    byKeys = false;
+    pointAt(tokenOf(event.target));
+  });
+  samples.addEventListener("pointerleave", () => byKeys || leave());
+  samples.addEventListener("blur", leave);
   samples.addEventListener("keydown", (event) => {
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     if (!step || !map) return;
     event.preventDefault();
+    byKeys = true;
     pointAt(Math.max(0, Math.min(map.elements.length - 1, map.current + step)));
     map.elements[map.current].scrollIntoView({ block: "nearest" });
     showCard(map.current);

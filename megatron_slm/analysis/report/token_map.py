@@ -67,16 +67,14 @@ def _spread(count: int) -> list[int]:
 
 
 def _scale(dumps: list[TokenDump], count: int) -> float:
-    """Nats at which the shading is full: few tokens are beyond."""
-    values = [
-        np.abs(
-            (dump.losses if dump.reference_losses is None else dump.losses - dump.reference_losses)[
-                :count
-            ][dump.valid[:count]]
-        )
-        for dump in dumps
-    ]
+    """Nats at which the shading is full, a multiple of 1/2: few tokens are beyond."""
+    values = []
+    for dump in dumps:
+        known = dump.reference_losses
+        shaded = dump.losses if known is None else dump.losses - known
+        values.append(np.abs(shaded[:count][dump.valid[:count]]))
     joined = np.concatenate(values)
+    joined = joined[np.isfinite(joined)]
     return max(0.5, round(float(np.quantile(joined, 0.95)) * 2) / 2) if len(joined) else 0.5
 
 
