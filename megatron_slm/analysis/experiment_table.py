@@ -59,8 +59,7 @@ def table(summary: dict[str, Any]) -> str:
     """Aligned columns, and a line in words for each arm."""
     lines = [COLUMNS, *rows(summary)]
     widths = [max(len(row[at]) for row in lines) for at in range(len(COLUMNS))]
-    text = ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in lines]  # fmt: skip
+    text = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in lines]
     return "\n".join([*text, "", *verdicts(summary)])
 
 
