@@ -122,6 +122,8 @@ def plot(directory: Path, dynamics: TokenDynamics) -> list[Path]:
     shares.spines[["top", "right"]].set_visible(False)
     paths = [directory / name for name in PLOTS]
     for path in paths:
-        figure.savefig(path, dpi=150)
+        unfinished = temporary(path)
+        figure.savefig(unfinished, dpi=150, format=path.suffix[1:])
+        unfinished.replace(path)
     pyplot.close(figure)
     return paths

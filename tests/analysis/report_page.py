@@ -62,7 +62,8 @@ def write_run(directory: Path, samples: int = SAMPLES, length: int = LENGTH) -> 
             for number, tag in enumerate(
                 """all-token loss,selected loss,unselected loss,reference loss,selected ratio,
                 threshold,excess loss,selected ratio <b>web</b>,selected ratio code,
-                selected loss code,iteration-time,batch-size""".split(",")
+                selected loss code,iteration-time,batch-size,lm loss validation-prose,
+                lm loss validation-prose ppl""".split(",")
             ):
                 writer.add_scalar(tag.strip(), 1.0 + number / 10 + 5 / at, at)
         writer.add_scalar("lm loss", float("nan"), 1)
@@ -112,6 +113,6 @@ def _summary(arm: str, own: dict[str, Any]) -> dict[str, Any]:
         "part_of_baseline_tokens": none,
         "flops_ratio": one,
         "selected_part": one,
-        "equal_compute": {"arm_at_baseline_flops": none},
+        "equal_compute": {"arm_at_baseline_flops": none, "baseline_at_arm_flops": one},
         "verdict": f"{arm} WINS <b>by far</b>.",
     }

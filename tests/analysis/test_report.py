@@ -257,6 +257,8 @@ def test_a_study_and_its_runs(browser: Any, tmp_path: Path) -> None:
     assert page.locator("#study-figures .plot .js-line").count() >= 2
     titles = page.locator("#run-figures figcaption").all_inner_texts()
     assert titles[0] == "Loss" and "Selected part of each domain" in titles
+    names = page.locator("#run-figures .plot >> nth=0").locator(".legendtext").all_text_contents()
+    assert "lm loss validation-prose" in names and len(names) == 5
     assert "H→L" in page.inner_text("#dynamics-content")
     page.select_option("#run", "3")
     assert page.locator("#run-figures .plot svg").count() > 0

@@ -252,7 +252,7 @@ def test_a_dataset_that_was_not_merged(tmp_path: Path) -> None:
     assert not idx(prefix).exists() and not bin_of(prefix).exists()
     with pytest.raises(UserError, match=r"--data-args-path .*out_text_document\.data-args\.txt"):
         check_quickly(prefix)
-    shard = next((tmp_path / "out_shards").glob("*.idx")).with_suffix("")
+    _, shard, *_ = Path(f"{prefix}.data-args.txt").read_text().split()
     check_quickly(shard, 32000)
     with pytest.raises(UserError, match="a tokenizer of 32000 tokens, this run's has 31999"):
         check_quickly(shard, 31999)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_slm.analysis.experiment_table import COLUMNS, rows, verdicts
 from megatron_slm.analysis.report.figures import band, figure, line
 from megatron_slm.errors import UserError
 
@@ -35,43 +36,25 @@ def run_directories(results: dict[str, Any]) -> list[str]:
 
 
 def study_table(results: dict[str, Any]) -> dict[str, Any]:
-    """How the arms compare, as tools/run_experiment.py has found: all at one number of tokens, but
-    for the columns of equal compute."""
+    """How the arms compare, as tools/run_experiment.py prints it."""
     summary = results["summary"]
-    baseline = summary["baseline"]
-    arms = summary["arms"]
-    means = {name: found["final_loss"]["mean"] for name, found in arms.items()}
-    lowest = min(means, key=lambda name: means[name])
-    name = baseline.upper()
+    means = {arm: found["final_loss"]["mean"] for arm, found in summary["arms"].items()}
+    lowest = min(means, key=lambda arm: means[arm])
     return {
         "lead": f"Target: {results['target']}. Compared after "
         f"{summary['compared']['tokens']:,} tokens.",
-        "head": [
-            "target loss",
-            f"minus {name}",
-            f"tokens to {name}'s loss",
-            "selected",
-            f"FLOPs / {name}'s",
-            f"loss at {name}'s FLOPs",
-        ],
+        "head": COLUMNS[1:],
         "rows": [
             {
                 "arm": arm,
                 "description": results["arms"][arm]["description"],
                 "arguments": " ".join(map(str, results["arms"][arm]["arguments"])),
                 "lowest": arm == lowest,
-                "cells": [
-                    _spread(found["final_loss"]),
-                    "" if arm == baseline else _spread(found["difference"], "+"),
-                    _part(found["part_of_baseline_tokens"]),
-                    f"{found['selected_part']['mean']:.0%}",
-                    f"{found['flops_ratio']['mean']:.2f}",
-                    _spread(found["equal_compute"]["arm_at_baseline_flops"]),
-                ],
+                "cells": cells,
             }
-            for arm, found in arms.items()
+            for arm, *cells in rows(summary)
         ],
-        "verdicts": [found["verdict"] for arm, found in arms.items() if arm != baseline],
+        "verdicts": verdicts(summary),
     }
 
 
@@ -87,18 +70,3 @@ def study_figures(results: dict[str, Any]) -> list[dict[str, Any]]:
             bands.append(band(tokens, losses.min(0).tolist(), losses.max(0).tolist(), role))
         means.append(line(name, tokens, losses.mean(0).tolist(), role))
     return [figure("Loss on the target", "tokens seen", "nats a token", [*bands, *means])]
-
-
-def _spread(values: dict[str, Any], sign: str = "") -> str:
-    """Mean and standard deviation over the seeds."""
-    if values["mean"] is None:
-        return "not known"
-    text = f"{values['mean']:{sign}.4f}"
-    return text if values["std"] is None else f"{text} \N{PLUS-MINUS SIGN} {values['std']:.4f}"
-
-
-def _part(values: dict[str, Any]) -> str:
-    missing, seeds = values["missing"], len(values["values"])
-    if values["mean"] is None:
-        return "not reached"
-    return f"{values['mean']:.0%}" + (f" ({seeds - missing} of {seeds} seeds)" if missing else "")
