@@ -6,7 +6,7 @@
 # One node                   bash examples/RECIPE.sh
 # Several, without Slurm     on each:  NODES=4 NODE_RANK=0..3 MASTER_ADDR=node0 bash examples/RECIPE.sh
 # Slurm                      sbatch --nodes 4 --ntasks-per-node 1 --gpus-per-node 8 --exclusive \
-#                                --signal USR1@600 --requeue --open-mode append \
+#                                --signal B:USR1@600 --requeue --open-mode append \
 #                                --wrap "REQUEUE=1 exec bash examples/RECIPE.sh"
 #                            (Slurm runs a copy of what it is given itself, away from this file)
 # Only see the command       DRY_RUN=1 bash examples/RECIPE.sh
@@ -23,11 +23,13 @@
 #   NODE_ADDR      this node's address, where the one of its name is on a network that others cannot
 #                  reach; expanded on each node, so '$(hostname -s)-ib' does under Slurm
 #   MAX_RESTARTS   3: a rank that fails restarts all ranks, from the last checkpoint, that often
-#   REQUEUE        0; 1 has Slurm queue the job again when USR1 has ended it, by scontrol
+#   REQUEUE        0; 1 has Slurm queue the job again when USR1 has ended it: by scontrol, in the
+#                  batch script, not in a container.  The B: of --signal sends USR1 there
 #   CHECK          1: check nodes before the start; 0 leaves it out
-#   PYTHON_ENV     shell command that sets up Python on a node; default: this repository's .venv if
-#                  there is one, which tools/environment.sh makes:  use_environment cuda.  In
-#                  NVIDIA's PyTorch container install once, into the image (README)
+#   PYTHON_ENV     shell command that sets up Python on a node; default: this repository's .venv,
+#                  which tools/environment.sh makes (use_environment cuda), unless the node's Python
+#                  has megatron_slm.  In NVIDIA's PyTorch container install once, into the image
+#                  (README)
 #   SRUN           options of srun, for example --container-image ... --container-mounts ...
 #   EXTRA          more arguments, after the recipe's, which they override
 #   NCCL_*, TORCH_*, CUDA_*, GLOO_*, UCX_*   as they are; NCCL_SOCKET_IFNAME and NCCL_IB_HCA where
@@ -64,6 +66,11 @@ _refuse() {
     exit 2
 }
 
+# Not by the directory it is called from.
+_has_megatron_slm() {
+    (cd / && python -c 'import megatron_slm') 2>/dev/null
+}
+
 # What goes wrong most often, before minutes are spent on it.
 _check_node() {
     local found name path
@@ -88,7 +95,7 @@ _check_node() {
         [ -e "$path" ] || _refuse "$path is not there (or not mounted on this node)"
     done
     [ -z "${SAVE:-}" ] || { mkdir -p "$SAVE" && [ -w "$SAVE" ]; } || _refuse "cannot write to $SAVE"
-    python -c 'import megatron_slm' 2>/dev/null || _refuse "Python has no megatron_slm; see PYTHON_ENV"
+    _has_megatron_slm || _refuse "Python has no megatron_slm; see PYTHON_ENV"
 }
 
 _command() {
@@ -106,7 +113,7 @@ _stop_ranks() {
     local rank caught told=" "
     trap '' TERM USR1
     while kill -0 "$1" 2>/dev/null; do
-        for rank in $(pgrep -P "$1" || true); do
+        for rank in $(cat "/proc/$1/task"/*/children 2>/dev/null || true); do
             caught="$(sed -n 's/^SigCgt:[[:space:]]*/0x/p' "/proc/$rank/status" 2>/dev/null || true)"
             if [[ "$told" != *" $rank "* ]] && ((${caught:-0} >> 14 & 1)); then
                 kill -TERM "$rank" 2>/dev/null || true
@@ -121,37 +128,59 @@ _notice() {
     [ -z "$noticed" ] || return 0
     noticed="$1"
     echo "> $1: saving and ending"
-    if [ "$may_be_killed" = 1 ]; then kill -HUP "$agent" || true; else _stop_ranks "$agent" & fi
+    if [ "$may_be_killed" = 1 ]; then kill -HUP "$started" || true; else _stop_ranks "$started" & fi
+}
+
+# Of what was started, which signals do not end at once.
+_wait_for() {
+    status=129
+    while [ "$status" -gt 128 ] && kill -0 "$1" 2>/dev/null; do
+        status=0
+        wait "$1" || status=$?
+    done
 }
 
 # Runs on every node.  Signals go past torchrun, which ignores them, to the ranks.
 _run_node() {
-    local agent status noticed=""
     # shellcheck disable=SC1091
     # Activation scripts often read variables that are not set.
     if [ -n "${PYTHON_ENV:-}" ]; then set +u && eval "$PYTHON_ENV" && set -u
-    elif [ -f "$slm_root/.venv/bin/activate" ]; then source "$slm_root/.venv/bin/activate"; fi
+    elif [ -f "$slm_root/.venv/bin/activate" ] && ! _has_megatron_slm; then
+        source "$slm_root/.venv/bin/activate"
+    fi
     if [ "$CHECK" = 1 ]; then _check_node; fi
     (trap '' TERM USR1 && exec "${torchrun[@]}") &
-    agent=$!
+    started=$!
     trap '_notice TERM' TERM
     trap '_notice USR1' USR1
-    status=129
-    while [ "$status" -gt 128 ] && kill -0 "$agent" 2>/dev/null; do
-        status=0
-        wait "$agent" || status=$?
-    done
+    _wait_for "$started"
     if [[ "$may_be_killed" = 1 && -n "$noticed" ]]; then status=0; fi
-    if [[ "$REQUEUE" = 1 && "$noticed" = USR1 && "$status" = 0 && "$NODE_RANK" = 0 ]] &&
-        [ -n "${SLURM_JOB_ID:-}" ]; then
-        scontrol requeue "$SLURM_JOB_ID"
-    fi
-    return "$status"
+}
+
+# The batch script starts itself again on every node, as one step, which srun passes signals on to.
+_run_step() {
+    export MASTER_ADDR
+    # shellcheck disable=SC2086
+    SLM_STEP_OF="$SLURM_JOB_ID" srun --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
+        $SRUN bash "$slm_recipe" &
+    started=$!
+    trap 'noticed=TERM; kill -TERM "$started" || true' TERM
+    trap 'noticed=USR1; kill -USR1 "$started" || true' USR1
+    _wait_for "$started"
+}
+
+_under_slurm() {
+    [ -n "${SLURM_JOB_ID:-}" ]
+}
+
+# Else this is the batch script or the shell of salloc, which to some versions of Slurm is a step.
+_in_our_step() {
+    [ "${SLM_STEP_OF:-}" = "$SLURM_JOB_ID" ]
 }
 
 launch() {
-    local torchrun ranks_per_node="${RANKS_PER_NODE:-$GPUS_PER_NODE}"
-    if [ -n "${SLURM_JOB_ID:-}" ]; then
+    local torchrun started status noticed="" ranks_per_node="${RANKS_PER_NODE:-$GPUS_PER_NODE}"
+    if _under_slurm; then
         MASTER_ADDR="${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)}"
         NODE_RANK="${SLURM_NODEID:-$NODE_RANK}"
     fi
@@ -161,15 +190,18 @@ launch() {
         _command "$@" $EXTRA
         printf '%q ' "${torchrun[@]}"
         echo
-    elif [ -n "${SLURM_JOB_ID:-}" ] && [ -z "${SLURM_STEP_ID:-}" ]; then
-        # The batch script starts itself again on every node, as one step.
-        export MASTER_ADDR
-        # shellcheck disable=SC2086
-        exec srun --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
-            $SRUN bash "$slm_recipe"
-    else
+        return
+    fi
+    if ! _under_slurm || _in_our_step || [[ -n "${SLURM_STEP_ID:-}" && "$NODES" = 1 ]]; then
         # shellcheck disable=SC2086
         _command "$@" $EXTRA
         _run_node
+    else
+        _run_step
     fi
+    if [[ "$REQUEUE" = 1 && "$noticed" = USR1 && "$status" = 0 ]] && _under_slurm &&
+        ! _in_our_step; then
+        scontrol requeue "$SLURM_JOB_ID"
+    fi
+    return "$status"
 }

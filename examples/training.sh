@@ -57,6 +57,7 @@ if [[ "$DATA" == *.txt ]]; then
     INPUTS+=" $DATA"
     data=(--data-args-path "$DATA")
 fi
+# The split: validation is of the corpus, which has that much less of each dataset for training.
 training=(
     "${model[@]}" "${llama[@]}" "${layout[@]}" "${data[@]}"
     --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --bf16

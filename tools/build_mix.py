@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_slm.data.blend import check_draws
 from megatron_slm.data.mix import build_mix, read_recipe, table, write_mix
-from megatron_slm.errors import exit_on_user_error
+from megatron_slm.errors import UserError, exit_on_user_error
 
 
 def build_parser() -> ArgumentParser:
@@ -36,6 +36,8 @@ def main(arguments: list[str]) -> None:
         print(table(recipe, shares))
         length = args.check_sequence_length
         if length is not None:
+            if length < 1:
+                raise UserError(f"--check-sequence-length {length}: tokens of a sample")
             parts = check_draws(recipe, shares, length)
             drawn = zip(shares, parts, strict=True)
             print("drawn: " + ", ".join(f"{share.source.name} {part:.3%}" for share, part in drawn))

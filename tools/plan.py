@@ -137,8 +137,8 @@ def cost_of_selection(
 ) -> Iterator[str]:
     """FLOPs of a step of SLM by those of a step of CLM: the recipe's, and for references of the
     policy's size, of TinyLlama's, and for losses that are known."""
-    clm = step_flops(model, [], replace(work, ratio=1.0, head="dense"))
-    selecting = replace(work, head="chunked")
+    clm = step_flops(model, [], replace(work, ratio=1.0, head="dense", ranks_first=False))
+    selecting = replace(work, head="chunked", ranks_first=False)
     yield line("SLM / CLM step, the recipe's", f"{step_flops(model, scoring, work) / clm:.2f}")
     for one in dict.fromkeys((model, TINYLLAMA)):
         size = parameters(one, work.padded_vocabulary) / 1e9

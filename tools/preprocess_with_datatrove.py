@@ -15,7 +15,7 @@ from preprocess_data import build_parser, report, settings_of
 
 from megatron_slm.data.executors import run_with_datatrove
 from megatron_slm.data.preprocess import preprocess
-from megatron_slm.errors import exit_on_user_error
+from megatron_slm.errors import UserError, exit_on_user_error
 
 
 def main(arguments: list[str]) -> None:
@@ -26,14 +26,17 @@ def main(arguments: list[str]) -> None:
     group.add_argument("--executor", choices=["local", "slurm", "ray"], default="local")
     group.add_argument("--tasks", type=int, default=1, metavar="N", help="Of the executor.")
     group.add_argument("--logging-dir", required=True, metavar="DIR")
-    group.add_argument("--partition", help="Of Slurm.")
+    group.add_argument("--partition", help="Of Slurm, which needs it.")
+    group.add_argument("--qos", default="normal", help="Of Slurm. Default: normal.")
     group.add_argument("--time", default="24:00:00", help="For a Slurm task.")
     args = parser.parse_args(arguments)
     with exit_on_user_error():
         settings = settings_of(args)
         options: dict[str, Any] = {}
         if args.executor == "slurm":
-            options = {"partition": args.partition, "time": args.time}
+            if args.partition is None:
+                raise UserError("--executor slurm: name a --partition")
+            options = {"partition": args.partition, "time": args.time, "qos": args.qos}
             options["cpus_per_task"] = settings.workers
         run_with_datatrove(settings, args.executor, args.tasks, args.logging_dir, options)
         if args.executor == "slurm":

@@ -89,7 +89,10 @@ def run(
 ) -> list[Instance]:
     """Make what is not there yet; the arms' runs, all of them done."""
     instances = plan(recipe, arms, seeds)
-    study.mkdir(parents=True, exist_ok=True)
+    try:
+        study.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {study}: {error.strerror}") from error
     with _lock(study) as lock:
         todo = [one for one in instances if not one.done(study)]
         bar = tqdm(total=len(instances), initial=len(instances) - len(todo), unit="task")

@@ -13,6 +13,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from megatron_slm.analysis.experiment_recipe import BASELINE
+from megatron_slm.errors import UserError
 
 Curve = Sequence[tuple[int, int, float]]
 
@@ -58,11 +59,18 @@ def cut(run: RunResult, iteration: int) -> RunResult:
 
 
 def compared_at(runs: Runs) -> int:
-    """The last iteration at which all runs have been validated."""
+    """The last iteration at which all runs have been validated.
+
+    Raises:
+        UserError: there is none.
+    """
     points = [
         {point[0] for point in run.curve} for seeds in runs.values() for run in seeds.values()
     ]
-    return max(set.intersection(*points))
+    common = set.intersection(*points)
+    if not common:
+        raise UserError("no iteration at which all arms were validated: see --eval-interval")
+    return max(common)
 
 
 def tokens_to_reach(curve: Curve, loss: float) -> float | None:

@@ -83,7 +83,8 @@ class Instance:
         directory = study / self.directory
         if _hash_in(directory / "begun.json") != self.hash:
             if directory.exists():
-                (directory / "record.json").unlink(missing_ok=True)
+                for name in ("record.json", "begun.json"):  # first: this may be killed
+                    (directory / name).unlink(missing_ok=True)
                 shutil.rmtree(directory)
             directory.mkdir(parents=True)
             write_json(directory / "begun.json", {"hash": self.hash})

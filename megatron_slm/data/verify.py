@@ -118,6 +118,8 @@ def _refuse_offsets(prefix: Path, at: Any, offsets: Any, expected: Any) -> None:
 def pairs_of(prefix: str) -> Iterator[tuple[str, dict[str, Any] | None]]:
     """Prefixes and manifests of a dataset's pairs of files: several if it was not merged."""
     manifest = read_manifest(manifest_path(prefix))
+    if manifest is not None and "shards" not in manifest:
+        raise UserError(f"{prefix} is a mix: verify the datasets in {prefix}.data-args.txt")
     if manifest is None or manifest["merged"]:
         yield prefix, manifest
         return

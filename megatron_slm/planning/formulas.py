@@ -45,7 +45,8 @@ class Layout:
 class Work:
     """What a step does.
 
-    ratio: token selection ratio.  weight_bytes: e.  optimizer_bytes: of Adam for a parameter.
+    ratio: token selection ratio.  ranks_first: a forward of the policy precedes the step, to rank
+    the tokens of the global batch.  weight_bytes: e.  optimizer_bytes: of Adam for a parameter.
     kernels: whose layers.  fused_gradients: weight gradients go straight into the buffer.
     recompute: layers whose activations are recomputed together; 0 for none.
     """
@@ -55,6 +56,7 @@ class Work:
     global_batch: int
     padded_vocabulary: int
     ratio: float = 1.0
+    ranks_first: bool = False
     head: Literal["dense", "chunked"] = "chunked"
     weight_bytes: int = 2
     gradient_bytes: int = 4
@@ -256,7 +258,7 @@ def step_flops(
     total += 3 * projections + 7 * attention // 2
     if work.recompute:
         total += projections + attention
-    for reference in references:
+    for reference in (*references, *[a] * work.ranks_first):
         total += sum(forward_flops(reference, tokens, work.sequence, causal=causal))
         total += 2 * tokens * reference.hidden * work.padded_vocabulary
     return total

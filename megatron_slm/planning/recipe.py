@@ -45,9 +45,11 @@ def read_recipe(script: Path, settings: dict[str, str]) -> Recipe:
     Raises:
         UserError: it fails, or prints no command.
     """
+    # The cluster is the one that was asked for, not the job in which this runs.
+    own = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     done = subprocess.run(
         ["bash", str(script)],
-        env=os.environ | settings | {"DRY_RUN": "1"},
+        env=own | settings | {"DRY_RUN": "1"},
         capture_output=True,
         text=True,
         check=False,
@@ -191,6 +193,7 @@ def work_of(
         global_batch=args.global_batch_size,
         padded_vocabulary=args.padded_vocab_size,
         ratio=args.slm_token_ratio,
+        ranks_first=args.slm_global_batch == "exact",
         head=args.slm_head or ("chunked" if selects else "dense"),
         weight_bytes=2 if half else 4,
         gradient_bytes=2 if half and args.grad_reduce_in_bf16 else 4,

@@ -55,15 +55,19 @@ class MovingAverage(OnlineReference):
         self.arguments = arguments
         self.decay = decay
         self.average: list[Tensor] | None = None
+        self.followed: int | None = None  # the last iteration
         if resume is not None:
             directory, iteration = resume
             self.average = [_float_copy(parameter) for parameter in self.model.parameters()]
             self._load(Path(directory) / DIRECTORY, iteration)
 
     @torch.no_grad()
-    def follow(self, policy: Sequence[torch.nn.Module], training: bool) -> None:
-        """Take the policy's weights into the average.  Call before each step, which is a `training`
-        step or leaves the average as it is.
+    def follow(self, policy: Sequence[torch.nn.Module], iteration: int | None) -> None:
+        """Take the policy's weights into the average.  Call before each step.
+
+        Args:
+            iteration: of training, which may be repeated (Megatron's rerun machinery) and counts
+                once; None for a step that leaves the average as it is.
 
         Raises:
             UserError: the policy's layers are not cut as the reference's.
@@ -78,8 +82,9 @@ class MovingAverage(OnlineReference):
             )
         if self.average is None:
             self.average = [_float_copy(theirs[name]) for name in own]
-        elif not training:
+        elif iteration in (None, self.followed):
             return
+        self.followed = iteration
         for average, (name, parameter) in zip(self.average, own.items(), strict=True):
             average.lerp_(theirs[name].float(), 1.0 - self.decay)
             parameter.copy_(average)
@@ -92,7 +97,11 @@ class MovingAverage(OnlineReference):
             directory.mkdir(parents=True, exist_ok=True)
         torch.distributed.barrier()
         metadata = {"dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
-        state = {"args": self.arguments, "iteration": iteration, "model": self._sharded(metadata)}
+        # Megatron warns of what differs between ranks.
+        arguments = Namespace(**vars(self.arguments))
+        for name in ("rank", "local_rank"):
+            vars(arguments).pop(name, None)
+        state = {"args": arguments, "iteration": iteration, "model": self._sharded(metadata)}
         dist_checkpointing.save(state, str(directory))
         if first:
             (directory.parent / TRACKER).write_text(str(iteration))

@@ -40,10 +40,11 @@ class CarriedThreshold:
         return self.thresholds
 
     def after(self, iteration: int, exact: list[float], has_tokens: list[bool]) -> None:
-        """Take in the exact thresholds of a step; a set without tokens keeps what it has."""
+        """Take in the exact thresholds of a step; a set without tokens keeps what it has.  There
+        are none until a step had tokens of all sets."""
         old = self.thresholds
         if old is None:
-            self.found = tuple(exact)
+            self.found = tuple(exact) if all(has_tokens) else None
         else:
             self.found = tuple(
                 DECAY * was + (1.0 - DECAY) * new if any_token else was

@@ -128,6 +128,13 @@ def _total(counts: Tensor, placement: Placement) -> Tensor:
     return counts.long()
 
 
+def segments(samples: int, run: int, cp_size: int, number_of_sets: int) -> int:
+    """How many a scope has, at most MAX_SEGMENTS; arguments as in Placement."""
+    if cp_size > 1:
+        return samples * 2 * cp_size
+    return samples if number_of_sets > 1 else -(-samples // run)
+
+
 def _rank_among_ties(
     ties: Tensor, sets: Tensor, placement: Placement, number_of_sets: int
 ) -> Tensor:
@@ -149,11 +156,11 @@ def _rank_among_ties(
 
     chunks = 2 * placement.cp_size if placement.cp_size > 1 else 1
     run = placement.run if chunks == 1 and number_of_sets == 1 else 1
-    segments = (placement.total + run - 1) // run * chunks
-    if segments > MAX_SEGMENTS:
+    number = segments(placement.total, placement.run, placement.cp_size, number_of_sets)
+    if number > MAX_SEGMENTS:
         raise ValueError(
             f"a scope of {placement.total} samples over {placement.cp_size} context-parallel ranks "
-            f"has {segments} segments, more than {MAX_SEGMENTS}; use a narrower scope"
+            f"has {number} segments, more than {MAX_SEGMENTS}; use a narrower scope"
         )
     length = ties.shape[1]
     chunk = torch.zeros(length, dtype=torch.int64, device=ties.device)
@@ -162,18 +169,18 @@ def _rank_among_ties(
         chunk[length // 2 :] = chunks - 1 - placement.cp_rank
     segment = (placement.samples // run * chunks)[:, None] + chunk
 
-    table = torch.zeros(2 * segments, dtype=torch.int32, device=ties.device)
-    mine = table[:segments]
+    table = torch.zeros(2 * number, dtype=torch.int32, device=ties.device)
+    mine = table[:number]
     mine.index_add_(0, segment.flatten(), ties.flatten().to(torch.int32))
     local = mine.long()
     if number_of_sets > 1 and placement.cp_rank == 0:
         every = segment[:, :1] + torch.arange(chunks, device=ties.device)
-        table[segments:][every] = sets[:, None].to(torch.int32)
+        table[number:][every] = sets[:, None].to(torch.int32)
     if number_of_sets == 1:
         table = mine
     whole = _total(table, placement)
-    set_of_segment = whole[segments:] if number_of_sets > 1 else torch.zeros_like(local)
-    before = _before_in_set(whole[:segments], set_of_segment, number_of_sets)
+    set_of_segment = whole[number:] if number_of_sets > 1 else torch.zeros_like(local)
+    before = _before_in_set(whole[:number], set_of_segment, number_of_sets)
     before_here = _before_in_set(local, set_of_segment, number_of_sets)
     return local_rank + (before - before_here)[segment]
 

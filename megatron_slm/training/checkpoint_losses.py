@@ -66,6 +66,9 @@ def parse_arguments(add_own: Callable[[ArgumentParser], ArgumentParser]) -> Name
     for name in NUMBERS:
         if getattr(args, name) is None:
             setattr(args, name, getattr(saved, name, None))
+    # The run's own checkpoints are scored as its reference is not.
+    args.slm_reference_offload = args.slm_reference_fp8 = False
+    args.slm_reference_micro_batch_size = None
     return args
 
 

@@ -20,6 +20,7 @@ from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.training import get_args
 from torch import Tensor
 
+from megatron_slm.errors import UserError
 from megatron_slm.selection import Choice, TokenSelector, context_parallel_part, random_scores
 from megatron_slm.training.micro_batch import MicroBatch
 from megatron_slm.training.settings import SelectiveSettings, Step
@@ -162,19 +163,30 @@ class MicroBatchObjective:
         return {name: _nonzero_denominator(pair) for name, pair in report.items()}
 
     def _check(self, loss: Tensor) -> None:
-        """Megatron's checks of a loss, and none of the scores may be NaN."""
+        """Megatron's checks of a loss, and none of the scores may be NaN.
+
+        Raises:
+            UserError: the reference overflows, which no loss scale mends and Megatron, which checks
+                nothing under fp16, would not see.
+        """
         args = get_args()
+        batch = self.micro_batch
+        if batch.scores is not None and batch.reference_losses is not None:
+            nan = batch.reference_losses.isnan() & batch.valid
+            if samples := nan.any(1).nonzero().flatten().tolist():
+                raise UserError(
+                    f"the reference's losses of samples {samples} of micro-batch {batch.number} "
+                    f"are NaN (rank {torch.distributed.get_rank()}, iteration "
+                    f"{self.step.iteration}): its checkpoint is bad, or it needs --bf16"
+                )
         rerun = get_rerun_state_machine()
         validate = partial(rerun.validate_result, result=loss, tolerance=0.0)
         if args.check_for_nan_in_loss_and_grad:
-            if self.micro_batch.scores is not None:
-                nan = self.micro_batch.scores.isnan() & self.micro_batch.valid
-                found = bool(nan.any())
-                samples = nan.any(1).nonzero().flatten().tolist() if found else []
+            if batch.scores is not None:
+                found = bool((batch.scores.isnan() & batch.valid).any())
                 validate(
                     rejection_func=lambda _: found,
-                    message=f"found NaN in the token scores of samples {samples} of micro-batch "
-                    f"{self.micro_batch.number}",
+                    message=f"found NaN in the token scores of micro-batch {batch.number}",
                     fatal=True,
                 )
             for test, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):

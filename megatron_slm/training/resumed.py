@@ -6,6 +6,7 @@ Megatron's checkpoints keep the arguments of the run that wrote them, and so wha
 from __future__ import annotations
 
 from argparse import Namespace
+from pathlib import Path
 
 from megatron.core import dist_checkpointing
 from megatron.training.checkpointing import get_checkpoint_name
@@ -18,6 +19,9 @@ def saved_arguments(args: Namespace) -> Namespace:
     if args.load is None or args.iteration == 0:
         return Namespace()
     directory = get_checkpoint_name(args.load, args.iteration, return_base_dir=True)
+    if not Path(directory).exists():  # Megatron prefers a later one that is not for keeps
+        temporary = args.non_persistent_global_ckpt_dir or Path(args.load) / "non_persistent"
+        directory = get_checkpoint_name(str(temporary), args.iteration, return_base_dir=True)
     saved: Namespace = dist_checkpointing.load_common_state_dict(directory)["args"]
     return saved
 

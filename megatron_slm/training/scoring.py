@@ -80,6 +80,8 @@ def parse_arguments(add_own: Callable[[ArgumentParser], ArgumentParser]) -> Name
     saved = open_checkpoint(load, args.slm_reference_ckpt_step).arguments
     settle_arguments(args, saved)
     if args.by == "sample" and args.train_iters is None:
+        if args.train_samples is None:
+            raise UserError("give --train-iters or --train-samples, as the run has them")
         args.train_iters = args.train_samples // args.global_batch_size
     return args
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_slm.errors import UserError
 from megatron_slm.selection import NEED_REFERENCE, RatioSchedule, SelectionSettings
+from megatron_slm.selection.top_fraction import MAX_SEGMENTS, segments
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,15 @@ def settings_from_arguments(args: Namespace) -> SelectiveSettings:
     head: Literal["dense", "chunked"] = args.slm_head or ("chunked" if selective else "dense")
     if head == "dense" and args.slm_score == "policy-entropy":
         raise UserError("--slm-score policy-entropy needs --slm-head chunked")
+    if head == "chunked" and args.logits_save_dir is not None:
+        raise UserError("--logits-save-dir needs --slm-head dense: the chunked head keeps no logits")
+    if selective:
+        _check_scope(args, max(1, len(own_ratios)))
+        # What a resumed run takes over from its checkpoint is read by these only.
+        if args.ckpt_format != "torch_dist":
+            raise UserError(f"--ckpt-format {args.ckpt_format}: selection needs torch_dist")
+        if args.non_persistent_ckpt_type == "local":
+            raise UserError("--non-persistent-ckpt-type local: selection needs global")
     return SelectiveSettings(
         selection=SelectionSettings(
             scope=args.slm_scope,
@@ -94,6 +104,22 @@ def settings_from_arguments(args: Namespace) -> SelectiveSettings:
         domains=domains if selective else (),
         seed=args.seed,
     )
+
+
+def _check_scope(args: Namespace, sets: int) -> None:
+    """Whether ranks can agree on ties in a scope."""
+    micro_batch = args.micro_batch_size
+    scope = {
+        "global-batch": args.global_batch_size,
+        "data-parallel": micro_batch * args.data_parallel_size,
+    }
+    samples, size = scope.get(args.slm_scope, micro_batch), args.context_parallel_size
+    found = segments(samples, micro_batch, size, sets)
+    if found > MAX_SEGMENTS:
+        raise UserError(
+            f"--slm-scope {args.slm_scope} has {samples} samples over {size} context-parallel "
+            f"ranks, {found} segments, and at most {MAX_SEGMENTS} can be ranked; take a narrower one"
+        )
 
 
 def _ratio(text: str | float, flag: str) -> float:

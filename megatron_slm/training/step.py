@@ -75,7 +75,10 @@ class SelectiveStep:
             self.reference = self.source.build()
         selection = self.settings.selection
         carries = selection.scope == "global-batch" and not selection.exact
-        state = getattr(self.load_saved(), "slm_carried_threshold", None) if carries else None
+        saved = self.load_saved() if carries else Namespace()
+        # Of another score or of other sets it would mean nothing.
+        same = getattr(saved, "slm_carried_for", None) == self._carried_for
+        state = getattr(saved, "slm_carried_threshold", None) if same else None
         self.carried = CarriedThreshold.from_state(state)
 
     def run(
@@ -107,7 +110,7 @@ class SelectiveStep:
             with_losses=self._cached,
         )
         if isinstance(self.reference, MovingAverage):
-            self.reference.follow(rest["model"], step.training)
+            self.reference.follow(rest["model"], iteration if step.training else None)
         if self.reference is not None and step.selects:
             # Of training steps alone, as Megatron's own interval is.
             with _timed("slm-reference", when=step.training and not self._cached):
@@ -152,6 +155,12 @@ class SelectiveStep:
         """What has to be on the disk before the policy's checkpoint.  Collective over all ranks."""
         if isinstance(self.reference, MovingAverage):
             self.reference.save(get_args().save, iteration)
+
+    @property
+    def _carried_for(self) -> tuple[str, ...]:
+        """What the carried thresholds are of: the score and, with ratios of their own, the sets."""
+        selection = self.settings.selection
+        return (selection.score, *(self.settings.domains if selection.domain_ratios else ()))
 
     @property
     def _by_domain(self) -> bool:
@@ -222,7 +231,7 @@ class SelectiveStep:
         step = self._begin(True, iteration)
         step = replace(step, training=False, selects=self.settings.selective)
         if isinstance(self.reference, MovingAverage):
-            self.reference.follow(arguments["model"], training=False)
+            self.reference.follow(arguments["model"], None)
 
         def score(batches: list[MicroBatch]) -> list[Scored]:
             sizes = {"num_microbatches": len(batches)}
@@ -258,8 +267,10 @@ class SelectiveStep:
         found = torch.zeros(2, number, device=torch.cuda.current_device())
         if mpu.is_pipeline_last_stage():
             selection = self.selector.select_from_step(*self._whole_step(seen))
-            found[0] = torch.where(selection.count > 0, selection.threshold, 0.0)
-            found[1] = selection.count > 0
+            # A step that overflows must not stay in the average.
+            known = (selection.count > 0) & selection.threshold.isfinite()
+            found[0] = torch.where(known, selection.threshold, 0.0)
+            found[1] = known
         if mpu.get_pipeline_model_parallel_world_size() > 1:
             torch.distributed.broadcast(
                 found,
@@ -270,6 +281,7 @@ class SelectiveStep:
         self.carried.after(self.step.iteration, thresholds, [bool(any_) for any_ in has_tokens])
         # Megatron's checkpoints carry the arguments, and so this.
         get_args().slm_carried_threshold = self.carried.state()
+        get_args().slm_carried_for = self._carried_for
 
 
 @contextmanager

@@ -172,6 +172,8 @@ def test_summary_of_seeds() -> None:
     assert "reaches CLM's final loss with 50% of its tokens" in slm["verdict"]
     assert "random LOSES to CLM by 0.2500 nats with all 2 seeds" in random["verdict"]
     assert "not reached" in table(found)
+    with pytest.raises(UserError, match="no iteration at which all arms were validated"):
+        compared_at(runs | {"never": {1: result([(15, 150, 4.0)])}})
     runs["slm"][2] = replace(runs["slm"][2], curve=tuple(worse))
     mixed = summary(runs)["arms"]["slm"]["verdict"]
     assert "slm is lower with 1 of 2 seeds only" in mixed

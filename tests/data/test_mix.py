@@ -70,6 +70,8 @@ def test_shares_are_exact_and_drawn(tmp_path: Path, corpora: dict[str, int]) -> 
         assert source["epochs"] == pytest.approx(source["tokens"] / corpora[source["name"]])
         assert f"{corpora[source['name']]:,}" in result.out
 
+    verified = run_tool("verify_dataset", tmp_path / "mix")
+    assert verified.code == 2 and "verify the datasets in" in verified.err
     drawn = shares_drawn(list(weights.items()), budget // 16)
     for name, ratio in RATIOS.items():
         share = sum(part for path, part in drawn.items() if f"/{name}" in path)

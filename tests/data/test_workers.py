@@ -148,7 +148,8 @@ def test_slurm_array(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         cwd=TOOLS.parent,
-        env=os.environ | {"PATH": path, "JOBS": str(tmp_path / "jobs")},
+        # Also from a shell that is a job itself.
+        env=os.environ | {"PATH": path, "JOBS": str(tmp_path / "jobs"), "SLURM_JOB_ID": "5"},
         timeout=TIMEOUT,
     )
     assert run.returncode == 0, run.stderr

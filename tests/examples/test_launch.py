@@ -155,16 +155,19 @@ def test_kill_restart_stop_and_go_on(corpus: Corpus, base: Path, tmp_path: Path)
     tracker = save / "latest_checkpointed_iteration.txt"
     assert int(tracker.read_text()) == last
 
-    # Under Slurm, whose time is up before the first step.
-    queue = tmp_path / "scontrol"
-    queue.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/queued\n')
-    queue.chmod(0o755)
-    slurm = {"SLURM_JOB_ID": 11, "SLURM_STEP_ID": 0, "SLURM_JOB_NUM_NODES": 1, "SLURM_NODEID": 0}
+    # Under Slurm, whose time is up before the first step: the batch script alone is told.
+    for name, text in {
+        "scontrol": f'echo "$@" >> {tmp_path}/queued',
+        "srun": 'while [ "$1" != bash ]; do shift; done; SLURM_NODEID=0 SLURM_STEP_ID=0 exec "$@"',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_ID": 11, "SLURM_JOB_NUM_NODES": 1}
     slurm |= {"MASTER_ADDR": "localhost", "REQUEUE": 1, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     job = Started(tmp_path / "second", [own | slurm])
     try:
         job.ranks(2)
-        job.signal_all(signal.SIGUSR1)
+        job.processes[0].send_signal(signal.SIGUSR1)
         job.ended()
     finally:
         job.signal_all(signal.SIGKILL)

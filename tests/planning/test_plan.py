@@ -17,7 +17,11 @@ def plan(directory: Path, recipe: str, *more: str) -> tuple[int, str]:
     return run.codes[0], run.outputs[0]
 
 
-def test_a_recipe_fits_and_better_layouts_are_proposed(tmp_path: Path) -> None:
+def test_a_recipe_fits_and_better_layouts_are_proposed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "5")  # in which a plan is made, of one node
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "1")
     code, output = plan(tmp_path, "pretrain_slm_70b.sh", "NODES=16", "--layouts", "3")
     assert code == 0, output
     lines = output.splitlines()

@@ -130,6 +130,14 @@ def test_carried_threshold_takes_a_repeated_step_once() -> None:
     assert once.before(4) == twice.before(4)
 
 
+def test_carried_threshold_begins_when_all_sets_had_tokens() -> None:
+    carried = CarriedThreshold()
+    carried.after(0, [1.0, 0.0], [True, False])
+    assert carried.before(1) is None
+    carried.after(1, [1.0, 2.0], [True, True])
+    assert carried.before(2) == (1.0, 2.0)
+
+
 def test_carried_threshold_survives_a_checkpoint() -> None:
     straight = CarriedThreshold()
     for iteration in range(8):

@@ -105,6 +105,11 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         lambda _: ["--slm-global-batch", "exact"],
         "--slm-scope global-batch",
     ),
+    "a scope that cannot be ranked": (
+        lambda _: ["--slm-scope", "global-batch", "--global-batch-size", "48000"],
+        "16000 segments",
+    ),
+    "checkpoints of another format": (lambda _: ["--ckpt-format", "torch"], "needs torch_dist"),
     "entropy from the dense head": (
         lambda _: ["--slm-score", "policy-entropy", "--slm-head", "dense"],
         "--slm-head chunked",
