@@ -161,8 +161,8 @@ _run_node() {
 _run_step() {
     export MASTER_ADDR
     # shellcheck disable=SC2086
-    SLM_STEP_OF="$SLURM_JOB_ID" srun --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
-        $SRUN bash "$slm_recipe" &
+    SLM_STEP_OF="$SLURM_JOB_ID" srun --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 \
+        --kill-on-bad-exit=1 $SRUN bash "$slm_recipe" &
     started=$!
     trap 'noticed=TERM; kill -TERM "$started" || true' TERM
     trap 'noticed=USR1; kill -USR1 "$started" || true' USR1
