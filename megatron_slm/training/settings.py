@@ -79,7 +79,9 @@ def settings_from_arguments(args: Namespace) -> SelectiveSettings:
     if head == "dense" and args.slm_score == "policy-entropy":
         raise UserError("--slm-score policy-entropy needs --slm-head chunked")
     if head == "chunked" and args.logits_save_dir is not None:
-        raise UserError("--logits-save-dir needs --slm-head dense: the chunked head keeps no logits")
+        raise UserError(
+            "--logits-save-dir needs --slm-head dense: the chunked head keeps no logits"
+        )
     if selective:
         _check_scope(args, max(1, len(own_ratios)))
         # What a resumed run takes over from its checkpoint is read by these only.
@@ -118,7 +120,7 @@ def _check_scope(args: Namespace, sets: int) -> None:
     if found > MAX_SEGMENTS:
         raise UserError(
             f"--slm-scope {args.slm_scope} has {samples} samples over {size} context-parallel "
-            f"ranks, {found} segments, and at most {MAX_SEGMENTS} can be ranked; take a narrower one"
+            f"ranks, {found} segments; at most {MAX_SEGMENTS} can be ranked: take a narrower one"
         )
 
 
