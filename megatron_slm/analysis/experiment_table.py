@@ -23,7 +23,7 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
             arm,
             spread(found["final_loss"]),
             "" if arm == summary["baseline"] else spread(found["difference"], "+"),
-            part(found["part_of_baseline_tokens"]),
+            "" if arm == summary["baseline"] else part(found["part_of_baseline_tokens"]),
             f"{found['selected_part']['mean']:.0%}",
             f"{found['flops_ratio']['mean']:.2f}",
             spread(found["equal_compute"]["arm_at_baseline_flops"]),

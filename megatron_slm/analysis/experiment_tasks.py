@@ -16,7 +16,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -214,8 +213,5 @@ def _die_with_parent() -> None:
 
 def _one_rank() -> dict[str, str]:
     """What torchrun would set; it overrides them where it is used."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    return rank | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return rank | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # any that is free
