@@ -59,8 +59,11 @@ def study_table(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def study_figures(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Target loss over tokens: each arm's mean, between the lowest and the highest of its seeds."""
-    bands, means = [], []
+    """Target loss over tokens: each arm's mean, between the lowest and the highest of its seeds.
+
+    An arm that diverges leaves the figure, whose others could not be told apart else.
+    """
+    bands, means, means_by_arm = [], [], {}
     for role, (name, arm) in enumerate(results["arms"].items()):
         curves = [np.asarray(seed["curve"], float) for seed in arm["seeds"].values()]
         length = min(map(len, curves))
@@ -68,5 +71,13 @@ def study_figures(results: dict[str, Any]) -> list[dict[str, Any]]:
         losses = np.stack([curve[:length, 2] for curve in curves])
         if len(curves) > 1:
             bands.append(band(tokens, losses.min(0).tolist(), losses.max(0).tolist(), role))
-        means.append(line(name, tokens, losses.mean(0).tolist(), role))
-    return [figure("Loss on the target", "tokens seen", "nats a token", [*bands, *means])]
+        means_by_arm[name] = losses.mean(0)
+        means.append(line(name, tokens, means_by_arm[name].tolist(), role))
+    baseline = means_by_arm[results["summary"]["baseline"]]
+    low = min(map(np.min, means_by_arm.values()))
+    top = 2 * baseline.max() - baseline.min()
+    title, axis = "Loss on the target", {}
+    if max(map(np.max, means_by_arm.values())) > top:
+        title += " (cut at the top; a double click shows all)"
+        axis = {"range": [float(low - 0.05 * (top - low)), float(top)]}
+    return [figure(title, "tokens seen", "nats a token", [*bands, *means], yaxis=axis)]
