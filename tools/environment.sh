@@ -33,10 +33,14 @@ use_environment() {
     stamp="$root/.venv/installed${extra:+-$extra}"
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         echo "> installing megatron-slm and what it needs into .venv (torch and CUDA: 5 GB)"
-        pip install --quiet --disable-pip-version-check --editable "$root" || return 1
-        # Transformer Engine is built against the torch that is installed.
-        pip install --quiet --disable-pip-version-check --no-build-isolation \
-            --editable "$root${extra:+[$extra]}" || return 1
+        if [ "$extra" = cuda ]; then # Transformer Engine is built against the torch that is there
+            pip install --quiet --disable-pip-version-check --editable "$root" || return 1
+            pip install --quiet --disable-pip-version-check --no-build-isolation \
+                --editable "$root[cuda]" || return 1
+        else
+            pip install --quiet --disable-pip-version-check --editable "$root${extra:+[$extra]}" \
+                || return 1
+        fi
         echo "$wanted" > "$stamp"
     fi
 }
