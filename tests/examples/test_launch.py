@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shlex
@@ -15,13 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from jobs import Corpus
 from launch import REPOSITORY, recipe_environment
-from megatron_slm.model.architecture import Architecture, to_hugging_face
-from megatron_slm.model.import_hf import import_hugging_face
-from megatron_slm.model.tensors import hugging_face_shapes
+from random_llama import small_llama, write_random_llama
 
 RECIPE = REPOSITORY / "examples" / "pretrain_slm_1b.sh"
 
@@ -29,16 +25,7 @@ RECIPE = REPOSITORY / "examples" / "pretrain_slm_1b.sh"
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("base")
-    shape = {"epsilon": 1e-5, "rope_theta": 10000, "rope_scaling": None, "window": None}
-    a = Architecture(2, 64, 128, 4, 2, 16, 257, 64, tied=False, **shape)
-    (directory / "config.json").write_text(json.dumps(to_hugging_face(a, "bfloat16")))
-    tensors = {
-        name: torch.randn(size).mul(0.02).bfloat16()
-        for name, size in hugging_face_shapes(a).items()
-    }
-    save_file(tensors, directory / "model.safetensors")
-    import_hugging_face(directory, directory / "megatron", 128)
-    return directory / "megatron"
+    return write_random_llama(directory, small_llama(257, 64), torch.bfloat16)
 
 
 # Sizes alone; the rest is the recipe's.
@@ -155,7 +142,8 @@ def test_kill_restart_stop_and_go_on(corpus: Corpus, base: Path, tmp_path: Path)
     tracker = save / "latest_checkpointed_iteration.txt"
     assert int(tracker.read_text()) == last
 
-    # Under Slurm, whose time is up about when steps begin: the batch script alone is told.
+    # Under Slurm, whose time is up before the first step: the batch script alone is told.  The step
+    # takes longer than the second in which ranks are told.
     for name, text in {
         "scontrol": f'echo "$@" >> {tmp_path}/queued',
         "srun": 'while [ "$1" != bash ]; do shift; done; SLURM_NODEID=0 SLURM_STEP_ID=0 exec "$@"',
@@ -164,7 +152,7 @@ def test_kill_restart_stop_and_go_on(corpus: Corpus, base: Path, tmp_path: Path)
         (tmp_path / name).chmod(0o755)
     slurm = {"SLURM_JOB_ID": 11, "SLURM_JOB_NUM_NODES": 1}
     slurm |= {"MASTER_ADDR": "localhost", "REQUEUE": 1, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    job = Started(tmp_path / "second", [own | slurm])
+    job = Started(tmp_path / "second", [own | slurm | {"BATCH": 800}])
     try:
         job.ranks(2)
         job.processes[0].send_signal(signal.SIGUSR1)
@@ -172,9 +160,8 @@ def test_kill_restart_stop_and_go_on(corpus: Corpus, base: Path, tmp_path: Path)
     finally:
         job.signal_all(signal.SIGKILL)
     assert f"at iteration {last}" in job.said()
-    done = [int(number) for number in re.findall(ITERATION, job.said())]
-    assert done == list(range(last + 1, done[-1] + 1))
-    assert int(tracker.read_text()) == done[-1]
+    assert re.findall(ITERATION, job.said()) == [str(last + 1)]
+    assert int(tracker.read_text()) == last + 1
     assert (tmp_path / "queued").read_text() == "requeue 11\n"
 
 

@@ -8,13 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from launch import REPOSITORY, launch
-from megatron_slm.model.architecture import Architecture, to_hugging_face
-from megatron_slm.model.import_hf import import_hugging_face
-from megatron_slm.model.tensors import hugging_face_shapes
+from megatron_slm.model.architecture import Architecture
 from megatron_slm.planning.formulas import Layout, stage_parameters
+from random_llama import small_llama, write_random_llama
 
 RECIPES = sorted(
     path.name
@@ -49,14 +47,7 @@ REFUSALS = {
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Llama for the recipe that takes its shape from a checkpoint."""
     directory = tmp_path_factory.mktemp("base")
-    shape = {"epsilon": 1e-5, "rope_theta": 10000, "rope_scaling": None, "window": None}
-    a = Architecture(2, 64, 128, 4, 2, 16, 32000, 2048, tied=False, **shape)
-    (directory / "config.json").write_text(json.dumps(to_hugging_face(a, "bfloat16")))
-    shapes = hugging_face_shapes(a)
-    tensors = {name: torch.zeros(size, dtype=torch.bfloat16) for name, size in shapes.items()}
-    save_file(tensors, directory / "model.safetensors")
-    import_hugging_face(directory, directory / "megatron", 128)
-    return directory / "megatron"
+    return write_random_llama(directory, small_llama(32000, 2048), torch.bfloat16)
 
 
 @pytest.fixture(scope="module")

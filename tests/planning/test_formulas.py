@@ -7,12 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from launch import pretrain
-from megatron_slm.model.architecture import Architecture, to_hugging_face
-from megatron_slm.model.import_hf import import_hugging_face
-from megatron_slm.model.tensors import hugging_face_shapes
+from megatron_slm.model.architecture import Architecture
 from megatron_slm.planning.formulas import (
     Layout,
     Reference,
@@ -23,6 +20,7 @@ from megatron_slm.planning.formulas import (
     stage_parameters,
     step_flops,
 )
+from random_llama import write_random_llama
 
 POLICY = Architecture(
     layers=8,
@@ -66,14 +64,7 @@ REFERENCE = Architecture(**vars(POLICY) | {"layers": 4, "hidden": 128, "head_dim
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A reference of half the policy's depth and width, with random weights."""
-    directory = tmp_path_factory.mktemp("reference")
-    hf = directory / "hf"
-    hf.mkdir()
-    (hf / "config.json").write_text(json.dumps(to_hugging_face(REFERENCE, "float32")))
-    tensors = {name: torch.randn(s) * 0.02 for name, s in hugging_face_shapes(REFERENCE).items()}
-    save_file(tensors, hf / "model.safetensors")
-    import_hugging_face(hf, directory / "megatron", 128)
-    return directory / "megatron"
+    return write_random_llama(tmp_path_factory.mktemp("reference"), REFERENCE, torch.float32)
 
 
 RUNS = {

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from jobs import GLOBAL_BATCH, VOCABULARY, Checkpoints, Corpus
+from jobs import GLOBAL_BATCH, SEQUENCE, VOCABULARY, Checkpoints, Corpus
 from launch import pretrain
-from megatron_slm.model.architecture import Architecture, to_hugging_face
-from megatron_slm.model.import_hf import import_hugging_face
-from megatron_slm.model.tensors import hugging_face_shapes
+from random_llama import small_llama, write_random_llama
 
 
 @pytest.fixture
 def broken(tmp_path: Path) -> Path:
     """One value of its last layer's norm is NaN."""
-    shape = {"epsilon": 1e-5, "rope_theta": 10000, "rope_scaling": None, "window": None}
-    a = Architecture(2, 64, 128, 4, 2, 16, VOCABULARY, 64, tied=False, **shape)
-    source = tmp_path / "source"
-    source.mkdir()
-    (source / "config.json").write_text(json.dumps(to_hugging_face(a, "float32")))
-    tensors = {name: torch.randn(size) * 0.02 for name, size in hugging_face_shapes(a).items()}
-    tensors["model.norm.weight"][3] = float("nan")
-    save_file(tensors, source / "model.safetensors")
-    import_hugging_face(source, tmp_path / "reference", 128)
-    return tmp_path / "reference"
+
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.norm.weight"][3] = float("nan")
+
+    return write_random_llama(tmp_path, small_llama(VOCABULARY, SEQUENCE), torch.float32, spoil)
 
 
 @pytest.mark.parametrize("checks", [[], ["--no-check-for-nan-in-loss-and-grad"]])
