@@ -18,10 +18,16 @@ from typing import Any
 
 import orjson
 
-from megatron_slm.data.indexed_format import publish, temporary, token_dtype
+from megatron_slm.data.indexed_format import token_dtype
 from megatron_slm.data.inputs import Task
 from megatron_slm.data.layout import Layout
-from megatron_slm.data.manifest import manifest_path, read_manifest, what_changed, write_manifest
+from megatron_slm.data.manifest import (
+    manifest_path,
+    read_manifest,
+    what_changed,
+    write_data_args,
+    write_manifest,
+)
 from megatron_slm.data.merge import Part, merge
 from megatron_slm.data.shard import COUNTS, remove_shard, shard_prefix
 from megatron_slm.errors import UserError
@@ -240,17 +246,14 @@ def _parts(
 
 def _write_data_args(layout: Layout, key: str, shards: Sequence[dict[str, Any]]) -> None:
     """Weights and prefixes of the shards, for Megatron's --data-args-path."""
-    words = [
-        f"{shard['outputs'][key]['tokens']} {layout.shards / shard['name']}_{key}_document"
+    weights = {
+        f"{layout.shards / shard['name']}_{key}_document": shard["outputs"][key]["tokens"]
         for shard in shards
         if shard["outputs"][key]["documents"]
-    ]
-    if len(words) > MOST_IN_A_BLEND:
+    }
+    if len(weights) > MOST_IN_A_BLEND:
         raise UserError(
-            f"Megatron blends at most {MOST_IN_A_BLEND} datasets, not {len(words)}: merge them, or "
-            "choose a larger --shard-size"
+            f"Megatron blends at most {MOST_IN_A_BLEND} datasets, not {len(weights)}: merge them, "
+            "or choose a larger --shard-size"
         )
-    path = Path(f"{layout.dataset(key)}.data-args.txt")
-    unfinished = temporary(path)
-    unfinished.write_text("\n".join(words) + "\n")
-    publish(unfinished, path)
+    write_data_args(layout.dataset(key), weights)

@@ -7,6 +7,7 @@ same if its path, size and time are, or else its content by SHA-256.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,23 @@ def manifest_path(prefix: Path | str) -> Path:
 
 def write_manifest(path: Path, content: dict[str, Any]) -> None:
     """Write it whole or not at all."""
+    _write(path, orjson.dumps({"format": FORMAT, **content}, option=orjson.OPT_INDENT_2))
+
+
+def write_data_args(prefix: Path | str, weights: Mapping[str, int]) -> None:
+    """Write PREFIX.data-args.txt for Megatron's --data-args-path, whole or not at all.
+
+    Args:
+        weights: of the datasets, by prefix.
+    """
+    lines = (f"{weight} {path}\n" for path, weight in weights.items())
+    _write(Path(f"{prefix}.data-args.txt"), "".join(lines).encode())
+
+
+def _write(path: Path, content: bytes) -> None:
     unfinished = temporary(path)
     with unfinished.open("wb") as file:
-        file.write(orjson.dumps({"format": FORMAT, **content}, option=orjson.OPT_INDENT_2))
+        file.write(content)
         file.flush()
         sync(file.fileno())
     publish(unfinished, path)

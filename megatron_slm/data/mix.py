@@ -23,8 +23,7 @@ from typing import Any
 
 import yaml
 
-from megatron_slm.data.indexed_format import temporary
-from megatron_slm.data.manifest import manifest_path, write_manifest
+from megatron_slm.data.manifest import manifest_path, write_data_args, write_manifest
 from megatron_slm.data.verify import check_quickly, pairs_of
 from megatron_slm.errors import UserError
 
@@ -210,12 +209,7 @@ def write_mix(recipe: Recipe, shares: Sequence[Share], prefix: str) -> None:
     try:
         # A list never stands beside the manifest of another.
         manifest_path(prefix).unlink(missing_ok=True)
-        listed = Path(f"{prefix}.data-args.txt")
-        unfinished = temporary(listed)
-        unfinished.write_text(
-            "".join(f"{weight} {path}\n" for path, weight in weights.items() if weight)
-        )
-        unfinished.replace(listed)
+        write_data_args(prefix, {path: weight for path, weight in weights.items() if weight})
         write_manifest(manifest_path(prefix), manifest)
     except OSError as error:
         raise UserError(f"--output-prefix {prefix}: {error.strerror}") from error
