@@ -6,7 +6,7 @@
 # PYTHON names an interpreter to use instead of the first suitable one.
 
 use_environment() {
-    local extra="${1:-}" root python candidate wanted stamp
+    local extra="${1:-}" root python candidate wanted stamp install
     root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
     if [ ! -x "$root/.venv/bin/python" ]; then
         for candidate in ${PYTHON:-python3.12 python3.13 python3 python}; do
@@ -33,14 +33,12 @@ use_environment() {
     stamp="$root/.venv/installed${extra:+-$extra}"
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         echo "> installing megatron-slm and what it needs into .venv (torch and CUDA: 5 GB)"
+        install=(pip install --quiet --disable-pip-version-check)
         if [ "$extra" = cuda ]; then # Transformer Engine is built against the torch that is there
-            pip install --quiet --disable-pip-version-check --editable "$root" || return 1
-            pip install --quiet --disable-pip-version-check --no-build-isolation \
-                --editable "$root[cuda]" || return 1
-        else
-            pip install --quiet --disable-pip-version-check --editable "$root${extra:+[$extra]}" \
-                || return 1
+            "${install[@]}" --editable "$root" || return 1
+            install+=(--no-build-isolation)
         fi
+        "${install[@]}" --editable "$root${extra:+[$extra]}" || return 1
         echo "$wanted" > "$stamp"
     fi
 }

@@ -9,7 +9,6 @@ FLOPs are by megatron_slm/planning/formulas.py, validation left out:
 
 from __future__ import annotations
 
-import re
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -19,13 +18,12 @@ from tensorboard.backend.event_processing.event_accumulator import SCALARS, Even
 from megatron_slm.analysis.experiment_recipe import BASELINE
 from megatron_slm.analysis.experiment_results import RunResult
 from megatron_slm.analysis.experiment_tasks import Instance
+from megatron_slm.analysis.report.run_files import VALIDATION
 from megatron_slm.errors import UserError
 from megatron_slm.model.architecture import Architecture, from_megatron
 from megatron_slm.model.torch_dist import TorchDistReader, iteration_directory
 from megatron_slm.planning.formulas import forward_flops, step_flops
 from megatron_slm.planning.recipe import work_of
-
-TARGET_LOSS = "lm loss validation"
 
 
 def read_run(instance: Instance, study: Path) -> RunResult:
@@ -38,8 +36,7 @@ def read_run(instance: Instance, study: Path) -> RunResult:
         tag: {event.step: event.value for event in events.Scalars(tag)}  # resumed: the last
         for tag in events.Tags()["scalars"]
     }
-    # With --multiple-validation-sets the name of the first follows.
-    validations = [tag for tag in logged if re.fullmatch(rf"{TARGET_LOSS}(-\S+)?", tag)]
+    validations = list(filter(VALIDATION.fullmatch, logged))  # of several sets the first counts
     if not validations:
         raise UserError(f"{directory}: no validation was logged: give --eval-interval and data")
     tokens = args.global_batch_size * args.seq_length

@@ -130,9 +130,14 @@ def _total(counts: Tensor, placement: Placement) -> Tensor:
 
 def segments(samples: int, run: int, cp_size: int, number_of_sets: int) -> int:
     """How many a scope has, at most MAX_SEGMENTS; arguments as in Placement."""
-    if cp_size > 1:
-        return samples * 2 * cp_size
-    return samples if number_of_sets > 1 else -(-samples // run)
+    length, chunks = _cut(run, cp_size, number_of_sets)
+    return -(-samples // length) * chunks
+
+
+def _cut(run: int, cp_size: int, number_of_sets: int) -> tuple[int, int]:
+    """A segment is so many samples long, and a sample has so many segments; one of them is 1."""
+    chunks = 2 * cp_size if cp_size > 1 else 1
+    return (run if chunks == 1 and number_of_sets == 1 else 1), chunks
 
 
 def _rank_among_ties(
@@ -154,8 +159,7 @@ def _rank_among_ties(
     if not placement.shared:
         return local_rank
 
-    chunks = 2 * placement.cp_size if placement.cp_size > 1 else 1
-    run = placement.run if chunks == 1 and number_of_sets == 1 else 1
+    run, chunks = _cut(placement.run, placement.cp_size, number_of_sets)
     number = segments(placement.total, placement.run, placement.cp_size, number_of_sets)
     if number > MAX_SEGMENTS:
         raise ValueError(

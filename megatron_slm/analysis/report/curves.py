@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 from typing import Any
 
 from megatron_slm.analysis.report.figures import figure, line
-from megatron_slm.analysis.report.run_files import RunFiles
+from megatron_slm.analysis.report.run_files import VALIDATION, RunFiles
 
-VALIDATION = "lm loss validation"
 # What is drawn, in which colour (figures.py).
 LOSSES = {
     "all-token loss": 0,
@@ -53,7 +51,7 @@ def run_facts(run: RunFiles) -> list[tuple[str, str]]:
         ("selected ratio", "selected"),
         ("all-token loss", "all-token loss"),
         ("lm loss", "training loss"),
-        (VALIDATION, "validation loss"),
+        ("lm loss validation", "validation loss"),
     ):
         if tag in run.scalars:
             value = run.scalars[tag].last
@@ -67,13 +65,8 @@ def run_facts(run: RunFiles) -> list[tuple[str, str]]:
 def _losses(run: RunFiles) -> dict[str, int]:
     """Without a selection there is one training loss."""
     training = LOSSES if "all-token loss" in run.scalars else {"lm loss": 0}
-    return training | {tag: role for role, tag in enumerate(_validations(run), 4)}
-
-
-def _validations(run: RunFiles) -> list[str]:
-    """The tags of the validation loss: one, or one a set (--multiple-validation-sets)."""
-    tags = (tag for tag in run.scalars if re.fullmatch(f"{VALIDATION}(-.*)?", tag))
-    return sorted(tag for tag in tags if not tag.endswith(" ppl"))
+    validations = sorted(filter(VALIDATION.fullmatch, run.scalars))
+    return training | {tag: role for role, tag in enumerate(validations, 4)}
 
 
 def _of_tags(
