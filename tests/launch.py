@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import runpy
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.distributed import TCPStore
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -24,7 +25,7 @@ class Run:
 
     directory: Path
     outputs: list[str]
-    codes: list[int]
+    codes: list[int | None]
 
     def scalars(self, tag: str) -> dict[int, float]:
         """A TensorBoard scalar by iteration."""
@@ -36,6 +37,16 @@ class Run:
         events = EventAccumulator(str(self.directory / "tensorboard"))
         events.Reload()
         return events.Tags()["scalars"]
+
+
+@dataclass
+class Job:
+    """files, processes: output file and process of each rank; store: where they meet, while it is
+    kept."""
+
+    files: list[Path]
+    processes: list[Any]
+    store: TCPStore
 
 
 # Ranks are forked from a process that has torch, and what Megatron's tokenizers import, already:
@@ -61,50 +72,42 @@ def launch(
     Without torchrun, which kills the other ranks as soon as one has failed: here every rank must
     end by itself.  With fresh_threads each rank is a Python started anew, with that many threads.
     """
-    files, processes = start(ranks, command, directory, fresh_threads)
+    job = start(ranks, command, directory, fresh_threads)
     deadline = time.monotonic() + timeout
     try:
-        codes = [_exit_code(process, deadline) for process in processes]
+        codes = [_exit_code(process, deadline) for process in job.processes]
     finally:
-        for process in processes:
+        for process in job.processes:
             process.kill()
-    run = Run(directory, [file.read_text() for file in files], codes)
-    if check and any(codes):
-        failed = next(rank for rank, code in enumerate(codes) if code)
-        raise AssertionError(
-            f"rank {failed} of {ranks} left with {codes[failed]}:\n{run.outputs[failed][-4000:]}"
-        )
+    run = Run(directory, [file.read_text() for file in job.files], codes)
+    if None in codes or (check and any(codes)):
+        # One that failed tells more than those that waited for it.
+        failed = next((rank for rank, code in enumerate(codes) if code), codes.index(None))
+        left = f"left with {codes[failed]}" if codes[failed] else f"did not end in {timeout} s"
+        raise AssertionError(f"rank {failed} of {ranks} {left}:\n{run.outputs[failed][-4000:]}")
     return run
 
 
-def start(
-    ranks: int, command: list[str], directory: Path, fresh_threads: int | None = None
-) -> tuple[list[Path], list[Any]]:
-    """Start them; each one's output file, and process."""
+def start(ranks: int, command: list[str], directory: Path, fresh_threads: int | None = None) -> Job:
     directory.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    job = {
+    # As torchrun does: a port that is free when rank 0 is told of it may not be when it listens.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = {
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")]),
     }
-    files = [directory / f"rank{rank}.log" for rank in range(ranks)]
+    if fresh_threads is not None:
+        environment["OMP_NUM_THREADS"] = str(fresh_threads)
     begin = _start_forked if fresh_threads is None else _start_fresh
-    return files, [
-        begin(
-            command,
-            directory,
-            job
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            | ({} if fresh_threads is None else {"OMP_NUM_THREADS": str(fresh_threads)}),
-            file,
-        )
-        for rank, file in enumerate(files)
-    ]
+    job = Job([directory / f"rank{rank}.log" for rank in range(ranks)], [], store)
+    for rank, file in enumerate(job.files):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        job.processes.append(begin(command, directory, environment | own, file))
+    return job
 
 
 def _start_fresh(command: list[str], directory: Path, job: dict[str, str], file: Path) -> Any:
@@ -141,13 +144,14 @@ def run_command(command: list[str], directory: Path, job: dict[str, str], file: 
         runpy.run_path(command[0], run_name="__main__")
 
 
-def _exit_code(process: Any, deadline: float) -> int:
+def _exit_code(process: Any, deadline: float) -> int | None:
+    """None: it has not ended."""
     seconds = max(0.1, deadline - time.monotonic())
     if isinstance(process, subprocess.Popen):
-        return process.wait(seconds)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+        return process.returncode
     process.join(seconds)
-    if process.exitcode is None:
-        raise TimeoutError(f"a rank did not end within {seconds:.0f} s")
     return process.exitcode
 
 
@@ -169,10 +173,7 @@ def pretrain(
 
 
 def recipe_environment(ranks: int, **settings: object) -> dict[str, str]:
-    """For a script of examples/ on this machine: no GPUs, a port of its own, its variables."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    own = {"GPUS_PER_NODE": 0, "RANKS_PER_NODE": ranks, "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+    """For a script of examples/ on this machine: no GPUs, any port that is free, its variables."""
+    own = {"GPUS_PER_NODE": 0, "RANKS_PER_NODE": ranks, "MASTER_PORT": 0, "OMP_NUM_THREADS": 1}
     own |= {"PYTHONWARNINGS": "ignore", "TORCHDYNAMO_DISABLE": 1} | settings
     return os.environ | {name: str(value) for name, value in own.items()}

@@ -250,7 +250,8 @@ def test_killed_jobs_go_on(corpus: Corpus, untied: Checkpoints, tmp_path: Path) 
     draw = random.Random(seed)
     arguments = job(corpus, untied, cache, extra)
     for number in range(KILLS):
-        _, (process,) = start(1, arguments, tmp_path / "killed")
+        started = start(1, arguments, tmp_path / "killed")
+        (process,) = started.processes
         wanted = len(list(cache.rglob("*.losses"))) + draw.randint(0, 4)
         while len(list(cache.rglob("*.losses"))) < wanted:
             time.sleep(0.001)

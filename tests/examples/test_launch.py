@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import shlex
 import signal
@@ -183,9 +184,11 @@ def test_a_scoring_job_ends_at_once(corpus: Corpus, base: Path, tmp_path: Path) 
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Below those that Linux gives to connections, so that none takes it before the job does."""
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port := random.randrange(10_000, 32_768)))
+            return port
 
 
 def refused(**settings: object) -> str:
