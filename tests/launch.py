@@ -64,7 +64,7 @@ def launch(
     directory: Path,
     *,
     check: bool = True,
-    timeout: float = 300,
+    timeout: float = 900,
     fresh_threads: int | None = None,
 ) -> Run:
     """Start `ranks` processes of `python command...` in `directory` and wait for them.
@@ -162,7 +162,7 @@ def pretrain(
     *,
     module: str = "megatron_slm.pretrain",
     check: bool = True,
-    timeout: float = 300,
+    timeout: float = 900,
     fresh_threads: int | None = None,
 ) -> Run:
     """Run a pretraining module with TensorBoard logs in directory/tensorboard."""

@@ -24,5 +24,7 @@ install_chromium
 ruff check .
 ruff format --check .
 mypy
+# Of a job that this may run in, the jobs that tests start must know nothing.
+unset "${!SLURM_@}" "${!PET_@}" RANK WORLD_SIZE MASTER_ADDR MASTER_PORT NODES NODE_RANK NODE_ADDR
 # A file of tests at a time on each core.
 python -m pytest --numprocesses 2 --dist loadfile "$@"

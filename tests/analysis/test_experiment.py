@@ -226,7 +226,7 @@ def test_a_study_killed_and_resumed(corpus: Corpus, tmp_path: Path) -> None:
     killed, straight = tmp_path / "killed", tmp_path / "straight"
     first = subprocess.Popen(command(recipe, killed), stderr=subprocess.DEVNULL)
     saved = killed / "runs/clm-seed1/checkpoints/latest_checkpointed_iteration.txt"
-    while not saved.exists():
+    while not (saved.exists() and saved.read_text()):
         assert first.poll() is None, (killed / "runs/clm-seed1/log").read_text()
         time.sleep(0.01)
     first.send_signal(signal.SIGKILL)

@@ -118,8 +118,12 @@ def test_slider_goes_through_the_run(page: Any, run: tuple[Path, list[TokenDump]
         assert classes(page, 0, 500) == expected_classes(run[1][at], 0, 500, scale)
     # What was out of sight follows when it comes into sight.
     page.locator(".sample").last.scroll_into_view_if_needed()
-    page.wait_for_timeout(200)
-    assert classes(page, SAMPLES - 1, 500) == expected_classes(run[1][2], SAMPLES - 1, 500, scale)
+    expected = expected_classes(run[1][2], SAMPLES - 1, 500, scale)
+    for _ in range(100):
+        if classes(page, SAMPLES - 1, 500) == expected:
+            break
+        page.wait_for_timeout(100)
+    assert classes(page, SAMPLES - 1, 500) == expected
 
 
 @in_browser
@@ -218,9 +222,13 @@ def test_schemes_and_print(browser: Any, scheme: str, tmp_path: Path) -> None:
         lines = page.evaluate("[0, 1, 2, 3, 4, 5].map(role => colour(`--role-${role}`))")
         for line in lines:
             assert contrast(line, paper) >= 3.0
-        page.wait_for_timeout(100)
-        drawn = page.eval_on_selector("#run-figures .js-line", "line => line.style.stroke")
-        assert luminance(drawn) == pytest.approx(luminance(lines[0]), abs=0.01)
+        wanted = pytest.approx(luminance(lines[0]), abs=0.01)
+        for _ in range(100):
+            drawn = page.eval_on_selector("#run-figures .js-line", "line => line.style.stroke")
+            if luminance(drawn) == wanted:
+                break
+            page.wait_for_timeout(100)
+        assert luminance(drawn) == wanted
     assert len(page.pdf()) > 10_000
     page.close()
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from corpus import Result, preprocess, run_tool, texts, write_jsonl
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt_datasets import gpt_config
@@ -148,6 +148,7 @@ def test_mistakes(tmp_path: Path, corpora: dict[str, int]) -> None:
     assert "broken.yaml" in build(tmp_path, broken).err
 
 
+@settings(deadline=None)
 @given(st.integers(1, 10**12), st.lists(st.integers(1, 10**9), min_size=1, max_size=20))
 def test_apportion(total: int, ratios: list[int]) -> None:
     """Adds up, and no part is a whole token away from its exact share."""

@@ -242,7 +242,8 @@ def test_a_cache_serves_every_layout(
 def test_killed_jobs_go_on(corpus: Corpus, untied: Checkpoints, tmp_path: Path) -> None:
     """kill -9, or SIGTERM as from Slurm, at random moments; at the end every byte is as if there
     had been none.  --exit-signal-handler is for runs that have something to save."""
-    cache, extra = tmp_path / "cache", "--shard-samples 1 --num-workers 0 --exit-signal-handler"
+    cache, extra = tmp_path / "cache", "--num-workers 0 --exit-signal-handler"
+    extra += " --shard-samples 1 --train-iters 25"  # more than are made until the last is killed
     launch(1, job(corpus, untied, tmp_path / "whole", extra), tmp_path / "job")
     whole = contents(tmp_path / "whole")
     seed = random.randrange(1 << 30)
@@ -254,6 +255,7 @@ def test_killed_jobs_go_on(corpus: Corpus, untied: Checkpoints, tmp_path: Path) 
         (process,) = started.processes
         wanted = len(list(cache.rglob("*.losses"))) + draw.randint(0, 4)
         while len(list(cache.rglob("*.losses"))) < wanted:
+            assert process.is_alive(), "it was over before it was killed"
             time.sleep(0.001)
         time.sleep(draw.uniform(0.0, 0.02))
         sign = (signal.SIGKILL, signal.SIGTERM)[number % 2]

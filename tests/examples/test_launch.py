@@ -90,8 +90,10 @@ class Started:
 
 
 def descendants(pid: int) -> list[int]:
-    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
-    children = [int(line) for line in found.stdout.split()]
+    children = list[int]()
+    with contextlib.suppress(OSError):  # it has ended
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            children += map(int, (thread / "children").read_text().split())
     return children + [deeper for child in children for deeper in descendants(child)]
 
 
@@ -130,7 +132,8 @@ def test_kill_restart_stop_and_go_on(corpus: Corpus, base: Path, tmp_path: Path)
         ranks = job.ranks(2)
         assert {variables(rank)["MASTER_ADDR"] for rank in ranks} == {"127.0.0.3"}
         for lost in [*descendants(ranks[1]), ranks[1]]:
-            os.kill(lost, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(lost, signal.SIGKILL)
         # torchrun starts both anew, and they go on from a checkpoint.
         job.wait_for(r"successfully loaded checkpoint from \S+ .*at iteration (?!0)\d+")
         at = len(re.findall(ITERATION, job.said()))
