@@ -54,7 +54,7 @@ def run(cpu: bool) -> None:
         validate_arguments(args)
         losses = score_checkpoints(args, None if HAVE_TE else plain_block_spec)
         if args.rank == 0:
-            write_dynamics(losses, Path(args.dynamics), None)
+            write_dynamics(losses, Path(args.dynamics), None, args.ckpt_steps)
 
 
 if __name__ == "__main__":

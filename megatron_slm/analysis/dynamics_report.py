@@ -23,24 +23,36 @@ EXPLAINED = {
 ROLES = {"H->H": 1, "H->L": 0, "L->H": 3, "L->L": 2}
 
 
-def write_dynamics(dumps: Path, directory: Path, tokenizer_model: str | None) -> None:
-    """Classify the tokens of a directory of dumps; write the table and the plots, print the shares.
+def write_dynamics(
+    dumps: Path, directory: Path, tokenizer_model: str | None, iterations: list[int] | None = None
+) -> None:
+    """Classify the tokens of a directory of dumps; write the table and the plots, print the shares,
+    transitions and examples.
+
+    Args:
+        iterations: of the dumps to take; None for all.
 
     Raises:
         UserError: as read_dumps and classify; no such tokenizer.
     """
     check_libraries()
-    read = read_dumps(dumps)
+    read = read_dumps(dumps, iterations)
     dynamics = classify(read)
-    unique, at = np.unique(dynamics.tokens, return_inverse=True)
+    unique, numbers = np.unique(dynamics.tokens, return_inverse=True)
     shown = token_texts(dump_tokenizer(read, tokenizer_model), unique.tolist())
-    table = write_table(directory, dynamics, [shown[number] for number in at.tolist()])
-    first, last = dynamics.iterations[0], dynamics.iterations[-1]
-    print(f"{len(dynamics.tokens):,} tokens, iterations {first} to {last}")
-    print(f"{'':6}{'share':>8}{f'loss at {first}':>16}{f'loss at {last}':>16}")
+    texts = [shown[number] for number in numbers.tolist()]
+    table = write_table(directory, dynamics, texts)
+    print(f"{len(texts):,} tokens at {len(dynamics.iterations)} iterations")
+    for head, *rows in (_classes(dynamics), _transitions(dynamics)):
+        print()
+        for first, *others in [head, *rows]:
+            print(f"{first:20}" + "".join(f"{value:>20}" for value in others))
     for name in CLASSES:
-        curve = dynamics.mean_curve(name)
-        print(f"{name:6}{dynamics.share(name):8.1%}{curve[0]:16.4f}{curve[-1]:16.4f}")
+        print(f"\n{_title(name)}")
+        for at in dynamics.examples(name, EXAMPLES):
+            before, token, after, note = _in_context(dynamics, texts, at)
+            print(f"  {before}[{token}]{after}   {note}")
+    print()
     for path in [table, *plot(directory, dynamics)]:
         print(f"> {path}")
 
@@ -48,20 +60,6 @@ def write_dynamics(dumps: Path, directory: Path, tokenizer_model: str | None) ->
 def dynamics_section(table: Path) -> dict[str, Any]:
     """What the page shows of a table: shares, transitions, curves, examples."""
     dynamics, texts = read_table(table)
-    first, last = dynamics.iterations[0], dynamics.iterations[-1]
-    rows = []
-    for name in CLASSES:
-        curve = dynamics.mean_curve(name)
-        share = dynamics.share(name)
-        losses = [f"{curve[0]:.3f}", f"{curve[-1]:.3f}"] if share else ["", ""]
-        rows.append([f"{_arrow(name)} {EXPLAINED[name]}", f"{share:.1%}", *losses])
-    transitions = [
-        [
-            f"from {start}",
-            *(f"{dynamics.share(f'{start[0].upper()}->{end}'):.1%}" for end in ("H", "L")),
-        ]
-        for start in ("high", "low")
-    ]
     curves = [
         line(
             f"{_arrow(name)} ({dynamics.share(name):.0%})",
@@ -78,23 +76,47 @@ def dynamics_section(table: Path) -> dict[str, Any]:
         "is H\u2192L or L\u2192H if the line fitted to its losses falls or rises by more than 0.2 "
         "nats, else L\u2192L or H\u2192H by whether its last loss is above the mean.",
         "tables": [
-            {
-                "title": "Classes",
-                "head": ["class", "share", f"mean loss at {first:,}", f"at {last:,}"],
-                "rows": rows,
-            },
-            {"title": "Transitions", "head": ["", "to high", "to low"], "rows": transitions},
+            {"title": title, "head": head, "rows": rows}
+            for title, (head, *rows) in (
+                ("Classes", _classes(dynamics)),
+                ("Transitions", _transitions(dynamics)),
+            )
         ],
         "figures": [figure("Mean loss of each class", "iteration", "nats a token", curves)],
         "examples": [
             {
-                "title": f"{_arrow(name)} {EXPLAINED[name]}",
+                "title": _title(name),
                 "tokens": [_in_context(dynamics, texts, at) for at in found],
             }
             for name in CLASSES
             if (found := dynamics.examples(name, EXAMPLES))
         ],
     }
+
+
+def _classes(dynamics: TokenDynamics) -> list[list[str]]:
+    """Head and rows: share of each class, its mean losses at both ends."""
+    first, last = dynamics.iterations[0], dynamics.iterations[-1]
+    rows = [["class", "share", f"mean loss at {first:,}", f"at {last:,}"]]
+    for name in CLASSES:
+        curve, share = dynamics.mean_curve(name), dynamics.share(name)
+        losses = [f"{curve[0]:.3f}", f"{curve[-1]:.3f}"] if share else ["", ""]
+        rows.append([_title(name), f"{share:.1%}", *losses])
+    return rows
+
+
+def _transitions(dynamics: TokenDynamics) -> list[list[str]]:
+    """Head and rows: of the tokens that were high, or low, what part was so at the end."""
+    rows = [["", "share", "to high", "to low"]]
+    for name, start in (("high", "H"), ("low", "L")):
+        ends = [dynamics.share(f"{start}->{end}") for end in "HL"]
+        parts = [f"{end / sum(ends):.1%}" if sum(ends) else "" for end in ends]
+        rows.append([f"from {name}", f"{sum(ends):.1%}", *parts])
+    return rows
+
+
+def _title(name: str) -> str:
+    return f"{_arrow(name)} {EXPLAINED[name]}"
 
 
 def _arrow(name: str) -> str:

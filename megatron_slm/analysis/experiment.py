@@ -13,14 +13,13 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from tqdm import tqdm
 
 from megatron_slm.analysis.experiment_recipe import BASELINE, Recipe, read_recipe
-from megatron_slm.analysis.experiment_results import RunResult, Runs, cut, summary
+from megatron_slm.analysis.experiment_results import Runs, cut, summary
 from megatron_slm.analysis.experiment_table import markdown, table
 from megatron_slm.analysis.experiment_tasks import Instance, Running, write_json
 from megatron_slm.errors import UserError
@@ -39,19 +38,23 @@ def run_experiment(
         arms, seeds: some of the recipe's, or None for all; the baseline is always run.
 
     Returns:
-        The table.
+        The table, of these and of what an earlier command made.
 
     Raises:
-        UserError: a bad recipe, an arm or seed that it has not, or the run that failed and its log.
+        UserError: a bad recipe, an arm or seed that it has not; or what failed, and its log, when
+            all that does not need it is done and the results are written.
     """
     recipe = read_recipe(path)
     study = study.resolve()
-    instances = run(recipe, study, jobs, arms, seeds)
+    failed = run(recipe, study, jobs, arms, seeds)
+    done = [one for one in plan(recipe, None, None) if one.task.kind == "arm" and one.done(study)]
+    if failed and not any(one.task.name == BASELINE for one in done):
+        raise UserError("; ".join(failed))
     # Imports Megatron, which takes seconds; a fault of the recipe need not wait for it.
     from megatron_slm.analysis.experiment_runs import read_run
 
-    runs: Runs = {one.task.name: {} for one in instances}
-    for one in instances:
+    runs: Runs = {one.task.name: {} for one in done}
+    for one in done:
         assert one.seed is not None
         runs[one.task.name][one.seed] = read_run(one, study)
     found = summary(runs)
@@ -65,7 +68,8 @@ def run_experiment(
                 "arguments": recipe.arms[arm].commands[0],
                 "description": recipe.arms[arm].description,
                 "seeds": {
-                    seed: as_compared(result, found["compared"]["iteration"])
+                    seed: cut(result, found["compared"]["iteration"]).described()
+                    | {"curve": result.curve}
                     for seed, result in results.items()
                 },
             }
@@ -75,19 +79,16 @@ def run_experiment(
     }
     write_json(study / "results.json", results)
     (study / "results.md").write_text(markdown(recipe.name, recipe.target, found))
+    if failed:
+        print(table(found))
+        raise UserError("; ".join(failed))
     return table(found)
-
-
-def as_compared(result: RunResult, iteration: int) -> dict[str, Any]:
-    """All of the curve, and else what was seen and spent until the iteration of the comparison."""
-    until = cut(result, iteration)
-    return asdict(until) | {"curve": result.curve, "final_loss": until.final_loss}
 
 
 def run(
     recipe: Recipe, study: Path, jobs: int, arms: Sequence[str] | None, seeds: Sequence[int] | None
-) -> list[Instance]:
-    """Make what is not there yet; the arms' runs, all of them done."""
+) -> list[str]:
+    """Make what is not there yet; what failed and why."""
     instances = plan(recipe, arms, seeds)
     try:
         study.mkdir(parents=True, exist_ok=True)
@@ -98,9 +99,8 @@ def run(
         bar = tqdm(total=len(instances), initial=len(instances) - len(todo), unit="task")
         with bar:
             once = [one for one in todo if one.seed is None]
-            _work(once, study, 1, lock, bar)
-            _work(todo[len(once) :], study, jobs, lock, bar)
-    return [one for one in instances if one.task.kind == "arm"]
+            failed = _work(once, study, 1, lock, bar)
+            return failed + _work(todo[len(once) :], study, jobs, lock, bar)
 
 
 def plan(recipe: Recipe, arms: Sequence[str] | None, seeds: Sequence[int] | None) -> list[Instance]:
@@ -137,11 +137,12 @@ def _lock(study: Path) -> Iterator[IO[str]]:
         yield lock
 
 
-def _work(todo: list[Instance], study: Path, jobs: int, lock: IO[str], bar: tqdm) -> None:
-    """Run tasks, at most `jobs` at a time, each when its inputs are done."""
-    waiting, running = list(todo), list[Running]()
+def _work(todo: list[Instance], study: Path, jobs: int, lock: IO[str], bar: tqdm) -> list[str]:
+    """Run tasks, at most `jobs` at a time, each when its inputs are done; what failed and why.
+    What needs it is left out, all else goes on."""
+    waiting, running, failed = list(todo), list[Running](), list[str]()
     try:
-        while waiting or running:
+        while True:
             ready = [one for one in waiting if all(need.done(study) for need in one.inputs)]
             for instance in ready[: jobs - len(running)]:
                 waiting.remove(instance)
@@ -149,20 +150,21 @@ def _work(todo: list[Instance], study: Path, jobs: int, lock: IO[str], bar: tqdm
                 cores = len(os.sched_getaffinity(0))
                 threads = max(1, cores // (jobs * instance.recipe.ranks))
                 running.append(Running(instance, study, threads, lock))
+            if not running:
+                return failed
             if (names := ", ".join(one.instance.name for one in running)) != bar.desc:
                 bar.set_description_str(names)
             for one in list(running):
                 code = one.poll()
                 if code is None:
                     continue
-                if code != 0:
-                    raise UserError(
-                        f"{one.instance.name} failed with exit code {code}: {one.last_words()} "
-                        f"(its log: {one.log})"
-                    )
-                one.instance.finish(study)
                 running.remove(one)
-                bar.update()
+                if code == 0:
+                    one.instance.finish(study)
+                    bar.update()
+                else:
+                    why = f"{one.instance.name} failed with exit code {code}: {one.last_words()}"
+                    failed.append(f"{why} (its log: {one.log})")
             time.sleep(POLL_SECONDS)
     finally:
         for one in running:

@@ -7,55 +7,81 @@ comparison at equal compute, which uses all of the curves.  Between its points a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from math import isclose
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_slm.analysis.experiment_recipe import BASELINE
 from megatron_slm.errors import UserError
 
-Curve = Sequence[tuple[int, int, float]]
+SAME_LOSS = 1e-3  # relative: bf16 sums depend on how many threads share them
+
+
+class Point(NamedTuple):
+    """A validation: after how many iterations and tokens, and the target loss in nats; what was
+    spent until then: tokens trained on, FLOPs of the run's own steps and of its references."""
+
+    iteration: int
+    tokens: int
+    loss: float
+    selected: int
+    policy_flops: int
+    scoring_flops: int
+
+
+Curve = Sequence[Point]
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """curve: (iteration, tokens, target loss in nats), rising.
-    flops: of its whole length, by part.
-    wall_seconds: of training steps alone.
+    """curve: rising.
+    reference_training: FLOPs.  step_seconds: mean, of training steps alone.
+    first_loss: of all tokens of the first step, in nats; None if it was not logged.
     """
 
     directory: str
-    curve: tuple[tuple[int, int, float], ...]
-    tokens_seen: int
-    tokens_selected: int
-    flops: dict[str, int]
-    wall_seconds: float
+    curve: tuple[Point, ...]
+    reference_training: int
+    step_seconds: float
+    first_loss: float | None
 
     @property
-    def final_loss(self) -> float:
-        return self.curve[-1][2]
+    def final(self) -> Point:
+        return self.curve[-1]
+
+    @property
+    def flops(self) -> int:
+        """Of all it needed."""
+        return self.flops_at(self.final)
+
+    def flops_at(self, point: Point) -> int:
+        return self.reference_training + point.policy_flops + point.scoring_flops
+
+    def described(self) -> dict[str, Any]:
+        """Of the whole run, for results.json."""
+        return {
+            "directory": self.directory,
+            "final_loss": self.final.loss,
+            "tokens_seen": self.final.tokens,
+            "tokens_selected": self.final.selected,
+            "flops": {
+                "policy": self.final.policy_flops,
+                "reference_training": self.reference_training,
+                "scoring": self.final.scoring_flops,
+            },
+            "wall_seconds": self.step_seconds * self.final.iteration,
+            "first_loss": self.first_loss,
+        }
 
 
 Runs = dict[str, dict[int, RunResult]]  # by arm and seed
 
 
 def cut(run: RunResult, iteration: int) -> RunResult:
-    """The run as if it had ended at a point of its curve; costs in proportion."""
-    points = tuple(point for point in run.curve if point[0] <= iteration)
-    tokens = points[-1][1]
-    part = tokens / run.tokens_seen
-    return RunResult(
-        directory=run.directory,
-        curve=points,
-        tokens_seen=tokens,
-        tokens_selected=round(run.tokens_selected * part),
-        flops={
-            name: flops if name == "reference_training" else round(flops * part)
-            for name, flops in run.flops.items()
-        },
-        wall_seconds=run.wall_seconds * part,
-    )
+    """The run as if it had ended at a point of its curve."""
+    return replace(run, curve=tuple(point for point in run.curve if point.iteration <= iteration))
 
 
 def compared_at(runs: Runs) -> int:
@@ -65,7 +91,9 @@ def compared_at(runs: Runs) -> int:
         UserError: there is none.
     """
     points = [
-        {point[0] for point in run.curve} for seeds in runs.values() for run in seeds.values()
+        {point.iteration for point in run.curve}
+        for seeds in runs.values()
+        for run in seeds.values()
     ]
     common = set.intersection(*points)
     if not common:
@@ -79,32 +107,25 @@ def tokens_to_reach(curve: Curve, loss: float) -> float | None:
     Before the first point the curve is not known: a loss that it reaches by then counts as reached
     there.
     """
-    before: tuple[int, int, float] | None = None
+    before: Point | None = None
     for point in curve:
-        if point[2] <= loss:
+        if point.loss <= loss:
             if before is None:
-                return float(point[1])
-            part = (before[2] - loss) / (before[2] - point[2])
-            return before[1] + part * (point[1] - before[1])
+                return float(point.tokens)
+            part = (before.loss - loss) / (before.loss - point.loss)
+            return before.tokens + part * (point.tokens - before.tokens)
         before = point
     return None
 
 
-def loss_at(curve: Curve, tokens: float) -> float | None:
-    """Target loss after so many tokens; None before the first point and beyond the last."""
-    for before, after in pairwise(curve):
-        if before[1] <= tokens <= after[1]:
-            part = (tokens - before[1]) / (after[1] - before[1])
-            return before[2] + part * (after[2] - before[2])
-    return None
-
-
 def at_compute(run: RunResult, flops: float) -> float | None:
-    """Target loss when a run, with all it needed before, has taken so many FLOPs; None where its
-    curve does not go."""
-    before = run.flops["reference_training"]
-    each = (sum(run.flops.values()) - before) / run.tokens_seen
-    return loss_at(run.curve, (flops - before) / each)
+    """Target loss when a run, with all it needed before, has taken so many FLOPs; None before the
+    first point of its curve and beyond the last."""
+    for before, after in pairwise(run.curve):
+        low, high = run.flops_at(before), run.flops_at(after)
+        if low <= flops <= high:
+            return before.loss + (flops - low) / (high - low) * (after.loss - before.loss)
+    return None
 
 
 def summary(runs: Runs) -> dict[str, Any]:
@@ -114,7 +135,7 @@ def summary(runs: Runs) -> dict[str, Any]:
         arm: {seed: cut(run, iteration) for seed, run in seeds.items()}
         for arm, seeds in runs.items()
     }
-    tokens = next(iter(ended[BASELINE].values())).tokens_seen
+    tokens = next(iter(ended[BASELINE].values())).final.tokens
     return {
         "baseline": BASELINE,
         "compared": {"iteration": iteration, "tokens": tokens},
@@ -125,36 +146,47 @@ def summary(runs: Runs) -> dict[str, Any]:
 def _arm(arm: str, runs: Runs, ended: Runs) -> dict[str, Any]:
     own, baseline = ended[arm], ended[BASELINE]
     seeds = [seed for seed in own if seed in baseline]
-    reached = [tokens_to_reach(runs[arm][seed].curve, baseline[seed].final_loss) for seed in seeds]
-    total = {seed: sum(own[seed].flops.values()) for seed in seeds}
-    budget = {seed: sum(baseline[seed].flops.values()) for seed in seeds}
-    afforded = [at_compute(runs[arm][seed], budget[seed]) for seed in seeds]
+    reached = [tokens_to_reach(runs[arm][seed].curve, baseline[seed].final.loss) for seed in seeds]
+    afforded = [at_compute(runs[arm][seed], baseline[seed].flops) for seed in seeds]
+    longer = [at_compute(runs[BASELINE][seed], own[seed].flops) for seed in seeds]
+    losses = [own[seed].final.loss for seed in seeds]
+    targets = [baseline[seed].final.loss for seed in seeds]
     found: dict[str, Any] = {
-        "final_loss": _spread([run.final_loss for run in own.values()]),
-        "difference": _spread([own[seed].final_loss - baseline[seed].final_loss for seed in seeds]),
+        "final_loss": _spread([run.final.loss for run in own.values()]),
+        "difference": _spread(_differences(losses, targets)),
         "tokens_to_reach_baseline": _spread(reached),
         "part_of_baseline_tokens": _spread(
             [
-                None if tokens is None else tokens / baseline[seed].tokens_seen
+                None if tokens is None else tokens / baseline[seed].final.tokens
                 for seed, tokens in zip(seeds, reached, strict=True)
             ]
         ),
-        "flops_ratio": _spread([total[seed] / budget[seed] for seed in seeds]),
-        "selected_part": _spread([run.tokens_selected / run.tokens_seen for run in own.values()]),
+        "flops_ratio": _spread([own[seed].flops / baseline[seed].flops for seed in seeds]),
+        "selected_part": _spread([run.final.selected / run.final.tokens for run in own.values()]),
+        "step_seconds": _spread([run.step_seconds for run in own.values()]),
         "equal_compute": {
-            "baseline_at_arm_flops": _spread(
-                [at_compute(runs[BASELINE][seed], total[seed]) for seed in seeds]
-            ),
+            "baseline_at_arm_flops": _spread(longer),
+            "difference_at_arm_flops": _spread(_differences(losses, longer)),
             "arm_at_baseline_flops": _spread(afforded),
-            "difference_at_baseline_flops": _spread(
-                [
-                    None if loss is None else loss - baseline[seed].final_loss
-                    for seed, loss in zip(seeds, afforded, strict=True)
-                ]
-            ),
+            "difference_at_baseline_flops": _spread(_differences(afforded, targets)),
         },
+        "other_start": [seed for seed in seeds if _began_apart(own[seed], baseline[seed])],
     }
     return found | {"verdict": verdict(arm, found)}
+
+
+def _differences(
+    values: Sequence[float | None], others: Sequence[float | None]
+) -> list[float | None]:
+    pairs = zip(values, others, strict=True)
+    return [None if one is None or other is None else one - other for one, other in pairs]
+
+
+def _began_apart(run: RunResult, baseline: RunResult) -> bool:
+    """Whether the first step had another loss, and so another start or other data."""
+    if run.first_loss is None or baseline.first_loss is None:
+        return False
+    return not isclose(run.first_loss, baseline.first_loss, rel_tol=SAME_LOSS)
 
 
 def _spread(values: Sequence[float | None]) -> dict[str, Any]:
@@ -173,29 +205,47 @@ def verdict(arm: str, found: dict[str, Any]) -> str:
     name = BASELINE.upper()
     if arm == BASELINE:
         return f"{name} is what the others are compared with."
-    equal = found["equal_compute"]["difference_at_baseline_flops"]
-    parts = [_compared(arm, name, found["difference"]["values"])]
+    difference = found["difference"]
+    count = len(difference["values"])
+    seeds = f"with {'all ' * (count > 1)}{count} seed{'s' * (count > 1)}"
+    lower = sum(value < 0 for value in difference["values"])
+    if lower not in (0, count):
+        parts = [f"{arm} is lower with {lower} of {count} seeds only"]
+    elif _within_spread(difference):
+        parts = [f"{arm} cannot be told from {name} {seeds}"]
+    else:
+        size = f"{abs(difference['mean']):.4f} nats {seeds}"
+        parts = [f"{arm} {'WINS over' if lower else 'LOSES to'} {name} by {size}"]
     reached = found["part_of_baseline_tokens"]
-    seeds = len(reached["values"])
     if reached["missing"] == 0:
         parts.append(f"reaches {name}'s final loss with {reached['mean']:.0%} of its tokens")
     else:
         parts.append(
-            f"does not reach {name}'s final loss with {reached['missing']} of {seeds} seeds"
+            f"does not reach {name}'s final loss with {reached['missing']} of {count} seeds"
         )
-    if equal["mean"] is not None and not equal["missing"]:
-        parts.append(f"at {name}'s compute {_compared('it', 'it', equal['values'], brief=True)}")
-    else:
-        parts.append(f"at {name}'s compute nothing is known of it")
+    equal = found["equal_compute"]
+    known = [
+        f"at {whose} compute it is {_in_words(equal[key])}"
+        for whose, key in (
+            (f"{name}'s", "difference_at_baseline_flops"),
+            ("its own", "difference_at_arm_flops"),
+        )
+        if not equal[key]["missing"]
+    ]
+    parts += known or ["at equal compute nothing is known of it"]
+    if found["other_start"]:
+        parts.append(f"its first step's loss is not {name}'s: another start or other data")
     return "; ".join(parts) + "."
 
 
-def _compared(arm: str, name: str, values: Sequence[float], brief: bool = False) -> str:
-    lower, count = sum(value < 0 for value in values), len(values)
-    size = f"{abs(mean(values)):.4f} nats"
-    seeds = "" if brief else f" with {'all ' * (count > 1)}{count} seed{'s' * (count > 1)}"
-    if lower == count:
-        return f"is {size} lower" if brief else f"{arm} WINS over {name} by {size}{seeds}"
-    if lower == 0:
-        return f"is {size} higher" if brief else f"{arm} LOSES to {name} by {size}{seeds}"
-    return f"{'' if brief else arm + ' '}is lower with {lower} of {count} seeds only"
+def _within_spread(values: dict[str, Any]) -> bool:
+    return bool(abs(values["mean"]) <= (values["std"] or 0.0))
+
+
+def _in_words(values: dict[str, Any]) -> str:
+    lower, count = sum(value < 0 for value in values["values"]), len(values["values"])
+    if lower not in (0, count):
+        return f"lower with {lower} of {count} seeds only"
+    if _within_spread(values):
+        return "even"
+    return f"{abs(values['mean']):.4f} nats {'lower' if lower else 'higher'}"

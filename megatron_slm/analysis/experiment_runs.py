@@ -3,20 +3,22 @@
 FLOPs are by megatron_slm/planning/formulas.py, validation left out:
 
     policy               the run's own steps
-    scoring              a forward of every reference on every token, by the run or a score cache
+    scoring              a forward of every reference on every token, by the run or a score cache;
+                         not in steps of a warm-up
     reference_training   all pretraining that this arm needs and the baseline does not
 """
 
 from __future__ import annotations
 
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from dataclasses import replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
 from megatron_slm.analysis.experiment_recipe import BASELINE
-from megatron_slm.analysis.experiment_results import RunResult
+from megatron_slm.analysis.experiment_results import Point, RunResult
 from megatron_slm.analysis.experiment_tasks import Instance
 from megatron_slm.analysis.report.run_files import VALIDATION
 from megatron_slm.errors import UserError
@@ -40,24 +42,36 @@ def read_run(instance: Instance, study: Path) -> RunResult:
     if not validations:
         raise UserError(f"{directory}: no validation was logged: give --eval-interval and data")
     tokens = args.global_batch_size * args.seq_length
-    # A run that selects nothing logs no ratio: all tokens.
-    ratios = logged.get("selected ratio", {})
+    # A run that selects nothing, or nothing yet, logs no ratio: all tokens, as with soft weights.
+    ratios, scored = logged.get("selected ratio", {}), logged.get("reference loss", {})
+    soft = args.slm_weighting != "hard" or args.slm_unselected_weight > 0
     steps = range(1, args.train_iters + 1)
-    selected = sum(ratios.get(step, 1.0) for step in steps)
-    curve = sorted((step, step * tokens, loss) for step, loss in logged[validations[0]].items())
+    trained = [1.0 if soft else ratios.get(step, 1.0) for step in steps]
+    policy = [
+        _step_flops(args, ratio, step in ratios) for step, ratio in zip(steps, trained, strict=True)
+    ]
+    cached, online = _scoring(instance, study, args)
+    scoring = [cached + online * (step in scored) for step in steps]
+    spent = [list(accumulate(each)) for each in (trained, policy, scoring)]
+    curve = []
+    for step, loss in sorted(logged[validations[0]].items()):
+        selected, *flops = (each[step - 1] for each in spent)
+        curve.append(Point(step, step * tokens, loss, round(selected * tokens), *map(round, flops)))
+    first = logged["lm loss"] | logged.get("all-token loss", {})
     return RunResult(
         directory=str(instance.directory),
         curve=tuple(curve),
-        tokens_seen=args.train_iters * tokens,
-        tokens_selected=round(selected * tokens),
-        flops={
-            "policy": _training_flops(args, selected / args.train_iters),
-            "reference_training": _reference_training(instance, study),
-            "scoring": _scoring(instance, study, args),
-        },
-        # Each is the mean of the log interval that ends there.
-        wall_seconds=sum(logged.get("iteration-time", {}).values()) * args.log_interval,
+        reference_training=_reference_training(instance, study),
+        step_seconds=_step_seconds(logged["iteration-time"]),
+        first_loss=first.get(1),
     )
+
+
+def _step_seconds(times: dict[int, float]) -> float:
+    """From means of log intervals, by the last iteration of each."""
+    ends = [0, *sorted(times)]
+    total = sum((end - start) * times[end] for start, end in pairwise(ends))
+    return total / ends[-1]
 
 
 def _arguments(checkpoints: Path) -> Namespace:
@@ -69,10 +83,11 @@ def _architecture(args: Namespace) -> Architecture:
     return from_megatron(args, args.padded_vocab_size, "a run")
 
 
-def _training_flops(args: Namespace, ratio: float) -> int:
-    """Of a whole run, but for references."""
-    work = replace(work_of(args, "plain", "cpu"), ratio=ratio)  # neither matters for FLOPs
-    return step_flops(_architecture(args), [], work) * args.train_iters
+def _step_flops(args: Namespace, ratio: float, selects: bool) -> int:
+    """Of a step, but for references."""
+    work = work_of(args, "plain", "cpu")  # neither matters for FLOPs
+    work = replace(work, ratio=ratio, ranks_first=work.ranks_first and selects)
+    return step_flops(_architecture(args), [], work)
 
 
 def _reference_training(instance: Instance, study: Path) -> int:
@@ -84,29 +99,33 @@ def _reference_training(instance: Instance, study: Path) -> int:
         if name not in shared and stage.kind == "pretrain"
     )
     runs = (_arguments(study / one.output) for one in own)
-    return sum(_training_flops(args, args.slm_token_ratio) for args in runs)
+    return sum(_step_flops(args, args.slm_token_ratio, True) * args.train_iters for args in runs)
 
 
-def _scoring(instance: Instance, study: Path, args: Namespace) -> int:
-    """From what its own arguments, and those of its score caches, load as references."""
-    scoring = [instance, *(one for one in instance.inputs if one.task.kind == "score")]
-    loads = [load for one in scoring for load in _references(one, study)]
-    models = [_arguments(study / load.rpartition("=")[2]) for load in loads]
+def _scoring(instance: Instance, study: Path, args: Namespace) -> tuple[int, int]:
+    """FLOPs of a step's tokens: by score caches, which have all, and by the run itself."""
+    caches = [one for one in instance.inputs if one.task.kind == "score"]
+    cached = [load for cache in caches for load in _references(cache, study)]
+    online = _references(instance, study)
+    stored, run = ([_arguments(study / load) for load in loads] for loads in (cached, online))
     if args.slm_reference is not None:  # the policy's moving average
-        models.append(args)
-    tokens = args.train_iters * args.global_batch_size * args.seq_length
-    return sum(
-        sum(forward_flops(model, tokens, args.seq_length))
-        + 2 * tokens * model.hidden * one.padded_vocab_size
-        for one, model in ((one, _architecture(one)) for one in models)
-    )
+        run.append(args)
+    tokens = args.global_batch_size * args.seq_length
+
+    def flops(models: list[Namespace]) -> int:
+        return sum(
+            sum(forward_flops(_architecture(model), tokens, args.seq_length))
+            + 2 * tokens * model.hidden_size * model.padded_vocab_size
+            for model in models
+        )
+
+    return flops(stored), flops(run)
 
 
 def _references(instance: Instance, study: Path) -> list[str]:
-    """What follows --slm-reference-load in its command."""
+    """Checkpoints that --slm-reference-load has in its command."""
     (words,) = instance.commands(study)
-    if "--slm-reference-load" not in words:
-        return []
-    after = words[words.index("--slm-reference-load") + 1 :]
-    end = next((at for at, word in enumerate(after) if word.startswith("--")), len(after))
-    return after[:end]
+    parser = ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--slm-reference-load", nargs="+", default=[])
+    loads = parser.parse_known_args(words)[0].slm_reference_load
+    return [load.rpartition("=")[2] for load in loads]

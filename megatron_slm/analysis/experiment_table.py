@@ -11,6 +11,7 @@ COLUMNS = (
     "tokens to CLM's loss",
     "selected",
     "FLOPs / CLM's",
+    "s a step",
     "at CLM's FLOPs",
     "CLM at its FLOPs",
 )
@@ -26,6 +27,7 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
             "" if arm == summary["baseline"] else part(found["part_of_baseline_tokens"]),
             f"{found['selected_part']['mean']:.0%}",
             f"{found['flops_ratio']['mean']:.2f}",
+            f"{found['step_seconds']['mean']:.3g}",
             spread(found["equal_compute"]["arm_at_baseline_flops"]),
             spread(found["equal_compute"]["baseline_at_arm_flops"]),
         )
@@ -47,7 +49,10 @@ def part(values: dict[str, Any]) -> str:
     """A part of the baseline's tokens, as a percentage."""
     if values["mean"] is None:
         return "not reached"
-    return f"{values['mean']:.0%}" + _missing(values)
+    text = f"{values['mean']:.0%}"
+    if values["std"] is not None:
+        text += f" ± {values['std']:.0%}"
+    return text + _missing(values)
 
 
 def _missing(values: dict[str, Any]) -> str:

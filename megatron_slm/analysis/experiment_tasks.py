@@ -67,8 +67,13 @@ class Instance:
 
     @cached_property
     def hash(self) -> str:
-        """Of what it does: its commands, those of its inputs, the seed and the number of ranks."""
-        does = [self.task.kind, self.task.commands, self.seed, [one.hash for one in self.inputs]]
+        """Of what it does: its commands, the files of this repository that these name, its inputs,
+        the seed and the number of ranks."""
+        does: list[Any] = [self.task.kind, self.task.commands, self.seed]
+        does += [one.hash for one in self.inputs]
+        named = (Path(word.replace("{root}", str(REPOSITORY))) for word in self.task.words)
+        own = [path for path in named if path.is_relative_to(REPOSITORY) and path.is_file()]
+        does += [hashlib.sha256(path.read_bytes()).hexdigest() for path in own]
         if self.task.kind != "run":
             does.append(self.recipe.ranks)
         return hashlib.sha256(json.dumps(does).encode()).hexdigest()

@@ -62,13 +62,16 @@ class TokenDynamics:
 def classify(dumps: list[TokenDump]) -> TokenDynamics:
     """
     Raises:
-        UserError: fewer than two dumps: no line goes through one point.
+        UserError: fewer than two dumps, no line goes through one point; a loss that is no number.
     """
     if len(dumps) < 2:
         raise UserError("token dynamics need the losses of two iterations at least")
     valid = dumps[0].valid
     losses = np.stack([dump.losses[valid] for dump in dumps])
     iterations = [dump.iteration for dump in dumps]
+    for iteration, own in zip(iterations, losses, strict=True):
+        if not np.isfinite(own).all():
+            raise UserError(f"losses of iteration {iteration} are NaN or infinite: leave it out")
     delta = fitted_change(iterations, losses)
     low = losses[-1] <= losses[-1].mean(dtype=np.float64)
     classes = np.where(low, CLASSES.index("L->L"), CLASSES.index("H->H"))

@@ -98,13 +98,18 @@ def read_dump(path: Path) -> TokenDump:
     )
 
 
-def read_dumps(directory: Path) -> list[TokenDump]:
-    """All dumps of a directory, in the order of their iterations.
+def read_dumps(directory: Path, iterations: list[int] | None = None) -> list[TokenDump]:
+    """The dumps of a directory, in the order of their iterations.
+
+    Args:
+        iterations: of those wanted; None for all.
 
     Raises:
         UserError: there are none, one is damaged, or they are not of the same samples.
     """
     paths = sorted(directory.glob("iter_*.safetensors"), key=lambda path: (len(path.name), path))
+    if iterations is not None:
+        paths = [dump_path(directory, iteration) for iteration in sorted(iterations)]
     if not paths:
         raise UserError(f"{directory} has no token dumps (iter_*.safetensors)")
     dumps = [read_dump(path) for path in paths]

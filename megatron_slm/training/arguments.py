@@ -217,6 +217,19 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     group.add_argument(
         "--slm-dump-dir", metavar="DIR", help="Where to. Default: dump in the directory of --save."
     )
+    group.add_argument(
+        "--slm-dump-samples",
+        type=int,
+        default=8,
+        metavar="N",
+        help="How many samples. Default: 8.",
+    )
+    group.add_argument(
+        "--slm-dump-train-samples",
+        action="store_true",
+        help="The first of the training data, as the blend mixes it, though there is validation "
+        "data.",
+    )
     # The loss is a sum over tokens, normalised by their number over the global batch.
     defaults: dict[str, Any] = {
         "calculate_per_token_loss": True,
@@ -260,6 +273,8 @@ def validate_arguments(args: Namespace) -> None:
     if args.slm_dump_interval is not None:
         if args.slm_dump_interval < 1:
             raise UserError("--slm-dump-interval must be at least 1")
+        if args.slm_dump_samples < 1:
+            raise UserError("--slm-dump-samples must be at least 1")
         if args.slm_dump_dir is None and args.save is None:
             raise UserError("--slm-dump-interval needs --slm-dump-dir or --save to write to")
     if args.slm_reference_fp8 and not HAVE_TE:

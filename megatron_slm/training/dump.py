@@ -33,8 +33,6 @@ from megatron_slm.training.objective import MicroBatchObjective
 from megatron_slm.training.policy_pass import Scored
 from megatron_slm.training.settings import SelectiveSettings, Step
 
-SAMPLES = 8
-
 
 class TokenDumps:
     """The dumps of one run.
@@ -75,7 +73,7 @@ class TokenDumps:
             score: the policy's pass; losses and entropies where the last pipeline stage is.
         """
         self.last = step.iteration
-        samples = FixedSamples(self.provider)
+        samples = FixedSamples(self.provider, get_args().slm_dump_train_samples)
         batches = self._scored_by(reference, samples)
         scored = score(batches)
         if not mpu.is_pipeline_last_stage():
@@ -88,7 +86,7 @@ class TokenDumps:
             selected = batch.valid if choice is None else choice.selected
             known = [] if batch.reference_losses is None else [batch.reference_losses]
             fields.append(torch.stack([losses, selected.float(), *known]))
-        whole = of_all_ranks(torch.stack(fields, dim=1))[:, :SAMPLES].cpu()
+        whole = of_all_ranks(torch.stack(fields, dim=1))[:, : get_args().slm_dump_samples].cpu()
         if is_writer():
             self._write(step, samples, whole)
 
@@ -110,7 +108,7 @@ class TokenDumps:
     def _knows_domains(self) -> bool:
         """Only a blend that is split has the training blend's datasets in validation as well."""
         split = get_blend_and_blend_per_split(get_args())[0] is not None
-        return split and bool(self.settings.domains)
+        return (split or get_args().slm_dump_train_samples) and bool(self.settings.domains)
 
     def _write(self, step: Step, samples: FixedSamples, fields: Tensor) -> None:
         """fields: losses, selected and, if there are any, reference losses, [2 or 3, n, s]."""
@@ -158,4 +156,4 @@ def _micro_batch_count() -> int:
     if args.virtual_pipeline_model_parallel_size is not None:
         stages = args.pipeline_model_parallel_size
         group = args.microbatch_group_size_per_vp_stage or stages
-    return -(-SAMPLES // (at_a_time * group)) * group
+    return -(-args.slm_dump_samples // (at_a_time * group)) * group

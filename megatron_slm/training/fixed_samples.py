@@ -1,5 +1,6 @@
 """A few samples that are scored again and again: the first of the validation dataset, or of the
-training dataset where there is none, divided among data-parallel ranks as a step's are."""
+training dataset where there is none or it is wanted, divided among data-parallel ranks as a step's
+are."""
 
 from __future__ import annotations
 
@@ -22,16 +23,19 @@ from megatron_slm.training.micro_batch import MicroBatch, read_micro_batches, wh
 class FixedSamples:
     """The samples of a run.  Where no data is read there is no dataset, and `available` is 0.
 
+    Args:
+        training: those of the training dataset, whatever else there is.
+
     split: "valid" or "train".  available: how many samples there are.
     """
 
-    def __init__(self, provider: DatasetProvider) -> None:
+    def __init__(self, provider: DatasetProvider, training: bool = False) -> None:
         train, valid, _ = provider.built
         if isinstance(valid, list):  # --multiple-validation-sets
             valid = valid[0]
         self.split, self.available = "", 0
         self.dataset: Any = None
-        for split, dataset in (("train", train), ("valid", valid)):
+        for split, dataset in (("train", train), ("valid", None if training else valid)):
             of_cache = isinstance(dataset, SampleScored)
             available = 0 if dataset is None else len(dataset.section if of_cache else dataset)
             if available > 0:

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,11 @@ from launch import REPOSITORY
 from megatron_slm.analysis.experiment import plan
 from megatron_slm.analysis.experiment_recipe import read_recipe
 from megatron_slm.analysis.experiment_results import (
+    Point,
     RunResult,
     at_compute,
     compared_at,
-    loss_at,
+    cut,
     summary,
     tokens_to_reach,
 )
@@ -111,36 +111,46 @@ def test_recipes_of_the_repository(path: Path) -> None:
 CURVE = ((10, 100, 5.0), (20, 200, 4.0), (30, 300, 3.5))
 
 
+def result(
+    curve: Any, reference: int = 0, each: int = 6, scoring: int = 0, first_loss: float = 6.0
+) -> RunResult:
+    """A run of 10 tokens a step that takes `each` FLOPs a token and trains on half of them."""
+    points = (
+        Point(at, tokens, loss, tokens // 2, each * tokens, scoring * tokens)
+        for at, tokens, loss in curve
+    )
+    return RunResult("", tuple(points), reference, 1.0, first_loss)
+
+
 @pytest.mark.parametrize(
     ("loss", "tokens"), [(5.5, 100), (5.0, 100), (4.5, 150), (4.0, 200), (3.5, 300), (3.4, None)]
 )
 def test_tokens_to_reach(loss: float, tokens: float | None) -> None:
-    assert tokens_to_reach(CURVE, loss) == tokens
+    assert tokens_to_reach(result(CURVE).curve, loss) == tokens
 
 
 def test_tokens_to_reach_takes_the_first_time() -> None:
-    assert tokens_to_reach(((1, 10, 5.0), (2, 20, 3.0), (3, 30, 6.0), (4, 40, 2.0)), 4.0) == 15
+    curve = result(((1, 10, 5.0), (2, 20, 3.0), (3, 30, 6.0), (4, 40, 2.0))).curve
+    assert tokens_to_reach(curve, 4.0) == 15
 
 
 @pytest.mark.parametrize(
     ("tokens", "loss"), [(99, None), (100, 5.0), (175, 4.25), (250, 3.75), (300, 3.5), (301, None)]
 )
-def test_loss_at(tokens: float, loss: float | None) -> None:
-    assert loss_at(CURVE, tokens) == loss
-
-
-def result(curve: Any, reference: int = 0, each: int = 6, scoring: int = 0) -> RunResult:
-    """A run of 10 tokens a step that takes `each` FLOPs a token."""
-    tokens = curve[-1][1]
-    flops = {"policy": each * tokens, "reference_training": reference, "scoring": scoring * tokens}
-    return RunResult("", tuple(curve), tokens, tokens // 2, flops, tokens / 10)
-
-
-def test_comparison_at_equal_compute() -> None:
+def test_comparison_at_equal_compute(tokens: int, loss: float | None) -> None:
     run = result(CURVE, reference=600, each=4, scoring=2)  # 600 before, then 6 FLOPs a token
-    assert at_compute(run, 600 + 6 * 250) == 3.75
+    assert at_compute(run, 600 + 6 * tokens) == loss
     assert at_compute(run, 600) is None  # nothing left to train with
-    assert at_compute(run, 10_000) is None
+
+
+def test_costs_need_not_be_even() -> None:
+    """A warm-up takes less than what follows."""
+    points = (Point(10, 100, 5.0, 100, 100, 0), Point(20, 200, 4.0, 110, 200, 300))
+    run = RunResult("", points, 0, 1.0, None)
+    assert at_compute(run, 200) == 4.75
+    until = cut(run, 10)
+    assert until.described()["flops"] == {"policy": 100, "reference_training": 0, "scoring": 0}
+    assert until.described()["tokens_selected"] == 100
 
 
 def test_summary_of_seeds() -> None:
@@ -152,6 +162,9 @@ def test_summary_of_seeds() -> None:
         "clm": {1: result(longer), 2: result(longer)},
         "slm": {1: result(lower, reference=300, each=5), 2: result(least, reference=300, each=5)},
         "random": {1: result(worse, each=5), 2: result(worse, each=5)},
+        "same": {1: result(CURVE), 2: result(CURVE)},
+        "long": {1: result(lower, reference=9000), 2: result(lower, reference=9000)},
+        "other": {1: result(lower, first_loss=6.1), 2: result(lower, first_loss=6.001)},
     }
     assert compared_at(runs) == 30
     found = summary(runs)
@@ -168,16 +181,31 @@ def test_summary_of_seeds() -> None:
     assert slm["equal_compute"]["baseline_at_arm_flops"]["values"] == [3.5, 3.5]
     assert slm["equal_compute"]["arm_at_baseline_flops"]["values"] == [3.0, 2.0]
     assert random["part_of_baseline_tokens"]["mean"] is None
-    assert "slm WINS over CLM by 1.0000 nats with all 2 seeds" in slm["verdict"]
-    assert "reaches CLM's final loss with 50% of its tokens" in slm["verdict"]
-    assert "random LOSES to CLM by 0.2500 nats with all 2 seeds" in random["verdict"]
+    verdicts = {arm: of["verdict"] for arm, of in found["arms"].items()}
+    assert verdicts["slm"] == (
+        "slm WINS over CLM by 1.0000 nats with all 2 seeds; reaches CLM's final loss with 50% of "
+        "its tokens; at CLM's compute it is 1.0000 nats lower; at its own compute it is 1.0000 "
+        "nats lower."
+    )
+    # Its curve ends before it has taken what CLM's takes, not so CLM's.
+    assert "random LOSES to CLM by 0.2500 nats with all 2 seeds" in verdicts["random"]
+    assert "at CLM's compute" not in verdicts["random"]
+    assert "at its own compute it is even" in verdicts["random"]
+    assert "same cannot be told from CLM with all 2 seeds" in verdicts["same"]
+    assert "at equal compute nothing is known of it" in verdicts["long"]
+    assert found["arms"]["other"]["other_start"] == [1]
+    assert "its first step's loss is not CLM's" in verdicts["other"]
+    assert "first step" not in verdicts["slm"]
     assert "not reached" in table(found)
     with pytest.raises(UserError, match="no iteration at which all arms were validated"):
         compared_at(runs | {"never": {1: result([(15, 150, 4.0)])}})
-    runs["slm"][2] = replace(runs["slm"][2], curve=tuple(worse))
+    runs["slm"][2] = result(worse)
     mixed = summary(runs)["arms"]["slm"]["verdict"]
     assert "slm is lower with 1 of 2 seeds only" in mixed
     assert "does not reach CLM's final loss with 1 of 2 seeds" in mixed
+    barely = [(at, tokens, loss - 0.001) for at, tokens, loss in CURVE]
+    runs["slm"][2] = result(barely)  # lower by 0.5 and 0.001: not more than the spread
+    assert "slm cannot be told from CLM" in summary(runs)["arms"]["slm"]["verdict"]
 
 
 STUDY = """
@@ -205,9 +233,9 @@ def command(recipe: Path, study: Path) -> list[str]:
     return [sys.executable, str(tool), str(recipe), "-o", str(study), "--jobs", "2"]
 
 
-def run(recipe: Path, study: Path) -> subprocess.CompletedProcess[str]:
+def run(recipe: Path, study: Path, *more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(recipe, study), capture_output=True, text=True, check=False, timeout=300
+        [*command(recipe, study), *more], capture_output=True, text=True, check=False, timeout=300
     )
 
 
@@ -217,6 +245,8 @@ def results(study: Path) -> dict[str, Any]:
     for arm in found["arms"].values():
         for seed in arm["seeds"].values():
             assert seed.pop("wall_seconds") > 0
+    for summarised in found["summary"]["arms"].values():
+        assert summarised.pop("step_seconds")["mean"] > 0
     return found
 
 
@@ -241,11 +271,19 @@ def test_a_study_killed_and_resumed(corpus: Corpus, tmp_path: Path) -> None:
     assert "successfully loaded checkpoint" in log  # it went on from where it was
 
     shutil.copytree(killed, straight)
-    shutil.rmtree(straight / "runs/clm-seed1")
+    for name in ("runs", "stages/scores-seed1"):
+        shutil.rmtree(straight / name)
     done = run(recipe, straight)
     assert done.returncode == 0, done.stderr
     assert results(killed) == results(straight)
     check_costs(results(straight)["arms"])
+
+    # An arm that fails takes nothing else with it, nor does a command for some arms.
+    broken = write(tmp_path, text + "  broken: {arguments: --train-iters 0.5}\n")
+    done = run(broken, straight, "--arms", "broken")
+    assert done.returncode == 2
+    assert "broken-seed1 failed with exit code 2" in done.stderr.splitlines()[-1]
+    assert "slm" in done.stdout and results(killed) == results(straight)
 
     # What changed is made again, and a failure names the task and its log.
     changed = write(tmp_path, text.replace("cp -r", "cp -r nowhere"))
@@ -279,3 +317,4 @@ def check_costs(arms: dict[str, Any]) -> None:
     assert slm["flops"]["scoring"] == slm["tokens_seen"] * forward
     assert slm["flops"]["reference_training"] * 3 == clm["flops"]["policy"]
     assert [point[:2] for point in slm["curve"]] == [[8, 1024], [16, 2048], [24, 3072]]
+    assert slm["first_loss"] == pytest.approx(clm["first_loss"], rel=1e-5)  # one start and data

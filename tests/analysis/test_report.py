@@ -16,6 +16,7 @@ import pytest
 
 from analysis.report_page import ITERATIONS, LENGTH, SAMPLES, write_run, write_study
 from launch import REPOSITORY
+from megatron_slm.analysis.report.figures import figure, line
 from megatron_slm.analysis.report.page import write_report
 from megatron_slm.data.token_dump import TokenDump, read_dump, write_dump
 from megatron_slm.errors import UserError
@@ -220,8 +221,7 @@ def test_schemes_and_print(browser: Any, scheme: str, tmp_path: Path) -> None:
         for (ink, _), back in zip(colours, backgrounds, strict=True):
             assert contrast(ink, back) >= 4.5
         lines = page.evaluate("[0, 1, 2, 3, 4, 5].map(role => colour(`--role-${role}`))")
-        for line in lines:
-            assert contrast(line, paper) >= 3.0
+        assert all(contrast(line, paper) >= 3.0 for line in lines)
         wanted = pytest.approx(luminance(lines[0]), abs=0.01)
         for _ in range(100):
             drawn = page.eval_on_selector("#run-figures .js-line", "line => line.style.stroke")
@@ -267,12 +267,29 @@ def test_a_study_and_its_runs(browser: Any, tmp_path: Path) -> None:
     assert titles[0] == "Loss" and "Selected part of each domain" in titles
     names = page.locator("#run-figures .plot >> nth=0").locator(".legendtext").all_text_contents()
     assert "lm loss validation-prose" in names and len(names) == 5
-    assert "H→L" in page.inner_text("#dynamics-content")
-    page.select_option("#run", "3")
+    # The run that has most to show, CLM's having least.
+    assert page.input_value("#run") == "3"
+    assert page.inner_text("#curves .of") == "slm-seed2"
+    content = page.inner_text("#dynamics-content")
+    assert "H→L" in content and "from high" in content
+    legend = page.locator("#study-figures .legendtext").all_text_contents()
+    assert legend == ["CLM", "SLM <i>60%</i>"]
+    page.select_option("#run", "0")
+    assert page.inner_text("#curves .of") == "clm-seed1"
+    assert not page.is_visible("#map") and not page.is_visible("#dynamics")
+    page.select_option("#run", "2")
     assert page.locator("#run-figures .plot svg").count() > 0
     assert page.locator(".sample .text i").count() == 2 * 65
     assert page.said == [page.url]
     page.close()
+
+
+def test_lines_can_be_told_apart() -> None:
+    """Colours begin anew after six."""
+    lines = [line(str(number), [0, 1], [0, 1], number) for number in range(24)]
+    traces = figure("", "", "", lines)["data"]
+    looks = {(trace["meta"]["role"] % 6, trace["line"]["dash"]) for trace in traces}
+    assert len(looks) == 24
 
 
 def test_what_cannot_be_reported_on(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ against Hugging Face's Llama."""
 
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from distributed.test_layouts import LAYOUTS
 from jobs import SEQUENCE, VOCABULARY, Checkpoints, Corpus
 from launch import REPOSITORY, Run, launch, pretrain
 from megatron_slm.analysis.dynamics_files import read_table
-from megatron_slm.analysis.token_dynamics import classify
+from megatron_slm.analysis.token_dynamics import TokenDynamics, classify
 from megatron_slm.data.token_dump import TokenDump, read_dumps
+from megatron_slm.errors import UserError
 
 TOOL = str(REPOSITORY / "tools" / "token_dynamics.py")
 STEPS = 3
@@ -59,6 +61,16 @@ def test_classes_are_those_of_polyfit() -> None:
         assert all(expected[at] == name for at in found.examples(name, 3))
 
 
+def test_what_is_no_number_is_refused() -> None:
+    losses = np.ones((3, 1, 5), np.float32)
+    losses[1, 0, 2] = np.nan
+    with pytest.raises(UserError, match="losses of iteration 20 are NaN"):
+        classify(dumps_of(losses, [10, 20, 30], np.ones((1, 5), bool)))
+    there = np.ones((1, 5), bool)
+    there[0, 2] = False  # padding may have any loss
+    assert len(classify(dumps_of(losses, [10, 20, 30], there)).classes) == 4
+
+
 @pytest.fixture(scope="module")
 def run(corpus: Corpus, untied: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """With a checkpoint after every step."""
@@ -81,23 +93,37 @@ def test_checkpoints_of_a_run(
     corpus: Corpus, run: Run, validation: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     one = score(corpus, run, "one rank", tmp_path / "one")
-    other = score(corpus, run, "dp2 pp2", tmp_path / "other")
-    dumps = [read_dumps(each.directory / "dynamics" / "losses") for each in (one, other)]
+    others = [score(corpus, run, layout, tmp_path / layout) for layout in ("dp2 pp2", "tp2 cp2")]
+    dumps = [read_dumps(each.directory / "dynamics" / "losses") for each in (one, *others)]
     assert [dump.iteration for dump in dumps[0]] == list(range(1, STEPS + 1))
-    for mine, theirs in zip(*dumps, strict=True):
-        checkpoint = run.directory / "saved" / f"iter_{mine.iteration:07d}"
+    for each in zip(*dumps, strict=True):
+        checkpoint = run.directory / "saved" / f"iter_{each[0].iteration:07d}"
         with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
             model = oracle.llama(checkpoint, Path(scratch), heads=4, groups=2, tied=False)
             logits = model(validation["tokens"][:9]).logits[..., :VOCABULARY]
         labels = validation["labels"][:9]
         expected = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
-        for found in (mine, theirs):
+        for found in each:
             np.testing.assert_allclose(found.losses, expected.view_as(labels), rtol=1e-5, atol=1e-5)
             assert np.array_equal(found.tokens[:, 1:], labels)
     _the_files(one.directory / "dynamics", dumps[0])
-    # The same command again has nothing to score; the others' losses are left as they are.
+    # The same command again has nothing to score; of what is there it takes what it was asked for.
     again = score(corpus, run, "one rank", tmp_path / "one", "--ckpt-steps 1 3")
     assert again.outputs[0].count("scored before") == 2
+    read, _ = read_table(one.directory / "dynamics" / "token_dynamics.parquet")
+    assert read.iterations == [1, 3]
+    _the_words(again.outputs[0], classify([dumps[0][0], dumps[0][2]]))
+
+
+def _the_words(output: str, dynamics: TokenDynamics) -> None:
+    """What is printed: where tokens that were high, or low, have gone."""
+    for start in "HL":
+        part = {end: dynamics.share(f"{start}->{end}") for end in "HL"}
+        both = sum(part.values())
+        ends = r"\s+".join(f"{part[end] / both:.1%}" if both else "" for end in "HL").strip()
+        name = {"H": "high", "L": "low"}[start]
+        assert re.search(rf"from {name}\s+{both:.1%}\s*{ends}", output), output
+    assert re.search(r"H\u2192L falls\n(  .*\[\S+\].*nats\n)+", output), output
 
 
 def _the_files(directory: Path, dumps: list[TokenDump]) -> None:

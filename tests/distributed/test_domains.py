@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jobs import Checkpoints, Corpus, write_dataset
 from launch import pretrain
+from megatron_slm.data.token_dump import read_dumps
 from real_text import docstrings
 
 OWN_RATIO = 0.25
@@ -32,7 +34,11 @@ def test_domain_ratios(
     arguments[at + 1 : at + 2] = ["0.5", str(corpus.prefix), "0.5", str(prefix)]
     arguments += f"--train-iters 4 --micro-batch-size 6 --slm-token-ratio {RATIO}".split()
     arguments += f"--slm-domain-ratio email={OWN_RATIO} {layout}".split()
-    run = pretrain(ranks, arguments, tmp_path / "run")
+    dump = "--slm-dump-interval 4 --slm-dump-dir dump --slm-dump-samples 7 --slm-dump-train-samples"
+    run = pretrain(ranks, [*arguments, *dump.split()], tmp_path / "run")
+    dumps_are_of_the_blend(
+        run.directory / "dump", {"email": prefix, corpus.prefix.name: corpus.prefix}
+    )
     for iteration in range(1, 5):
         values = {
             tag: run.scalars(tag)[iteration]
@@ -47,3 +53,19 @@ def test_domain_ratios(
         assert own < values["selected ratio"] < rest
         assert 0.0 < values["selected loss email"] < 20.0
         assert 0.0 < values[f"unselected loss {corpus.prefix.name}"] < 20.0
+
+
+def dumps_are_of_the_blend(dump: Path, prefixes: dict[str, Path]) -> None:
+    """Samples of training, half of them of each domain."""
+    first, last = read_dumps(dump)
+    assert (first.iteration, last.iteration) == (0, 4)
+    assert last.about["split"] == "train"
+    domains = last.about["domains"]
+    assert len(last.tokens) == len(domains) == 7
+    assert sorted(map(domains.count, prefixes)) == [3, 4]
+    texts = {name: np.fromfile(f"{prefix}.bin", np.uint16) for name, prefix in prefixes.items()}
+    there = []  # the first tokens, lest a sample has several documents, in each domain's text
+    for ids in last.tokens.astype(np.uint16):
+        there.append({name for name in texts if ids[:24].tobytes() in texts[name].tobytes()})
+    assert all(domain in found for domain, found in zip(domains, there, strict=True))
+    assert {"email"} in there and len({frozenset(found) for found in there}) > 1

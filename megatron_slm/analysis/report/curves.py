@@ -47,11 +47,12 @@ def run_facts(run: RunFiles) -> list[tuple[str, str]]:
         about = run.dumps[-1].about
         if about.get("score") is not None:
             facts.append(("selection", f"{about['score']}, {about['scope']}"))
+    validations = sorted(filter(VALIDATION.fullmatch, run.scalars))
     for tag, name in (
         ("selected ratio", "selected"),
         ("all-token loss", "all-token loss"),
         ("lm loss", "training loss"),
-        ("lm loss validation", "validation loss"),
+        *((tag, tag.replace("lm loss validation", "validation loss", 1)) for tag in validations),
     ):
         if tag in run.scalars:
             value = run.scalars[tag].last

@@ -57,7 +57,8 @@ def figure(
     """A figure with named axes."""
     lines = [trace for trace in data if not trace["meta"].get("band")]
     for number, trace in enumerate(lines):
-        trace["line"] = trace["line"] | {"dash": DASHES[number % len(DASHES)]}
+        turn = number // len(DASHES)  # when the colours begin anew
+        trace["line"] = trace["line"] | {"dash": DASHES[(number + turn) % len(DASHES)]}
     return {
         "title": title,
         "data": data,

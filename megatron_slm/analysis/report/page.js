@@ -11,6 +11,11 @@ function colour(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 }
 
+// Plotly takes some tags in names for markup.
+function asText(name) {
+  return name.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
+}
+
 function translucent(hex) {
   const [red, green, blue] = [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
   return `rgba(${red}, ${green}, ${blue}, 0.18)`;
@@ -19,6 +24,7 @@ function translucent(hex) {
 function inColours(figure) {
   const traces = figure.data.map((trace) => {
     const own = colour(`--role-${trace.meta.role % 6}`);
+    if (trace.name) trace = { ...trace, name: asText(trace.name) };
     if (trace.meta.band) return { ...trace, fillcolor: translucent(own) };
     if (trace.type === "bar") return { ...trace, marker: { color: own } };
     return { ...trace, line: { ...trace.line, color: own } };
@@ -82,6 +88,7 @@ function redraw() {
 }
 
 function showRun(run) {
+  for (const place of document.querySelectorAll(".of")) place.textContent = run.name;
   pairs(document.getElementById("facts"), run.facts);
   document.getElementById("curves").hidden = !run.figures.length;
   showFigures("run-figures", run.figures);

@@ -52,9 +52,10 @@ def write_report(directory: Path, output: Path, tokenizer_model: str | None) -> 
     if not runs:
         raise UserError(f"{directory / RESULTS} has no finished run yet")
     most_tokens = MOST_TOKENS // len(runs)
+    contents = [_run(run, tokenizer_model, most_tokens) for run in runs]
     data = {
         "study_figures": [] if study is None else study_figures(study),
-        "runs": [_run(run, tokenizer_model, most_tokens) for run in runs],
+        "runs": contents,
     }
     environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True)
     page = environment.get_template("page.html").render(
@@ -62,6 +63,7 @@ def write_report(directory: Path, output: Path, tokenizer_model: str | None) -> 
         subtitle=str(directory.resolve()),
         study=None if study is None else study_table(study),
         runs=[run.name for run in runs],
+        shown=max(range(len(runs)), key=lambda at: _told(contents[at])),
         data=data,
         style=_asset("page.css"),
         plotly=Markup(get_plotlyjs()),
@@ -76,11 +78,18 @@ def write_report(directory: Path, output: Path, tokenizer_model: str | None) -> 
 def _run(run: RunFiles, tokenizer_model: str | None, most_tokens: int) -> dict[str, Any]:
     tokenizer = dump_tokenizer(run.dumps, tokenizer_model)
     return {
+        "name": run.name,
         "facts": run_facts(run),
         "figures": run_figures(run),
         "map": token_map(run.dumps, tokenizer, most_tokens) if run.dumps else None,
         "dynamics": None if run.dynamics is None else dynamics_section(run.dynamics),
     }
+
+
+def _told(content: dict[str, Any]) -> int:
+    """How much more there is to a run than curves: who opens the page sees the first that has
+    most."""
+    return sum(content[part] is not None for part in ("map", "dynamics"))
 
 
 def _asset(name: str) -> Markup:
