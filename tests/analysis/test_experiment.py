@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from megatron_slm.analysis.experiment_results import (
     tokens_to_reach,
 )
 from megatron_slm.analysis.experiment_table import table
+from megatron_slm.entry import add_arguments
 from megatron_slm.errors import UserError
 
 SMALLEST = """
@@ -102,10 +104,17 @@ def test_recipes_extend_others(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "examples/experiments").glob("*.yaml")))
-def test_recipes_of_the_repository(path: Path) -> None:
-    if path.name != "small.yaml":  # which others extend
-        recipe = read_recipe(path)
-        assert plan(recipe, None, None)
+def test_recipes_of_the_repository(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron and we have the arguments of all their runs."""
+    from megatron.training.arguments import parse_args
+
+    if path.name == "small.yaml":  # which others extend
+        return
+    for one in plan(read_recipe(path), None, None):
+        if one.task.kind in ("arm", "pretrain") and one.seed in (None, 1):
+            (words,) = one.commands(Path())
+            monkeypatch.setattr(sys, "argv", words[words.index("megatron_slm.pretrain") :])
+            assert parse_args(partial(add_arguments, cpu=True)).train_iters > 0, one.name
 
 
 CURVE = ((10, 100, 5.0), (20, 200, 4.0), (30, 300, 3.5))
