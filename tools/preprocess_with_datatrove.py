@@ -31,13 +31,16 @@ def main(arguments: list[str]) -> None:
     group.add_argument("--time", default="24:00:00", help="For a Slurm task.")
     args = parser.parse_args(arguments)
     with exit_on_user_error():
+        if args.tasks < 1:
+            raise UserError("--tasks must be at least 1")
+        if "-" in args.input:
+            raise UserError("--input -: tasks have no standard input in common: write it to a file")
         settings = settings_of(args)
         options: dict[str, Any] = {}
         if args.executor == "slurm":
             if args.partition is None:
                 raise UserError("--executor slurm: name a --partition")
             options = {"partition": args.partition, "time": args.time, "qos": args.qos}
-            options["cpus_per_task"] = settings.workers
         run_with_datatrove(settings, args.executor, args.tasks, args.logging_dir, options)
         if args.executor == "slurm":
             print("submitted; when all jobs are done, run preprocess_data.py to merge")
