@@ -1,8 +1,9 @@
 """preprocess_data.py through datatrove's executors: on this machine, on Slurm or on Ray.
 
 Takes preprocess_data.py's options as well.  Every datatrove task makes its part of the shards, and
-the last step merges them.  The files are those that preprocess_data.py makes, and each of the two
-takes up what the other has left.
+the last step merges them.  --workers is the number of cores that a task asks Slurm or Ray for; on
+this machine all tasks share them.  The files are those that preprocess_data.py makes, and each of
+the two takes up what the other has left.
 """
 
 from __future__ import annotations

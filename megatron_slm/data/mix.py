@@ -6,7 +6,8 @@
                           - {name: code, ratio: 3, data: [a_text_document, b_text_document]}
                         max_epochs: 1              of any source; more is an error (default: 1)
     PREFIX.data-args.txt   weights and datasets, for --data-args-path
-    PREFIX.manifest.json   what they are, which ties a run to its data
+    PREFIX.manifest.json   what they are, with hashes of files and tokenizers, which ties a run to
+                           its data
 
 The budget is divided by the ratios without a remainder, and each share by the tokens of its
 datasets; the weights are the tokens of each.

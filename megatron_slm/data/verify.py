@@ -78,15 +78,19 @@ def check_quickly(
         raise UserError(f"{prefix}.idx says ids are of type {index.dtype}; they are whole numbers")
     _check_ends(prefix, index, size)
     if manifest is not None:
-        _compare(Dataset(prefix, index, manifest), manifest, vocab_size, tokenizer_model)
+        _check_manifest(prefix, index.dtype, manifest, vocab_size, tokenizer_model)
     return Dataset(prefix, index, manifest)
 
 
-def _compare(
-    dataset: Dataset, manifest: dict[str, Any], vocab_size: int | None, tokenizer_model: str | None
+def _check_manifest(
+    prefix: Path,
+    dtype: np.dtype,
+    manifest: dict[str, Any],
+    vocab_size: int | None,
+    tokenizer_model: str | None,
 ) -> None:
-    """With the manifest, by sizes and names alone."""
-    prefix, dtype, tokenizer = dataset.prefix, dataset.index.dtype, manifest["options"]["tokenizer"]
+    """Against the files and the run, without reading the data."""
+    tokenizer = manifest["options"]["tokenizer"]
     for suffix in ("bin", "idx"):
         path = Path(f"{prefix}.{suffix}")
         actual, recorded = path.stat().st_size, manifest[suffix]["size"]
