@@ -1,8 +1,9 @@
 """preprocess_data.py through datatrove's executors: on this machine, on Slurm or on Ray.
 
 Takes preprocess_data.py's options as well.  Every datatrove task makes its part of the shards, and
-the last step merges them.  The files are those that preprocess_data.py makes, and each of the two
-takes up what the other has left.
+the last step merges them.  --workers is the number of cores that a task asks Slurm or Ray for; on
+this machine all tasks share them.  The files are those that preprocess_data.py makes, and each of
+the two takes up what the other has left.
 """
 
 from __future__ import annotations
@@ -31,13 +32,16 @@ def main(arguments: list[str]) -> None:
     group.add_argument("--time", default="24:00:00", help="For a Slurm task.")
     args = parser.parse_args(arguments)
     with exit_on_user_error():
+        if args.tasks < 1:
+            raise UserError("--tasks must be at least 1")
+        if "-" in args.input:
+            raise UserError("--input -: tasks have no standard input in common: write it to a file")
         settings = settings_of(args)
         options: dict[str, Any] = {}
         if args.executor == "slurm":
             if args.partition is None:
                 raise UserError("--executor slurm: name a --partition")
             options = {"partition": args.partition, "time": args.time, "qos": args.qos}
-            options["cpus_per_task"] = settings.workers
         run_with_datatrove(settings, args.executor, args.tasks, args.logging_dir, options)
         if args.executor == "slurm":
             print("submitted; when all jobs are done, run preprocess_data.py to merge")

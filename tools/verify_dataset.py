@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
+from typing import Any
 
 from megatron_slm.data.retokenize import check_deeply
 from megatron_slm.data.tokenizer import open_tokenizer
-from megatron_slm.data.verify import check_quickly, check_wholly, pairs_of
+from megatron_slm.data.verify import check_quickly, check_wholly, pairs_of, whole_manifest
 from megatron_slm.errors import UserError, exit_on_user_error
 
 
@@ -36,19 +37,28 @@ def main(arguments: list[str]) -> None:
         vocab_size = args.vocab_size
         if vocab_size is None and args.tokenizer_model is not None:
             vocab_size = open_tokenizer(args.tokenizer_model).vocab_size
-        for prefix, manifest in (pair for given in args.prefix for pair in pairs_of(given)):
-            dataset = check_quickly(prefix, manifest=manifest)
-            if not args.quick:
-                check_wholly(dataset, vocab_size, args.workers)
-            compared = ""
-            if args.deep:
-                count = check_deeply(dataset, args.tokenizer_model, args.chat_template, args.shards)
-                compared = f", {count:,} tokenized again"
-            known = "" if dataset.manifest is not None else ", no manifest"
-            print(
-                f"{prefix}: right: {len(dataset.index.lengths):,} sequences, "
-                f"{dataset.tokens:,} tokens of {dataset.index.dtype}{compared}{known}"
-            )
+        for given in args.prefix:
+            with whole_manifest(given):
+                for prefix, manifest in pairs_of(given):
+                    print(_checked(args, prefix, manifest, vocab_size))
+
+
+def _checked(
+    args: Namespace, prefix: str, manifest: dict[str, Any] | None, vocab_size: int | None
+) -> str:
+    """What is said of a pair of files that is right."""
+    dataset = check_quickly(prefix, manifest=manifest)
+    if not args.quick:
+        check_wholly(dataset, vocab_size, args.workers)
+    compared = ""
+    if args.deep:
+        count = check_deeply(dataset, args.tokenizer_model, args.chat_template, args.shards)
+        compared = f", {count:,} tokenized again"
+    known = "" if dataset.manifest is not None else ", no manifest"
+    return (
+        f"{prefix}: right: {len(dataset.index.lengths):,} sequences, "
+        f"{dataset.tokens:,} tokens of {dataset.index.dtype}{compared}{known}"
+    )
 
 
 if __name__ == "__main__":

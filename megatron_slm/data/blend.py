@@ -16,7 +16,8 @@ def check_draws(recipe: Recipe, shares: Sequence[Share], sequence_length: int) -
     """Each source's part of the tokens drawn in training on the whole budget.
 
     Raises:
-        UserError: a part is further from the recipe's than TOLERANCE.
+        UserError: a part is further from the recipe's than TOLERANCE of all tokens, whatever the
+            source's own share is: relative to a small one that can be much.
     """
     weights = {path: weight for share in shares for path, weight in share.weights.items()}
     samples = recipe.budget // sequence_length

@@ -30,6 +30,7 @@ def run_with_datatrove(
     """Run all stages before the merge.
 
     Args:
+        settings: workers: cores of a task; of all tasks together if the executor is local.
         executor: local, slurm or ray.
         tasks: ranks of a stage.
         options: for the executor.
@@ -43,13 +44,18 @@ def run_with_datatrove(
         stages = [("fingerprint", tasks), ("duplicates", 1), *stages]
     previous: Any = None
     for stage, ranks in stages:
+        cores, place = settings.workers, {"cpus_per_task": settings.workers}
+        if executor == "local":  # its tasks share the cores
+            at_a_time = min(ranks, cores)
+            cores, place = cores // at_a_time, {"workers": at_a_time}
         previous = new(
-            pipeline=[Stage(replace(settings, stage=stage))],
+            pipeline=[Stage(replace(settings, stage=stage, workers=cores))],
             tasks=ranks,
             logging_dir=f"{logging_dir}/{stage}",
             # Shards know whether they are right; datatrove's marks only say that a task once ended.
             skip_completed=False,
             depends=previous,
+            **place,
             **options,
         )
     previous.run()

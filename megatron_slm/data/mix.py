@@ -6,7 +6,8 @@
                           - {name: code, ratio: 3, data: [a_text_document, b_text_document]}
                         max_epochs: 1              of any source; more is an error (default: 1)
     PREFIX.data-args.txt   weights and datasets, for --data-args-path
-    PREFIX.manifest.json   what they are, which ties a run to its data
+    PREFIX.manifest.json   what they are, with hashes of files and tokenizers, which ties a run to
+                           its data
 
 The budget is divided by the ratios without a remainder, and each share by the tokens of its
 datasets; the weights are the tokens of each.
@@ -23,8 +24,20 @@ from typing import Any
 
 import yaml
 
-from megatron_slm.data.manifest import manifest_path, write_data_args, write_manifest
-from megatron_slm.data.verify import check_quickly, pairs_of
+from megatron_slm.data.manifest import (
+    manifest_of_pair,
+    manifest_path,
+    write_data_args,
+    write_manifest,
+)
+from megatron_slm.data.progress import say
+from megatron_slm.data.verify import (
+    check_quickly,
+    pairs_of,
+    sha256_of,
+    shard_outputs,
+    whole_manifest,
+)
 from megatron_slm.errors import UserError
 
 
@@ -133,18 +146,22 @@ def build_mix(recipe: Recipe, root: Path) -> list[Share]:
             twice, or is too short for its share.
     """
     tokens = apportion(recipe.budget, [source.ratio for source in recipe.sources])
-    shares, seen, tokenizers = [], set[str](), dict[str, str]()
+    shares, seen, tokenizers = [], set[Path](), dict[str, str]()
     for source, share in zip(recipe.sources, tokens, strict=True):
         available: dict[str, int] = {}
         for name in source.data:
-            for prefix, manifest in pairs_of(str(root / name)):
-                if manifest is not None:
-                    _check_domain(recipe, source, prefix, manifest)
-                    tokenizers.setdefault(manifest["options"]["tokenizer"]["sha256"], prefix)
-                if prefix in seen:
-                    raise UserError(f"{recipe.path}: {prefix} is named twice")
-                seen.add(prefix)
-                available[prefix] = check_quickly(prefix, manifest=manifest).tokens
+            with whole_manifest(root / name):
+                for prefix, manifest in pairs_of(str(root / name)):
+                    if manifest is None:
+                        say(f"{prefix} has no manifest: its tokenizer and domain are not checked")
+                    else:
+                        _check_domain(recipe, source, prefix, manifest)
+                        tokenizers.setdefault(manifest["options"]["tokenizer"]["sha256"], prefix)
+                    file = Path(f"{prefix}.bin").resolve()  # which a recipe can spell in many ways
+                    if file in seen:
+                        raise UserError(f"{recipe.path}: {prefix} is named twice")
+                    seen.add(file)
+                    available[prefix] = check_quickly(prefix, manifest=manifest).tokens
         shares.append(Share(source, share, available))
     if len(tokenizers) > 1:
         raise UserError(f"{recipe.path}: other tokenizers: {' and '.join(tokenizers.values())}")
@@ -199,7 +216,7 @@ def write_mix(recipe: Recipe, shares: Sequence[Share], prefix: str) -> None:
                 "epochs": share.epochs,
                 "datasets": [
                     {"path": path, "weight": weight, "available": share.available[path]}
-                    | {"idx_sha256": _index_hash(path)}
+                    | _identity(path)
                     for path, weight in share.weights.items()
                 ],
             }
@@ -215,6 +232,12 @@ def write_mix(recipe: Recipe, shares: Sequence[Share], prefix: str) -> None:
         raise UserError(f"--output-prefix {prefix}: {error.strerror}") from error
 
 
-def _index_hash(prefix: str) -> str:
-    with Path(f"{prefix}.idx").open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _identity(prefix: str) -> dict[str, Any]:
+    """A dataset's hashes: of its .bin those of the parts that shards made, one after the other."""
+    found: dict[str, Any] = {"idx_sha256": sha256_of(Path(f"{prefix}.idx"))}
+    manifest = manifest_of_pair(Path(prefix))
+    if manifest is not None:
+        with whole_manifest(prefix):
+            found["bin_sha256"] = [output["bin"]["sha256"] for _, output in shard_outputs(manifest)]
+            found["tokenizer_sha256"] = manifest["options"]["tokenizer"]["sha256"]
+    return found

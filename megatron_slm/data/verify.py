@@ -1,9 +1,9 @@
 """Whether a dataset is what its files say.
 
-quick   header, sizes, ends and a few offsets, and the manifest's sizes; the same few reads at
-        any size, so training does it on every rank at its start
+quick   header, sizes, ends and a few offsets, and the manifest's sizes, type of ids and tokenizer;
+        the same few reads at any size, so training does it on every rank at its start
 whole   every length, offset and id, and the hashes in the manifest
-deep    also tokenizes the beginning of some shards' inputs again (retokenize.py)
+deep    also tokenizes some documents of some shards again (retokenize.py)
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_slm.data.indexed_format import BLOCK, Index, open_index
+from megatron_slm.data.indexed_format import BLOCK, Index, open_index, token_dtype
 from megatron_slm.data.manifest import manifest_of_pair, manifest_path, read_manifest
 from megatron_slm.errors import UserError
 
@@ -41,7 +43,10 @@ class Dataset:
 
 
 def check_quickly(
-    prefix: str | Path, vocab_size: int | None = None, manifest: dict[str, Any] | None = None
+    prefix: str | Path,
+    vocab_size: int | None = None,
+    manifest: dict[str, Any] | None = None,
+    tokenizer_model: str | None = None,
 ) -> Dataset:
     """Open a dataset.
 
@@ -49,15 +54,16 @@ def check_quickly(
         prefix: without .bin and .idx.
         vocab_size: of the run that is to read it.
         manifest: default: that beside it, if there is one.
+        tokenizer_model: of that run; compared if the manifest has the hash of such a file.
 
     Raises:
-        UserError: index and data do not belong together, are truncated, or are of a type or
-            vocabulary that cannot be; or the dataset was not merged.
+        UserError: index and data do not belong together, are truncated, or are of a type,
+            vocabulary or tokenizer that cannot be; or the dataset was not merged.
     """
     prefix = Path(prefix)
     if manifest is None:
         manifest = manifest_of_pair(prefix)
-        if manifest is not None and not manifest.get("merged"):  # nor is a mix
+        if manifest is not None and ("recipe" in manifest or not manifest["merged"]):
             raise UserError(
                 f"{prefix} is no pair of files but a list of several: give "
                 f"--data-args-path {prefix}.data-args.txt"
@@ -72,18 +78,71 @@ def check_quickly(
         raise UserError(f"{prefix}.idx says ids are of type {index.dtype}; they are whole numbers")
     _check_ends(prefix, index, size)
     if manifest is not None:
-        for path, written in ((data, size), (Path(f"{prefix}.idx"), None)):
-            actual = path.stat().st_size if written is None else written
-            recorded = manifest[path.suffix[1:]]["size"]
-            if actual != recorded:
-                raise UserError(f"{path} has {actual} bytes, its manifest {recorded}; {AGAIN}")
-        made_with = manifest["options"]["tokenizer"]["vocab_size"]
-        if vocab_size is not None and made_with > vocab_size:
-            raise UserError(
-                f"{prefix} was made with a tokenizer of {made_with} tokens, this run's has "
-                f"{vocab_size}; use the same tokenizer, or write the dataset with this run's"
-            )
+        _check_manifest(prefix, index.dtype, manifest, vocab_size, tokenizer_model)
     return Dataset(prefix, index, manifest)
+
+
+def _check_manifest(
+    prefix: Path,
+    dtype: np.dtype,
+    manifest: dict[str, Any],
+    vocab_size: int | None,
+    tokenizer_model: str | None,
+) -> None:
+    """Against the files and the run, without reading the data."""
+    tokenizer = manifest["options"]["tokenizer"]
+    for suffix in ("bin", "idx"):
+        path = Path(f"{prefix}.{suffix}")
+        actual, recorded = path.stat().st_size, manifest[suffix]["size"]
+        if actual != recorded:
+            raise UserError(f"{path} has {actual} bytes, its manifest {recorded}; {AGAIN}")
+    made_with = tokenizer["vocab_size"]
+    if dtype != token_dtype(made_with):
+        raise UserError(
+            f"{prefix}.idx says ids are of type {dtype}, but by its manifest they are "
+            f"{token_dtype(made_with)}; {AGAIN}"
+        )
+    if vocab_size is not None and made_with > vocab_size:
+        raise UserError(
+            f"{prefix} was made with a tokenizer of {made_with} tokens, this run's has "
+            f"{vocab_size}; use the same tokenizer, or write the dataset with this run's"
+        )
+    file = None if tokenizer_model is None else _same_kind(Path(tokenizer_model), tokenizer["name"])
+    if file is not None and _tokenizer_hash(file) != tokenizer["sha256"]:
+        of_pair = manifest_path(prefix)
+        raise UserError(
+            f"{prefix} was made with another tokenizer than this run's {file}: by the manifest in "
+            f"{of_pair if of_pair.exists() else prefix.parent} with {tokenizer['name']} of SHA-256 "
+            f"{tokenizer['sha256']}; use the same tokenizer, or write the dataset with this run's"
+        )
+
+
+def _same_kind(model: Path, name: str) -> Path | None:
+    """A run's tokenizer file, if a manifest's of this name is of its kind: only then do different
+    bytes mean another tokenizer."""
+    if model.is_dir():
+        model /= "tokenizer.json"
+    sentencepiece = ".model" in model.name and ".model" in name
+    same = sentencepiece or (model.suffix == ".json" and model.name == name)
+    return model if same and model.is_file() else None
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+_tokenizer_hash = cache(sha256_of)  # once for all datasets of a run
+
+
+@contextmanager
+def whole_manifest(prefix: str | Path) -> Iterator[None]:
+    """Raises: UserError: what is done lacks a field of the dataset's manifest."""
+    try:
+        yield
+    except KeyError as error:
+        raise UserError(f"{prefix}: its manifest has no {error}; {AGAIN}") from error
 
 
 def _check_ends(prefix: Path, index: Index, size: int) -> None:
@@ -118,7 +177,7 @@ def _refuse_offsets(prefix: Path, at: Any, offsets: Any, expected: Any) -> None:
 def pairs_of(prefix: str) -> Iterator[tuple[str, dict[str, Any] | None]]:
     """Prefixes and manifests of a dataset's pairs of files: several if it was not merged."""
     manifest = read_manifest(manifest_path(prefix))
-    if manifest is not None and "shards" not in manifest:
+    if manifest is not None and "recipe" in manifest:
         raise UserError(f"{prefix} is a mix: verify the datasets in {prefix}.data-args.txt")
     if manifest is None or manifest["merged"]:
         yield prefix, manifest
@@ -147,9 +206,7 @@ def check_wholly(dataset: Dataset, vocab_size: int | None, workers: int) -> None
     ranges = [("", 0, Path(f"{prefix}.bin").stat().st_size)]
     hashes: list[str | None] = [None]
     if manifest is not None:
-        with Path(f"{prefix}.idx").open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != manifest["idx"]["sha256"]:
+        if sha256_of(Path(f"{prefix}.idx")) != manifest["idx"]["sha256"]:
             raise UserError(f"{prefix}.idx is not the one that its manifest describes; {AGAIN}")
         ranges, hashes, at = [], [], 0
         for name, output in shard_outputs(manifest):

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from corpus import Result, preprocess, run_tool, texts, write_jsonl
+from corpus import MODEL, Result, preprocess, run_tool, texts, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt_datasets import gpt_config
+from megatron_slm.data.chat import chat_renderer
 from megatron_slm.data.mix import apportion, read_recipe
 
 MIXES = Path(__file__).parents[2] / "examples" / "mixes"
@@ -69,6 +72,8 @@ def test_shares_are_exact_and_drawn(tmp_path: Path, corpora: dict[str, int]) -> 
     for source in manifest["sources"]:
         assert source["epochs"] == pytest.approx(source["tokens"] / corpora[source["name"]])
         assert f"{corpora[source['name']]:,}" in result.out
+        drawn_of = rf"drawn: {source['name']} \S+%, [+-]\S+% of all tokens, [+-]\S+% of its own"
+        assert re.search(drawn_of, result.out)
 
     verified = run_tool("verify_dataset", tmp_path / "mix")
     assert verified.code == 2 and "verify the datasets in" in verified.err
@@ -79,6 +84,31 @@ def test_shares_are_exact_and_drawn(tmp_path: Path, corpora: dict[str, int]) -> 
     before = {path: path.read_bytes() for path in tmp_path.glob("mix.*")}
     build(tmp_path, recipe)
     assert {path: path.read_bytes() for path in tmp_path.glob("mix.*")} == before
+
+
+def test_manifest_has_the_hashes_of_the_data(tmp_path: Path, corpora: dict[str, int]) -> None:
+    assert build(tmp_path, write_recipe(tmp_path, 1000)).code == 0
+    manifest = json.loads((tmp_path / "mix.manifest.json").read_text())
+    for source in manifest["sources"]:
+        for dataset in source["datasets"]:
+            for suffix in ("idx", "bin"):
+                content = Path(f"{dataset['path']}.{suffix}").read_bytes()
+                digest = hashlib.sha256(content).hexdigest()
+                assert dataset[f"{suffix}_sha256"] == (digest if suffix == "idx" else [digest])
+            assert dataset["tokenizer_sha256"] == hashlib.sha256(MODEL.read_bytes()).hexdigest()
+
+
+def test_a_dataset_without_a_manifest(tmp_path: Path, corpora: dict[str, int]) -> None:
+    """Is said to be one, since neither tokenizer nor domain can be checked."""
+    path = tmp_path / "math_text_document.manifest.json"
+    path.unlink()
+    result = build(tmp_path, write_recipe(tmp_path, 1000))
+    assert result.code == 0
+    (line,) = [line for line in result.err.splitlines() if "no manifest" in line]
+    assert line.startswith(f"> {tmp_path / 'math_text_document'} has no manifest")
+    path.write_text(json.dumps({"format": 1, "merged": True, "shards": []}))
+    result = build(tmp_path, write_recipe(tmp_path, 1000))
+    assert result.code == 2 and "its manifest has no 'options'" in result.err
 
 
 def shares_drawn(weights: list[tuple[str, int]], samples: int) -> dict[str, float]:
@@ -134,13 +164,24 @@ MISTAKES = {
         },
         "named twice",
     ),
+    "twice in other words": (
+        {
+            "sources": [
+                {"name": "a", "data": "math_text_document"},
+                {"name": "b", "data": "../{directory}/math_text_document"},
+            ]
+        },
+        "named twice",
+    ),
     "no epochs": ({"max_epochs": 0}, "above 0"),
 }
 
 
 def test_mistakes(tmp_path: Path, corpora: dict[str, int]) -> None:
     for kind, (changes, message) in MISTAKES.items():
-        result = build(tmp_path, write_recipe(tmp_path, **({"budget": 1000} | changes)))
+        recipe = write_recipe(tmp_path, **({"budget": 1000} | changes))
+        recipe.write_text(recipe.read_text().replace("{directory}", tmp_path.name))
+        result = build(tmp_path, recipe)
         assert result.code == 2 and message in result.err, kind
         assert "Traceback" not in result.err and not list(tmp_path.glob("mix.*"))
     broken = tmp_path / "broken.yaml"
@@ -169,3 +210,19 @@ def test_the_papers_mixes() -> None:
         "math-reference-0.5b": 5 * 10**8,
         "general-reference-1.9b": 19 * 10**8,
     }
+
+
+def test_tulus_template() -> None:
+    """As in allenai/open-instruct, without the tokens that end the assistant's turns: the last of
+    them is the document's, which --append-eod puts right behind the text."""
+    render = chat_renderer(str(MIXES / "tulu.jinja"))
+    first = [
+        {"role": "system", "content": " Be brief.\n"},
+        {"role": "user", "content": "1 + 1?"},
+        {"role": "assistant", "content": "2"},
+    ]
+    assert render(first) == "<|system|>\nBe brief.\n<|user|>\n1 + 1?\n<|assistant|>\n2"
+    second = [{"from": "human", "value": "Sure?\n\n"}, {"from": "gpt", "value": "\tYes.\n\nSure. "}]
+    assert render([*first, *second]) == (
+        f"{render(first)}\n<|user|>\nSure?\n<|assistant|>\nYes.\n\nSure."
+    )

@@ -17,7 +17,6 @@ import pyarrow.parquet
 import pytest
 import zstandard
 from corpus import (
-    ENGINE,
     MODEL,
     PIECES,
     TOOLS,
@@ -306,16 +305,3 @@ def test_ranks_share_nothing_but_the_directory(plain: Path, tmp_path: Path) -> N
     for suffix in ("bin", "idx", "manifest.json"):
         ours, alone = (tmp_path / f"{name}_text_document.{suffix}" for name in ("out", "alone"))
         assert ours.read_bytes() == alone.read_bytes()
-
-
-def test_datatrove_makes_the_same(plain: Path, tmp_path: Path) -> None:
-    options = ("--append-eod", "--shard-size", "50K", *ENGINE)
-    preprocess(plain, tmp_path / "alone", *options)
-    command = [sys.executable, TOOLS / "preprocess_with_datatrove.py", "--input", plain, *options]
-    command += ["--tokenizer-model", MODEL, "--output-prefix", tmp_path / "out", "--workers", "1"]
-    command += ["--tasks", "2", "--logging-dir", tmp_path / "logs"]
-    run_command(command)
-    for suffix in ("bin", "idx", "manifest.json"):
-        ours, alone = (tmp_path / f"{name}_text_document.{suffix}" for name in ("out", "alone"))
-        assert ours.read_bytes() == alone.read_bytes()
-    assert "nothing to do" in preprocess(plain, tmp_path / "out", *options).err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import struct
 from collections.abc import Callable
@@ -10,6 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from corpus import MODEL, preprocess, run_tool, texts, write_jsonl
+
+from megatron_slm.data.verify import check_quickly, pairs_of
+from megatron_slm.errors import UserError
 
 TEXTS = texts()[:300]
 HEADER = 34
@@ -74,6 +78,11 @@ def wrong_dtype(prefix: Path) -> None:
     patch(idx(prefix), 17, b"\x04")
 
 
+def signed_dtype(prefix: Path) -> None:
+    """Of the same width."""
+    patch(idx(prefix), 17, b"\x03")
+
+
 def float_dtype(prefix: Path) -> None:
     patch(idx(prefix), 17, b"\x06")
 
@@ -98,6 +107,7 @@ QUICKLY: dict[str, tuple[Callable[[Path], object], str]] = {
     "version": (lambda prefix: patch(idx(prefix), 9, b"\x02"), "version 2"),
     "unknown dtype": (lambda prefix: patch(idx(prefix), 17, b"\x63"), "dtype code 99"),
     "wrong dtype": (wrong_dtype, "not of the same dataset"),
+    "signed": (signed_dtype, "ids are of type int16, but by its manifest they are uint16"),
     "floats": (float_dtype, "float64"),
     "stale .idx": (stale_index, "not of the same dataset"),
     "swapped lengths": (swapped_lengths, "the one before it ends"),
@@ -172,7 +182,7 @@ WHOLLY: dict[str, tuple[Callable[[Path], object], str]] = {
     "negative length": (negative_length, "begins at byte"),
     "shifted offset": (shifted_offset, "begins at byte"),
     "documents out of order": (documents_out_of_order, "document 7 ends before it begins"),
-    "other text": (other_text, "has other ids than the text in"),
+    "other text": (other_text, "has the ids of the text in"),
 }
 
 
@@ -186,16 +196,81 @@ def test_found_wholly(kind: str, prefix: Path) -> None:
     assert message in result.err
 
 
+@pytest.mark.parametrize("cleaning", [(), ("--dedup", "exact")])
 @pytest.mark.parametrize("merge", ["--merge", "--no-merge"])
-def test_what_is_right_passes(tmp_path: Path, merge: str) -> None:
-    source = write_jsonl(tmp_path / "in.jsonl", TEXTS * 2)
-    options = ("--append-eod", "--prepend-bos", "--shard-size", "20K", "--dedup", "exact", merge)
+def test_what_is_right_passes(tmp_path: Path, merge: str, cleaning: tuple[str, ...]) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", [*TEXTS, *TEXTS, *("again", "and again") * 40])
+    options = ("--append-eod", "--prepend-bos", "--shard-size", "20K", merge, *cleaning)
     preprocess(source, tmp_path / "out", *options)
     arguments = (tmp_path / "out_text_document", "--deep", "--tokenizer-model", MODEL)
     result = run_tool("verify_dataset", *arguments)
     assert result.code == 0, result.err
     shards = [shard for shard in result.out.splitlines() if "tokenized again" in shard]
     assert (len(shards) > 1) == (merge == "--no-merge")
+
+
+@pytest.mark.parametrize("cleaning", [(), ("--dedup", "exact")])
+@pytest.mark.parametrize("name", ["in.jsonl", "in.jsonl.gz"])
+def test_deep_looks_behind_the_beginning(
+    tmp_path: Path, name: str, cleaning: tuple[str, ...]
+) -> None:
+    """All of a shard's texts but the first 100 are others, of the same sizes."""
+    source = tmp_path / name
+
+    def write(found: list[str]) -> None:
+        lines = write_jsonl(tmp_path / "plain", found).read_bytes()
+        source.write_bytes(gzip.compress(lines) if name.endswith(".gz") else lines)
+
+    write(TEXTS)
+    preprocess(source, tmp_path / "out", "--append-eod", *cleaning)
+    arguments = (tmp_path / "out_text_document", "--deep", "--tokenizer-model", MODEL)
+    assert "64 tokenized again" in run_tool("verify_dataset", *arguments).out
+    write([*TEXTS[:100], *(text[::-1] for text in TEXTS[100:])])
+    result = run_tool("verify_dataset", *arguments)
+    assert result.code == 2 and "out_text_document: " in result.err
+    assert "text in" in result.err or "is not in in.jsonl" in result.err
+
+
+def test_deep_wants_the_chat_template(tmp_path: Path) -> None:
+    source = tmp_path / "chat.jsonl"
+    source.write_text(json.dumps({"text": [{"role": "user", "content": "Hello"}]}))
+    template, another = tmp_path / "a.jinja", tmp_path / "another.jinja"
+    template.write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
+    another.write_text("{% for message in messages %}{{ message.role }}{% endfor %}")
+    preprocess(source, tmp_path / "with", "--chat-template", template)
+    preprocess(write_jsonl(tmp_path / "in.jsonl", ["Hello"]), tmp_path / "without")
+
+    def deep(name: str, *more: object) -> str:
+        arguments = (tmp_path / f"{name}_text_document", "--deep", "--tokenizer-model", MODEL)
+        result = run_tool("verify_dataset", *arguments, *more)
+        return result.err if result.code == 2 else result.out
+
+    assert "was made with a chat template: see --chat-template" in deep("with")
+    assert "with another chat template" in deep("with", "--chat-template", another)
+    assert "without a chat template" in deep("without", "--chat-template", template)
+    assert "1 tokenized again" in deep("with", "--chat-template", template)
+
+
+MISSING = """
+    merged options options.tokenizer options.tokenizer.vocab_size options.tokenizer.sha256
+    options.chat_template bin bin.size idx.sha256 shards shards.0.outputs shards.0.inputs
+    shards.0.outputs.text.bin.sha256 shards.0.outputs.text.documents
+"""
+
+
+@pytest.mark.parametrize("field", MISSING.split())
+def test_a_manifest_that_lacks_something(prefix: Path, field: str) -> None:
+    path = Path(f"{prefix}.manifest.json")
+    manifest = json.loads(path.read_text())
+    *outer, last = field.split(".")
+    inner = manifest
+    for name in outer:
+        inner = inner[int(name) if name == "0" else name]
+    del inner[last]
+    path.write_text(json.dumps(manifest))
+    deep = ("--deep", "--shards", 99, "--tokenizer-model", MODEL)
+    result = run_tool("verify_dataset", prefix, *deep)
+    assert result.code == 2 and f"its manifest has no '{last}'" in result.err
 
 
 def test_several_keys_deeply(tmp_path: Path) -> None:
@@ -228,9 +303,6 @@ def test_of_megatrons_making(tmp_path: Path) -> None:
 
 
 def test_manifest_ties_it_to_a_vocabulary(prefix: Path) -> None:
-    from megatron_slm.data.verify import check_quickly
-    from megatron_slm.errors import UserError
-
     assert (
         check_quickly(prefix, 32000).tokens
         == json.loads(Path(f"{prefix}.manifest.json").read_text())["counts"]["tokens"]
@@ -239,11 +311,41 @@ def test_manifest_ties_it_to_a_vocabulary(prefix: Path) -> None:
         check_quickly(prefix, 31999)
 
 
+@pytest.mark.parametrize("merge", ["--merge", "--no-merge"])
+def test_manifest_ties_it_to_a_tokenizer(tmp_path: Path, merge: str) -> None:
+    """To the bytes of its file, where a run's is of the same kind; another cannot be compared."""
+    model, copy = tmp_path / "tokenizer.model", tmp_path / "a.model.v2"
+    other, of_another_kind = tmp_path / "other.model", tmp_path / "tokenizer.json"
+    model.write_bytes(MODEL.read_bytes())
+    copy.write_bytes(MODEL.read_bytes())
+    other.write_bytes(MODEL.read_bytes() + b"\n")
+    of_another_kind.write_text("{}")
+    source = write_jsonl(tmp_path / "in.jsonl", TEXTS)
+    preprocess(source, tmp_path / "out", merge, "--tokenizer-model", model)
+    for prefix, _ in pairs_of(str(tmp_path / "out_text_document")):
+        for same in (model, copy, of_another_kind, tmp_path, tmp_path / "absent.model"):
+            check_quickly(prefix, tokenizer_model=str(same))
+        with pytest.raises(UserError, match="made with another tokenizer than this run's") as told:
+            check_quickly(prefix, tokenizer_model=str(other))
+        assert prefix in str(told.value) and str(other) in str(told.value)
+        manifest = "out_text_document.manifest.json" if merge == "--merge" else "out_shards with"
+        assert manifest in str(told.value) and "tokenizer.model" in str(told.value)
+
+
+def test_a_tokenizer_json_in_a_runs_directory(prefix: Path, tmp_path: Path) -> None:
+    path, run = Path(f"{prefix}.manifest.json"), tmp_path / "run"
+    manifest = json.loads(path.read_text())
+    run.mkdir()
+    (run / "tokenizer.json").write_text("{}")
+    check_quickly(prefix, tokenizer_model=str(run))
+    manifest["options"]["tokenizer"]["name"] = "tokenizer.json"
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="another tokenizer"):
+        check_quickly(prefix, tokenizer_model=str(run))
+
+
 def test_a_dataset_that_was_not_merged(tmp_path: Path) -> None:
     """Takes the place of a merged one; its shards have manifests of their own."""
-    from megatron_slm.data.verify import check_quickly
-    from megatron_slm.errors import UserError
-
     source = write_jsonl(tmp_path / "in.jsonl", TEXTS)
     options = ("--shard-size", "20K", "--json-keys", "text")
     preprocess(source, tmp_path / "out", *options)

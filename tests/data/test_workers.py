@@ -1,4 +1,4 @@
-"""Worker processes that end early, are interrupted or lose their parent; a Slurm array."""
+"""Worker processes that end early, are interrupted or lose their parent."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from corpus import ENGINE, MODEL, TOOLS, ids_of, preprocess, read_dataset, texts
 
 TIMEOUT = 120  # seconds
 TEXTS = texts()
-SCRIPT = TOOLS.parent / "examples" / "slurm" / "preprocess.sbatch"
 
 
 def wait_for(condition: Callable[[], Any]) -> Any:
@@ -108,52 +107,3 @@ def test_bad_input_in_a_worker(tmp_path: Path) -> None:
     )
     assert run.returncode == 2
     assert run.stderr.splitlines()[-1].startswith(f"error: {bad} is truncated")
-
-
-SBATCH = """#!/usr/bin/env bash
-# Runs at once what it is given, each job of an array after the other.
-last=0 script=
-while [ $# -gt 0 ]; do
-    case "$1" in
-    --array=*) last="${1#--array=0-}" ;;
-    --*) ;;
-    *) break ;;
-    esac
-    array="${array:-}${1#--parsable}"
-    shift
-done
-for task in $(seq 0 "$last"); do
-    export SLURM_JOB_ID=7
-    case "$array" in
-    *--array*) export SLURM_ARRAY_TASK_ID=$task SLURM_ARRAY_TASK_COUNT=$((last + 1)) ;;
-    esac
-    echo "$*" | cut -d' ' -f2 >> "$JOBS"
-    bash "$@" >&2 || exit
-done
-echo 7
-"""
-
-
-def test_slurm_array(tmp_path: Path) -> None:
-    source = write_jsonl(tmp_path / "in.jsonl", TEXTS * 2)
-    sbatch = tmp_path / "bin" / "sbatch"
-    sbatch.parent.mkdir()
-    sbatch.write_text(SBATCH)
-    sbatch.chmod(0o755)
-    path = f"{sbatch.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    command = ["bash", SCRIPT, "2", "--input", source, "--output-prefix", tmp_path / "out"]
-    run = subprocess.run(
-        [*command, "--tokenizer-model", MODEL, *ENGINE, "--shard-size", "90K", "--dedup", "exact"],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=TOOLS.parent,
-        # Also from a shell that is a job itself.
-        env=os.environ | {"PATH": path, "JOBS": str(tmp_path / "jobs"), "SLURM_JOB_ID": "5"},
-        timeout=TIMEOUT,
-    )
-    assert run.returncode == 0, run.stderr
-    stages = (tmp_path / "jobs").read_text().split()
-    assert stages == ["fingerprint", "fingerprint", "duplicates", "tokenize", "tokenize", "all"]
-    kept = [ids_of(text, eod=False) for text in dict.fromkeys(TEXTS)]
-    assert read_dataset(tmp_path / "out_text_document") == kept

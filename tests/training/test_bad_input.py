@@ -13,6 +13,8 @@ import pytest
 
 from jobs import GLOBAL_BATCH, STEPS, Checkpoints, Corpus, write_dataset
 from launch import REPOSITORY, launch, pretrain
+from megatron_slm.data.preprocess import preprocess
+from megatron_slm.data.settings import Settings
 from real_text import docstrings
 
 
@@ -74,6 +76,19 @@ def _truncated_data(reference: Path) -> list[str]:
     return ["--data-path", str(prefix)]
 
 
+def _data_of_another_tokenizer(reference: Path) -> list[str]:
+    """With as many tokens, by the manifest."""
+    arguments = _sentencepiece(reference)
+    prefix = reference.parent / f"{reference.name}-other"
+    source = Path(f"{prefix}.jsonl")
+    source.write_text(json.dumps({"text": " ".join(docstrings(["argparse"]))}))
+    preprocess(Settings((str(source),), str(prefix), arguments[-1], engine="sentencepiece"))
+    manifest = Path(f"{prefix}_text_document.manifest.json")
+    digest = json.loads(manifest.read_text())["options"]["tokenizer"]["sha256"]
+    manifest.write_text(manifest.read_text().replace(digest, "0" * 64))
+    return [*arguments, "--data-path", f"{prefix}_text_document"]
+
+
 CASES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "reference directory missing": (_missing, "no such directory"),
     "tracker missing": (_no_tracker, "--slm-reference-ckpt-step"),
@@ -82,6 +97,10 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "metadata missing": (_no_metadata, "torch_dist"),
     "metadata damaged": (_damaged_metadata, "damaged"),
     "dataset truncated": (_truncated_data, "it is truncated, or the two are not of the same"),
+    "dataset of another tokenizer": (
+        _data_of_another_tokenizer,
+        "-other_text_document was made with another tokenizer than this run's",
+    ),
     "no such dataset": (lambda _: ["--data-path", "absent"], "cannot read absent.idx"),
     "no such iteration": (lambda _: ["--slm-reference-ckpt-step", "7"], "iter_0000007"),
     "another vocabulary": (lambda _: ["--vocab-size", "300"], "vocabulary of 257"),
