@@ -126,7 +126,7 @@ def kill_often(runs: Runs, tmp_path: Path, rng: random.Random) -> None:
     in turn, by one worker or two."""
     clock = time.perf_counter()
     (tmp_path / "timed").mkdir()
-    runs.run(tmp_path / "timed", OPTIONS)
+    runs.run(tmp_path / "timed", [*OPTIONS, *TWO_KEYS, "--workers", "2"])  # the longest
     seconds = time.perf_counter() - clock
     kills = finished = 0
     ended: int | None = None

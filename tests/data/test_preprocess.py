@@ -375,6 +375,25 @@ def test_another_run_at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "engine" not in preprocess(source, tmp_path / "out").err
 
 
+def test_ranks_know_a_dataset_that_is_not_in_its_place_yet(plain: Path, tmp_path: Path) -> None:
+    """As a merge leaves it that is killed when all is written."""
+    preprocess(plain, tmp_path / "out")
+    whole = {name: (tmp_path / name).read_bytes() for name in left_behind(tmp_path, plain)}
+    for suffix in ("bin", "idx"):
+        path = tmp_path / f"out_text_document.{suffix}"
+        path.rename(f"{path}.next")
+    manifest = tmp_path / "out_text_document.manifest.json"
+    content = json.loads(manifest.read_text())
+    manifest.unlink()
+    (tmp_path / "out_shards").mkdir()
+    decided = {"format": content.pop("format"), "datasets": {"text": content}}
+    (tmp_path / "out_shards" / "datasets.next").write_text(json.dumps(decided))
+    assert "engine" not in preprocess(plain, tmp_path / "out", "--stage", "tokenize").err
+    assert "nothing to do" in preprocess(plain, tmp_path / "out").err
+    assert {name: (tmp_path / name).read_bytes() for name in whole} == whole
+    assert left_behind(tmp_path, plain) == set(whole)
+
+
 def test_ranks_share_nothing_but_the_directory(plain: Path, tmp_path: Path) -> None:
     """As a Slurm array does it, in any order, and one rank twice."""
     options = ("--append-eod", "--shard-size", "20K", "--dedup", "exact")
