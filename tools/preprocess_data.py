@@ -102,7 +102,8 @@ def add_tokenizer_options(parser: ArgumentParser) -> None:
         choices=["auto", *engine_names()],
         default="auto",
         help="What tokenizes. auto: the fastest that is installed and gives the ids of the "
-        "tokenizer's own library on documents from all over this corpus.",
+        "tokenizer's own library on the first documents of up to 64 of the shards to be made; that "
+        "library if there are none. Shards of another engine than the one named are made again.",
     )
     group.add_argument("--append-eod", action="store_true", help="End documents with that token.")
     group.add_argument(
@@ -112,7 +113,9 @@ def add_tokenizer_options(parser: ArgumentParser) -> None:
         "--special-tokens-in-text",
         choices=["text", "ids"],
         default="text",
-        help="What a literal </s> in a document becomes: the tokens of its letters, or its id.",
+        help="What the text of a control or special token (a literal </s>) in a document becomes: "
+        "the tokens of its letters, or its id. Other pieces of the vocabulary are always ids, also "
+        "user-defined ones of sentencepiece and added tokens of Hugging Face that are not special.",
     )
 
 
@@ -136,8 +139,9 @@ def add_cleaning_options(parser: ArgumentParser) -> None:
         type=float,
         default=1e-4,
         metavar="F",
-        help="Fail if more than this part of the documents cannot be used. They are listed in "
-        "PREFIX_rejects in any case. Default: 1e-4.",
+        help="Fail if more than this part of the documents cannot be used, of all that are read, "
+        "also those a filter leaves out. They are listed in PREFIX_rejects in any case. "
+        "Default: 1e-4.",
     )
 
 
@@ -156,7 +160,8 @@ def add_run_options(parser: ArgumentParser) -> None:
         type=byte_count,
         default="256M",
         metavar="BYTES",
-        help="Input of a task, which is what is done again after a crash. Default: 256M.",
+        help="Input of a task, which is what is done again after a crash; compressed and parquet "
+        "files are never cut, however large. Default: 256M.",
     )
     group.add_argument("--merge", action=BooleanOptionalAction, default=True)
     group.add_argument(

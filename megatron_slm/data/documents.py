@@ -23,6 +23,7 @@ from megatron_slm.data.lines import (
 from megatron_slm.errors import UserError
 
 ROWS = 256  # of a parquet file at a time
+COLUMN_BYTES = 1 << 20  # of a column that are read at a time
 QUARANTINED = 4096  # bytes of a bad line that are kept
 
 Render = Callable[[Any], str]
@@ -77,7 +78,12 @@ def _field(record: Any, path: str) -> str | None:
         if not isinstance(record, dict) or name not in record:
             return None
         record = record[name]
-    return record if isinstance(record, str) else orjson.dumps(record, default=str).decode()
+    if isinstance(record, str):
+        return record
+    try:
+        return orjson.dumps(record, default=str).decode()
+    except orjson.JSONEncodeError as error:
+        raise BadRecord(f"{path!r} cannot be compared: {error}") from error
 
 
 @dataclass
@@ -160,26 +166,37 @@ def _reject(path: str, line: int, error: Exception, content: str) -> dict[str, A
 
 
 def _read_parquet(piece: Piece, wanted: Wanted, seen: InputHash) -> Iterator[Batch]:
-    """Rows count as lines, from 1."""
+    """Rows count as lines, from 1.  The file is hashed by the way, in step with its row groups."""
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
         raise UserError(f"{piece.path} needs pyarrow: pip install 'megatron-slm[data]'") from error
-    roots = [*wanted.keys, *(path.split(".")[0] for path, _ in wanted.filters)]
     number = 1
+    # Neither a whole row group nor a whole column of one is held.
+    reading = {"memory_map": False, "pre_buffer": False, "buffer_size": COLUMN_BYTES}
     try:
-        with pyarrow.parquet.ParquetFile(piece.path, memory_map=False) as file:
+        with (
+            open(piece.path, "rb") as raw,
+            pyarrow.parquet.ParquetFile(piece.path, **reading) as file,
+        ):
             present = file.schema_arrow.names
+            paths = [path for path, _ in wanted.filters]
+            roots = [path if path in present else path.split(".")[0] for path in paths]
+            roots = list(dict.fromkeys([*wanted.keys, *roots]))
             for key in roots:
                 if key not in present:
                     raise UserError(
                         f"{piece.path} has no column {key!r}, but {present}; see --json-keys"
                     )
-            for table in file.iter_batches(ROWS, columns=list(dict.fromkeys(roots))):
-                yield _parse_rows(piece.path, number, _rows(table), wanted)
-                number += table.num_rows
-        with open(piece.path, "rb") as raw:
+            groups = file.num_row_groups
+            for group in range(groups):
+                for table in file.iter_batches(ROWS, row_groups=[group], columns=roots):
+                    yield _parse_rows(piece.path, number, _rows(table), wanted)
+                    number += table.num_rows
+                end = piece.size * (group + 1) // groups
+                while raw.tell() < end and (chunk := raw.read(BATCH_BYTES)):
+                    seen.update(chunk)
             while chunk := raw.read(BATCH_BYTES):
                 seen.update(chunk)
     except (pyarrow.ArrowException, OSError) as error:

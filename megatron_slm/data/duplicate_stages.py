@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from megatron_slm.data.duplicates import find_duplicates, fingerprint, fingerprint_path
+from megatron_slm.data.duplicates import Verdicts, find_duplicates, fingerprint, fingerprint_path
 from megatron_slm.data.inputs import Task
 from megatron_slm.data.layout import Layout
 from megatron_slm.data.manifest import manifest_path, read_manifest, what_changed, write_manifest
@@ -71,8 +70,8 @@ def make_verdicts(setup: Setup) -> None:
     write_manifest(manifest_path(path), content)
 
 
-def slices_of_verdicts(setup: Setup) -> dict[str, slice]:
-    """Each task's part of the verdicts; empty without dedup."""
+def slices_of_verdicts(setup: Setup) -> dict[str, tuple[slice, list[str]]]:
+    """Each task's part of the verdicts, and the hashes of its pieces; empty without dedup."""
     if setup.settings.dedup is None:
         return {}
     fingerprints = all_fingerprints(setup)
@@ -81,12 +80,17 @@ def slices_of_verdicts(setup: Setup) -> dict[str, slice]:
         raise UserError("the duplicates are not known yet: run --stage duplicates first")
     ends = np.cumsum([0, *(manifest["documents"] for manifest in fingerprints)]).tolist()
     spans = map(slice, ends, ends[1:])
-    return {task.name: span for task, span in zip(setup.tasks, spans, strict=True)}
+    hashes = ([piece["sha256"] for piece in found["inputs"]] for found in fingerprints)
+    names = (task.name for task in setup.tasks)
+    return dict(zip(names, zip(spans, hashes, strict=True), strict=True))
 
 
-def verdicts_of(task: Task, layout: Layout, slices: dict[str, slice]) -> NDArray[np.uint8] | None:
+def verdicts_of(
+    task: Task, layout: Layout, slices: dict[str, tuple[slice, list[str]]]
+) -> Verdicts | None:
     """On a task's documents; None without dedup."""
     if not slices:
         return None
-    own = slices[task.name]
-    return np.fromfile(verdicts_path(layout), np.uint8, own.stop - own.start, offset=own.start)
+    own, hashes = slices[task.name]
+    count = own.stop - own.start
+    return Verdicts(np.fromfile(verdicts_path(layout), np.uint8, count, offset=own.start), hashes)

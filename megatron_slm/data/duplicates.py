@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,23 @@ SORTED_AT_ONCE = 1 << 24  # documents
 KEEP, EXACT, NEAR = 0, 1, 2
 
 Hashes = NDArray[np.uint64]
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """On a task's documents.
+
+    Attributes:
+        dropped: uint8 [documents]: KEEP, EXACT or NEAR.
+        inputs: SHA-256 of the task's pieces as the documents were found in them.
+    """
+
+    dropped: NDArray[np.uint8]
+    inputs: Sequence[str]
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.dropped.tobytes()).hexdigest()
 
 
 def fingerprint_path(directory: Path, task: Task, kind: str) -> Path:

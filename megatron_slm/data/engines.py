@@ -173,7 +173,8 @@ def load_engine(name: str, file: TokenizerFile, special: bool) -> Encode:
 
 
 def choose_engine(wanted: str, file: TokenizerFile, special: bool, sample: list[str]) -> Choice:
-    """The engine to take: the one that is wanted, or for `auto` the fastest that is exact.
+    """The engine to take: the one that is wanted, or for `auto` the fastest that is exact, which
+    nothing but a sample with text can show.
 
     Raises:
         UserError: the engine that is wanted gives other ids than the reference.
@@ -183,6 +184,9 @@ def choose_engine(wanted: str, file: TokenizerFile, special: bool, sample: list[
     if wanted not in ("auto", *names):
         load_engine(wanted, file, special)  # says what is wrong
     exact = load_engine(reference, file, special)
+    if wanted == "auto" and not any(sample):
+        why = "no document at the beginnings of the input to compare others on"
+        return Choice(reference, exact, f"{version(reference)}, the reference: {why}")
     texts = [*PROBES, *(f"a{token}b {token}" for token in file.special_tokens), *sample]
     passed_over: list[str] = []
     others = [name for name in names[:-1] if wanted in ("auto", name)]

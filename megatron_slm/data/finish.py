@@ -20,7 +20,7 @@ import orjson
 
 from megatron_slm.data.indexed_format import token_dtype
 from megatron_slm.data.inputs import Task
-from megatron_slm.data.layout import Layout
+from megatron_slm.data.layout import Layout, is_ours
 from megatron_slm.data.manifest import (
     manifest_path,
     read_manifest,
@@ -28,7 +28,7 @@ from megatron_slm.data.manifest import (
     write_data_args,
     write_manifest,
 )
-from megatron_slm.data.merge import Part, merge
+from megatron_slm.data.merge import Part, merge, settle
 from megatron_slm.data.shard import COUNTS, remove_shard, shard_prefix
 from megatron_slm.errors import UserError
 
@@ -74,7 +74,10 @@ def has_sizes(prefix: Path, output: dict[str, Any]) -> bool:
 
 
 def datasets(layout: Layout) -> dict[str, dict[str, Any]] | None:
-    """Manifests of the datasets that are there, if all keys have theirs."""
+    """Manifests of the datasets that are there, or are about to be, if all keys have theirs."""
+    decided = read_manifest(layout.decided)
+    if decided is not None:
+        return decided["datasets"]
     found = {}
     for key in layout.keys:
         manifest = read_manifest(manifest_path(layout.dataset(key)))
@@ -110,7 +113,7 @@ def remove_lists(layout: Layout) -> None:
 
 
 def is_complete(
-    layout: Layout, tasks: Sequence[Task], options: dict[str, Any], merged: bool
+    layout: Layout, tasks: Sequence[Task], options: dict[str, Any], merged: bool, engine: str
 ) -> Summary | None:
     """The datasets as they are, if they are what a run would make."""
     manifests = datasets(layout)
@@ -121,7 +124,7 @@ def is_complete(
         if manifest["merged"] is not merged or len(shards) != len(tasks):
             return None
         for task, shard in zip(tasks, shards, strict=True):
-            if shard["name"] != task.name or what_changed(task, options, shard) is not None:
+            if shard["name"] != task.name or what_changed(task, options, shard, engine) is not None:
                 return None
             if not merged and shard_manifest(layout, task) is None:
                 return None
@@ -137,20 +140,22 @@ def remove_strangers(layout: Layout, names: set[str]) -> None:
     """Remove what earlier inputs have left, of tasks that are none of this run's."""
     for path in layout.shards.glob("*.json"):
         of_a_shard = not path.stem.endswith((".fingerprints", ".manifest"))
-        if of_a_shard and path.stem not in names:
+        if of_a_shard and is_ours(path) and path.stem not in names:
             remove_shard(layout, path.stem)
     for path in layout.rejects.glob("*.jsonl"):
-        if path.stem not in names:
+        if is_ours(path) and path.stem not in names:
             path.unlink()
 
 
 def check_rejects(layout: Layout, shards: Sequence[dict[str, Any]], most: float) -> None:
-    """Raises: UserError: too large a part of the shards' documents could not be used."""
+    """Raises: UserError: too large a part of the shards' documents, also those that a filter leaves
+    out, could not be used."""
     counts = total_counts(shards)
-    rejects, read = counts["rejects"], counts["read"]
-    if rejects > most * (read + rejects):
+    rejects = counts["rejects"]
+    seen = counts["read"] + counts["filtered"] + rejects
+    if rejects > most * seen:
         what = (
-            f"{rejects} of {read + rejects} documents could not be used, more than "
+            f"{rejects} of {seen} documents could not be used, more than "
             f"--max-reject-fraction {most:g} of them"
         )
         lists = (layout.rejects / f"{shard['name']}.jsonl" for shard in shards)
@@ -187,35 +192,52 @@ def finish(
     check_rejects(layout, shards, most_rejects)
     found = {}
     for key in layout.keys:
+        own = [{**shard, "outputs": {key: shard["outputs"][key]}} for shard in shards]
         outputs = [shard["outputs"][key] for shard in shards]
         totals = {name: sum(output[name] for output in outputs) for name in ("documents", "tokens")}
         if totals["documents"] == 0:
             raise UserError(f"no document has any text under {key!r}: nothing to write")
-        prefix = layout.dataset(key)
-        if merging:
-            parts = _parts(layout, shards, merged_before, key)
-            dtype = token_dtype(options["tokenizer"]["vocab_size"])
-            files = merge(prefix, parts, dtype, workers)
-            Path(f"{prefix}.data-args.txt").unlink(missing_ok=True)
-        else:
-            files = {}
-            manifest_path(prefix).unlink(missing_ok=True)
-            for suffix in ("idx", "bin"):  # of an older, merged one
-                Path(f"{prefix}.{suffix}").unlink(missing_ok=True)
-            _write_data_args(layout, key, shards)
-        manifest = {
-            "options": options,
-            "merged": merging,
-            "counts": totals,
-            **files,
-            "shards": [{**shard, "outputs": {key: shard["outputs"][key]}} for shard in shards],
-        }
-        found[key] = manifest
-    for key, manifest in found.items():
-        write_manifest(manifest_path(layout.dataset(key)), manifest)
+        found[key] = {"options": options, "merged": merging, "counts": totals, "shards": own}
+    if merging:
+        _merge_all(layout, found, shards, merged_before, workers)
+    else:
+        _list_all(layout, found, shards)
     remove_strangers(layout, {shard["name"] for shard in shards})
     layout.clear(merging)
     return Summary(layout, found)
+
+
+def _merge_all(
+    layout: Layout,
+    found: dict[str, dict[str, Any]],
+    shards: Sequence[dict[str, Any]],
+    merged_before: set[str],
+    workers: int,
+) -> None:
+    """Write all datasets before any of the old ones is replaced, as shards may be in these alone.
+    Their manifests get what merge finds out."""
+    try:
+        for key, manifest in found.items():
+            parts = _parts(layout, shards, merged_before, key)
+            dtype = token_dtype(manifest["options"]["tokenizer"]["vocab_size"])
+            manifest.update(merge(layout.dataset(key), parts, dtype, workers))
+        write_manifest(layout.decided, {"datasets": found})
+    finally:
+        settle(layout)
+
+
+def _list_all(
+    layout: Layout, found: dict[str, dict[str, Any]], shards: Sequence[dict[str, Any]]
+) -> None:
+    """Make lists of the shards the datasets, in the place of older ones."""
+    weights = {key: _weights(layout, key, shards) for key in found}
+    for key in found:
+        prefix = layout.dataset(key)
+        for suffix in ("idx", "bin", "manifest.json"):  # of an older, merged one
+            Path(f"{prefix}.{suffix}").unlink(missing_ok=True)
+        write_data_args(prefix, weights[key])
+    for key, manifest in found.items():
+        write_manifest(manifest_path(layout.dataset(key)), manifest)
 
 
 def _parts(
@@ -244,10 +266,10 @@ def _parts(
     ]
 
 
-def _write_data_args(layout: Layout, key: str, shards: Sequence[dict[str, Any]]) -> None:
-    """Weights and prefixes of the shards, for Megatron's --data-args-path."""
+def _weights(layout: Layout, key: str, shards: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Of the shards by prefix, for Megatron's --data-args-path."""
     weights = {
-        f"{layout.shards / shard['name']}_{key}_document": shard["outputs"][key]["tokens"]
+        str(shard_prefix(layout.shards, shard["name"], key)): shard["outputs"][key]["tokens"]
         for shard in shards
         if shard["outputs"][key]["documents"]
     }
@@ -256,4 +278,4 @@ def _write_data_args(layout: Layout, key: str, shards: Sequence[dict[str, Any]])
             f"Megatron blends at most {MOST_IN_A_BLEND} datasets, not {len(weights)}: merge them, "
             "or choose a larger --shard-size"
         )
-    write_data_args(layout.dataset(key), weights)
+    return weights

@@ -126,6 +126,10 @@ def find_files(inputs: Iterable[str]) -> list[str]:
             )
         for path in matches:
             where = os.path.abspath(path)
+            try:
+                where.encode()
+            except UnicodeEncodeError as error:
+                raise UserError(f"{os.fsencode(path)!r} is not UTF-8; rename it") from error
             if where in found:
                 raise UserError(f"--input names {path} twice; its documents would count double")
             found[where] = path

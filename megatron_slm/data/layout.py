@@ -7,11 +7,17 @@ PREFIX_rejects/         lines that could not be used
 
 from __future__ import annotations
 
+import errno
 import glob
+import hashlib
 import os
+import re
 import shutil
+import socket
 import sys
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +25,17 @@ from megatron_slm.data.indexed_format import HOST, temporary
 from megatron_slm.data.manifest import manifest_path
 from megatron_slm.errors import UserError
 
-STDIN = "stdin.jsonl"
+LOCK_WAIT = 10.0  # seconds that the workers of a killed run get to end
+STDIN = "spooled-stdin.jsonl"
+DECIDED = "datasets.next"
+# Names of this program's files begin so: a task's (inputs.py), the verdicts, and these.
+TASK = r".+-[0-9a-f]{12}-\d{13,}"
+OURS = re.compile(rf"{TASK}[._]|duplicates\.verdicts|{re.escape(STDIN)}|{DECIDED}", re.DOTALL)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file in one of the directories has a name that only this program gives."""
+    return OURS.match(path.name) is not None
 
 
 @dataclass(frozen=True)
@@ -37,25 +53,69 @@ class Layout:
     def rejects(self) -> Path:
         return Path(f"{self.prefix}_rejects")
 
+    @property
+    def decided(self) -> Path:
+        """Manifests of new datasets that are whole, until they are in the place of the old ones."""
+        return self.shards / DECIDED
+
     def dataset(self, key: str) -> Path:
         """The prefix of a key's dataset."""
         return Path(f"{self.prefix}_{key}_document")
 
-    def make(self) -> None:
-        """Make the directories, unless another program's dataset is in the way."""
+    @contextmanager
+    def claim(self, alone: bool) -> Iterator[None]:
+        """Make the directories, and be the only one on this machine who is `alone` in them.
+
+        Raises:
+            UserError: another program's dataset is in the way, or files in one of the directories,
+                or another run is at work.
+        """
+        if not self.shards.parent.is_dir():
+            raise UserError(f"--output-prefix: {self.shards.parent} is not a directory")
+        with socket.socket(socket.AF_UNIX) as lock:
+            if alone:
+                self._lock(lock)
+            self._make()
+            yield
+
+    def _lock(self, lock: socket.socket) -> None:
+        """Give it a name, which the system frees when the last process of a run ends.  A locked
+        file could outlive its machine on some network file systems."""
+        parent = self.shards.parent.stat()
+        name = f"{parent.st_dev} {parent.st_ino} {self.shards.name}"
+        deadline = time.monotonic() + LOCK_WAIT
+        while True:
+            try:
+                lock.bind(f"\0megatron-slm {hashlib.sha256(os.fsencode(name)).hexdigest()}")
+                return
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:  # not known here
+                    return
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"--output-prefix {self.prefix}: another run on this machine is writing it; "
+                    "wait for its end, or choose another"
+                )
+            time.sleep(0.05)
+
+    def _make(self) -> None:
         for key in self.keys:
             index = Path(f"{self.dataset(key)}.idx")
-            known = manifest_path(self.dataset(key)).exists() or self.shards.exists()
+            known = manifest_path(self.dataset(key)).exists() or self.decided.exists()
             if index.exists() and not known:
                 raise UserError(
                     f"{index} exists and has no manifest, so it is not of this program's making: "
                     "remove it and its .bin, or choose another --output-prefix"
                 )
         try:
-            if not self.shards.parent.is_dir():
-                raise UserError(f"--output-prefix: {self.shards.parent} is not a directory")
-            self.shards.mkdir(exist_ok=True)
-            self.rejects.mkdir(exist_ok=True)
+            for directory in (self.shards, self.rejects):
+                directory.mkdir(exist_ok=True)
+                for path in directory.iterdir():
+                    if not is_ours(path) and not path.name.startswith("."):
+                        raise UserError(
+                            f"{path} is not of this program's making, but {directory} is for its "
+                            "files alone: move it elsewhere, or choose another --output-prefix"
+                        )
         except OSError as error:
             raise UserError(f"--output-prefix {self.prefix}: {error.strerror}") from error
 
@@ -74,11 +134,12 @@ class Layout:
 
     def clear(self, merged: bool) -> None:
         """Remove shards that are part of the dataset now, and empty directories."""
-        if merged:
-            shutil.rmtree(self.shards)
-        (self.shards / STDIN).unlink(missing_ok=True)
-        with suppress(OSError):
-            self.rejects.rmdir()
+        for path in list(self.shards.iterdir()):
+            if path.name == STDIN or (merged and is_ours(path)):
+                path.unlink(missing_ok=True)
+        for directory in (self.shards, self.rejects):
+            with suppress(OSError):  # it is not empty
+                directory.rmdir()
 
     def spool_stdin(self) -> str:
         """Standard input as a file, which can be cut into tasks and read again."""

@@ -107,12 +107,16 @@ def same_inputs(task: Task, recorded: list[dict[str, Any]]) -> bool:
     )
 
 
-def what_changed(task: Task, options: dict[str, Any], manifest: dict[str, Any]) -> str | None:
-    """Why a shard has to be made again, or None."""
+def what_changed(
+    task: Task, options: dict[str, Any], manifest: dict[str, Any], engine: str = "auto"
+) -> str | None:
+    """Why a shard has to be made again, or None.  engine: that it is to be made by; auto: any."""
     recorded = manifest["options"]
     changed = sorted(
         name for name in {*options, *recorded} if options.get(name) != recorded.get(name)
     )
     if changed:
         return f"other {', '.join(changed).replace('_', ' ')}"
+    if engine != "auto" and engine != manifest["engine"]:
+        return f"made by {manifest['engine']}"
     return None if same_inputs(task, manifest["inputs"]) else "its input has changed"

@@ -1,5 +1,9 @@
 """One dataset from many shards: the .idx is written from their lengths by numpy, the .bin is copied
-by the kernel in parallel (on file systems that share extents, without copying)."""
+by the kernel in parallel (on file systems that share extents, without copying).
+
+Datasets are written beside the old ones, as .bin.next and .idx.next.  When those of all keys are
+whole, the file of their manifests (Layout.decided) is written: from then on they are the datasets,
+and whatever run comes next ends their replacement."""
 
 from __future__ import annotations
 
@@ -23,7 +27,8 @@ from megatron_slm.data.indexed_format import (
     temporary,
     write_index,
 )
-from megatron_slm.data.manifest import manifest_path
+from megatron_slm.data.layout import Layout
+from megatron_slm.data.manifest import manifest_path, read_manifest, write_manifest
 from megatron_slm.errors import UserError
 
 COPIED_AT_ONCE = 1 << 26
@@ -46,7 +51,7 @@ class Part:
 
 
 def merge(prefix: Path, parts: Sequence[Part], dtype: np.dtype, workers: int) -> dict[str, Any]:
-    """Write and publish PREFIX.bin and .idx; the older pair and its manifest go first.
+    """Write PREFIX.bin.next and .idx.next.
 
     Returns:
         sizes and the hash of the index, for the manifest.
@@ -64,16 +69,37 @@ def merge(prefix: Path, parts: Sequence[Part], dtype: np.dtype, workers: int) ->
         with index.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         size = index.stat().st_size
-        manifest_path(prefix).unlink(missing_ok=True)
-        Path(f"{prefix}.idx").unlink(missing_ok=True)
-        publish(unfinished, Path(f"{prefix}.bin"))
-        publish(index, Path(f"{prefix}.idx"))
+        publish(unfinished, Path(f"{prefix}.bin.next"))
+        publish(index, Path(f"{prefix}.idx.next"))
     except OSError as error:
         raise UserError(f"cannot write {prefix}.bin and .idx: {error}") from error
     finally:
         unfinished.unlink(missing_ok=True)
         index.unlink(missing_ok=True)
     return {"bin": {"size": total}, "idx": {"size": size, "sha256": digest}}
+
+
+def settle(layout: Layout) -> None:
+    """Put the datasets that are decided on in the place of the old ones, from wherever an earlier
+    run was cut off; remove those that are not."""
+    decided = read_manifest(layout.decided)
+    for key in layout.keys if decided is None else decided["datasets"]:
+        prefix = layout.dataset(key)
+        data, index = (Path(f"{prefix}.{suffix}") for suffix in ("bin", "idx"))
+        new_data, new_index = (path.with_name(f"{path.name}.next") for path in (data, index))
+        if decided is None:
+            new_data.unlink(missing_ok=True)
+            new_index.unlink(missing_ok=True)
+            continue
+        if new_data.exists():  # an index never stands beside the data of another
+            manifest_path(prefix).unlink(missing_ok=True)
+            index.unlink(missing_ok=True)
+            publish(new_data, data)
+        if new_index.exists():
+            publish(new_index, index)
+        Path(f"{prefix}.data-args.txt").unlink(missing_ok=True)
+        write_manifest(manifest_path(prefix), decided["datasets"][key])
+    layout.decided.unlink(missing_ok=True)
 
 
 def _all_lengths(parts: Sequence[Part]) -> Iterator[Lengths]:

@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 from megatron_slm.data.inputs import Task
-from megatron_slm.data.progress import POLL, STOP, Bar, Counters, Progress, add_to
+from megatron_slm.data.progress import POLL, Bar, Counters, Progress
 from megatron_slm.errors import UserError
 
 Work = Callable[[Task, Progress], dict[str, Any]]
@@ -36,16 +37,16 @@ def over_all_cores(
     """
     if not tasks:
         return
-    counters = Counters()
+    counters = Counters(len(tasks))
     with closing(Bar(label, tasks, counters)) as bar:
         if min(workers, len(tasks)) == 1:
 
-            def progress(*counts: int) -> None:
-                counters.add(*counts)
+            def progress(at: int, *counts: int) -> None:
+                counters.add(at, *counts)
                 bar.show()
 
-            for task in tasks:
-                yield task, work(task, progress)
+            for at, task in enumerate(tasks):
+                yield task, work(task, partial(progress, at))
             bar.show()
         else:
             yield from _in_processes(tasks, work, min(workers, len(tasks)), counters, bar)
@@ -54,11 +55,11 @@ def over_all_cores(
 def _in_processes(
     tasks: Sequence[Task], work: Work, workers: int, counters: Counters, bar: Bar
 ) -> Iterator[tuple[Task, dict[str, Any]]]:
-    pool = ProcessPoolExecutor(workers, counters.context, _start_worker, (work, counters.shared))
+    pool = ProcessPoolExecutor(workers, counters.context, _start_worker, (work, counters))
     try:
         # The largest first, so that none is left alone at the end.
         largest = sorted(tasks, key=lambda task: -task.size)
-        pending = {pool.submit(_in_worker, task): task for task in largest}
+        pending = {pool.submit(_in_worker, task, at): task for at, task in enumerate(largest)}
         while pending:
             done, _ = wait(pending, POLL, FIRST_COMPLETED)
             for future in done:
@@ -70,15 +71,15 @@ def _in_processes(
             "fewer --workers if so: finished shards are kept"
         ) from error
     finally:
-        counters.shared[STOP] = 1
+        counters.stop[0] = 1
         pool.shutdown(cancel_futures=True)
 
 
 _work: Work
-_counters: Any
+_counters: Counters
 
 
-def _start_worker(work: Work, counters: Any) -> None:
+def _start_worker(work: Work, counters: Counters) -> None:
     global _work, _counters
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which stops workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -92,5 +93,5 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _in_worker(task: Task) -> dict[str, Any]:
-    return _work(task, lambda *counts: add_to(_counters, *counts))
+def _in_worker(task: Task, at: int) -> dict[str, Any]:
+    return _work(task, partial(_counters.add, at))

@@ -37,10 +37,11 @@ from megatron_slm.data.inputs import Task
 from megatron_slm.data.layout import Layout
 from megatron_slm.data.lines import InputHash
 from megatron_slm.data.manifest import what_changed
+from megatron_slm.data.merge import settle
 from megatron_slm.data.pool import over_all_cores
 from megatron_slm.data.progress import Progress, say
 from megatron_slm.data.settings import Settings, Setup, prepare, wanted_of
-from megatron_slm.data.shard import Recipe, make_shard, verdicts_hash
+from megatron_slm.data.shard import Recipe, make_shard
 from megatron_slm.errors import UserError
 
 SAMPLED_TASKS, SAMPLED_CHARACTERS = 64, 1 << 20  # for the choice of an engine
@@ -55,7 +56,8 @@ def preprocess(settings: Settings) -> Summary | None:
     """
     layout = Layout(settings.output_prefix, settings.json_keys)
     try:
-        return run_stages(prepare(settings, layout))
+        with layout.claim(alone=settings.stage == "all"):
+            return run_stages(prepare(settings, layout))
     except OSError as error:
         raise UserError(
             f"{layout.prefix}: {error}; run again when this is mended: finished shards are kept"
@@ -69,7 +71,8 @@ def run_stages(setup: Setup) -> Summary | None:
     settings = setup.settings
     layout, stage = setup.layout, settings.stage
     if stage == "all":
-        complete = is_complete(layout, setup.tasks, setup.options, settings.merge)
+        settle(layout)
+        complete = is_complete(layout, setup.tasks, setup.options, settings.merge, settings.engine)
         if complete is not None:
             check_rejects(layout, complete.shards, settings.max_reject_fraction)
             say("the dataset is complete: nothing to do")
@@ -108,12 +111,13 @@ def tokenize(setup: Setup) -> tuple[dict[str, dict[str, Any]], set[str]]:
     missing = []
     for task in setup.own:
         reason = None
-        verdicts = verdicts_hash(verdicts_of(task, setup.layout, slices))
+        verdicts = verdicts_of(task, setup.layout, slices)
+        dropped = None if verdicts is None else verdicts.sha256
         for manifest in (shard_manifest(setup.layout, task), in_dataset.get(task.name)):
             if manifest is None:
                 continue
-            reason = what_changed(task, setup.options, manifest)
-            if reason is None and manifest["dropped"] != verdicts:
+            reason = what_changed(task, setup.options, manifest, setup.settings.engine)
+            if reason is None and manifest["dropped"] != dropped:
                 reason = "other duplicates"
             if reason is None:
                 shards[task.name] = manifest
@@ -129,8 +133,8 @@ def tokenize(setup: Setup) -> tuple[dict[str, dict[str, Any]], set[str]]:
         recipe = recipe_of(setup, missing)
 
         def work(task: Task, progress: Progress) -> dict[str, Any]:
-            dropped = verdicts_of(task, setup.layout, slices)
-            return make_shard(task, setup.layout, recipe, dropped, progress)
+            verdicts = verdicts_of(task, setup.layout, slices)
+            return make_shard(task, setup.layout, recipe, verdicts, progress)
 
         for task, manifest in over_all_cores("tokenize", missing, work, setup.settings.workers):
             shards[task.name] = manifest
@@ -155,27 +159,16 @@ def recipe_of(setup: Setup, tasks: Sequence[Task]) -> Recipe:
 
 
 def sample(setup: Setup, tasks: Sequence[Task]) -> list[str]:
-    """The first documents of tasks all over the corpus.
-
-    Raises:
-        UserError: none of them can be used.
-    """
-    wanted = wanted_of(setup.settings)
+    """The first documents of up to SAMPLED_TASKS of the tasks, as far as they can be used."""
     texts: list[str] = []
-    first_reject = None
     chosen = np.unique(np.linspace(0, len(tasks) - 1, SAMPLED_TASKS).astype(int))
     for at in chosen:
         seen = InputHash(lambda _: None)
-        for batch in read_documents(tasks[at].pieces[0], wanted, seen):
-            room = SAMPLED_CHARACTERS // len(chosen)
-            for document in batch.texts:
-                texts += document
-                room -= sum(map(len, document))
-                if room <= 0:
-                    break
-            first_reject = first_reject or next(iter(batch.rejects), None)
-            break
-    if not texts and first_reject is not None:
-        where = f"{first_reject['file']}:{first_reject['line']}"
-        raise UserError(f"{where}: {first_reject['reason']}; nor can any other of the first lines")
+        batch = next(read_documents(tasks[at].pieces[0], wanted_of(setup.settings), seen), None)
+        room = SAMPLED_CHARACTERS // len(chosen)
+        for document in () if batch is None else batch.texts:
+            texts += document
+            room -= sum(map(len, document))
+            if room <= 0:
+                break
     return texts

@@ -5,15 +5,15 @@ from __future__ import annotations
 import multiprocessing
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import numpy as np
 from tqdm import tqdm
 
 if TYPE_CHECKING:
     from megatron_slm.data.inputs import Task
 
 POLL = 0.5  # seconds between looks at the counters
-STOP = 4  # the counter that tells workers to stop, after those of Progress
 
 # Hears of progress: input bytes, documents, tokens, characters.
 Progress = Callable[[int, int, int, int], None]
@@ -24,24 +24,24 @@ class Stopped(Exception):
 
 
 class Counters:
-    """Input bytes, documents, tokens and characters, over all processes."""
+    """Input bytes, documents, tokens and characters of each task, int64 [tasks, 4], which processes
+    share.  A task counts in its own row, so there is no lock that a killed worker could keep."""
 
-    def __init__(self) -> None:
+    def __init__(self, tasks: int) -> None:
         self.context = multiprocessing.get_context("fork")
-        self.shared = self.context.Array("q", STOP + 1)
+        shared = np.frombuffer(self.context.RawArray("q", 4 * tasks + 1), np.int64)
+        self.counts = shared[:-1].reshape(tasks, 4)
+        self.stop = shared[-1:]  # is not 0 when all workers are to leave their tasks
 
-    def add(self, *counts: int) -> None:
-        """A Progress."""
-        add_to(self.shared, *counts)
+    def add(self, task: int, *counts: int) -> None:
+        """Count, or leave the task if it is to stop.
 
-
-def add_to(shared: Any, *counts: int) -> None:
-    """Count, or leave the task if it is to stop."""
-    with shared.get_lock():
-        if shared[STOP]:
+        Args:
+            task: its row.
+        """
+        if self.stop[0]:
             raise Stopped
-        for at, count in enumerate(counts):
-            shared[at] += count
+        self.counts[task] += counts
 
 
 class Bar:
@@ -61,7 +61,7 @@ class Bar:
 
     def show(self) -> None:
         """Draw what the counters say."""
-        size, documents, tokens, characters = self.counters.shared[:STOP]
+        size, documents, tokens, characters = self.counters.counts.sum(0).tolist()
         seconds = self.bar.format_dict["elapsed"] or 1
         self.bar.set_postfix_str(
             f"{documents:,} documents, {tokens:,} tokens, {tokens / seconds / 1e6:.2f} Mtok/s, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from megatron_slm.data.documents import Wanted
 from megatron_slm.data.inputs import Task, plan_tasks
 from megatron_slm.data.layout import Layout
 from megatron_slm.data.progress import say
+from megatron_slm.data.shard import shard_prefix
 from megatron_slm.data.shingles import VERSION as WORDS
 from megatron_slm.data.tokenizer import TokenizerFile, open_tokenizer
 from megatron_slm.errors import UserError
@@ -80,10 +82,11 @@ class Setup:
 
 def prepare(settings: Settings, layout: Layout) -> Setup:
     """Look at inputs, tokenizer and evaluation sets."""
-    layout.make()
     layout.remove_leftovers()
     inputs = [layout.spool_stdin() if name == "-" else name for name in settings.inputs]
     tasks = plan_tasks(inputs, settings.shard_size)
+    if not settings.merge:
+        refuse_spaces(layout, tasks)
     file = open_tokenizer(settings.tokenizer_model, settings.tokenizer_type)
     if settings.append_eod and file.eod is None:
         raise UserError("--append-eod: the tokenizer has no end-of-document token")
@@ -106,6 +109,18 @@ def prepare(settings: Settings, layout: Layout) -> Setup:
         **reading_options(settings),
     }
     return Setup(settings, layout, tasks, file, contamination, options)
+
+
+def refuse_spaces(layout: Layout, tasks: Sequence[Task]) -> None:
+    """In what is to be a list for Megatron, before hours of work make it."""
+    for task in tasks:
+        for key in layout.keys:
+            path = str(shard_prefix(layout.shards, task.name, key))
+            if path.split() != [path]:
+                raise UserError(
+                    f"--no-merge: {path} would have a space, which Megatron takes for the end of a "
+                    "path: rename the input file, the key or the output, or merge"
+                )
 
 
 def reading_options(settings: Settings) -> dict[str, Any]:

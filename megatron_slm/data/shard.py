@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from megatron_slm.data.contamination import Contamination
 from megatron_slm.data.documents import Batch, Wanted, read_documents
-from megatron_slm.data.engines import Encode
+from megatron_slm.data.duplicates import EXACT, KEEP, Verdicts
+from megatron_slm.data.engines import Encode, version
 from megatron_slm.data.indexed_format import (
     length_blocks,
     publish,
@@ -134,11 +135,6 @@ def shard_prefix(directory: Path, name: str, key: str) -> Path:
     return directory / f"{name}_{key}_document"
 
 
-def verdicts_hash(dropped: NDArray[np.uint8] | None) -> str | None:
-    """What a manifest has of them."""
-    return None if dropped is None else hashlib.sha256(dropped.tobytes()).hexdigest()
-
-
 def remove_shard(layout: Layout, name: str) -> None:
     """Remove a shard, in an order that never leaves an index over other data."""
     (layout.shards / f"{name}.json").unlink(missing_ok=True)
@@ -153,24 +149,23 @@ def make_shard(
     task: Task,
     layout: Layout,
     recipe: Recipe,
-    dropped: NDArray[np.uint8] | None,
+    verdicts: Verdicts | None,
     progress: Progress,
 ) -> dict[str, Any]:
     """Write a task's shard; returns its manifest.
 
     Args:
-        dropped: verdicts on the task's documents [documents]: 0 keep, 1 exact duplicate, 2 near
-            duplicate.
+        verdicts: on the task's documents; None keeps all.
 
     Raises:
-        UserError: an input is damaged, or the disk is full.
+        UserError: an input is damaged or is not what the verdicts are on, or the disk is full.
     """
     try:
         remove_shard(layout, task.name)
         prefixes = [shard_prefix(layout.shards, task.name, key) for key in layout.keys]
         writers = [PairWriter(prefix, recipe.vocab_size) for prefix in prefixes]
         try:
-            return _write_shard(task, layout, recipe, dropped, writers, progress)
+            return _write_shard(task, layout, recipe, verdicts, writers, progress)
         finally:
             for writer in writers:
                 writer.discard()
@@ -182,7 +177,7 @@ def _write_shard(
     task: Task,
     layout: Layout,
     recipe: Recipe,
-    dropped: NDArray[np.uint8] | None,
+    verdicts: Verdicts | None,
     writers: list[PairWriter],
     progress: Progress,
 ) -> dict[str, Any]:
@@ -191,7 +186,7 @@ def _write_shard(
     unfinished = temporary(rejects)
     inputs = []
     with unfinished.open("wb") as rejects_file:
-        for piece in task.pieces:
+        for at, piece in enumerate(task.pieces):
             seen = InputHash(lambda size: progress(size, 0, 0, 0))
             for batch in read_documents(piece, recipe.wanted, seen):
                 counts["blank_lines"] += batch.blank_lines
@@ -199,10 +194,16 @@ def _write_shard(
                 counts["rejects"] += len(batch.rejects)
                 for reject in batch.rejects:
                     rejects_file.write(orjson.dumps(reject, option=orjson.OPT_APPEND_NEWLINE))
-                kept = list(_kept(batch, recipe, dropped, counts))
+                kept = list(_kept(batch, recipe, verdicts, counts))
                 counts["read"] += len(batch.texts)
                 _write_batch(kept, recipe, writers, counts, progress)
-            inputs.append(describe_input(piece, seen.digest.hexdigest()))
+            digest = seen.digest.hexdigest()
+            if verdicts is not None and digest != verdicts.inputs[at]:
+                raise UserError(
+                    f"{piece.path} has changed since its duplicates were looked for: run again "
+                    "when nothing writes to it"
+                )
+            inputs.append(describe_input(piece, digest))
         rejects_file.flush()
         sync(rejects_file.fileno())
     if counts["rejects"]:
@@ -215,7 +216,8 @@ def _write_shard(
         "inputs": inputs,
         "options": recipe.options,
         "engine": recipe.engine,
-        "dropped": verdicts_hash(dropped),
+        "engine_version": version(recipe.engine),
+        "dropped": None if verdicts is None else verdicts.sha256,
         "counts": counts,
         "outputs": outputs,
     }
@@ -224,15 +226,18 @@ def _write_shard(
 
 
 def _kept(
-    batch: Batch, recipe: Recipe, dropped: NDArray[np.uint8] | None, counts: dict[str, int]
+    batch: Batch, recipe: Recipe, verdicts: Verdicts | None, counts: dict[str, int]
 ) -> Iterator[tuple[str, ...]]:
-    """Documents that are neither duplicates nor contaminated."""
-    if dropped is None and recipe.contamination is None:
+    """Documents that are neither duplicates nor contaminated.  Those beyond the verdicts are of a
+    file that has changed, which is found out at its end."""
+    if verdicts is None and recipe.contamination is None:
         yield from batch.texts
         return
+    dropped = np.empty(0, np.uint8) if verdicts is None else verdicts.dropped
     for at, texts in enumerate(batch.texts, counts["read"]):
-        if dropped is not None and dropped[at]:
-            counts["exact_duplicates" if dropped[at] == 1 else "near_duplicates"] += 1
+        verdict = dropped[at] if at < len(dropped) else KEEP
+        if verdict != KEEP:
+            counts["exact_duplicates" if verdict == EXACT else "near_duplicates"] += 1
         elif recipe.contamination is not None and any(map(recipe.contamination.hit, texts)):
             counts["contaminated"] += 1
         else:

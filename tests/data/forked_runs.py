@@ -1,17 +1,22 @@
 """Fork a process for each line of standard input, {"inputs", "prefix", "options", "crash_at"}: it
-runs preprocess_data.py without the imports.  Prints its process id, and at the end the code."""
+runs preprocess_data.py without the imports, in a process group of its own.  Prints its process id,
+and, when none of the group is left, its code."""
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from corpus import preprocess
+
+PR_SET_CHILD_SUBREAPER = 36
 
 
 def crash_at_call(number: int) -> None:
@@ -39,9 +44,15 @@ def run(job: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # workers are ours when their parent is dead
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
             os._exit(run(json.loads(line)))
+        os.setpgid(child, child)
         print(child, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        with suppress(ChildProcessError):
+            while True:
+                os.waitpid(-child, 0)
+        print(code, flush=True)

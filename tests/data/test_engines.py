@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -115,6 +117,29 @@ def test_engines_that_are_not_exact_are_passed_over(
         options = ("--engine", "gigatoken")
         result = preprocess(source, tmp_path / "two", *options, check=False)
         assert result.code == 2 and "other ids for" in result.err
+
+
+def test_no_engine_is_taken_on_no_evidence(tmp_path: Path) -> None:
+    """No document in what is looked at of an input: the reference it is."""
+    lines = [json.dumps({"text": text, "n": 2}) for text in TEXTS]
+    padding = json.dumps({"text": "x" * 4000, "n": 1})
+    source = tmp_path / "in.jsonl"
+    source.write_text("\n".join([padding] * 600 + lines))
+    result = preprocess(source, tmp_path / "out", "--engine", "auto", "--filter", "n=2")
+    assert re.search(r"engine: sentencepiece \S+, the reference: no document", result.err)
+    assert read_dataset(tmp_path / "out_text_document") == [ids_of(t, eod=False) for t in TEXTS]
+
+
+def test_a_run_goes_on_at_a_file_of_bad_lines(tmp_path: Path) -> None:
+    """As a run of all at once, which rejects no more than it may."""
+    good, bad = write_jsonl(tmp_path / "good.jsonl", TEXTS), tmp_path / "bad.jsonl"
+    bad.write_text("{\n")
+    options = ("--engine", "auto", "--max-reject-fraction", "0.01", "--shard-size", "1K")
+    preprocess(good, tmp_path / "out", *options, "--stage", "tokenize")
+    result = preprocess([good, bad], tmp_path / "out", *options)
+    assert "1 rejects" in result.out and "the reference: no document" in result.err
+    (rejects,) = (tmp_path / "out_rejects").iterdir()
+    assert str(bad) in rejects.read_text()
 
 
 def test_ids_beyond_the_vocabulary_are_refused(

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import zstandard
 from corpus import ids_of, preprocess, read_dataset, texts, write_jsonl
 
+from megatron_slm.data import preprocess as preprocess_module
+from megatron_slm.data.documents import Wanted, read_documents
 from megatron_slm.data.inputs import Task, open_piece
+from megatron_slm.data.lines import InputHash
 from megatron_slm.data.manifest import what_changed
 
 TEXTS = texts()
@@ -70,6 +77,69 @@ def test_a_template_that_fails(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "out_rejects")
     result = preprocess(source, tmp_path / "out", *options, check=False)
     assert result.code == 2 and "their list in" in result.err and "Traceback" not in result.err
+
+
+def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    source = os.fsencode(tmp_path / "in") + b"/na\xefve.jsonl"
+    with open(source, "wb") as file:
+        file.write(b'{"text": "x"}')
+    result = preprocess(tmp_path / "in", tmp_path / "out", check=False)
+    assert result.code == 2 and f"{source!r} is not UTF-8; rename it" in result.err
+
+
+@pytest.mark.parametrize("words", [["other", "text"], ["one", "two", "three", "four"]])
+def test_a_file_that_changes_under_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    """Verdicts on duplicates are of the documents that were there, by number."""
+    source = tmp_path / "in.jsonl.zst"
+    with_text = '{{"text": "{}"}}\n'.format
+    source.write_bytes(zstandard.compress((with_text("same") * 2).encode()))
+    found = preprocess_module.make_verdicts
+
+    def make_verdicts(setup: Any) -> None:
+        found(setup)
+        source.write_bytes(zstandard.compress("".join(map(with_text, words)).encode()))
+
+    monkeypatch.setattr(preprocess_module, "make_verdicts", make_verdicts)
+    result = preprocess(source, tmp_path / "out", "--dedup", "exact", check=False)
+    assert result.code == 2 and f"{source} has changed since its duplicates" in result.err
+    assert not list(tmp_path.rglob("*.idx"))
+    monkeypatch.undo()
+    preprocess(source, tmp_path / "out", "--dedup", "exact")
+    documents = read_dataset(tmp_path / "out_text_document")
+    assert documents == [ids_of(word, eod=False) for word in words]
+
+
+def test_a_column_with_a_dot_in_its_name(tmp_path: Path) -> None:
+    table = pyarrow.table({"text": ["one", "two"], "meta.set": ["a", "b"], "meta": [None, None]})
+    for columns in (["text", "meta.set"], ["text", "meta.set", "meta"]):
+        pyarrow.parquet.write_table(table.select(columns), tmp_path / "in.parquet")
+        preprocess(tmp_path / "in.parquet", tmp_path / "out", "--filter", "meta.set=b")
+        assert read_dataset(tmp_path / "out_text_document") == [ids_of("two", eod=False)]
+
+
+def test_parquet_is_read_by_and_by(tmp_path: Path) -> None:
+    """Its bytes count as its row groups are read, and no row group is held as a whole."""
+    source = tmp_path / "in.parquet"
+    rows = [os.urandom(2000).hex() for _ in range(8000)]
+    options: Any = {"row_group_size": 4000, "use_dictionary": False, "compression": "none"}
+    pyarrow.parquet.write_table(pyarrow.table({"text": rows}), source, **options)
+    size = source.stat().st_size
+    counted: list[int] = []
+    seen = InputHash(counted.append)
+    before, most, read = pyarrow.total_allocated_bytes(), 0, []
+    halfway = None
+    for batch in read_documents(open_piece(str(source)), Wanted(("text",)), seen):
+        most = max(most, pyarrow.total_allocated_bytes() - before)
+        read += [text for (text,) in batch.texts]
+        if len(read) > 4000 and halfway is None:
+            halfway = sum(counted)
+    assert read == rows and most < size / 4
+    assert halfway is not None and size / 2 <= halfway < size * 0.6
+    assert seen.digest.hexdigest() == hashlib.sha256(source.read_bytes()).hexdigest()
+    assert sum(counted) == size
 
 
 def test_another_file_of_the_same_size_and_time(tmp_path: Path) -> None:

@@ -152,6 +152,18 @@ def test_file(kind: str, tmp_path: Path) -> None:
     assert error.startswith("error: ") and message in error
     assert str(bad) in error or "no document" in error
     assert not list(tmp_path.glob("out_text_document*"))
+    if kind == "every line bad":
+        (rejects,) = (tmp_path / "out_rejects").iterdir()
+        assert len(rejects.read_text().splitlines()) == 50
+
+
+def test_a_filter_on_what_is_nested_deep(tmp_path: Path) -> None:
+    """Too deep to be compared, though not to be read."""
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(GOOD + b'{"text": "x", "meta": ' + b"[" * 500 + b"]" * 500 + b"}\n")
+    result = preprocess(source, tmp_path / "out", "--filter", "meta=x", check=False)
+    assert result.code == 2 and "Traceback" not in result.err
+    assert f"{source}:2: 'meta' cannot be compared" in result.err
 
 
 COMMANDS = {

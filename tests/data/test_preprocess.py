@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,8 @@ from corpus import (
     texts,
     write_jsonl,
 )
+
+from megatron_slm.data import layout
 
 TEXTS = texts()
 WITHOUT_TEXT = [""]  # gives no tokens, so no document
@@ -194,6 +197,9 @@ def test_rejects_within_the_limit_are_quarantined(tmp_path: Path) -> None:
 
     result = preprocess(source, tmp_path / "out", "--shard-size", "3K", check=False)
     assert result.code == 2 and "2 of 1002 documents could not be used" in result.err
+    options = ("--filter", "id=5", "--max-reject-fraction", "0.01")  # of all that are read
+    result = preprocess(source, tmp_path / "filtered", *options)
+    assert "1,000 filtered, 1 rejects" in result.out
 
 
 def made_again(err: str) -> set[str]:
@@ -286,6 +292,105 @@ def test_a_dataset_of_another_program_is_left_alone(tmp_path: Path) -> None:
     result = preprocess(source, tmp_path / "out", check=False)
     assert result.code == 2 and "exists and has no manifest" in result.err
     assert {path: path.read_bytes() for path in files} == files
+
+
+@pytest.mark.parametrize("end", ["shards", "rejects"])
+def test_files_of_others_are_left_alone(tmp_path: Path, end: str) -> None:
+    """A corpus whose directory has a name that this program would give."""
+    corpus = tmp_path / f"web_{end}"
+    corpus.mkdir()
+    raw = write_jsonl(corpus / "raw.jsonl", TEXTS)
+    content = raw.read_bytes()
+    result = preprocess(corpus, tmp_path / "web", check=False)
+    assert result.code == 2 and f"{raw} is not of this program's making" in result.err
+    assert raw.read_bytes() == content and not list(tmp_path.glob("web_text*"))
+
+
+def test_only_its_own_files_are_removed(tmp_path: Path) -> None:
+    """Also from directories of its own making."""
+    source = write_jsonl(tmp_path / "in.jsonl", TEXTS)
+    preprocess(source, tmp_path / "out", "--no-merge")
+    notes = {tmp_path / "out_shards" / ".notes.json", tmp_path / "out_rejects" / ".notes.jsonl"}
+    for path in notes:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("a note")
+    preprocess(source, tmp_path / "out")
+    assert {path for path in tmp_path.glob("out_*/*")} == notes
+
+
+def test_an_empty_directory_does_not_make_a_dataset_ours(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", ["new"])
+    (tmp_path / "out_shards").mkdir()
+    index = tmp_path / "out_text_document.idx"
+    index.write_bytes(b"another's")
+    result = preprocess(source, tmp_path / "out", check=False)
+    assert result.code == 2 and "exists and has no manifest" in result.err
+    assert index.read_bytes() == b"another's"
+
+
+def test_no_dataset_if_one_of_two_would_have_no_documents(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", TEXTS[:9], a="")
+    options = ("--json-keys", "text", "a")
+    result = preprocess(source, tmp_path / "out", *options, check=False)
+    assert result.code == 2 and "no document has any text under 'a'" in result.err
+    assert not list(tmp_path.glob("out_*_document*"))
+
+
+def test_the_engine_that_is_named_makes_all_shards(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", TEXTS)
+    preprocess(source, tmp_path / "out", "--engine", "kitoken")
+    assert "nothing to do" in preprocess(source, tmp_path / "out", "--engine", "auto").err
+    said = preprocess(source, tmp_path / "out", "--engine", "sentencepiece").err
+    assert "made again: made by kitoken" in said
+    manifest = json.loads((tmp_path / "out_text_document.manifest.json").read_text())
+    (shard,) = manifest["shards"]
+    assert shard["engine"] == "sentencepiece"
+    assert shard["engine_version"] == f"sentencepiece {version('sentencepiece')}"
+
+
+@pytest.mark.parametrize("name", ["out put/out", "out/in put.jsonl", "out/key"])
+def test_a_space_in_a_list_of_paths_is_refused(tmp_path: Path, name: str) -> None:
+    """At once: Megatron would split it without a word."""
+    directory = (tmp_path / name).parent
+    directory.mkdir()
+    source = write_jsonl(directory / ("in put.jsonl" if "in" in name else "in"), TEXTS)
+    write_jsonl(source, TEXTS, **{"the key": "x"})
+    options = ["--json-keys", "the key"] if "key" in name else []
+    result = preprocess(source, directory / "out", *options, "--no-merge", check=False)
+    assert result.code == 2 and "would have a space" in result.err
+    assert not list(directory.glob("out_shards/*"))
+    preprocess(source, directory / "out", *options)
+
+
+def test_another_run_at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks share the directory; a run that makes datasets of it is alone in it."""
+    monkeypatch.setattr(layout, "LOCK_WAIT", 0.2)
+    source = write_jsonl(tmp_path / "in.jsonl", TEXTS)
+    with layout.Layout(str(tmp_path / "out"), ("text",)).claim(alone=True):
+        result = preprocess(source, tmp_path / "out", check=False)
+        assert result.code == 2 and "another run on this machine" in result.err
+        preprocess(source, tmp_path / "other")
+        preprocess(source, tmp_path / "out", "--stage", "tokenize")
+    assert "engine" not in preprocess(source, tmp_path / "out").err
+
+
+def test_ranks_know_a_dataset_that_is_not_in_its_place_yet(plain: Path, tmp_path: Path) -> None:
+    """As a merge leaves it that is killed when all is written."""
+    preprocess(plain, tmp_path / "out")
+    whole = {name: (tmp_path / name).read_bytes() for name in left_behind(tmp_path, plain)}
+    for suffix in ("bin", "idx"):
+        path = tmp_path / f"out_text_document.{suffix}"
+        path.rename(f"{path}.next")
+    manifest = tmp_path / "out_text_document.manifest.json"
+    content = json.loads(manifest.read_text())
+    manifest.unlink()
+    (tmp_path / "out_shards").mkdir()
+    decided = {"format": content.pop("format"), "datasets": {"text": content}}
+    (tmp_path / "out_shards" / "datasets.next").write_text(json.dumps(decided))
+    assert "engine" not in preprocess(plain, tmp_path / "out", "--stage", "tokenize").err
+    assert "nothing to do" in preprocess(plain, tmp_path / "out").err
+    assert {name: (tmp_path / name).read_bytes() for name in whole} == whole
+    assert left_behind(tmp_path, plain) == set(whole)
 
 
 def test_ranks_share_nothing_but_the_directory(plain: Path, tmp_path: Path) -> None:

@@ -15,6 +15,10 @@ from typing import Any
 import pytest
 from corpus import ENGINE, MODEL, TOOLS, ids_of, preprocess, read_dataset, texts, write_jsonl
 
+from megatron_slm.data.inputs import Task
+from megatron_slm.data.pool import over_all_cores
+from megatron_slm.errors import UserError
+
 TIMEOUT = 120  # seconds
 TEXTS = texts()
 
@@ -81,6 +85,35 @@ def test_killed_worker(running: Running) -> None:
     code, err = running.finish()
     assert code == 2
     assert "a worker process ended early" in err and "Traceback" not in err
+
+
+class Deadly(int):
+    """What adds it up is killed."""
+
+    def __radd__(self, other: Any) -> int:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return 0
+
+
+def test_killed_worker_in_the_middle_of_counting() -> None:
+    """It keeps nothing that others wait for."""
+
+    def work(task: Task, progress: Any) -> dict[str, Any]:
+        progress(Deadly(), 0, 0, 0)
+        os.kill(os.getpid(), signal.SIGKILL)
+        return {}
+
+    def too_late(*_: Any) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, too_late)
+    signal.alarm(TIMEOUT)
+    try:
+        with pytest.raises(UserError, match="a worker process ended early"):
+            list(over_all_cores("count", [Task("a", ()), Task("b", ())], work, 2))
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_interrupt(running: Running) -> None:
