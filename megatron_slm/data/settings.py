@@ -59,6 +59,10 @@ class Settings:
             raise UserError("--rank counts from 0 to --world-size - 1")
         if self.world_size > 1 and self.stage == "all":
             raise UserError("--world-size needs --stage: every rank does its part of one stage")
+        if "-" in self.inputs and self.stage != "all":
+            raise UserError(
+                "--input -: stages and ranks have no standard input in common: write it to a file"
+            )
         if self.stage in ("fingerprint", "duplicates") and self.dedup is None:
             raise UserError(f"--stage {self.stage} needs --dedup")
 

@@ -185,6 +185,10 @@ COMMANDS = {
     "no such evaluation set": (["--decontaminate", "absent.jsonl"], "absent.jsonl cannot be read"),
     "rank beyond the world": (["--rank", "2", "--world-size", "2"], "--rank counts from 0"),
     "ranks without a stage": (["--rank", "0", "--world-size", "2"], "needs --stage"),
+    "standard input of a stage": (
+        ["--input", "-", "--stage", "tokenize"],
+        "no standard input in common",
+    ),
     "a stage without fingerprints": (
         ["--stage", "tokenize", "--dedup", "exact"],
         "has no fingerprints yet",
