@@ -4,10 +4,9 @@
                      statsmodels and networkx; for the reference
     target.jsonl     the same, held out
     technical.jsonl  the same, with CORRUPTED of its lines damaged (class Damage); for the policy
-    web.jsonl        pages as crawlers bring them (class Pages): menus, notices, listings, profiles,
-                     filler text in several languages, all by Faker; with --real-pages some two
-                     hundred that others wrote, mostly in German and English, from the tests of
-                     packages that extract text (pages.txt)
+    web.jsonl        some two hundred web pages with menus, notices and scripts, mostly in German and
+                     English, from the tests of packages that extract text (pages.txt); with
+                     --generated-pages such as class Pages makes, by Faker
     general.jsonl    source files of Python's own library, for the model that all start from
 
 What a module says is in one of clean, target and technical alone, and nothing is in two of them.
@@ -180,7 +179,7 @@ class Pages:
         )
 
 
-def web_pages(directory: Path) -> Iterator[str]:
+def generated_pages(directory: Path) -> Iterator[str]:
     """Pages without end, by the Faker of the wheel."""
     (wheel,) = directory.glob("faker-*.whl")
     package = directory / wheel.stem
@@ -258,18 +257,18 @@ def main(arguments: list[str]) -> None:
     """Write the corpora."""
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path, help="directory")
-    parser.add_argument("--real-pages", action="store_true", help="see above")
+    parser.add_argument("--generated-pages", action="store_true", help="see above")
     args = parser.parse_args(arguments)
     output: Path = args.output
     wheels = output / "wheels"
     wheels.mkdir(parents=True, exist_ok=True)
     download(wheels, "wheels.txt", WHEELS)
     corpora = prose(wheels)
-    if args.real_pages:
+    if args.generated_pages:
+        corpora["web"] = list(up_to(WEB_CHARACTERS, generated_pages(wheels)))
+    else:
         download(wheels, "pages.txt", "--no-binary :all:")
         corpora["web"] = list(real_pages(wheels))
-    else:
-        corpora["web"] = list(up_to(WEB_CHARACTERS, web_pages(wheels)))
     corpora["general"] = list(up_to(GENERAL_CHARACTERS, library()))
     for name, documents in corpora.items():
         with (output / f"{name}.jsonl").open("w", encoding="utf-8") as file:
