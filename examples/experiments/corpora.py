@@ -4,7 +4,7 @@
                      statsmodels and networkx; for the reference
     target.jsonl     the same, held out
     technical.jsonl  the same, with CORRUPTED of its lines damaged (class Damage); for the policy
-    web.jsonl        some two hundred web pages with menus, notices and scripts, mostly in German and
+    web.jsonl        some two hundred web pages with menus, notices and scripts, most in German and
                      English, from the tests of packages that extract text (pages.txt); with
                      --generated-pages such as class Pages makes, by Faker
     general.jsonl    source files of Python's own library, for the model that all start from
