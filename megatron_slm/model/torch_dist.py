@@ -273,15 +273,6 @@ def write_table(directory: Path, parts: Iterable[Part], stored: Iterable[Stored]
     _put_table(directory, Metadata(table, storage_data=lies, version="1.0.0"))
 
 
-def add_objects(directory: Path, name: str, objects: dict[str, Any]) -> None:
-    """Add what is not a tensor to a checkpoint, in a file of its own."""
-    table = read_table(directory)
-    stored = write_parts(directory, name, [], objects)
-    table.storage_data |= stored
-    table.state_dict_metadata |= {index.fqn: BytesStorageMetadata() for index in stored}
-    _put_table(directory, table)
-
-
 def _put_table(directory: Path, table: Metadata) -> None:
     new = directory / ".metadata.new"
     with new.open("wb") as file:

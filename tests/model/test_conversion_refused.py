@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -17,14 +16,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.metadata import MetadataIndex
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from launch import REPOSITORY
 from megatron_slm.errors import UserError
-from megatron_slm.model.complete import complete
 from megatron_slm.model.export_hf import export_hugging_face
 from megatron_slm.model.import_hf import import_hugging_face
 from megatron_slm.model.torch_dist import TorchDistReader
@@ -271,30 +267,6 @@ def test_dropout_is_said_to_be_left_out(
     arguments = import_hugging_face(tmp_path / "source", tmp_path / "megatron", 128)
     assert arguments["attention_dropout"] == 0
     assert capsys.readouterr().err.startswith("attention_dropout 0.1 of ")
-
-
-def test_complete(megatron: Path) -> None:
-    """What layers without Transformer Engine do not save is added; the rest stays as it is."""
-    before = TorchDistReader(megatron)
-    wanted = [name for name in before.table.state_dict_metadata if "_extra_state" in name]
-    assert len(wanted) == 2 * 5 + 1
-    core, norm = "core_attention._extra_state", "final_layernorm._extra_state"
-    table = before.table
-    for name in wanted:
-        if core in name or norm in name:
-            del table.state_dict_metadata[name]
-            del table.storage_data[MetadataIndex(name)]
-    (megatron / ".metadata").write_bytes(pickle.dumps(table))
-    assert complete(megatron) == 2 + 1
-    assert complete(megatron) == 0
-    state = {name: io.BytesIO() for name in wanted}
-    torch.distributed.checkpoint.load(state, checkpoint_id=megatron, no_dist=True)
-    for value in state.values():
-        assert [tensor.numel() for tensor in value] == [0]
-    key = "decoder.final_layernorm.weight"
-    after = TorchDistReader(megatron)
-    assert after.arguments == before.arguments
-    assert torch.equal(after.read(key, (0,), (16,)), before.read(key, (0,), (16,)))
 
 
 def test_command_line(llama: Path, tmp_path: Path) -> None:
