@@ -27,9 +27,8 @@
 #                  batch script, not in a container.  The B: of --signal sends USR1 there
 #   CHECK          1: check nodes before the start; 0 leaves it out
 #   PYTHON_ENV     shell command that sets up Python on a node; default: this repository's .venv,
-#                  which tools/environment.sh makes (use_environment cuda), unless the node's Python
-#                  has megatron_slm.  In NVIDIA's PyTorch container install once, into the image
-#                  (README)
+#                  which tools/environment.sh makes (use_environment cuda, or container in
+#                  NVIDIA's), unless the node's Python has megatron_slm
 #   SRUN           options of srun, for example --container-image ... --container-mounts ...
 #   EXTRA          more arguments, after the recipe's, which they override; SRUN and EXTRA are read
 #                  as a shell reads words and quotes, and nothing in them is expanded or run
