@@ -4,13 +4,14 @@
 #
 # Variables (and those of launch.sh, for nodes, Slurm, containers and restarts):
 #
-#   DATA        jsonl, one conversation a line:
+#   DATA        data/tora.jsonl, one conversation a line:
 #               {"messages": [{"role": "user", "content": "<s>Question: ...\n\nSolution:\n"},
 #                             {"role": "assistant", "content": "...</s>"}]}
 #               Contents are joined as they are, so they hold the special tokens; all tokens count.
-#   HF          the model in Hugging Face's format, whose tokenizer is taken
-#   BASE        the same model, from tools/convert_checkpoint.py import, or SAVE of a recipe
-#   SAVE        where checkpoints go, and where a run that was stopped goes on from
+#   HF          rho-math-1b-v0.1: the model in Hugging Face's format, whose tokenizer is taken
+#   BASE        checkpoints/rho-math-1b: the same model, from tools/convert_checkpoint.py import, or
+#               SAVE of a recipe
+#   SAVE        checkpoints/tora-1b: its checkpoints; a run that was stopped goes on from them
 #   SAMPLES     69000: conversations of an epoch
 #   EPOCHS      3
 #   LR          2e-5
@@ -18,6 +19,7 @@
 #   MICRO_BATCH 2
 #   SEQUENCE    2048: longer conversations are cut
 #   TP          1: tensor-parallel size; 2 for 7B
+#   NODES       1: nodes of 8 GPUs
 #
 # The paper's: data and number of samples.  Ours: epochs, learning rate, batch.  The model's shape
 # comes from BASE.  Megatron's SFT dataset needs: pip install 'megatron-slm[sft]'.

@@ -27,13 +27,19 @@
 #                  batch script, not in a container.  The B: of --signal sends USR1 there
 #   CHECK          1: check nodes before the start; 0 leaves it out
 #   PYTHON_ENV     shell command that sets up Python on a node; default: this repository's .venv,
-#                  which tools/environment.sh makes (use_environment cuda), unless the node's Python
-#                  has megatron_slm.  In NVIDIA's PyTorch container install once, into the image
-#                  (README)
+#                  which tools/environment.sh makes (use_environment cuda, or container in
+#                  NVIDIA's), unless the node's Python has megatron_slm
 #   SRUN           options of srun, for example --container-image ... --container-mounts ...
-#   EXTRA          more arguments, after the recipe's, which they override
+#   EXTRA          more arguments, after the recipe's, which they override; SRUN and EXTRA are read
+#                  as a shell reads words and quotes, and nothing in them is expanded or run
 #   NCCL_*, TORCH_*, CUDA_*, GLOO_*, UCX_*   as they are; NCCL_SOCKET_IFNAME and NCCL_IB_HCA where
 #                  a node has several networks
+#   CUDA_DEVICE_MAX_CONNECTIONS 1, NCCL_DEBUG WARN, TORCH_NCCL_ASYNC_ERROR_HANDLING 1,
+#   TORCH_NCCL_AVOID_RECORD_STREAMS 1, TORCH_DISABLE_SHARE_RDZV_TCP_STORE 1,
+#   PYTORCH_CUDA_ALLOC_CONF expandable_segments:True
+#   OMP_NUM_THREADS        4: threads of a rank on the CPU
+#   PET_SIGNALS_TO_HANDLE  SIGINT,SIGHUP,SIGQUIT: those by which torchrun ends its ranks; the others
+#                          are this script's
 #
 # SIGTERM, to this script or to all of its processes, and USR1, which Slurm sends 600 s before the end
 # by --signal, let the step end, save a checkpoint and end the job with success; the same command then
@@ -66,9 +72,28 @@ _refuse() {
     exit 2
 }
 
+# words[]: those of a value, with its quotes heeded and nothing expanded.
+_read_words() {
+    local found
+    found="$(xargs -r printf '%s\n' <<< "${!1}")" || _refuse "a quote is not closed in $1: ${!1}"
+    words=()
+    [ -z "$found" ] || mapfile -t words <<< "$found"
+}
+
 # Not by the directory it is called from.
 _has_megatron_slm() {
     (cd / && python -c 'import megatron_slm') 2>/dev/null
+}
+
+# By one of NCCL's lists: of beginnings, with = of names, with ^ of what to leave out.
+_check_names() {
+    local value="${!1:-}" rest='*' name
+    [[ -n "$value" && "$value" != ^* ]] || return 0
+    [[ "$value" != =* ]] || rest=""
+    for name in $(tr , ' ' <<< "${value#=}"); do
+        ! compgen -G "$2/${name%%:*}$rest" >/dev/null || return 0
+    done
+    _refuse "$1 names no $3: $value"
 }
 
 # What goes wrong most often, before minutes are spent on it.
@@ -88,9 +113,8 @@ _check_node() {
     if [ "$NODE_RANK" = 0 ] && (exec 3<>"/dev/tcp/$MASTER_ADDR/$MASTER_PORT") 2>/dev/null; then
         _refuse "port $MASTER_PORT is taken; set MASTER_PORT"
     fi
-    [ -z "${NCCL_SOCKET_IFNAME:-}" ] || [ "${NCCL_SOCKET_IFNAME#[\^=]}" != "$NCCL_SOCKET_IFNAME" ] ||
-        ls -d "/sys/class/net/${NCCL_SOCKET_IFNAME%%,*}"* >/dev/null 2>&1 ||
-        _refuse "NCCL_SOCKET_IFNAME names no interface: $NCCL_SOCKET_IFNAME"
+    _check_names NCCL_SOCKET_IFNAME /sys/class/net interface
+    _check_names NCCL_IB_HCA /sys/class/infiniband adapter
     for path in ${INPUTS:-}; do
         [ -e "$path" ] || _refuse "$path is not there (or not mounted on this node)"
     done
@@ -105,7 +129,8 @@ _command() {
         --rdzv-conf="is_host=$((NODE_RANK == 0))" --max-restarts="$MAX_RESTARTS")
     eval "NODE_ADDR=\"$NODE_ADDR\""
     [ -z "$NODE_ADDR" ] || torchrun+=(--local-addr="$NODE_ADDR")
-    torchrun+=("${program[@]}" "$@")
+    _read_words EXTRA
+    torchrun+=("${program[@]}" "$@" "${words[@]}")
 }
 
 # One SIGTERM to each rank, as soon as it catches it: one that still starts ignores it.
@@ -131,20 +156,20 @@ _notice() {
     if [ "$may_be_killed" = 1 ]; then kill -HUP "$started" || true; else _stop_ranks "$started" & fi
 }
 
-# Of what was started, which signals do not end at once.
+# Of what was started, which signals do not end at once: they do end a wait, with a status of its own.
 _wait_for() {
-    status=129
-    while [ "$status" -gt 128 ] && kill -0 "$1" 2>/dev/null; do
-        status=0
-        wait "$1" || status=$?
-    done
+    while kill -0 "$1" 2>/dev/null; do wait "$1" || true; done
+    status=0
+    wait "$1" || status=$?
 }
 
 # Runs on every node.  Signals go past torchrun, which ignores them, to the ranks.
 _run_node() {
     # shellcheck disable=SC1091
-    # Activation scripts often read variables that are not set.
-    if [ -n "${PYTHON_ENV:-}" ]; then set +u && eval "$PYTHON_ENV" && set -u
+    if [ -n "${PYTHON_ENV:-}" ]; then
+        set +u # activation scripts often read variables that are not set
+        eval "$PYTHON_ENV" || _refuse "PYTHON_ENV fails: $PYTHON_ENV"
+        set -u
     elif [ -f "$slm_root/.venv/bin/activate" ] && ! _has_megatron_slm; then
         source "$slm_root/.venv/bin/activate"
     fi
@@ -160,9 +185,9 @@ _run_node() {
 # The batch script starts itself again on every node, as one step, which srun passes signals on to.
 _run_step() {
     export MASTER_ADDR
-    # shellcheck disable=SC2086
+    _read_words SRUN
     SLM_STEP_OF="$SLURM_JOB_ID" srun --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 \
-        --kill-on-bad-exit=1 $SRUN bash "$slm_recipe" &
+        --kill-on-bad-exit=1 "${words[@]}" bash "$slm_recipe" &
     started=$!
     trap 'noticed=TERM; kill -TERM "$started" || true' TERM
     trap 'noticed=USR1; kill -USR1 "$started" || true' USR1
@@ -179,22 +204,20 @@ _in_our_step() {
 }
 
 launch() {
-    local torchrun started status noticed="" ranks_per_node="${RANKS_PER_NODE:-$GPUS_PER_NODE}"
+    local torchrun words started status noticed="" ranks_per_node="${RANKS_PER_NODE:-$GPUS_PER_NODE}"
     if _under_slurm; then
         MASTER_ADDR="${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)}"
         NODE_RANK="${SLURM_NODEID:-$NODE_RANK}"
     fi
     : "${MASTER_ADDR:=localhost}"
     if [ "$DRY_RUN" = 1 ]; then
-        # shellcheck disable=SC2086
-        _command "$@" $EXTRA
+        _command "$@"
         printf '%q ' "${torchrun[@]}"
         echo
         return
     fi
     if ! _under_slurm || _in_our_step || [[ -n "${SLURM_STEP_ID:-}" && "$NODES" = 1 ]]; then
-        # shellcheck disable=SC2086
-        _command "$@" $EXTRA
+        _command "$@"
         _run_node
     else
         _run_step

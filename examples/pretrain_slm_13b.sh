@@ -3,24 +3,23 @@
 #
 # Variables (and those of launch.sh, for nodes, Slurm, containers and restarts):
 #
-#   DATA        prefix of the tokenized corpus, a blend (weight prefix weight prefix ...), or a
-#               mix's .data-args.txt from tools/build_mix.py
+#   DATA        data/openwebmath_text_document: prefix of the tokenized corpus, or a blend
+#               (weight prefix weight prefix ...), or a mix's .data-args.txt from tools/build_mix.py
 #   TOKENIZER   tokenizer.model: its tokenizer, a sentencepiece model file
-#   BASE        the base model, from tools/convert_checkpoint.py import
-#   REFERENCE   the reference model: of this size, or the 1B or 7B one
+#   BASE        checkpoints/llama-2-13b: the base model, from tools/convert_checkpoint.py import
+#   REFERENCE   checkpoints/reference-math-13b: the reference, of this size, 1B or 7B
 #   CACHE       none: a score cache, read in place of REFERENCE
 #   SCORE       0; 1 fills CACHE with REFERENCE's losses instead of training, with
 #               tools/score_reference.py and the same arguments
-#   SAVE        where checkpoints go, and where a run that was stopped goes on from
-#   TOKENS      tokens read in all
-#   RATIO       token selection ratio
-#   LR          peak learning rate
-#   BATCH       sequences of a global batch, a million tokens
-#   SEQUENCE    tokens of a sequence
-#   MICRO_BATCH sequences of a micro-batch
-#   SAVE_EVERY  steps
-#
-# NODES, BASE, BATCH, SEQUENCE, MICRO_BATCH and SAVE_EVERY have training.sh's values for the size.
+#   SAVE        checkpoints/slm-math-13b: its checkpoints; a run that was stopped goes on from them
+#   TOKENS      15000000000: tokens read in all
+#   RATIO       0.7: token selection ratio
+#   LR          2e-5: peak learning rate
+#   BATCH       256: sequences of a global batch, a million tokens
+#   SEQUENCE    4096: tokens of a sequence
+#   MICRO_BATCH 2: sequences of a micro-batch
+#   SAVE_EVERY  500: steps from a checkpoint to the next
+#   NODES       8: nodes of 8 GPUs
 #
 # The paper stops at 7B.  Tokens, ratio, batch, schedule and learning rate are its 7B model's.
 set -euo pipefail

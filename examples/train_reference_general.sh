@@ -5,19 +5,21 @@
 # Variables (and those of launch.sh, for nodes, Slurm, containers and restarts):
 #
 #   SIZE        1b (the paper's), 7b, 13b or 70b: of the policy
-#   DATA        examples/mixes/general-reference-1.9b.yaml as tools/build_mix.py wrote it; or the
-#               prefix of a tokenized corpus, or a blend: weight prefix weight prefix ...
+#   DATA        data/general-reference.data-args.txt: examples/mixes/general-reference-1.9b.yaml
+#               as tools/build_mix.py wrote it; or the prefix of a tokenized corpus, or a blend
+#               (weight prefix weight prefix ...)
 #   TOKENIZER   tokenizer.model: its tokenizer, a sentencepiece model file
 #   BASE        the policy's base model, from tools/convert_checkpoint.py import
-#   SAVE        where checkpoints go, and where a run that was stopped goes on from; REFERENCE of a
-#               policy's run
-#   TOKENS      tokens of an epoch
+#   SAVE        checkpoints/reference-general-SIZE: its checkpoints; a run that was stopped goes on
+#               from them; REFERENCE of a policy's run
+#   TOKENS      1900000000: tokens of an epoch
 #   EPOCHS      3
-#   LR          peak learning rate
+#   LR          5e-5 for 1b, else 1e-5: peak learning rate
 #   BATCH       sequences of a global batch, a million tokens
 #   SEQUENCE    tokens of a sequence; documents are packed
 #   MICRO_BATCH sequences of a micro-batch
-#   SAVE_EVERY  steps
+#   SAVE_EVERY  steps from a checkpoint to the next
+#   NODES       nodes of 8 GPUs
 #
 # NODES, BASE, BATCH, SEQUENCE, MICRO_BATCH and SAVE_EVERY have training.sh's values for the size.
 #

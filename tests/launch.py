@@ -82,7 +82,7 @@ def launch(
     run = Run(directory, [file.read_text() for file in job.files], codes)
     if None in codes or (check and any(codes)):
         # One that failed tells more than those that waited for it.
-        failed = next((rank for rank, code in enumerate(codes) if code), codes.index(None))
+        failed = min(range(ranks), key=lambda rank: (not codes[rank], codes[rank] is not None))
         left = f"left with {codes[failed]}" if codes[failed] else f"did not end in {timeout} s"
         raise AssertionError(f"rank {failed} of {ranks} {left}:\n{run.outputs[failed][-4000:]}")
     return run

@@ -193,4 +193,10 @@ def test_everything(tmp_path: Path) -> None:
     assert math.log(score["value"]) == pytest.approx(math.log(found["policy-hf"]), abs=0.03)
     assert math.log(found["policy-hf"]) < math.log(found["hf"]) - 0.3
     row = next(line.split() for line in table.splitlines() if line.startswith("next_word"))
-    assert row[1:5] == ["0", str(len(documents)), "perplexity,none", f"{score['value']:.4f}"]
+    assert row[1:6] == [
+        "0",
+        "(default)",
+        str(len(documents)),
+        "perplexity,none",
+        f"{score['value']:.4f}",
+    ]

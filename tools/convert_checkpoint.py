@@ -21,7 +21,6 @@ from typing import Any
 from torch import distributed
 
 from megatron_slm.errors import exit_on_user_error
-from megatron_slm.model.complete import complete
 from megatron_slm.model.destination import this_rank
 from megatron_slm.model.export_hf import export_hugging_face
 from megatron_slm.model.import_hf import import_hugging_face
@@ -59,13 +58,6 @@ def build_parser() -> ArgumentParser:
     )
     add("--vocab-size", type=int, metavar="N", help="Rows to keep, if it cannot be told.")
     add("--shard-gb", type=float, default=5.0, metavar="GB", help="Size of a file. Default: 5.")
-    te = commands.add_parser(
-        "complete",
-        help="make a checkpoint saved without Transformer Engine loadable with it",
-        allow_abbrev=False,
-    )
-    te.add_argument("--load", type=Path, required=True, metavar="DIR", help="As --save left it.")
-    te.add_argument("--ckpt-step", type=int, metavar="N", help="Iteration. Default: the latest.")
     return parser
 
 
@@ -103,10 +95,6 @@ def convert(args: Namespace) -> None:
             print(as_options(arguments))
         return
     checkpoint = iteration_directory(args.load, args.ckpt_step, "--load", "--ckpt-step")
-    if args.command == "complete":
-        if first:
-            print(f"added {complete(checkpoint)} empty entries to {checkpoint}")
-        return
     architecture = export_hugging_face(
         checkpoint, args.hf, args.like, args.vocab_size, int(args.shard_gb * 1e9)
     )

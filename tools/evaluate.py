@@ -65,7 +65,7 @@ def build_parser() -> ArgumentParser:
 
 def line(*cells: object) -> str:
     """A line of the table: task, shots, samples, metric, score, stderr, the paper's four."""
-    widths = (-24, 5, 7, -28, 7, 7, *(7 for _ in MODELS))
+    widths = (-24, 11, 7, -28, 7, 7, *(7 for _ in MODELS))
     return " ".join(
         f"{cell!s:{'<' if width < 0 else '>'}{abs(width)}}"
         for cell, width in zip(cells, widths, strict=True)
@@ -75,9 +75,10 @@ def line(*cells: object) -> str:
 def row(score: Score) -> str:
     """A score beside the paper's."""
     paper = score.benchmark.paper
+    shots = "-" if score.shots is None else str(score.shots)
     return line(
         score.task,
-        "-" if score.shots is None else score.shots,
+        shots if score.benchmark.shots is not None else f"{shots} (default)",
         score.samples,
         score.metric,
         f"{score.value:.4f}",

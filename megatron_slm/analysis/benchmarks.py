@@ -6,7 +6,8 @@ and `differs` says in what not.  It has no SVAMP, MAWPS or TabMWP, and other SAT
 
 The 15 general tasks are those of the paper's figure 5 (v1; it has MBPP and HumanEval twice, by
 pass@1 and pass@10), listed in its appendix C.2: by lm-eval, except where `differs` says otherwise.
-The paper gives no numbers of examples; they run with lm-eval's own.
+The paper gives no numbers of examples; they run with lm-eval's own.  Table 1's figures are those of
+models trained on mathematics, and no measure for a general one.
 """
 
 from __future__ import annotations
@@ -81,11 +82,17 @@ OTHER_HARNESS = (
     Benchmark("mbpp", differs="the paper has pass@1 and pass@10 by DeepSeek-Coder's harness"),
 )
 KNOWN = {one.name: one for one in (*MATH, *OTHER_HARNESS)}
-GENERAL = tuple(KNOWN.get(name, Benchmark(name)) for name in GENERAL_NAMES)
+_DIFFERS = {one.name: one for one in OTHER_HARNESS}
+GENERAL = tuple(_DIFFERS.get(name, Benchmark(name)) for name in GENERAL_NAMES)
 GROUPS = {"math": MATH, "general": GENERAL}
 
 
 def benchmarks(names: Sequence[str]) -> list[Benchmark]:
-    """What groups and lm-eval's names stand for, each once, in the order given."""
-    found = [one for name in names for one in GROUPS.get(name, (KNOWN.get(name, Benchmark(name)),))]
-    return list(dict.fromkeys(found))
+    """What groups and lm-eval's names stand for, in the order given; each name once, and where it
+    is asked for in two ways, as the paper's."""
+    found: dict[str, Benchmark] = {}
+    for name in names:
+        for one in GROUPS.get(name, (KNOWN.get(name, Benchmark(name)),)):
+            if one.name not in found or one.paper is not None:
+                found[one.name] = one
+    return list(found.values())

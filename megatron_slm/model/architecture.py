@@ -1,12 +1,13 @@
 """What shapes a Llama or Mistral: from and to Hugging Face's config.json and Megatron's arguments.
 
 Llama 1 to 3, TinyLlama and Mistral are one architecture here: RMSNorm, rotary embeddings, grouped
-queries, SwiGLU, no biases.  Mistral differs by its sliding window.  Whatever either side can say
-beyond that is refused by name rather than dropped.
+queries, SwiGLU, no biases.  Mistral differs by its sliding window, which not all of them have.
+Whatever either side can say beyond that, and changes what is computed, is refused by name.
 """
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any
@@ -78,6 +79,7 @@ class Architecture:
     """groups: key-value heads.  vocabulary: rows of the embedding that are tokens.
     rope_scaling: the factor of Llama 3's scaling; None without it.
     window: tokens a query sees, itself included; None for all before it.
+    model_type: what it was called in a config.json; Llama and Mistral without a window are one.
     """
 
     layers: int
@@ -93,11 +95,12 @@ class Architecture:
     rope_scaling: float | None
     window: int | None
     tied: bool
+    model_type: str = "llama"
 
     @property
     def family(self) -> str:
-        """The model type that transformers computes it with."""
-        return "llama" if self.window is None else "mistral"
+        """The model type that transformers computes it with: windows are Mistral's."""
+        return self.model_type if self.window is None else "mistral"
 
 
 def from_hugging_face(config: dict[str, Any], where: str) -> Architecture:
@@ -129,7 +132,7 @@ def from_hugging_face(config: dict[str, Any], where: str) -> Architecture:
         """A positive number of that kind; `otherwise` where config.json has none or null."""
         value = config.get(name)
         value = otherwise if value is None else value
-        if isinstance(value, bool) or not isinstance(value, kind) or value <= 0:
+        if not _positive(value, kind):
             raise UserError(
                 f"{where} has no {name!r}"
                 if value is None
@@ -154,7 +157,13 @@ def from_hugging_face(config: dict[str, Any], where: str) -> Architecture:
         rope_scaling=scaling,
         window=number("sliding_window") if windowed else None,
         tied=bool(config.get("tie_word_embeddings")),
+        model_type=family,
     )
+
+
+def _positive(value: Any, kind: Any = int | float) -> bool:
+    """Whether it is a number of that kind, finite and above 0; true and false are none."""
+    return isinstance(value, kind) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _rope(config: dict[str, Any], where: str) -> tuple[int, float | None]:
@@ -164,8 +173,10 @@ def _rope(config: dict[str, Any], where: str) -> tuple[int, float | None]:
         raise UserError(f"{where}: rope parameters {rope!r} are not an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    if not isinstance(theta, int | float) or theta != int(theta):
-        raise UserError(f"{where}: rope_theta {theta} is not supported: Megatron's is an integer")
+    if not _positive(theta) or theta != int(theta):
+        raise UserError(
+            f"{where}: rope_theta {theta} is not supported: Megatron's is a positive integer"
+        )
     if kind == "default":
         return int(theta), None
     if kind != "llama3":
@@ -176,8 +187,10 @@ def _rope(config: dict[str, Any], where: str) -> tuple[int, float | None]:
                 f"{where}: {name} {rope.get(name)} of the llama3 rope is not supported: "
                 f"Megatron's is {value}"
             )
-    if not isinstance(rope.get("factor"), int | float):
-        raise UserError(f"{where}: factor {rope.get('factor')} of the llama3 rope is not a number")
+    if not _positive(rope.get("factor")):
+        raise UserError(
+            f"{where}: factor {rope.get('factor')} of the llama3 rope is no positive number"
+        )
     return int(theta), float(rope["factor"])
 
 
@@ -200,13 +213,12 @@ def to_hugging_face(architecture: Architecture, dtype: str) -> dict[str, Any]:
         "rope_theta": float(a.rope_theta),
         "rope_scaling": None,
         "tie_word_embeddings": a.tied,
-        "attention_bias": False,
         "torch_dtype": dtype,
     }
     if a.rope_scaling is not None:
         config["rope_scaling"] = {"rope_type": "llama3", "factor": a.rope_scaling} | LLAMA3_ROPE
-    if a.window is not None:
-        config["sliding_window"] = a.window
+    if a.family == "mistral":
+        config["sliding_window"] = a.window  # without it transformers takes 4096
     return config
 
 
@@ -241,6 +253,7 @@ def to_megatron(architecture: Architecture) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "vocab_size": a.vocabulary,
+        "slm_model_type": a.family,
     }
 
 
@@ -280,4 +293,5 @@ def from_megatron(arguments: Namespace, vocabulary: int, where: str) -> Architec
         rope_scaling=saved["rope_scaling_factor"] if saved.get("use_rope_scaling") else None,
         window=None if window is None else window[0] + 1,
         tied=not saved["untie_embeddings_and_output_weights"],
+        model_type=saved.get("slm_model_type") or "llama",
     )

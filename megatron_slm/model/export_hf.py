@@ -10,7 +10,9 @@ Reads checkpoints of any layout and of any step of training, and of them the wei
 from __future__ import annotations
 
 import json
+import sys
 from argparse import Namespace
+from dataclasses import fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,12 @@ from megatron_slm.model.safetensors_files import (
     write_index,
 )
 from megatron_slm.model.tensors import Block, blocks, hugging_face_shapes, split
-from megatron_slm.model.tokenizer_files import copy_tokenizer, has_tokenizer, special_ids
+from megatron_slm.model.tokenizer_files import (
+    copy_tokenizer,
+    fingerprint_of_files,
+    has_tokenizer,
+    special_ids,
+)
 from megatron_slm.model.torch_dist import TorchDistReader
 
 
@@ -54,15 +61,16 @@ def export_hugging_face(
         shard_bytes: size of a file.
 
     Raises:
-        UserError: a model that is no Llama or Mistral, another architecture than `like`, or
-            tensors that are missing or of another shape.
+        UserError: a model that is no Llama or Mistral, another architecture than `like`, tensors
+            that are missing or of another shape, or another tokenizer than the run's in its place.
     """
     reader = TorchDistReader(checkpoint)
     original = read_architecture(like) if like is not None else None
     tokens = vocabulary or (original.vocabulary if original else _vocabulary(reader.arguments))
     architecture = from_megatron(reader.arguments, tokens, str(checkpoint))
-    if original is not None and original != architecture:
-        raise UserError(f"{like} is {original}, and {checkpoint} has {architecture}")
+    if original is not None:
+        _check_same(architecture, original, f"{checkpoint}", f"--like {like}")
+        architecture = replace(architecture, model_type=original.model_type)
     source = {
         name: block for block in _checked_blocks(reader, architecture) for name in block.names
     }
@@ -83,18 +91,33 @@ def export_hugging_face(
         return parts(block)[block.names.index(name)]
 
     rank, size = this_rank()
+    tokenizer = like or _own_tokenizer(reader.arguments, say=rank == 0)
     with finished_directory(target) as directory:
         for name in list(named)[rank::size]:
             write_file(directory / name, named[name], read)
         if rank == 0:
             if len(named) > 1:
                 write_index(directory, named)
-            tokenizer = like or _own_tokenizer(reader.arguments)
             if tokenizer is not None:
                 copy_tokenizer(tokenizer, directory)
             config = _config(architecture, entries, like, directory)
             (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return architecture
+
+
+def _check_same(trained: Architecture, like: Architecture, where: str, where_like: str) -> None:
+    """Positions may differ: a rotary embedding has as many as one likes, and no weights."""
+    differ = [
+        f"{field.name} is {here} here and {there} there"
+        for field in fields(Architecture)
+        if (here := getattr(trained, field.name)) != (there := getattr(like, field.name))
+        and field.name not in ("positions", "model_type")
+    ]
+    if differ:
+        raise UserError(
+            f"{where} has another architecture than {where_like}: {', '.join(differ)}; name the "
+            "directory of a model of the same architecture, or leave --like out"
+        )
 
 
 def _checked_blocks(reader: TorchDistReader, a: Architecture) -> list[Block]:
@@ -129,13 +152,32 @@ def _config(
     return original | own
 
 
-def _own_tokenizer(arguments: Namespace) -> Path | None:
-    """What the run that trained read text with, if it is a file or directory that is still here."""
+def _own_tokenizer(arguments: Namespace, say: bool) -> Path | None:
+    """What the run that trained read text with, if it is a file or directory that is still here.
+
+    Args:
+        say: that it is not.
+    """
     model = getattr(arguments, "tokenizer_model", None)
     path = None if model is None else Path(model)
-    if path is not None and (path.is_file() or has_tokenizer(path)):
-        return path
-    return None
+    if path is None or not (path.is_file() or has_tokenizer(path)):
+        if say:
+            why = f"{path} is not in {Path.cwd()}" if path else "the checkpoint names none"
+            print(f"no tokenizer is copied: {why}; --like takes one over", file=sys.stderr)
+        return None
+    known = getattr(arguments, "slm_tokenizer", None)  # only runs of this project's know it
+    if known is not None:
+        try:
+            same = fingerprint_of_files(arguments) == known
+        except Exception as error:  # whatever reading some other file raises
+            raise UserError(f"the tokenizer {path} cannot be read: {error}; use --like") from error
+        if not same:
+            raise UserError(
+                f"{path}, in {Path.cwd()}, is another tokenizer than that of this name which the "
+                "run read text with: start from the run's directory, or name a Hugging Face "
+                "directory that has the right one with --like"
+            )
+    return path
 
 
 def _vocabulary(arguments: Namespace) -> int:

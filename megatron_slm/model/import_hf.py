@@ -10,6 +10,7 @@ Everything is checked from the files' headers, by every rank, before the first b
 from __future__ import annotations
 
 import json
+import sys
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
@@ -34,6 +35,8 @@ from megatron_slm.model.torch_dist import (
     write_table,
 )
 
+CONFIG = "config.json"
+
 
 def import_hugging_face(source: Path, save: Path, vocabulary_multiple: int) -> dict[str, Any]:
     """Convert the model in `source`.  Collective over ranks.
@@ -48,12 +51,21 @@ def import_hugging_face(source: Path, save: Path, vocabulary_multiple: int) -> d
     Raises:
         UserError: an unsupported model, or tensors that are missing, unknown or of another shape.
     """
-    architecture = read_architecture(source)
+    rank, size = this_rank()
+    config = _read_config(source)
+    architecture = from_hugging_face(config, str(source / CONFIG))
+    if rank == 0 and config.get("attention_dropout"):
+        print(
+            f"attention_dropout {config['attention_dropout']} of {source / CONFIG} is left out: "
+            "a run has what its --attention-dropout says",
+            file=sys.stderr,
+        )
     tensors = _matching_tensors(source, architecture)
     padded = -(-architecture.vocabulary // vocabulary_multiple) * vocabulary_multiple
     arguments = _arguments(architecture, padded, vocabulary_multiple)
-    parts = [_part(block, architecture, tensors) for block in blocks(architecture, padded)]
-    rank, size = this_rank()
+    wanted = blocks(architecture, padded)
+    dtypes = _dtypes(wanted, tensors)
+    parts = [_part(block, architecture, tensors, dtypes[block.key]) for block in wanted]
     with finished_directory(save) as directory:
         release = directory / "release"
         release.mkdir(exist_ok=True)
@@ -75,18 +87,22 @@ def read_architecture(source: Path) -> Architecture:
     Raises:
         UserError: no readable config.json, or as from_hugging_face.
     """
-    path = source / "config.json"
+    return from_hugging_face(_read_config(source), str(source / CONFIG))
+
+
+def _read_config(source: Path) -> dict[str, Any]:
+    path = source / CONFIG
     try:
         config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise UserError(f"{path} is not a model's: it has no object, but {str(config)[:40]!r}")
-    return from_hugging_face(config, str(path))
+    return config
 
 
 def _matching_tensors(source: Path, a: Architecture) -> dict[str, StoredTensor]:
-    """The model's tensors, all of one dtype and of the shapes that its architecture says."""
+    """The model's tensors, of the shapes that its architecture says."""
     found, shapes = find_tensors(source), hugging_face_shapes(a)
     for name, shape in shapes.items():
         if name not in found:
@@ -105,6 +121,21 @@ def _matching_tensors(source: Path, a: Architecture) -> dict[str, StoredTensor]:
     if unknown:
         raise UserError(f"{source} has tensors that this architecture lacks: {unknown[:5]}")
     return found
+
+
+def _dtypes(wanted: list[Block], tensors: dict[str, StoredTensor]) -> dict[str, torch.dtype]:
+    """Of each Megatron tensor, into which those of all layers go."""
+    first: dict[str, StoredTensor] = {}
+    for block in wanted:
+        for tensor in (tensors[name] for name in block.names):
+            other = first.setdefault(block.key, tensor)
+            if tensor.dtype != other.dtype:
+                raise UserError(
+                    f"{tensor.file}: {tensor.name} has dtype {tensor.dtype}, and {other.name} "
+                    f"{other.dtype}: they become one tensor of Megatron's; store the model in one "
+                    "dtype"
+                )
+    return {key: tensor.dtype for key, tensor in first.items()}
 
 
 def _arguments(a: Architecture, padded: int, multiple: int) -> dict[str, Any]:
@@ -131,12 +162,10 @@ def _objects(a: Architecture, arguments: dict[str, Any]) -> dict[str, Any]:
     return {ARGUMENTS: common} | dict.fromkeys(extra_states(a.layers), NO_EXTRA_STATE)
 
 
-def _part(block: Block, a: Architecture, tensors: dict[str, StoredTensor]) -> Part:
+def _part(
+    block: Block, a: Architecture, tensors: dict[str, StoredTensor], dtype: torch.dtype
+) -> Part:
     sources = [tensors[name] for name in block.names]
-    # Padding has the dtype of what it pads.
-    dtype = sources[0].dtype if sources else tensors["model.embed_tokens.weight"].dtype
-    if any(source.dtype != dtype for source in sources):
-        raise UserError(f"{', '.join(block.names)} are fused, and have different dtypes")
     make: Callable[[], Tensor] = (
         (lambda: fuse(a, [source.read() for source in sources]))
         if sources

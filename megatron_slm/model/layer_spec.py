@@ -3,11 +3,13 @@
 Megatron's local layers refuse both without Transformer Engine: its torch norm has no
 sequence-parallel weight, its attention no context parallelism.  This spec replaces just these two,
 and is used only where Transformer Engine is absent.  Weights have the same names in checkpoints
-either way.
+either way, and what is saved with either is loaded with the other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +27,11 @@ from torch.distributed import ProcessGroup
 from torch.nn.functional import dropout, scaled_dot_product_attention
 
 from megatron_slm.errors import UserError
+from megatron_slm.model.torch_dist import NO_EXTRA_STATE
+
+# Modules of their own with Transformer Engine too, which fuses other norms with what follows them.
+SEPARATE_NORMS = ("final_layernorm", "q_layernorm", "k_layernorm")
+PLAIN_NORMS = (torch.nn.RMSNorm, torch.nn.LayerNorm)
 
 
 def plain_block_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
@@ -78,6 +85,28 @@ class SequenceParallelNorm:
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel
         return norm
+
+
+@contextmanager
+def extra_states(model: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """While a checkpoint is saved: give it the extra states, empty as without fp8, that Transformer
+    Engine's norms ask for.  Plain norms ask for none, so that checkpoints without them load."""
+
+    def add(norm: torch.nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        state[f"{prefix}_extra_state"] = NO_EXTRA_STATE
+
+    hooks = [
+        module.register_state_dict_post_hook(add)
+        for chunk in model
+        for name, module in chunk.named_modules()
+        if name.endswith(SEPARATE_NORMS)
+        and isinstance(module, torch.nn.RMSNorm | torch.nn.LayerNorm)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class GatheredAttention(MegatronModule):

@@ -28,8 +28,8 @@ LAYER_TABLE: tuple[tuple[str, tuple[str, ...], int | None], ...] = (
     ("mlp.linear_fc2.weight", ("mlp.down_proj",), None),
 )
 
-# Modules that keep "extra state" (scales of fp8) in a checkpoint, with any version of Transformer
-# Engine.  Plain layers have it for the four linear ones, and read what they do not have as well.
+# Modules that keep "extra state" (scales of fp8) in a checkpoint, with any version of Megatron and
+# Transformer Engine, which ask for it.
 EXTRA_STATES_OF_LAYER = (
     "self_attention.linear_qkv",
     "self_attention.linear_proj",

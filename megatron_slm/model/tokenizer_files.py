@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -17,6 +20,28 @@ FILES = """
 SETTINGS = ("tokenizer.json", "tokenizer_config.json")  # how to read a vocabulary
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
+# Tokenized and hashed, so that runs can tell whether they read text as the same tokens.
+PROBE = "Not all tokens are what you need: 3.14 + 2 = 5.14\n\tdef f(x): return {x}  # naïve 東京 🎲"
+
+
+def fingerprint(arguments: Namespace, tokenizer: Any) -> str:
+    """What identifies a tokenizer of Megatron's, built from these arguments."""
+    if arguments.tokenizer_type.startswith("Null"):  # its text is numbers
+        tokens = [arguments.tokenizer_type]
+    else:
+        tokens = list(tokenizer.tokenize(PROBE))
+    content = f"{tokens} {tokenizer.vocab_size} {tokenizer.eod}"
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def fingerprint_of_files(arguments: Namespace) -> str:
+    """That of the files that a run's arguments name, as they are now; raises what reading them
+    does.  None of them is run."""
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+
+    own = Namespace(**vars(arguments) | {"trust_remote_code": False, "pad_vocab_size": False})
+    return fingerprint(own, build_tokenizer(own))
+
 
 def has_tokenizer(directory: Path) -> bool:
     """Whether a tokenizer can be made from its files."""
@@ -24,11 +49,12 @@ def has_tokenizer(directory: Path) -> bool:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy what there is of them; `source` may also be a file, and a sentencepiece model gets a
-    tokenizer.json, which transformers reads."""
+    """Copy what there is of them; `source` may also be a file, under any name, and a sentencepiece
+    model gets a tokenizer.json, which transformers reads."""
     if source.is_file():
         if source.suffix == ".json":
-            shutil.copyfile(source, target / source.name)
+            name = "tokenizer.json" if _is_tokenizer_json(source) else source.name
+            shutil.copyfile(source, target / name)
         else:
             shutil.copyfile(source, target / "tokenizer.model")
             write_tokenizer_json(source, target)
@@ -36,6 +62,14 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     for name in FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+
+
+def _is_tokenizer_json(file: Path) -> bool:
+    try:
+        Tokenizer.from_file(str(file))
+    except Exception:  # all that the library raises
+        return False
+    return True
 
 
 def special_ids(directory: Path) -> dict[str, int | None]:

@@ -18,6 +18,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -160,11 +161,20 @@ class TorchDistReader:
         return found
 
     def read(self, key: str, offset: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
-        """A part of a tensor, put together from the blocks that hold it."""
+        """A part of a tensor, put together from the blocks that hold it.
+
+        Raises:
+            UserError: no block has some of it.
+        """
         wanted = ChunkStorageMetadata(torch.Size(offset), torch.Size(size))
         tensor = self.tensor(key)
         result = torch.empty(size, dtype=tensor.properties.dtype)
         items = create_read_items_for_chunk_list(key, tensor, [wanted])
+        if sum(prod(item.lengths) for item in items) < prod(size):
+            raise UserError(
+                f"the checkpoint {self.directory} lacks a part of {key}; copy it again or choose "
+                "another iteration"
+            )
         self.reader.read_data(LoadPlan(items), _Into(result)).wait()
         return result
 
@@ -261,15 +271,6 @@ def write_table(directory: Path, parts: Iterable[Part], stored: Iterable[Stored]
         json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
     )
     _put_table(directory, Metadata(table, storage_data=lies, version="1.0.0"))
-
-
-def add_objects(directory: Path, name: str, objects: dict[str, Any]) -> None:
-    """Add what is not a tensor to a checkpoint, in a file of its own."""
-    table = read_table(directory)
-    stored = write_parts(directory, name, [], objects)
-    table.storage_data |= stored
-    table.state_dict_metadata |= {index.fqn: BytesStorageMetadata() for index in stored}
-    _put_table(directory, table)
 
 
 def _put_table(directory: Path, table: Metadata) -> None:

@@ -1,10 +1,12 @@
 """How long a step takes on a cluster, roughly, and which layouts are worth trying.
 
-    step = (compute + tensor-parallel traffic + pipeline traffic) x (1 + bubble) + what of the
-           data-parallel traffic half of the compute does not hide
+    step = sum over policy and references of
+               (compute + tensor-parallel traffic + pipeline traffic) x (1 + bubble)
+           + what of the data-parallel traffic half of the policy's compute does not hide
 
-Collectives are counted as in Korthikanti et al. 2022 (arXiv 2205.05198), section 4.2.2: two
-gathers and two scatters of [n, h] a layer forward and as many backward.
+References have no virtual stages, and so the longer bubble.  Collectives are counted as in
+Korthikanti et al. 2022 (arXiv 2205.05198), section 4.2.2: two gathers and two scatters of [n, h] a
+layer forward and as many backward.
 """
 
 from __future__ import annotations
@@ -64,24 +66,30 @@ def step_seconds(
     cluster: Cluster,
 ) -> float:
     """Of a step over the global batch."""
-    scoring = [reference.architecture for reference in references]
-    compute = step_flops(a, scoring, work) / (layout.ranks * cluster.flops * cluster.efficiency)
-    micro_batches = work.micro_batches(layout)
-    e, n = work.weight_bytes, work.tokens(layout)
-    passes = [(a, 12 if work.recompute else 8), *((one, 4) for one in scoring)]
-    tensor = sum(
-        count * model.layers / layout.pp * n * model.hidden * e * (layout.tp - 1) / layout.tp
-        for model, count in passes
-    )
-    exposed = micro_batches * tensor / _bandwidth(layout.tp, cluster)
-    if layout.pp > 1:
-        sent = 2 * micro_batches * layout.vp * n * a.hidden * e / layout.tp
-        exposed += sent / _bandwidth(layout.ranks, cluster)
+    e, n, micro_batches = work.weight_bytes, work.tokens(layout), work.micro_batches(layout)
+
+    def seconds(flops: int) -> float:
+        return flops / (layout.ranks * cluster.flops * cluster.efficiency)
+
+    def traffic(model: Architecture, gathers: int, sends: int) -> float:
+        """Of a model's passes: gathers and scatters of a layer, sends of a stage."""
+        tensor = gathers * model.layers / layout.pp * n * model.hidden * e
+        tensor *= (layout.tp - 1) / layout.tp / _bandwidth(layout.tp, cluster)
+        sent = sends * n * model.hidden * e / layout.tp / _bandwidth(layout.ranks, cluster)
+        return micro_batches * (tensor + (sent if layout.pp > 1 else 0))
+
+    compute = seconds(step_flops(a, [], work))
+    total = compute + traffic(a, 12 if work.recompute else 8, 2 * layout.vp)
+    total *= 1 + bubble(layout, work)
+    for one in references:
+        model = one.architecture
+        scoring = seconds(step_flops(a, [model], work)) - compute
+        total += (scoring + traffic(model, 4, 1)) * (1 + bubble(replace(layout, vp=1), work))
     shared = layout.dp * layout.cp
     count = stage_parameters(a, work.padded_vocabulary, layout, 0)
     data = count * (work.gradient_bytes + e) * (shared - 1) / shared
     data /= _bandwidth(layout.tp * shared, cluster)
-    return (compute + exposed) * (1 + bubble(layout, work)) + max(0.0, data - compute / 2)
+    return total + max(0.0, data - compute / 2)
 
 
 def _bandwidth(span: int, cluster: Cluster) -> float:

@@ -43,7 +43,7 @@ def read_recipe(script: Path, settings: dict[str, str]) -> Recipe:
         settings: its variables that are to differ from its defaults.
 
     Raises:
-        UserError: it fails, or prints no command.
+        UserError: it fails, or prints no command that trains.
     """
     # The cluster is the one that was asked for, not the job in which this runs.
     own = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
@@ -63,6 +63,11 @@ def read_recipe(script: Path, settings: dict[str, str]) -> Recipe:
             nodes = options.get("--nnodes", "1").split(":")[-1]
             at = words.index(MODULE)
             return Recipe(words[at + 1 :], int(nodes) * int(options["--nproc-per-node"]))
+        if any(word.endswith("score_reference.py") for word in words):
+            raise UserError(
+                f"{script} with these settings scores, for which it holds the reference alone and "
+                "needs less than training with it: leave SCORE out, and CACHE"
+            )
     raise UserError(f"DRY_RUN=1 bash {script} prints no command that runs {MODULE}")
 
 

@@ -46,8 +46,8 @@ def take_from_checkpoint(parser: ArgumentParser) -> None:
 def check_start(args: Namespace) -> None:
     """Compare the model that the arguments describe with the one in the checkpoint.
 
-    Sets slm_model_vocab_size, which checkpoints carry: tokens of the model that the run started
-    from, whose tokenizer may have fewer.
+    Sets what checkpoints carry of the model that the run started from: slm_model_vocab_size, its
+    tokens, of which the tokenizer may have fewer, and slm_model_type.
 
     Raises:
         UserError: naming every option that differs, or a damaged checkpoint.
@@ -61,6 +61,7 @@ def check_start(args: Namespace) -> None:
         return
     flag, directory = start
     saved = TorchDistReader(directory).arguments
+    args.slm_model_type = getattr(saved, "slm_model_type", None)
     differ = differences(saved, args, args.slm_changed)
     if differ:
         said = ", ".join(f"{name} is {there} there and {here} here" for name, there, here in differ)

@@ -20,6 +20,7 @@ from typing import Any
 from megatron.core import mpu
 from megatron.training import training
 
+from megatron_slm.model.layer_spec import extra_states
 from megatron_slm.training.micro_batch import MicroBatch
 
 
@@ -40,10 +41,10 @@ def install(
     train = training.train
 
     @functools.wraps(save_checkpoint)
-    def save(iteration: int, *args: Any, **kwargs: Any) -> Any:
-        with _sigterm_later():
+    def save(iteration: int, model: Any, *args: Any, **kwargs: Any) -> Any:
+        with _sigterm_later(), extra_states(model):
             before_save(iteration)
-            return save_checkpoint(iteration, *args, **kwargs)
+            return save_checkpoint(iteration, model, *args, **kwargs)
 
     training.save_checkpoint = save
 

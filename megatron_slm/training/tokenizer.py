@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 from argparse import Namespace
 from typing import Any
 
 from megatron_slm.errors import UserError
+from megatron_slm.model.tokenizer_files import fingerprint
 from megatron_slm.reference.checkpoint import ReferenceCheckpoint
-
-# Tokenized and hashed, so that runs can tell whether they read text as the same tokens.
-PROBE = "Not all tokens are what you need: 3.14 + 2 = 5.14\n\tdef f(x): return {x}  # naïve 東京 🎲"
 
 
 def record_tokenizer(args: Namespace, tokenizer: Any) -> None:
     """Put what identifies the tokenizer into the arguments, which checkpoints carry."""
     args.slm_vocab_size = int(tokenizer.vocab_size)
-    args.slm_tokenizer = _fingerprint(args, tokenizer)
+    args.slm_tokenizer = fingerprint(args, tokenizer)
 
 
 def check_tokenizer(args: Namespace, checkpoint: ReferenceCheckpoint) -> None:
@@ -42,19 +39,10 @@ def check_tokenizer(args: Namespace, checkpoint: ReferenceCheckpoint) -> None:
             f"{where} has a vocabulary of {saved.padded_vocab_size} tokens with padding, this "
             f"run's tokenizer {args.slm_vocab_size}; {what_to_do}"
         )
-    fingerprint = getattr(saved, "slm_tokenizer", None)
-    if fingerprint is not None and fingerprint != args.slm_tokenizer:
+    known = getattr(saved, "slm_tokenizer", None)
+    if known is not None and known != args.slm_tokenizer:
         raise UserError(
             f"{where} was trained with another tokenizer ({saved.tokenizer_type} "
-            f"{saved.tokenizer_model}, fingerprint {fingerprint}) than this run's "
+            f"{saved.tokenizer_model}, fingerprint {known}) than this run's "
             f"({args.tokenizer_type} {args.tokenizer_model}, {args.slm_tokenizer}); {what_to_do}"
         )
-
-
-def _fingerprint(args: Namespace, tokenizer: Any) -> str:
-    if args.tokenizer_type.startswith("Null"):  # its text is numbers
-        tokens = [args.tokenizer_type]
-    else:
-        tokens = list(tokenizer.tokenize(PROBE))
-    content = f"{tokens} {tokenizer.vocab_size} {tokenizer.eod}"
-    return hashlib.sha256(content.encode()).hexdigest()[:16]

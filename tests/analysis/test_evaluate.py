@@ -227,6 +227,8 @@ def test_exported_model_has_the_scores_of_the_original(
     assert [score["shots"] for score in found["llama"]] == [0, 0, SHOTS, 2]
 
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    row = next(line for line in lines if line[0] == "which_words")
+    assert row[1:4] == ["0", "(default)", str(QUESTIONS)]
     row = next(line for line in lines if line[0] == "mathqa")
     assert row[1:4] == [str(SHOTS), str(QUESTIONS), "acc,none"]
     assert row[4] == f"{expected['mathqa acc,none']:.4f}"

@@ -6,11 +6,13 @@ import contextlib
 import os
 import random
 import re
+import runpy
 import shlex
 import signal
 import socket
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ import torch
 
 from jobs import Corpus
 from launch import REPOSITORY, recipe_environment
+from megatron_slm.model.architecture import to_megatron
 from random_llama import small_llama, write_random_llama
 
 RECIPE = REPOSITORY / "examples" / "pretrain_slm_1b.sh"
@@ -212,7 +215,13 @@ def test_nodes_are_checked(base: Path, tmp_path: Path) -> None:
     assert "0 GPUs, and GPUS_PER_NODE is 8" in refused(GPUS_PER_NODE=8, **there)
     assert "no/such/base is not there" in refused(**there | {"BASE": "no/such/base"})
     assert "invalid has no address" in refused(MASTER_ADDR="no-such-host.invalid", **there)
-    assert "names no interface" in refused(NCCL_SOCKET_IFNAME="nosuch0", **there)
+    for wrong in ("nosuch0", "=l", "nosuch0,nosuch1"):
+        assert "names no interface" in refused(NCCL_SOCKET_IFNAME=wrong, **there)
+    # What names some is passed over, to what is looked at next.
+    for right in ("l", "nosuch0,lo", "=nosuch0,lo", "^lo"):
+        nccl = {"NCCL_SOCKET_IFNAME": right, "NCCL_IB_HCA": "=nosuch_0:1"}
+        assert "NCCL_IB_HCA names no adapter" in refused(**there, **nccl)
+    assert "PYTHON_ENV fails: false" in refused(PYTHON_ENV="false", **there)
     assert "cannot write" in refused(**there | {"SAVE": "/proc/save"})
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -221,8 +230,8 @@ def test_nodes_are_checked(base: Path, tmp_path: Path) -> None:
         assert f"port {port} is taken" in refused(MASTER_PORT=port, **there)
 
 
-def option(script: str, name: str, **settings: str) -> str:
-    """What a recipe gives it."""
+def dry_run(script: str, **settings: str) -> list[str]:
+    """A recipe's command."""
     done = subprocess.run(
         ["bash", str(RECIPE.with_name(script))],
         env=os.environ | settings | {"DRY_RUN": "1"},
@@ -230,8 +239,48 @@ def option(script: str, name: str, **settings: str) -> str:
         text=True,
         check=True,
     )
-    words = shlex.split(done.stdout)
+    return shlex.split(done.stdout)
+
+
+def option(script: str, name: str, **settings: str) -> str:
+    """What a recipe gives it."""
+    words = dry_run(script, **settings)
     return words[words.index(name) + 1]
+
+
+def test_extra_is_read_as_import_prints_it(tmp_path: Path) -> None:
+    convert = runpy.run_path(str(REPOSITORY / "tools" / "convert_checkpoint.py"))
+    mistral = replace(small_llama(257, 64), window=10)
+    printed = convert["as_options"](to_megatron(mistral))
+    assert "'(9,0)'" in printed
+    more = f"--note \"it's  two\" '' * $HOME $(touch${{IFS}}{tmp_path}/ran) \\\\"
+    words = dry_run(RECIPE.name, EXTRA=f"{printed}\n {more}")
+    at = len(words) - 7
+    assert words[:at] == [*dry_run(RECIPE.name), *shlex.split(printed)]
+    ran = f"$(touch${{IFS}}{tmp_path}/ran)"
+    assert words[at:] == ["--note", "it's  two", "", "*", "$HOME", ran, "\\"]
+    assert dry_run(RECIPE.name, EXTRA=" \n ") == dry_run(RECIPE.name)
+    assert not list(tmp_path.iterdir())
+    assert "a quote is not closed in EXTRA: --window-size '(9" in refused(EXTRA="--window-size '(9")
+
+
+@pytest.mark.parametrize("code", [0, 3])
+@pytest.mark.parametrize("when", ["before", "while told", "later"])
+def test_the_status_is_that_of_what_was_started(code: int, when: str) -> None:
+    """Whether it ends before it is waited for, or while a signal ends the wait."""
+    seconds = {"before": 0, "while told": 0.4, "later": 1.5}[when]
+    script = f"""
+        set -euo pipefail
+        source {RECIPE.with_name("launch.sh")}
+        trap 'sleep 0.6' TERM
+        (trap '' TERM; sleep {seconds}; exit {code}) &
+        started=$!
+        (sleep 0.2; kill -TERM $$) &
+        {"sleep 0.6" if when == "before" else ""}
+        _wait_for $started
+        exit $status
+    """
+    assert subprocess.run(["bash", "-c", script], check=False, timeout=30).returncode == code
 
 
 @pytest.mark.parametrize("size", ["1b", "7b", "13b", "70b"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +14,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 
 from launch import REPOSITORY, Run, launch, pretrain
+from megatron_slm.model.architecture import from_hugging_face
+from megatron_slm.model.export_hf import export_hugging_face
+from megatron_slm.model.import_hf import import_hugging_face
 
 TOOL = str(REPOSITORY / "tools" / "convert_checkpoint.py")
 VOCABULARY = 32003
@@ -66,7 +72,8 @@ def tool(*arguments: object, ranks: int = 1, directory: Path, check: bool = True
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
-    """A Mistral with a window, in several files, and a Llama 3.2 with tied embeddings."""
+    """A Mistral with a window, in several files, and a Llama with Llama 2's multi-head attention,
+    Llama 3.2's rope and tied embeddings, and a config.json as they have on the Hub."""
     directory = tmp_path_factory.mktemp("models")
     torch.manual_seed(1)
     mistral = MistralConfig(
@@ -77,7 +84,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
         rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
     )
     llama = LlamaConfig(
-        **SHAPE, tie_word_embeddings=True, rms_norm_eps=1e-5, rope_parameters=LLAMA3
+        **SHAPE | {"num_key_value_heads": None},
+        tie_word_embeddings=True,
+        rms_norm_eps=1e-5,
+        rope_parameters=LLAMA3,
     )
     made = {}
     for name, model in (
@@ -89,11 +99,22 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
                 torch.nn.init.uniform_(parameter, 0.5, 1.5)
         hf, megatron = directory / name, directory / f"{name}-megatron"
         model.save_pretrained(hf, max_shard_size="2MB")
+        if name == "llama":
+            as_transformers_4(hf / "config.json")
         (hf / "tokenizer.model").write_bytes(b"a tokenizer")
         run = tool("import", "--hf", hf, "--save", megatron, ranks=2, directory=directory / "run")
         options = next(line for line in run.outputs[0].splitlines() if line.startswith("--"))
         made[name] = Model(hf, megatron, shlex.split(options))
     return made
+
+
+def as_transformers_4(file: Path) -> None:
+    """Write a config.json of transformers 5 as its older versions did."""
+    config = json.loads(file.read_text())
+    scaling = config.pop("rope_parameters")
+    config |= {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling}
+    config |= {"num_key_value_heads": None, "torch_dtype": config.pop("dtype")}
+    file.write_text(json.dumps(config))
 
 
 @pytest.fixture(scope="module")
@@ -218,6 +239,53 @@ def test_round_trip_is_exact(
     assert set(got) == set(expected)
     for key, value in expected.items():
         assert torch.equal(got[key], value), key
+    assert config_of(tmp_path / "hf") == config_of(model.hf)
+
+
+def config_of(hf: Path) -> dict[str, object]:
+    """As transformers completes it, without what only training from nothing needs."""
+    config = AutoConfig.from_pretrained(hf).to_dict()
+    return config | {"_name_or_path": None, "initializer_range": None}
+
+
+FAMILIES: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(),
+    "llama 3": LlamaConfig(rope_parameters=LLAMA3),
+    "mistral": MistralConfig(sliding_window=10),
+    "mistral v0.3": MistralConfig(sliding_window=None),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_family_stays(name: str, tmp_path: Path) -> None:
+    """With --like and without, and with more positions than the original has."""
+    config = FAMILIES[name]
+    config.update(SHAPE | {"vocab_size": 131, "head_dim": 16})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "hf")
+    import_hugging_face(tmp_path / "hf", tmp_path / "megatron", 128)
+    original = config_of(tmp_path / "hf")
+    for like in (tmp_path / "hf", None):
+        target = tmp_path / f"like {like is None}"
+        export_hugging_face(tmp_path / "megatron" / "release", target, like, None, 10**9)
+        assert config_of(target) == original
+
+    more = json.loads((tmp_path / "hf" / "config.json").read_text())
+    more["max_position_embeddings"] *= 2
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(more))
+    target = tmp_path / "more"
+    export_hugging_face(tmp_path / "megatron" / "release", target, tmp_path / "hf", None, 10**9)
+    assert config_of(target) == original
+
+
+def test_rope_in_both_forms(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    LlamaConfig(**SHAPE, rope_parameters=LLAMA3, dtype="float32").save_pretrained(tmp_path)
+    new = json.loads(file.read_text())
+    as_transformers_4(file)
+    old = json.loads(file.read_text()) | {"num_key_value_heads": SHAPE["num_key_value_heads"]}
+    assert "rope_parameters" in new.keys() - old.keys()
+    assert from_hugging_face(old, "") == from_hugging_face(new, "")
+    assert from_hugging_face(new, "").rope_scaling == LLAMA3["factor"]
 
 
 def test_the_models_need_what_they_have(models: dict[str, Model]) -> None:

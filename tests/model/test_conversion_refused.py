@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
+import math
 import os
 import pickle
 import shutil
@@ -16,14 +16,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.metadata import MetadataIndex
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from launch import REPOSITORY
 from megatron_slm.errors import UserError
-from megatron_slm.model.complete import complete
 from megatron_slm.model.export_hf import export_hugging_face
 from megatron_slm.model.import_hf import import_hugging_face
 from megatron_slm.model.torch_dist import TorchDistReader
@@ -82,8 +79,10 @@ def no_file(directory: Path) -> None:
 
 
 Q = "model.layers.1.self_attn.q_proj.weight"
+GATE = "model.layers.0.mlp.gate_proj.weight"
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+FULL_LLAMA3 = LLAMA3 | {"rope_theta": 10000.0, "original_max_position_embeddings": 8192}
 
 IMPORTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "another architecture": (change_config(model_type="qwen2"), "model_type 'qwen2'"),
@@ -103,6 +102,24 @@ IMPORTS: dict[str, tuple[Callable[[Path], object], str]] = {
         change_config(rope_parameters={"rope_type": "default", "rope_theta": 10000.5}),
         "rope_theta 10000.5",
     ),
+    "a rope base of true": (change_config(rope_parameters={"rope_theta": True}), "rope_theta True"),
+    "a rope base without end": (
+        change_config(rope_parameters={"rope_theta": math.inf}),
+        "rope_theta inf",
+    ),
+    "a negative rope base": (
+        change_config(rope_parameters={"rope_theta": -10000.0}),
+        "rope_theta -10000.0",
+    ),
+    "a llama3 rope that divides by nothing": (
+        change_config(rope_parameters=FULL_LLAMA3 | {"factor": 0}),
+        "factor 0 of the llama3 rope",
+    ),
+    "a llama3 rope without a factor": (
+        change_config(rope_parameters=FULL_LLAMA3 | {"factor": math.nan}),
+        "factor nan of the llama3 rope",
+    ),
+    "an epsilon without end": (change_config(rms_norm_eps=math.inf), "rms_norm_eps inf is no"),
     "no rope base": (
         change_config(rope_parameters=..., rope_theta=None),
         "rope_theta None is not supported",
@@ -132,10 +149,17 @@ IMPORTS: dict[str, tuple[Callable[[Path], object], str]] = {
         change_tensors(lambda t: t.update({Q: t[Q].to(torch.float8_e4m3fn)})),
         "dtype F8_E4M3",
     ),
-    "dtypes that cannot be fused": (
-        change_tensors(lambda t: t.update({Q: t[Q].bfloat16()})),
-        "different dtypes",
-    ),
+    **{
+        f"two dtypes of {what}": (
+            change_tensors(lambda t, name=name: t.update({name: t[name].bfloat16()})),
+            f"{name} has dtype torch.bfloat16, and {other} torch.float32",
+        )
+        for what, name, other in (
+            ("queries and keys", Q.replace("q_", "k_"), Q.replace("1", "0")),
+            ("gate and up", GATE.replace("gate", "up"), GATE),
+            ("layers", Q, Q.replace("1", "0")),
+        )
+    },
 }
 
 
@@ -202,7 +226,7 @@ EXPORTS: dict[str, tuple[str, Any, str]] = {
     "other sizes": ("ffn_hidden_size", 32, "mlp.linear_fc1.weight is [2, 48, 16]"),
     "more layers": ("num_layers", 3, "is [2, 16]"),
     "more tokens": ("vocab_size", 300, "256 rows of vocabulary"),
-    "untied": ("untie_embeddings_and_output_weights", False, "tied"),
+    "like another": ("rotary_base", 500000, "rope_theta is 500000 here and 10000 there; name"),
 }
 
 
@@ -215,34 +239,34 @@ def test_export_refused(
     setattr(common["args"], name, value)
     torch.save(common, megatron / "common.pt")
     with pytest.raises(UserError) as refusal:
-        like = llama if case == "untied" else None
+        like = llama if case == "like another" else None
         export_hugging_face(megatron, tmp_path / "hf", like, None, 10**9)
     assert message in str(refusal.value)
     assert not (tmp_path / "hf").exists()
 
 
-def test_complete(megatron: Path) -> None:
-    """What layers without Transformer Engine do not save is added; the rest stays as it is."""
-    before = TorchDistReader(megatron)
-    wanted = [name for name in before.table.state_dict_metadata if "_extra_state" in name]
-    assert len(wanted) == 2 * 5 + 1
-    core, norm = "core_attention._extra_state", "final_layernorm._extra_state"
-    table = before.table
-    for name in wanted:
-        if core in name or norm in name:
-            del table.state_dict_metadata[name]
-            del table.storage_data[MetadataIndex(name)]
+@pytest.mark.parametrize("key", ["decoder.final_layernorm.weight", "decoder.layers.mlp.linear_fc2"])
+def test_export_of_half_a_checkpoint(key: str, megatron: Path, tmp_path: Path) -> None:
+    """A tensor is not there, or its last layer."""
+    table = TorchDistReader(megatron).table
+    if "layers" in key:
+        table.state_dict_metadata[f"{key}.weight"].chunks.pop()
+    else:
+        del table.state_dict_metadata[key]
     (megatron / ".metadata").write_bytes(pickle.dumps(table))
-    assert complete(megatron) == 2 + 1
-    assert complete(megatron) == 0
-    state = {name: io.BytesIO() for name in wanted}
-    torch.distributed.checkpoint.load(state, checkpoint_id=megatron, no_dist=True)
-    for value in state.values():
-        assert [tensor.numel() for tensor in value] == [0]
-    key = "decoder.final_layernorm.weight"
-    after = TorchDistReader(megatron)
-    assert after.arguments == before.arguments
-    assert torch.equal(after.read(key, (0,), (16,)), before.read(key, (0,), (16,)))
+    with pytest.raises(UserError, match=f"(has no tensor|lacks a part of) {key}"):
+        export_hugging_face(megatron, tmp_path / "hf", None, None, 10**9)
+    assert not (tmp_path / "hf").exists()
+
+
+def test_dropout_is_said_to_be_left_out(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(llama, tmp_path / "source")
+    change_config(attention_dropout=0.1)(tmp_path / "source")
+    arguments = import_hugging_face(tmp_path / "source", tmp_path / "megatron", 128)
+    assert arguments["attention_dropout"] == 0
+    assert capsys.readouterr().err.startswith("attention_dropout 0.1 of ")
 
 
 def test_command_line(llama: Path, tmp_path: Path) -> None:

@@ -10,12 +10,17 @@ import numpy
 import pytest
 import sentencepiece
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
 
 from launch import pretrain
+from megatron_slm.errors import UserError
 from megatron_slm.model.export_hf import export_hugging_face
 from megatron_slm.model.import_hf import import_hugging_face
 from megatron_slm.model.sentencepiece_json import write_tokenizer_json
+from megatron_slm.model.tokenizer_files import copy_tokenizer
+from megatron_slm.model.torch_dist import TorchDistReader
 from real_text import docstrings
 
 SENTENCEPIECE = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
@@ -32,17 +37,20 @@ def write_tokens(prefix: Path, pieces: sentencepiece.SentencePieceProcessor) -> 
     builder.finalize(f"{prefix}.idx")
 
 
-def test_vocabulary_and_tokenizer_come_along(tmp_path: Path) -> None:
+def test_vocabulary_and_tokenizer_come_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     pieces = sentencepiece.SentencePieceProcessor(str(SENTENCEPIECE))
-    config = LlamaConfig(
+    config = MistralConfig(
         vocab_size=VOCABULARY,
+        sliding_window=None,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=1,
     )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "hf")
+    MistralForCausalLM(config).save_pretrained(tmp_path / "hf")
     import_hugging_face(tmp_path / "hf", tmp_path / "base", 128)
     write_tokens(tmp_path / "text", pieces)
     arguments = f"""
@@ -55,13 +63,12 @@ def test_vocabulary_and_tokenizer_come_along(tmp_path: Path) -> None:
     """
     pretrain(1, arguments.split(), tmp_path / "run")
 
-    exported = tmp_path / "exported"
-    architecture = export_hugging_face(
-        tmp_path / "saved" / "iter_0000001", exported, None, None, 10**9
-    )
+    exported, checkpoint = tmp_path / "exported", tmp_path / "saved" / "iter_0000001"
+    architecture = export_hugging_face(checkpoint, exported, None, None, 10**9)
     assert architecture.vocabulary == VOCABULARY
     written = json.loads((exported / "config.json").read_text())
     assert written["vocab_size"] == VOCABULARY
+    assert (written["model_type"], written["sliding_window"]) == ("mistral", None)
     assert (written["bos_token_id"], written["eos_token_id"]) == (pieces.bos_id(), pieces.eos_id())
     tokenizer = AutoTokenizer.from_pretrained(exported)
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
@@ -71,19 +78,57 @@ def test_vocabulary_and_tokenizer_come_along(tmp_path: Path) -> None:
         assert ids == pieces.encode(text)
         assert tokenizer.decode(ids) == text
 
+    # From another directory, where the run's relative name is of nothing, or of something else.
+    monkeypatch.chdir(tmp_path)
+    common = TorchDistReader(checkpoint).common_state
+    common["args"].tokenizer_model = "tokenizer.model"
+    torch.save(common, checkpoint / "common.pt")
+    export_hugging_face(checkpoint, tmp_path / "without", None, None, 10**9)
+    said = capsys.readouterr().err
+    assert f"no tokenizer is copied: tokenizer.model is not in {tmp_path}" in said
+    written = {path.name for path in (tmp_path / "without").iterdir()}
+    assert written == {"config.json", "model.safetensors"}
+    for content, message in ((unigram(tmp_path), "another tokenizer"), (b"none", "be read")):
+        (tmp_path / "tokenizer.model").write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            export_hugging_face(checkpoint, tmp_path / "wrong", None, None, 10**9)
+        assert not (tmp_path / "wrong").exists()
+    (tmp_path / "tokenizer.model").write_bytes(SENTENCEPIECE.read_bytes())
+    export_hugging_face(checkpoint, tmp_path / "right", None, None, 10**9)
+    assert (tmp_path / "right" / "tokenizer.json").is_file()
+
+
+def unigram(directory: Path) -> bytes:
+    """A sentencepiece model of another kind."""
+    model = directory / "unigram.model"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(docstrings(["argparse"])),
+        model_prefix=str(model.with_suffix("")),
+        vocab_size=300,
+        model_type="unigram",
+        minloglevel=2,
+    )
+    return model.read_bytes()
+
 
 @pytest.mark.parametrize("kind", ["unigram", "not a model"])
 def test_another_tokenizer_gets_no_json(kind: str, tmp_path: Path) -> None:
     model = tmp_path / "other.model"
-    if kind == "unigram":
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(docstrings(["argparse"])),
-            model_prefix=str(model.with_suffix("")),
-            vocab_size=300,
-            model_type="unigram",
-            minloglevel=2,
-        )
-    else:
-        model.write_bytes(b"a tokenizer")
+    model.write_bytes(unigram(tmp_path) if kind == "unigram" else b"a tokenizer")
     assert not write_tokenizer_json(model, tmp_path)
     assert not list(tmp_path.glob("*.json"))
+
+
+@pytest.mark.parametrize("name", ["bpe.json", "tekken.json"])
+def test_a_file_of_another_name(name: str, tmp_path: Path) -> None:
+    """It gets the name by which transformers looks for it, if it is what that says."""
+    source, target = tmp_path / name, tmp_path / "hf"
+    target.mkdir()
+    if name == "bpe.json":
+        Tokenizer(BPE()).save(str(source))
+    else:
+        source.write_text('{"vocab": []}')
+    copy_tokenizer(source, target)
+    (copied,) = target.iterdir()
+    assert copied.name == ("tokenizer.json" if name == "bpe.json" else name)
+    assert copied.read_bytes() == source.read_bytes()

@@ -1,8 +1,10 @@
-"""The plain attention of layer_spec.py against attention written out with a mask."""
+"""The plain layers of layer_spec.py: attention against attention written out with a mask, and what
+is saved of them against what Megatron's Transformer Engine layers load."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +12,10 @@ import torch
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, distributed
 
+from jobs import LLAMA, OPTIMIZER, POLICY, UNTIED, Corpus
+from launch import launch, pretrain
 from megatron_slm.model.layer_spec import GatheredAttention
+from random_llama import small_llama, write_random_llama
 
 
 @pytest.fixture
@@ -59,3 +64,17 @@ def test_causal_attention(alone: SimpleNamespace, window: int | None, groups: in
         (mine,) = torch.autograd.grad((got * weight).sum(), tensor, retain_graph=True)
         (theirs,) = torch.autograd.grad((expected * weight).sum(), tensor, retain_graph=True)
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_transformer_engine_loads_what_plain_layers_save(corpus: Corpus, tmp_path: Path) -> None:
+    """And what was imported."""
+    model = [*POLICY, *LLAMA, *UNTIED, "--qk-layernorm", "--micro-batch-size", "12"]
+    run = f"--train-iters 1 --save {tmp_path / 'saved'} --save-interval 1 --no-save-optim".split()
+    pretrain(1, [*corpus.arguments, *model, *OPTIMIZER, *run], tmp_path / "run")
+    imported = write_random_llama(tmp_path / "random", small_llama(257, 64), torch.float32)
+    script = str(Path(__file__).with_name("load_with_te.py"))
+    directories = [str(tmp_path / "saved" / "iter_0000001"), str(imported / "release")]
+    loaded = launch(1, [script, *directories], tmp_path / "load").outputs[0]
+    assert [line for line in loaded.splitlines() if line.startswith("loaded")] == [
+        f"loaded {directory}" for directory in directories
+    ]

@@ -20,7 +20,10 @@ import pytest
 from launch import REPOSITORY
 from megatron_slm.errors import UserError
 from megatron_slm.planning import dry_run, recipe
+from megatron_slm.planning.cluster import Cluster, plan
 from megatron_slm.planning.formulas import memory
+
+SIZES = ("1b", "7b", "13b", "70b")
 
 
 def built(script: str, settings: dict[str, str], every_stage: bool) -> list[dict[str, Any]]:
@@ -37,6 +40,16 @@ def built(script: str, settings: dict[str, str], every_stage: bool) -> list[dict
         | {"architecture": vars(a), "layout": vars(layout), "padded": args.padded_vocab_size}
         for rank in sorted(ranks)
     ]
+
+
+def largest_rank(script: str, settings: dict[str, str]) -> tuple[int, int]:
+    """Ranks of a recipe's job, and bytes of the one that needs most."""
+    read = recipe.read_recipe(REPOSITORY / "examples" / script, settings)
+    args = recipe.parse(read, 0, 32000, cpu=True)
+    a, work = recipe.architecture_of(args, 32000), recipe.work_of(args, "te", "cuda")
+    found = recipe.references_of(args, a, work)
+    made = plan(a, found, recipe.layout_of(args), work, Cluster(read.ranks))
+    return read.ranks, made.memory.total
 
 
 def references(extra: str, **settings: str) -> dict[str, Any]:
@@ -83,10 +96,14 @@ def wrong_groups() -> str:
 if __name__ == "__main__":
     os.environ["BASE"] = sys.argv[1]  # of finetune_tora.sh, which takes its shape from it
     found: dict[str, Any] = {}
+    needs: dict[str, tuple[int, int]] = {}
     for named in sys.argv[2:]:
         script, *settings = named.split()
         values = dict(each.split("=") for each in settings)
         found[named] = built(script, values, every_stage=True)
+        own_size = "${SIZE:=" not in (REPOSITORY / "examples" / script).read_text()
+        for size in [values] if own_size else [{"SIZE": size} for size in SIZES]:
+            needs[f"{script} {size}"] = largest_rank(script, size)
     found["4096"] = built("pretrain_slm_70b.sh", {"NODES": "512", "BATCH": "1024"}, False)
     more = {
         "layers": refusal("pretrain_slm_70b.sh", {"EXTRA": "--num-layers 82"}, 0),
@@ -94,6 +111,7 @@ if __name__ == "__main__":
         "batch": refusal("pretrain_slm_7b.sh", {"BATCH": "100"}, 0),
         "ratio": refusal("pretrain_slm_7b.sh", {"RATIO": "1.7"}, 0),
         "option": refusal("pretrain_slm_7b.sh", {"EXTRA": "--mtp-num-layers 1"}, 0),
+        "scoring": refusal("pretrain_slm_1b.sh", {"SCORE": "1", "CACHE": "scores"}, 0),
         "rank": refusal("pretrain_slm_1b.sh", {}, 8),
         "shapes": wrong_shapes(),
         "groups": wrong_groups(),
@@ -106,5 +124,5 @@ if __name__ == "__main__":
         "streamed": references("--slm-reference-offload"),
         "moving average": references("--slm-reference ema:0.99"),
     }
-    everything = {"built": found, "refused": more, "references": scored}
+    everything = {"built": found, "needs": needs, "refused": more, "references": scored}
     Path("built.json").write_text(json.dumps(everything))

@@ -27,8 +27,12 @@ WORLDS = {
     "pretrain_slm_70b.sh": 256,
     "pretrain_slm_general.sh": 32,
     "train_reference_math.sh": 8,
+    "train_reference_general.sh": 8,
     OF_ANOTHER_SIZE: 32,
+    "finetune_tora.sh": 8,
+    "4096": 4096,
 }
+USABLE = 0.92 * 80e9  # bytes of a GPU of 80 GB
 TINYLLAMA = 1_100_048_384  # parameters, as published
 TINYLLAMA_LAYER = (TINYLLAMA - 2 * 32000 * 2048 - 2048) // 22
 REFUSALS = {
@@ -37,6 +41,7 @@ REFUSALS = {
     "batch": "Megatron refuses",
     "ratio": "--slm-token-ratio must be in (0, 1]",
     "option": "--mtp-num-layers",
+    "scoring": "pretrain_slm_1b.sh with these settings scores",
     "rank": "ranks 0 to 7",
     "shapes": "gives [512, 1, 8192], and [512, 1, 4096] is expected",
     "groups": "dp group is",
@@ -64,10 +69,11 @@ def test_every_stage_is_built(recipe: str, ran: dict[str, Any]) -> None:
     found = ran["built"][recipe]
     for rank in found:
         a, layout = Architecture(**rank["architecture"]), Layout(**rank["layout"])
-        assert layout.ranks == WORLDS.get(recipe, layout.ranks)
+        assert layout.ranks == WORLDS[recipe]
         expected = stage_parameters(a, rank["padded"], layout, rank["position"]["pp"])
         assert rank["policy"] == expected
-        assert rank["reference"] in (0, expected)
+        scores = recipe == "4096" or recipe.startswith("pretrain_slm")
+        assert rank["reference"] == (expected if scores else 0)
         assert rank["chunks"] == layout.vp
     assert found[-1]["rank"] == layout.ranks - 1
     stages = [rank["position"]["pp"] for rank in found]
@@ -92,6 +98,17 @@ def test_references_are_taken_as_they_are(ran: dict[str, Any]) -> None:
         case: {"layers": layers, "held": held, "built": built}
         for case, (layers, held, built) in expected.items()
     }
+
+
+def test_every_recipe_fits(ran: dict[str, Any]) -> None:
+    """Policies with their references, and references, of all sizes, as they are given."""
+    needs = ran["needs"]
+    assert len(needs) == len(RECIPES) + 3 * (4 - 1)
+    for recipe, (ranks, bytes_) in needs.items():
+        assert ranks % 8 == 0
+        assert bytes_ < USABLE, recipe
+    # Weights, gradients and reference, without anything else.
+    assert needs["pretrain_slm_1b.sh {}"][1] > 8 * TINYLLAMA
 
 
 def test_a_world_of_4096(ran: dict[str, Any]) -> None:

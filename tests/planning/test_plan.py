@@ -17,6 +17,34 @@ def plan(directory: Path, recipe: str, *more: str) -> tuple[int, str]:
     return run.codes[0], run.outputs[0]
 
 
+def of_a_token(layers: int, hidden: int, keys: int, ffn: int) -> tuple[float, float, float]:
+    """Multiplications of a forward: projections, causal attention over 4096 tokens, output layer.
+    Queries are as wide as hidden."""
+    projections = layers * hidden * (2 * hidden + 2 * keys + 3 * ffn)
+    return projections, layers * hidden * 4096, hidden * 32000
+
+
+def cost_of_70b(scoring: tuple[float, float, float]) -> float:
+    """An SLM step with 70% selected by a CLM step."""
+    projections, attention, head = of_a_token(80, 8192, 1024, 28672)
+    layers = 3 * projections + 3.5 * attention
+    return (layers + (1 + 3 * 0.7) * head + sum(scoring)) / (layers + 3 * head)
+
+
+COSTS_OF_70B = {
+    "the recipe's": cost_of_70b(of_a_token(80, 8192, 1024, 28672)),
+    "reference online, 69.0B": cost_of_70b(of_a_token(80, 8192, 1024, 28672)),
+    "reference online, 1.1B": cost_of_70b(of_a_token(22, 2048, 256, 5632)),
+    "cached": cost_of_70b((0, 0, 0)),
+}
+
+
+def costs(output: str) -> dict[str, float]:
+    """What a plan says of SLM by CLM."""
+    found = re.findall(r"^SLM / CLM step, (.*?) +([\d.]+)$", output, re.MULTILINE)
+    return {what: float(ratio) for what, ratio in found}
+
+
 def test_a_recipe_fits_and_better_layouts_are_proposed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -34,6 +62,7 @@ def test_a_recipe_fits_and_better_layouts_are_proposed(
     seconds = [float(line.split()[-2]) for line in found[1:]]
     assert len(seconds) == 3
     assert seconds == sorted(seconds)
+    assert costs(output) == pytest.approx(COSTS_OF_70B, abs=0.006)
     # The parts of every stage add up.
     columns = [[float(x) for x in line.split()[1:]] for line in lines if line.startswith("  ")]
     for *parts, total in zip(*columns, strict=True):

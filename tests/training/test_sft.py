@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from launch import Run, pretrain
+from launch import REPOSITORY, Run, pretrain, recipe_environment
 from megatron_slm.model.import_hf import import_hugging_face
 from real_text import docstrings
 
@@ -50,10 +51,14 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+def write_conversations(file: Path, conversations: list[list[dict[str, str]]]) -> None:
+    file.write_text("".join(json.dumps({"messages": c}) + "\n" for c in conversations))
+
+
 def finetune(llama: Path, conversations: list[list[dict[str, str]]], directory: Path) -> Run:
     directory.mkdir(exist_ok=True)
     data = directory / "data.jsonl"
-    data.write_text("".join(json.dumps({"messages": c}) + "\n" for c in conversations))
+    write_conversations(data, conversations)
     arguments = f"""
         --load {llama / "megatron"} --finetune --use-checkpoint-args --sft
         --tokenizer-type SFTTokenizer --tokenizer-model {llama}
@@ -65,18 +70,19 @@ def finetune(llama: Path, conversations: list[list[dict[str, str]]], directory: 
     return pretrain(1, arguments.split(), directory / "run", check=False)
 
 
-def test_loss_of_conversations(llama: Path, tmp_path: Path) -> None:
-    said = [("What is 2 + 3?", "<s>5</s>"), ("def f(x): what does it do?", "<s>nothing</s>")]
-    conversations = [
-        [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        for question, answer in said
-    ]
-    run = finetune(llama, conversations, tmp_path)
-    assert run.codes == [0], run.outputs[0][-3000:]
+SAID = [("What is 2 + 3?", "<s>5</s>"), ("def f(x): what does it do?", "<s>nothing</s>")]
+CONVERSATIONS = [
+    [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    for question, answer in SAID
+]
+
+
+def mean_loss(llama: Path) -> float:
+    """Of all tokens of the conversations, by transformers."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(llama)
     model = LlamaForCausalLM.from_pretrained(llama)
     total, count = 0.0, 0
-    for question, answer in said:
+    for question, answer in SAID:
         ids = torch.tensor(tokenizer.encode(question + answer))
         with torch.no_grad():
             logits = model(ids[None]).logits[0]
@@ -84,7 +90,35 @@ def test_loss_of_conversations(llama: Path, tmp_path: Path) -> None:
         counted = ids[1:] != tokenizer.unk_token_id
         total += losses[counted].sum().item()
         count += int(counted.sum())
-    assert run.scalars("lm loss")[1] == pytest.approx(total / count, rel=1e-5)
+    return total / count
+
+
+def test_loss_of_conversations(llama: Path, tmp_path: Path) -> None:
+    run = finetune(llama, CONVERSATIONS, tmp_path)
+    assert run.codes == [0], run.outputs[0][-3000:]
+    assert run.scalars("lm loss")[1] == pytest.approx(mean_loss(llama), rel=1e-5)
+
+
+def test_the_recipe(llama: Path, tmp_path: Path) -> None:
+    """examples/finetune_tora.sh, in bfloat16 and tensor-parallel, of an epoch a step."""
+    write_conversations(tmp_path / "data.jsonl", CONVERSATIONS)
+    own = {"DATA": tmp_path / "data.jsonl", "HF": llama, "BASE": llama / "megatron", "TP": 2}
+    own |= {"SAVE": tmp_path / "save", "SAMPLES": 2, "BATCH": 2, "MICRO_BATCH": 1, "LR": 0.01}
+    own |= {"SEQUENCE": SEQUENCE, "EXTRA": "--num-workers 0 --log-interval 1"}
+    done = subprocess.run(
+        ["bash", str(REPOSITORY / "examples" / "finetune_tora.sh")],
+        env=recipe_environment(2, **own),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    losses = Run(tmp_path / "save", [], []).scalars("lm loss")
+    assert sorted(losses) == [1, 2, 3]
+    assert losses[1] == pytest.approx(mean_loss(llama), rel=0.01)
+    assert losses[3] < losses[2] == losses[1]  # the warm-up begins at 0
+    assert (tmp_path / "save" / "latest_checkpointed_iteration.txt").read_text() == "3"
 
 
 def test_packed_conversations_are_refused(llama: Path, tmp_path: Path) -> None:

@@ -1,0 +1,105 @@
+"""Formulas of planning against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from megatron_slm.model.architecture import Architecture
+from megatron_slm.planning.cluster import Cluster, step_seconds
+from megatron_slm.planning.formulas import (
+    Layout,
+    Reference,
+    Work,
+    activation_bytes,
+    layer_activation_bytes,
+    memory,
+    parameters,
+    step_flops,
+)
+
+SHAPE = {"epsilon": 1e-5, "rope_theta": 10000, "rope_scaling": None, "window": None, "tied": False}
+
+
+def test_flops_of_slm_by_those_of_clm() -> None:
+    """The model of tests/benchmarks/slm_step.py, matrix by matrix, in multiplications of a token:
+    forward 1, backward 2 of each product, and half of a causal attention's."""
+    a = Architecture(8, 512, 1344, 8, 8, 64, 32000, 512, **SHAPE)
+    work = Work(512, 1, 2, 32000, ratio=0.6)
+    projections = 8 * (4 * 512 * 512 + 3 * 512 * 1344)  # q, k, v, out; gate, up, down
+    attention = 8 * 2 * 512 * 512 / 2  # scores and their sum of values, of 512 tokens
+    head = 512 * 32000
+    assert (projections, attention, head) == (24_903_680, 2_097_152, 16_384_000)
+    # Attention's scores are computed again in the backward: half a forward more.
+    layers = 3 * projections + 3.5 * attention
+    clm = layers + 3 * head
+    # All tokens' logits, the selected ones' again, and two gradients of these.
+    cached = layers + (1 + 3 * 0.6) * head
+    slm = cached + projections + attention + head
+    found = [
+        step_flops(a, scoring, one)
+        for scoring, one in (([], replace(work, ratio=1.0, head="dense")), ([], work), ([a], work))
+    ]
+    assert found == pytest.approx([2 * 1024 * part for part in (clm, cached, slm)], rel=1e-6)
+    # Measured: 1.264 of CLM's time (tests/benchmarks/RESULTS.md).
+    assert found[2] / found[0] == pytest.approx(1.264, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("tp", "sequence_parallel", "published"),
+    [(1, False, 34), (8, True, 34 / 8), (8, False, 10 + 24 / 8)],
+)
+def test_bytes_that_a_layer_keeps(tp: int, sequence_parallel: bool, published: float) -> None:
+    """In bf16 with Transformer Engine, by Korthikanti et al. (arXiv 2205.05198), equations 1, 2 and
+    4, without the 5as/h of attention's scores, which flash attention does not keep: sbh(34), of
+    which norms, dropout and inputs of the two blocks are sbh(10), and tensor parallelism divides
+    the rest.
+
+    Gate, up and their product of 8/3 h are the 16 bytes of a 4h MLP.  Two things differ: there is
+    no dropout, whose masks are 2 of the 10, and there are rotated queries and keys, 4.
+    """
+    a = Architecture(1, 3072, 8192, 24, 24, 128, 32000, 4096, **SHAPE)
+    work, layout = Work(4096, 2, 8, 32000), Layout(tp=tp, sequence_parallel=sequence_parallel)
+    sbh = 4096 * 2 * 3072
+    found = layer_activation_bytes(a, layout, work) / sbh
+    masks = 2 / tp if sequence_parallel else 2
+    assert found == pytest.approx(published - masks + 4 / tp, rel=0.01)
+    assert found == pytest.approx(published, rel=0.12)
+    # Recomputed in full, 2sbh (table 2), divided with sequence parallelism.
+    kept, _ = activation_bytes(replace(a, layers=10), layout, replace(work, recompute=1), 0)
+    norm = 2 * 2 * sbh  # the final one
+    split = tp if sequence_parallel else 1
+    assert kept == pytest.approx((10 * 2 * sbh + norm) / split, rel=0.01)
+
+
+def test_bytes_of_a_parameter() -> None:
+    """Megatron's published 18 bytes in bf16 with float32 gradients, and 6 + 12/d with the
+    distributed optimizer (its guide, "Distributed Optimizer")."""
+    a = Architecture(4, 1024, 2816, 8, 8, 128, 32000, 2048, **SHAPE)
+    work = Work(2048, 1, 64, 32000)
+    for layout, published in (
+        (Layout(dp=16), 18),
+        (Layout(dp=16, distributed_optimizer=True), 6 + 12 / 16),
+    ):
+        found = memory(a, [Reference(a, 2)], layout, work, 0)
+        count = parameters(a, 32000)
+        assert found.policy + found.gradients + found.optimizer == published * count
+        assert found.reference == 2 * count
+
+
+def test_references_wait_longer_for_their_pipeline() -> None:
+    """They have no virtual stages.  Without traffic: each model's compute, and its bubble."""
+    a = Architecture(16, 1024, 2816, 8, 8, 128, 32000, 2048, **SHAPE)
+    work, layout = Work(2048, 1, 8, 32000, ratio=0.6), Layout(pp=4, vp=2)
+    still = Cluster(4, flops=1e15, efficiency=0.5, node_bandwidth=math.inf)
+    policy, both = (step_flops(a, scoring, work) / (4 * 0.5e15) for scoring in ([], [a]))
+    found = step_seconds(a, [Reference(a, 2)], layout, work, still)
+    assert found == pytest.approx(policy * (1 + 3 / 16) + (both - policy) * (1 + 3 / 8))
+    # A node away, each of the 8 micro-batches is sent twice 2 times by the policy, and once by the
+    # reference: 2048 x 1024 numbers of 2 bytes, at a byte a second; bubbles as above.
+    slow = replace(still, gpus_per_node=1, network_bandwidth=1.0, flops=1e30)
+    sent = 8 * 2048 * 1024 * 2
+    found = step_seconds(a, [Reference(a, 2)], layout, work, slow)
+    assert found == pytest.approx(sent * (4 * (1 + 3 / 16) + (1 + 3 / 8)), rel=1e-3)
