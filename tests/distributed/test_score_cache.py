@@ -243,7 +243,7 @@ def test_killed_jobs_go_on(corpus: Corpus, untied: Checkpoints, tmp_path: Path) 
     """kill -9, or SIGTERM as from Slurm, at random moments; at the end every byte is as if there
     had been none.  --exit-signal-handler is for runs that have something to save."""
     cache, extra = tmp_path / "cache", "--num-workers 0 --exit-signal-handler"
-    extra += " --shard-samples 1 --train-iters 25"  # more than are made until the last is killed
+    extra += " --shard-samples 1 --train-iters 15"  # more than are made until the last is killed
     launch(1, job(corpus, untied, tmp_path / "whole", extra), tmp_path / "job")
     whole = contents(tmp_path / "whole")
     seed = random.randrange(1 << 30)
