@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_slm.analysis.experiment_recipe import PLACEHOLDER, Recipe, Task
-from megatron_slm.data.indexed_format import publish, sync, temporary
+from megatron_slm.data.indexed_format import sha256_of, write_whole
 from megatron_slm.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -73,7 +73,7 @@ class Instance:
         does += [one.hash for one in self.inputs]
         named = (Path(word.replace("{root}", str(REPOSITORY))) for word in self.task.words)
         own = [path for path in named if path.is_relative_to(REPOSITORY) and path.is_file()]
-        does += [hashlib.sha256(path.read_bytes()).hexdigest() for path in own]
+        does += map(sha256_of, own)
         if self.task.kind != "run":
             does.append(self.recipe.ranks)
         return hashlib.sha256(json.dumps(does).encode()).hexdigest()
@@ -138,12 +138,7 @@ def _hash_in(file: Path) -> str | None:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Whole or not at all."""
-    unfinished = temporary(path)
-    with unfinished.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        sync(file.fileno())
-    publish(unfinished, path)
+    write_whole(path, json.dumps(content, indent=1).encode())
 
 
 class Running:

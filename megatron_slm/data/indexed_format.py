@@ -10,6 +10,7 @@ when read, so neither takes memory in proportion to the data.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 import struct
@@ -130,3 +131,19 @@ def publish(unfinished: Path, final: Path) -> None:
         sync(directory)
     finally:
         os.close(directory)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, durably."""
+    unfinished = temporary(path)
+    with unfinished.open("wb") as file:
+        file.write(content)
+        file.flush()
+        sync(file.fileno())
+    publish(unfinished, path)
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file, whose size does not matter."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

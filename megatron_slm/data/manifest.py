@@ -13,7 +13,7 @@ from typing import Any
 
 import orjson
 
-from megatron_slm.data.indexed_format import publish, sync, temporary
+from megatron_slm.data.indexed_format import write_whole
 from megatron_slm.data.inputs import Piece, Task
 from megatron_slm.data.lines import hash_piece
 from megatron_slm.errors import UserError
@@ -28,7 +28,7 @@ def manifest_path(prefix: Path | str) -> Path:
 
 def write_manifest(path: Path, content: dict[str, Any]) -> None:
     """Write it whole or not at all."""
-    _write(path, orjson.dumps({"format": FORMAT, **content}, option=orjson.OPT_INDENT_2))
+    write_whole(path, orjson.dumps({"format": FORMAT, **content}, option=orjson.OPT_INDENT_2))
 
 
 def write_data_args(prefix: Path | str, weights: Mapping[str, int]) -> None:
@@ -38,16 +38,7 @@ def write_data_args(prefix: Path | str, weights: Mapping[str, int]) -> None:
         weights: of the datasets, by prefix.
     """
     lines = (f"{weight} {path}\n" for path, weight in weights.items())
-    _write(Path(f"{prefix}.data-args.txt"), "".join(lines).encode())
-
-
-def _write(path: Path, content: bytes) -> None:
-    unfinished = temporary(path)
-    with unfinished.open("wb") as file:
-        file.write(content)
-        file.flush()
-        sync(file.fileno())
-    publish(unfinished, path)
+    write_whole(Path(f"{prefix}.data-args.txt"), "".join(lines).encode())
 
 
 def manifest_of_pair(prefix: Path) -> dict[str, Any] | None:

@@ -8,7 +8,6 @@ and whatever run comes next ends their replacement."""
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from megatron_slm.data.indexed_format import (
     length_blocks,
     open_index,
     publish,
+    sha256_of,
     sync,
     temporary,
     write_index,
@@ -66,8 +66,7 @@ def merge(prefix: Path, parts: Sequence[Part], dtype: np.dtype, workers: int) ->
         _copy_all(parts, unfinished, total, workers)
         documents = sum(part.count for part in parts)
         write_index(index, dtype, documents, lambda: _all_lengths(parts))
-        with index.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = sha256_of(index)
         size = index.stat().st_size
         publish(unfinished, Path(f"{prefix}.bin.next"))
         publish(index, Path(f"{prefix}.idx.next"))

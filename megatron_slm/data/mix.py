@@ -15,7 +15,6 @@ datasets; the weights are the tokens of each.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -24,6 +23,7 @@ from typing import Any
 
 import yaml
 
+from megatron_slm.data.indexed_format import sha256_of
 from megatron_slm.data.manifest import (
     manifest_of_pair,
     manifest_path,
@@ -34,7 +34,6 @@ from megatron_slm.data.progress import say
 from megatron_slm.data.verify import (
     check_quickly,
     pairs_of,
-    sha256_of,
     shard_outputs,
     whole_manifest,
 )
@@ -206,7 +205,7 @@ def write_mix(recipe: Recipe, shares: Sequence[Share], prefix: str) -> None:
         if len(path.split()) > 1:
             raise UserError(f"{path} has a space, which Megatron takes for the end of a path")
     manifest = {
-        "recipe": hashlib.sha256(Path(recipe.path).read_bytes()).hexdigest(),
+        "recipe": sha256_of(Path(recipe.path)),
         "budget": recipe.budget,
         "sources": [
             {

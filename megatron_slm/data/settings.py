@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from megatron_slm.data.chat import chat_renderer
 from megatron_slm.data.contamination import Contamination, read_evaluation_sets
 from megatron_slm.data.documents import Wanted
+from megatron_slm.data.indexed_format import sha256_of
 from megatron_slm.data.inputs import Task, plan_tasks
 from megatron_slm.data.layout import Layout
 from megatron_slm.data.progress import say
@@ -134,9 +134,7 @@ def reading_options(settings: Settings) -> dict[str, Any]:
     return {
         "json_keys": list(settings.json_keys),
         "filters": [list(pair) for pair in settings.filters],
-        "chat_template": None
-        if template is None
-        else hashlib.sha256(Path(template).read_bytes()).hexdigest(),
+        "chat_template": None if template is None else sha256_of(Path(template)),
         "dedup": settings.dedup,
         "words": WORDS if settings.dedup == "near" or settings.decontaminate else None,
     }

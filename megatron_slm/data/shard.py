@@ -27,6 +27,7 @@ from megatron_slm.data.engines import Encode, version
 from megatron_slm.data.indexed_format import (
     length_blocks,
     publish,
+    sha256_of,
     sync,
     temporary,
     token_dtype,
@@ -109,8 +110,7 @@ class PairWriter:
             else np.empty(0, np.int32)
         )
         write_index(index, self.dtype, self.documents, lambda: length_blocks(spooled))
-        with index.open("rb") as file:
-            idx_digest = hashlib.file_digest(file, "sha256").hexdigest()
+        idx_digest = sha256_of(index)
         size = index.stat().st_size
         self.lengths_file.close()
         self.bin_file.close()

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from megatron_slm.data.indexed_format import publish, sync, temporary
+from megatron_slm.data.indexed_format import write_whole
 from megatron_slm.errors import UserError
 
 FORMAT = "megatron-slm token dump 1"
@@ -71,12 +71,7 @@ def write_dump(directory: Path, dump: TokenDump) -> Path:
     )
     directory.mkdir(parents=True, exist_ok=True)
     path = dump_path(directory, dump.iteration)
-    unfinished = temporary(path)
-    with unfinished.open("wb") as file:
-        file.write(content)
-        file.flush()
-        sync(file.fileno())
-    publish(unfinished, path)
+    write_whole(path, content)
     return path
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_slm.data.indexed_format import BLOCK, Index, open_index, token_dtype
+from megatron_slm.data.indexed_format import BLOCK, Index, open_index, sha256_of, token_dtype
 from megatron_slm.data.manifest import manifest_of_pair, manifest_path, read_manifest
 from megatron_slm.errors import UserError
 
@@ -125,12 +125,6 @@ def _same_kind(model: Path, name: str) -> Path | None:
     sentencepiece = ".model" in model.name and ".model" in name
     same = sentencepiece or (model.suffix == ".json" and model.name == name)
     return model if same and model.is_file() else None
-
-
-def sha256_of(path: Path) -> str:
-    """Of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 _tokenizer_hash = cache(sha256_of)  # once for all datasets of a run
