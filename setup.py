@@ -33,6 +33,7 @@ setup(
         "sentencepiece",
         "safetensors",
         "numpy",
+        "msgspec",
         "tensorboard",
         "orjson",
         "pyyaml",

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_slm.analysis.token_dynamics import CLASSES, TokenDynamics
-from megatron_slm.data.indexed_format import publish, sync, temporary
 from megatron_slm.errors import UserError
+from megatron_slm.files import publish, sync, temporary
 
 TABLE = "token_dynamics.parquet"
 PLOTS = ("token_dynamics.png", "token_dynamics.svg")

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_slm.analysis.experiment_recipe import PLACEHOLDER, Recipe, Task
-from megatron_slm.data.indexed_format import sha256_of, write_whole
 from megatron_slm.errors import UserError
+from megatron_slm.files import sha256_of, write_whole
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PRETRAIN = "-m megatron_slm.pretrain".split()

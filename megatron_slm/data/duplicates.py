@@ -24,13 +24,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_slm.data.documents import Wanted, read_documents
-from megatron_slm.data.indexed_format import BLOCK, publish, sync, temporary
+from megatron_slm.data.indexed_format import BLOCK
 from megatron_slm.data.inputs import Task
 from megatron_slm.data.lines import InputHash
 from megatron_slm.data.manifest import describe_input, write_manifest
 from megatron_slm.data.progress import Progress
 from megatron_slm.data.shingles import mix, shingles
 from megatron_slm.errors import UserError
+from megatron_slm.files import publish, sync, temporary
 
 BANDS, ROWS = 14, 8
 WORDS = 5

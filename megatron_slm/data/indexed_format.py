@@ -10,9 +10,6 @@ when read, so neither takes memory in proportion to the data.
 
 from __future__ import annotations
 
-import hashlib
-import os
-import socket
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_slm.errors import UserError
+from megatron_slm.files import sync
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -31,7 +29,6 @@ DTYPES: dict[int, np.dtype] = {
     for code, name in enumerate("u1 i1 <i2 <i4 <i8 <f8 <f4 <u2".split(), start=1)
 }
 BLOCK = 1 << 20  # sequences
-HOST = socket.gethostname().replace(".", "-")
 
 Lengths = NDArray[np.int32]
 Blocks = Callable[[], Iterator[Lengths]]
@@ -111,39 +108,3 @@ def length_blocks(lengths: Lengths) -> Iterator[Lengths]:
     """Views of at most BLOCK lengths."""
     for first in range(0, len(lengths), BLOCK):
         yield lengths[first : first + BLOCK]
-
-
-def sync(descriptor: int) -> None:
-    """Wait until a file or directory is on the disk."""
-    os.fsync(descriptor)
-
-
-def temporary(path: Path) -> Path:
-    """Its name while it is written, by this process alone."""
-    return path.with_name(f"{path.name}.{HOST}-{os.getpid()}.partial")
-
-
-def publish(unfinished: Path, final: Path) -> None:
-    """Give a complete and synced file its name, durably."""
-    unfinished.replace(final)
-    directory = os.open(final.parent, os.O_RDONLY)
-    try:
-        sync(directory)
-    finally:
-        os.close(directory)
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, durably."""
-    unfinished = temporary(path)
-    with unfinished.open("wb") as file:
-        file.write(content)
-        file.flush()
-        sync(file.fileno())
-    publish(unfinished, path)
-
-
-def sha256_of(path: Path) -> str:
-    """Of a file, whose size does not matter."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

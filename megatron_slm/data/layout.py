@@ -7,23 +7,18 @@ PREFIX_rejects/         lines that could not be used
 
 from __future__ import annotations
 
-import errno
 import glob
-import hashlib
-import os
 import re
 import shutil
-import socket
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_slm.data.indexed_format import HOST, temporary
 from megatron_slm.data.manifest import manifest_path
 from megatron_slm.errors import UserError
+from megatron_slm.files import alone_at, is_leftover, temporary
 
 LOCK_WAIT = 10.0  # seconds that the workers of a killed run get to end
 STDIN = "spooled-stdin.jsonl"
@@ -72,31 +67,9 @@ class Layout:
         """
         if not self.shards.parent.is_dir():
             raise UserError(f"--output-prefix: {self.shards.parent} is not a directory")
-        with socket.socket(socket.AF_UNIX) as lock:
-            if alone:
-                self._lock(lock)
+        with alone_at(self.shards, "--output-prefix", LOCK_WAIT) if alone else nullcontext():
             self._make()
             yield
-
-    def _lock(self, lock: socket.socket) -> None:
-        """Give it a name, which the system frees when the last process of a run ends.  A locked
-        file could outlive its machine on some network file systems."""
-        parent = self.shards.parent.stat()
-        name = f"{parent.st_dev} {parent.st_ino} {self.shards.name}"
-        deadline = time.monotonic() + LOCK_WAIT
-        while True:
-            try:
-                lock.bind(f"\0megatron-slm {hashlib.sha256(os.fsencode(name)).hexdigest()}")
-                return
-            except OSError as error:
-                if error.errno != errno.EADDRINUSE:  # not known here
-                    return
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"--output-prefix {self.prefix}: another run on this machine is writing it; "
-                    "wait for its end, or choose another"
-                )
-            time.sleep(0.05)
 
     def _make(self) -> None:
         for key in self.keys:
@@ -127,9 +100,7 @@ class Layout:
             *self.rejects.glob("*.partial"),
             *self.shards.parent.glob(f"{glob.escape(name)}_*.partial"),
         ):
-            host, _, process = path.name.split(".")[-2].rpartition("-")
-            ended = process == str(os.getpid()) or not Path("/proc", process).exists()
-            if host == HOST and ended:
+            if is_leftover(path):
                 path.unlink(missing_ok=True)
 
     def clear(self, merged: bool) -> None:

@@ -13,10 +13,10 @@ from typing import Any
 
 import orjson
 
-from megatron_slm.data.indexed_format import write_whole
 from megatron_slm.data.inputs import Piece, Task
 from megatron_slm.data.lines import hash_piece
 from megatron_slm.errors import UserError
+from megatron_slm.files import write_whole
 
 FORMAT = 1
 

@@ -17,19 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_slm.data.indexed_format import (
-    Lengths,
-    length_blocks,
-    open_index,
-    publish,
-    sha256_of,
-    sync,
-    temporary,
-    write_index,
-)
+from megatron_slm.data.indexed_format import Lengths, length_blocks, open_index, write_index
 from megatron_slm.data.layout import Layout
 from megatron_slm.data.manifest import manifest_path, read_manifest, write_manifest
 from megatron_slm.errors import UserError
+from megatron_slm.files import publish, sha256_of, sync, temporary
 
 COPIED_AT_ONCE = 1 << 26
 NOT_BY_KERNEL = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)

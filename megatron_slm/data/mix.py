@@ -23,7 +23,6 @@ from typing import Any
 
 import yaml
 
-from megatron_slm.data.indexed_format import sha256_of
 from megatron_slm.data.manifest import (
     manifest_of_pair,
     manifest_path,
@@ -38,6 +37,7 @@ from megatron_slm.data.verify import (
     whole_manifest,
 )
 from megatron_slm.errors import UserError
+from megatron_slm.files import sha256_of
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 from megatron_slm.data.chat import chat_renderer
 from megatron_slm.data.documents import Render, Wanted, read_documents
 from megatron_slm.data.engines import ENGINES, Encode, load_engine
-from megatron_slm.data.indexed_format import sha256_of
 from megatron_slm.data.inputs import Piece, open_piece
 from megatron_slm.data.lines import InputHash
 from megatron_slm.data.shard import surround
 from megatron_slm.data.tokenizer import open_tokenizer
 from megatron_slm.data.verify import Dataset
 from megatron_slm.errors import UserError
+from megatron_slm.files import sha256_of
 
 DOCUMENTS = 64  # of a shard
 AMONG = 2048

@@ -24,8 +24,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_slm.data.indexed_format import publish, sync
 from megatron_slm.errors import UserError
+from megatron_slm.files import write_whole
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -93,7 +93,7 @@ class Manifest:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n"
-            _write_whole(path, text.encode())
+            write_whole(path, text.encode())
         except OSError as error:
             raise UserError(f"cannot write to {directory}: {error.strerror}") from error
 
@@ -182,7 +182,7 @@ def write_shard(
     path = shard_path(directory, section, shard)
     try:
         path.parent.mkdir(exist_ok=True)
-        _write_whole(path, records.tobytes())
+        write_whole(path, records.tobytes())
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
@@ -267,16 +267,6 @@ def _open_shard(path: Path, record: np.dtype[Any], records: int) -> np.memmap[An
             "and run tools/score_reference.py again"
         )
     return np.memmap(path, record, mode="r")
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Under another name first, and on the disk before it has its own."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        sync(stream.fileno())
-    publish(partial, path)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,7 +10,6 @@ from typing import Any
 from megatron_slm.data.chat import chat_renderer
 from megatron_slm.data.contamination import Contamination, read_evaluation_sets
 from megatron_slm.data.documents import Wanted
-from megatron_slm.data.indexed_format import sha256_of
 from megatron_slm.data.inputs import Task, plan_tasks
 from megatron_slm.data.layout import Layout
 from megatron_slm.data.progress import say
@@ -18,6 +17,7 @@ from megatron_slm.data.shard import shard_prefix
 from megatron_slm.data.shingles import VERSION as WORDS
 from megatron_slm.data.tokenizer import TokenizerFile, open_tokenizer
 from megatron_slm.errors import UserError
+from megatron_slm.files import sha256_of
 
 STAGES = ("all", "fingerprint", "duplicates", "tokenize")
 

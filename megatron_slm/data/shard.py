@@ -24,21 +24,14 @@ from megatron_slm.data.contamination import Contamination
 from megatron_slm.data.documents import Batch, Wanted, read_documents
 from megatron_slm.data.duplicates import EXACT, KEEP, Verdicts
 from megatron_slm.data.engines import Encode, version
-from megatron_slm.data.indexed_format import (
-    length_blocks,
-    publish,
-    sha256_of,
-    sync,
-    temporary,
-    token_dtype,
-    write_index,
-)
+from megatron_slm.data.indexed_format import length_blocks, token_dtype, write_index
 from megatron_slm.data.inputs import Task
 from megatron_slm.data.layout import Layout
 from megatron_slm.data.lines import InputHash
 from megatron_slm.data.manifest import describe_input, write_manifest
 from megatron_slm.data.progress import Progress
 from megatron_slm.errors import UserError
+from megatron_slm.files import publish, sha256_of, sync, temporary
 
 COUNTS = (
     *("read", "documents", "tokens", "empty", "blank_lines", "filtered", "rejects"),

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from megatron_slm.data.indexed_format import write_whole
 from megatron_slm.errors import UserError
+from megatron_slm.files import write_whole
 
 FORMAT = "megatron-slm token dump 1"
 

@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_slm.data.indexed_format import BLOCK, Index, open_index, sha256_of, token_dtype
+from megatron_slm.data.indexed_format import BLOCK, Index, open_index, token_dtype
 from megatron_slm.data.manifest import manifest_of_pair, manifest_path, read_manifest
 from megatron_slm.errors import UserError
+from megatron_slm.files import sha256_of
 
 PROBED = 512  # offsets that the quick check looks at
 READ_BYTES = 1 << 24
