@@ -186,6 +186,10 @@ _run_node() {
 _run_step() {
     export MASTER_ADDR
     _read_words SRUN
+    # Since Slurm 22.05 srun does not take it from the job, and binds all ranks of a node to one core.
+    if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
+        export SRUN_CPUS_PER_TASK="${SRUN_CPUS_PER_TASK:-$SLURM_CPUS_PER_TASK}"
+    fi
     SLM_STEP_OF="$SLURM_JOB_ID" srun --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 \
         --kill-on-bad-exit=1 "${words[@]}" bash "$slm_recipe" &
     started=$!

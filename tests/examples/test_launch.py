@@ -312,11 +312,12 @@ def test_slurm(tmp_path: Path) -> None:
     """One step with a task on every node, which runs the recipe again; its node is the step's."""
     for name, text in {
         "scontrol": "echo node7; echo node8",
-        "srun": 'printf "%s\\n" "$@"; echo "master $MASTER_ADDR"',
+        "srun": 'printf "%s\\n" "$@"; echo "master $MASTER_ADDR" "$SRUN_CPUS_PER_TASK"',
     }.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
     slurm = {"SLURM_JOB_ID": 11, "SLURM_JOB_NUM_NODES": 2, "SLURM_JOB_NODELIST": "node[7-8]"}
+    slurm |= {"SLURM_CPUS_PER_TASK": 96}
     path = f"{tmp_path}:{os.environ['PATH']}"
     env = recipe_environment(2, PATH=path, SRUN="--container-image x", **slurm)
     batch = subprocess.run(
@@ -324,7 +325,7 @@ def test_slurm(tmp_path: Path) -> None:
     )
     said = batch.stdout.splitlines()
     assert said[:3] == ["--nodes=2", "--ntasks=2", "--ntasks-per-node=1"]
-    assert said[4:] == ["--container-image", "x", "bash", str(RECIPE), "master node7"]
+    assert said[4:] == ["--container-image", "x", "bash", str(RECIPE), "master node7 96"]
     dry = subprocess.run(
         ["bash", str(RECIPE)],
         env=env | {"DRY_RUN": "1"},
