@@ -223,6 +223,12 @@ def test_nodes_are_checked(base: Path, tmp_path: Path) -> None:
         assert "NCCL_IB_HCA names no adapter" in refused(**there, **nccl)
     assert "PYTHON_ENV fails: false" in refused(PYTHON_ENV="false", **there)
     assert "cannot write" in refused(**there | {"SAVE": "/proc/save"})
+    # All that is missing, in one line.
+    missing = {"DATA": "0.3 no/web 0.7 no/books", "BASE": "no/base", "REFERENCE": "no/reference"}
+    said = refused(**there | missing)
+    assert said.count("error: ") == 1
+    for path in ("no/web.idx", "no/books.idx", "no/base", "no/reference"):
+        assert f"{path} is not there" in said
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
