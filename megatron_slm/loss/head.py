@@ -1,13 +1,13 @@
 """Losses in the place of GPTModel's own (`output_processor`): to be scored by, and to be trained.
 
 GPTModel hands over the last hidden states instead of computing logits.  For the chunked head this
-module does what ColumnParallelLinear would: gather over sequence-parallel ranks, wait for overlapped
-parameter gathers, use the tied weight, say where gradients are summed; chunked.py does the
-arithmetic.  The dense head is Megatron's output layer and loss.
+module does with them what ColumnParallelLinear would: gather over sequence-parallel ranks, wait for
+overlapped parameter gathers, use the tied weight, say where gradients are summed; chunked.py does
+the arithmetic.  The dense head is Megatron's output layer and loss.
 
-What tokens are scored by leaves the vocabulary's padding out of the softmax; what is trained has it
-in, as in Megatron.  A score compares losses that were computed by one head, and so, of one model, are
-the same bit for bit.
+The loss that is trained has the vocabulary's padding in its softmax, as in Megatron; the losses that
+tokens are scored by have not.  A score compares losses of one head, which of one model are the same
+to the bit.
 """
 
 from __future__ import annotations

@@ -237,5 +237,3 @@ def _nonzero_denominator(pair: Tensor) -> Tensor:
     """So that the mean over no token is 0: a NaN would spoil the average of a whole log interval.
     Too small to change any count."""
     return torch.stack([pair[0], pair[1].clamp(min=1e-30)])
-
-

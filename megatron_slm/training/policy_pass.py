@@ -17,7 +17,7 @@ Scored = tuple[Tensor, Tensor | None]
 
 def score_with_policy(
     schedule: Callable[..., Any],
-    data_iterator: Any,
+    form: list[None] | None,
     micro_batches: Iterator[MicroBatch],
     arguments: dict[str, Any],
     scoring: Scoring,
@@ -25,7 +25,7 @@ def score_with_policy(
     """Run the schedule on micro-batches without a gradient, a random number or a change of state.
 
     Args:
-        data_iterator: whose form the schedule takes; not read.
+        form: of the data iterators that the schedule takes.
         arguments: of the schedule, from a training step.
 
     Returns:
@@ -54,7 +54,7 @@ def score_with_policy(
             | {
                 "forward_step_func": score,
                 "data_iterator": seam.for_model_chunks(
-                    data_iterator, noting(micro_batches, read), arguments["num_microbatches"]
+                    form, noting(micro_batches, read), arguments["num_microbatches"]
                 ),
                 "forward_only": True,
                 "collect_non_loss_data": True,

@@ -97,8 +97,9 @@ class SelectiveStep:
         # Validation alone (--skip-train) never sets the current iteration.
         iteration = getattr(get_args(), "curr_iteration", get_args().iteration)
         sizes = {"num_microbatches": num_microbatches, "micro_batch_size": micro_batch_size}
+        form = seam.form_of(data_iterator)
         if self.dumps is not None and not forward_only:
-            self.dump = partial(self._dump, schedule, data_iterator, sizes | rest)
+            self.dump = partial(self._dump, schedule, form, sizes | rest)
             self.dump(iteration)
         self.step = step = self._begin(not forward_only, iteration)
         settings = self.settings
@@ -122,12 +123,12 @@ class SelectiveStep:
         if whole_step:
             if settings.selection.exact:
                 with _timed("slm-ranking"):
-                    ranked = self._rank_step(schedule, data_iterator, micro_batches, sizes | rest)
+                    ranked = self._rank_step(schedule, form, micro_batches, sizes | rest)
                 micro_batches = iter(ranked)
             else:
                 micro_batches = noting(micro_batches, seen)
         result = schedule(
-            data_iterator=seam.for_model_chunks(data_iterator, micro_batches, num_microbatches),
+            data_iterator=seam.for_model_chunks(form, micro_batches, num_microbatches),
             forward_only=forward_only,
             **sizes,
             **rest,
@@ -218,14 +219,12 @@ class SelectiveStep:
     def _rank_step(
         self,
         schedule: Callable[..., Any],
-        data_iterator: Any,
+        form: list[None] | None,
         micro_batches: Iterator[MicroBatch],
         arguments: dict[str, Any],
     ) -> list[MicroBatch]:
         """Read all micro-batches, score them with the policy, and choose from all at once."""
-        read, scored = score_with_policy(
-            schedule, data_iterator, micro_batches, arguments, self._scoring
-        )
+        read, scored = score_with_policy(schedule, form, micro_batches, arguments, self._scoring)
         if mpu.is_pipeline_last_stage():
             assert self.step is not None
             for batch, said in zip(read, scored, strict=True):
@@ -243,7 +242,7 @@ class SelectiveStep:
     def _dump(
         self,
         schedule: Callable[..., Any],
-        data_iterator: Any,
+        form: list[None] | None,
         arguments: dict[str, Any],
         iteration: int,
         ends: bool = False,
@@ -261,7 +260,7 @@ class SelectiveStep:
         def score(batches: list[MicroBatch]) -> list[Scored]:
             sizes = {"num_microbatches": len(batches)}
             _, scored = score_with_policy(
-                schedule, data_iterator, iter(batches), arguments | sizes, self._scoring
+                schedule, form, iter(batches), arguments | sizes, self._scoring
             )
             return scored
 

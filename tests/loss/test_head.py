@@ -26,10 +26,10 @@ class OutputLayer:
     """As much of ColumnParallelLinear as the processors use."""
 
     sequence_parallel = gradient_accumulation_fusion = False
-    _forward_pre_hooks: dict[int, Any] = {}
 
     def __init__(self, weight: Tensor, group: distributed.ProcessGroup) -> None:
         self.weight, self.tp_group = weight, group
+        self._forward_pre_hooks: dict[int, Any] = {}
 
     def __call__(self, hidden: Tensor, weight: Tensor | None) -> tuple[Tensor, None]:
         return hidden @ self.weight.t(), None
