@@ -127,7 +127,8 @@ def train(
 ) -> list[Step]:
     """Train for `steps` on consecutive samples; tokens, labels int64, loss_mask float [N, s].
 
-    vocabulary: number of tokens; the reference's logits beyond it are padding, and not its.
+    vocabulary: number of tokens; logits beyond it are padding, which counts in the loss that is
+        trained and in nothing else.
     watched: samples whose losses are computed before each step.
     """
     decay = [p for p in policy.parameters() if p.ndim > 1]
@@ -148,21 +149,20 @@ def train(
             reference_logits = reference(tokens).logits[..., :vocabulary]
             reference_losses = _token_losses(reference_logits, labels)
             of_watched = [
-                _token_losses(logits, watched["labels"])
-                for logits in (
-                    policy(watched["tokens"]).logits,
-                    reference(watched["tokens"]).logits[..., :vocabulary],
-                )
+                _token_losses(model(watched["tokens"]).logits[..., :vocabulary], watched["labels"])
+                for model in (policy, reference)
             ]
         logits = policy(tokens).logits
-        losses = _token_losses(logits, labels)
-        excess = losses.detach() - reference_losses
+        trained = _token_losses(logits, labels)
+        of_tokens = logits.detach()[..., :vocabulary]
+        losses = _token_losses(of_tokens, labels)
+        excess = losses - reference_losses
         scores = {
             "excess": excess,
             "lowest": -excess,
             "reference": -reference_losses,
-            "policy": losses.detach(),
-            "policy-entropy": _entropies(logits.detach()),
+            "policy": losses,
+            "policy-entropy": _entropies(of_tokens),
             "reference-entropy": -_entropies(reference_logits),
         }[method.score]
         selected, thresholds = select(scores, valid, method, carried)
@@ -170,7 +170,7 @@ def train(
             _, exact = select(scores, valid, replace(method, scope_samples=global_batch), None)
             carried = exact[0] if carried is None else 0.8 * carried + 0.2 * exact[0]
         weights = _weights(scores, valid, selected, method)
-        loss = (weights * losses).sum() / selected.sum()
+        loss = (weights * trained).sum() / selected.sum()
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), clip)

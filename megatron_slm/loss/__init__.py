@@ -1,14 +1,25 @@
 """The selective head: per-token losses without logits in memory, and the loss of the selected."""
 
 from megatron_slm.loss.chunked import TokenLosses, selected_loss, token_losses
-from megatron_slm.loss.head import Scoring, Selecting, all_losses, loss_of_selected
+from megatron_slm.loss.head import (
+    Scoring,
+    Selecting,
+    Telling,
+    all_losses,
+    dense_losses,
+    loss_of_selected,
+    same_on_ranks,
+)
 
 __all__ = [
     "Scoring",
     "Selecting",
+    "Telling",
     "TokenLosses",
     "all_losses",
+    "dense_losses",
     "loss_of_selected",
+    "same_on_ranks",
     "selected_loss",
     "token_losses",
 ]

@@ -21,9 +21,14 @@ Megatron's dense head:
                      bwd SUM [k, h]                      bwd SUM [n, h]
 
 With sequence parallelism the caller gathers hidden states (and its backward reduce-scatters); the
-dense head gathers them twice.  With entropies, SUM is of [3, n], the broadcast of [2, n], and the
-logits of token_losses take two chunks.  On a GPU softmax_triton.py goes over a chunk's logits once
-in token_losses and once in the backward; elsewhere softmax.py does the same in plain torch.
+dense head gathers them twice.  Entropies take one more SUM [n] and row of bcast, and the logits of
+token_losses two chunks.  On a GPU softmax_triton.py goes over a chunk's logits once in token_losses
+and once in the backward; elsewhere softmax.py does the same in plain torch.
+
+A model's vocabulary is padded to suit its tensor-parallel size.  Megatron trains with the padding in
+the softmax; tokens are scored without.  Chunks of padding come last, and are added to a copy of the
+sums, so that losses to score by are bit for bit those of a pass that leaves padding away.  It takes
+one more row of MAX and bcast and one more SUM [n]; nothing where there is no padding.
 """
 
 from __future__ import annotations
@@ -51,12 +56,16 @@ MIN_COLUMNS = 1024
 class TokenLosses:
     """Losses and the softmax statistics that the backward needs, each float32 [n].
 
-    losses: nats, the same bits on every tensor-parallel rank.
-    maximum, sum_exp: over the whole vocabulary, so softmax = exp(logits - maximum) / sum_exp.
-    entropies: of the softmax, nats, the same bits on every rank; None unless asked for.
+    losses: nats, by a softmax without padding.
+    trained: nats, by a softmax with padding if it was asked for; else the same as losses.
+    maximum, sum_exp: of the latter softmax, which is exp(logits - maximum) / sum_exp.
+    entropies: of the softmax without padding, nats; None unless asked for.
+
+    Losses and entropies are the same bits on every tensor-parallel rank.
     """
 
     losses: Tensor
+    trained: Tensor
     maximum: Tensor
     sum_exp: Tensor
     entropies: Tensor | None = None
@@ -85,6 +94,7 @@ def token_losses(
     *,
     scale_logits: Callable[[Tensor], Tensor] | None = None,
     vocabulary: int | None = None,
+    with_padding: bool = False,
     entropies: bool = False,
 ) -> TokenLosses:
     """-log P(label) of every token, without gradient.
@@ -97,42 +107,64 @@ def token_losses(
         weight: [v/t, h], this rank's rows of the output layer.
         labels: int64 [n], in [0, v).
         scale_logits: applied to logits, as GPTModel does with MuP.
-        vocabulary: columns from here on are left out of the softmax.  A model's vocabulary is
-            padded to suit its tensor-parallel size; without this the padding is part of P.
+        vocabulary: columns from here on are padding; None: there is none.
+        with_padding: also the losses of a softmax with padding.
         entropies: also -sum P log P of every token.
     """
     rank, size = tp_group.rank(), tp_group.size()
-    start = rank * weight.shape[0]
-    if vocabulary is not None:
-        weight = weight[: max(0, min(weight.shape[0], vocabulary - start))]
+    columns_here = weight.shape[0]
+    start = rank * columns_here
+    vocabulary = size * columns_here if vocabulary is None else vocabulary
+    padding = max(0, min(columns_here, vocabulary - start))  # where it begins
+    padded = with_padding and vocabulary < size * columns_here
     rows = hidden.shape[0]
-    # Lower than any logit, but finite: the difference of two maxima is a number.
-    maximum = hidden.new_full((rows,), torch.finfo(torch.float32).min, dtype=torch.float32)
     functions = softmax_functions(hidden.device)
+
+    @torch.no_grad()
+    def add(sums: Tensor, maximum: Tensor, first: int, last: int) -> Tensor:
+        for columns in _chunks(rows, hidden.device.type, first, last):
+            logits = _logits(hidden, weight[columns], scale_logits)
+            maximum = functions.add_chunk(sums, maximum, logits, labels - (start + columns.start))
+        return maximum
+
     sums = hidden.new_zeros((3 if entropies else 2, rows), dtype=torch.float32)
-    with torch.no_grad():
-        for columns in _chunks(hidden, weight.shape[0]):
-            maximum = functions.add_chunk(
-                sums,
-                maximum,
-                _logits(hidden, weight[columns], scale_logits),
-                labels - (start + columns.start),
-            )
+    # Lower than any logit, but finite: the difference of two maxima is a number.
+    lowest = hidden.new_full((rows,), torch.finfo(torch.float32).min, dtype=torch.float32)
+    maximum = top = add(sums, lowest, 0, padding)
+    whole = sums[:2]
+    if padded:
+        whole = whole.clone()
+        top = add(whole, maximum.clone(), padding, columns_here)
     if size > 1:
-        highest = maximum.clone()
+        highest = torch.stack([maximum, top] if padded else [maximum])
         torch.distributed.all_reduce(highest, ReduceOp.MAX, group=tp_group)
-        maximum = raise_maximum(maximum, highest, sums)
-        torch.distributed.all_reduce(sums, group=tp_group)
-    target, sum_exp = sums[0], sums[1]
-    log_sum = torch.log(sum_exp)
-    results = [log_sum - (target - maximum)]
+        raise_maximum(maximum, highest[0], sums)
+        # Alone: the order in which ranks are added up depends on a tensor's size, and these sums
+        # have to be the same in every pass.
+        torch.distributed.all_reduce(sums[:2], group=tp_group)
+        if entropies:
+            torch.distributed.all_reduce(sums[2], group=tp_group)
+        if padded:
+            raise_maximum(top, highest[1], whole)
+            torch.distributed.all_reduce(whole[1], group=tp_group)
+        maximum, top = highest[0], highest[-1]
+    log_sum = torch.log(sums[1])
+    results = [log_sum - (sums[0] - maximum)]
+    if padded:
+        results.append(torch.log(whole[1]) - (sums[0] - top))
     if entropies:
-        results.append(log_sum - sums[2] / sum_exp)
+        results.append(log_sum - sums[2] / sums[1])
     result = torch.stack(results)
     if size > 1:
         # Ranks that disagreed on a bit would select, and train on, different tokens.
         torch.distributed.broadcast(result, group=tp_group, group_src=0)
-    return TokenLosses(result[0], maximum, sum_exp, result[1] if entropies else None)
+    return TokenLosses(
+        losses=result[0],
+        trained=result[1 if padded else 0],
+        maximum=top,
+        sum_exp=whole[1],
+        entropies=result[-1] if entropies else None,
+    )
 
 
 def selected_loss(
@@ -148,7 +180,7 @@ def selected_loss(
     scale_logits: Callable[[Tensor], Tensor] | None = None,
     accumulate_into_main_grad: bool = False,
 ) -> Tensor:
-    """Sum of the losses at `index`, float32 0-dim, differentiable in hidden and weight.
+    """Sum of the trained losses at `index`, float32 0-dim, differentiable in hidden and weight.
 
     An empty index gives a zero that still carries the graph: under pipeline parallelism a last
     stage without a gradient to send back would leave the others waiting.
@@ -204,7 +236,7 @@ class _SelectedLoss(torch.autograd.Function):
         ctx.reduce_hidden_gradient = reduce_hidden_gradient
         ctx.scale_logits = scale_logits
         ctx.accumulate_into_main_grad = accumulate_into_main_grad
-        losses = scored.losses[index]
+        losses = scored.trained[index]
         return (losses if weights is None else losses * weights).sum()
 
     @staticmethod
@@ -221,7 +253,7 @@ class _SelectedLoss(torch.autograd.Function):
         weight_gradient = _WeightGradient(weight, ctx.accumulate_into_main_grad)
         functions = softmax_functions(hidden.device)
         pending = None
-        for columns in _chunks(hidden, columns_here):
+        for columns in _chunks(rows, hidden.device.type, 0, columns_here):
             gradient = functions.logits_gradient(
                 _logits(hidden, weight[columns], ctx.scale_logits),
                 labels - (start + columns.start),
@@ -272,11 +304,11 @@ class _WeightGradient:
         return torch.empty_like(self.weight)
 
 
-def _chunks(hidden: Tensor, columns: int) -> Iterator[slice]:
-    """Consecutive slices of this rank's columns, to be computed for all rows of hidden."""
-    step = chunk_columns(hidden.shape[0], hidden.device.type)
-    for start in range(0, columns, step):
-        yield slice(start, min(start + step, columns))
+def _chunks(rows: int, device: str, first: int, last: int) -> Iterator[slice]:
+    """Consecutive slices of columns [first, last), to be computed for all rows."""
+    step = chunk_columns(rows, device)
+    for start in range(first, last, step):
+        yield slice(start, min(start + step, last))
 
 
 def _logits(

@@ -3,7 +3,8 @@
 It is cut like the policy (same tensor, pipeline, context and sequence parallel groups, no virtual
 stages) and scores a step's micro-batches in one forward-only pipeline pass:
 
-    hidden states -> token losses chunk by chunk (loss/chunked.py), no logits in memory
+    hidden states -> token losses chunk by chunk (loss/chunked.py), no logits in memory, unless
+                     the policy's head is the dense one, with whose losses they are compared
 
 Memory: its weights, 2 bytes a parameter in bf16 (4 in float32), divided by TP x PP, or two layers
 of them when they stream from the host (offload.py), and while it runs one layer's activations of
@@ -47,8 +48,7 @@ class OnlineReference:
     Args:
         model: from build_model(), with its weights.
         arguments: its own, from reference_arguments().
-        scoring: what is wanted.  Padding of the vocabulary is left out of the reference's softmax,
-            so that it does not matter how much of it the checkpoint has.
+        scoring: what is wanted.  How much padding the checkpoint's vocabulary has does not matter.
     """
 
     def __init__(self, model: torch.nn.Module, arguments: Namespace, scoring: Scoring) -> None:

@@ -2,9 +2,11 @@
 
 Training maximises nothing but the log-likelihood of the selected tokens (Rho-1, eq. 3-5):
 
-    excess = policy loss - reference loss       per token, no gradient (or another score)
+    excess = policy loss - reference loss       per token, no gradient (or another score), both
+                                                without the vocabulary's padding in their softmax
     selected = top k% of the excess             over the valid tokens of the micro-batch (or scope)
-    loss = sum of the policy loss over selected / number selected over the global batch
+    loss = sum of the policy loss over selected / number selected over the global batch, by
+           Megatron's softmax, which has the padding
 
 The schedule is given sum and number; Megatron's per-token-loss path adds both up over micro-batches
 and data- and context-parallel ranks, and divides once.
@@ -21,6 +23,7 @@ from megatron.training import get_args
 from torch import Tensor
 
 from megatron_slm.errors import UserError
+from megatron_slm.loss import same_on_ranks
 from megatron_slm.selection import Choice, TokenSelector, context_parallel_part, random_scores
 from megatron_slm.training.micro_batch import MicroBatch
 from megatron_slm.training.settings import SelectiveSettings, Step
@@ -72,7 +75,12 @@ def _random(batch: MicroBatch, losses: Tensor, seed: int, iteration: int) -> Ten
 
 
 class MicroBatchObjective:
-    """Selects tokens when the policy's losses are known; called by the schedule for the loss."""
+    """Selects tokens when the policy's losses are known; called by the schedule for the loss.
+
+    losses: what tokens are scored by, without padding in the softmax; known with Megatron's own
+        losses where there is no padding.
+    trained: Megatron's losses.
+    """
 
     def __init__(
         self,
@@ -86,13 +94,21 @@ class MicroBatchObjective:
         self.step = step
         self.selector = selector
         self.losses: Tensor | None = None
+        self.trained: Tensor | None = None
         self.choice: Choice | None = None
 
-    def weigh(self, losses: Tensor, entropies: Tensor | None = None) -> Tensor:
-        """How much each token counts, given the policy's losses (and entropies, if the score needs
-        them), float32 [b, s/c]: its weight, float32, or whether it is selected, bool."""
-        batch = self.micro_batch
+    def tell(self, losses: Tensor) -> None:
+        """Hear the dense head's losses without padding before the model returns those with it."""
         self.losses = losses
+
+    def weigh(
+        self, losses: Tensor, entropies: Tensor | None = None, trained: Tensor | None = None
+    ) -> Tensor:
+        """How much each token counts, given the policy's losses (entropies, if the score needs
+        them, and the losses to train on), float32 [b, s/c]: its weight, float32, or whether it is
+        selected, bool."""
+        batch = self.micro_batch
+        self.losses, self.trained = losses, trained
         if not self.step.selects:
             return batch.valid
         batch.scores = token_scores(batch, losses, entropies, self.settings, self.step)
@@ -121,7 +137,10 @@ class MicroBatchObjective:
         if self.settings.head == "dense":
             mask = loss_mask
             if self.step.selects:
-                mask = self.weigh(_same_on_tensor_parallel_ranks(output.detach().float()))
+                trained = same_on_ranks(
+                    output.detach().float(), mpu.get_tensor_model_parallel_group()
+                )
+                mask = self.weigh(trained if self.losses is None else self.losses, None, trained)
             # As Megatron's own loss function, so that with k = 100% not a bit differs.
             loss = torch.sum(output.view(-1).float() * mask.view(-1).float())
         else:
@@ -136,15 +155,15 @@ class MicroBatchObjective:
         if self.choice is None:
             return {"lm loss": objective}
         batch, choice = self.micro_batch, self.choice
-        assert self.losses is not None and batch.scores is not None
+        assert self.losses is not None and self.trained is not None
+        assert batch.scores is not None
         valid, selected = batch.valid, choice.selected
-        all_tokens = _pair(self.losses, valid)
         report = {
             # In validation lm loss means what it means in every Megatron run: all tokens.
-            "lm loss": objective if self.step.training else all_tokens,
+            "lm loss": objective if self.step.training else _pair(self.trained, valid),
             "selected loss": _pair(self.losses, selected),
             "unselected loss": _pair(self.losses, valid & ~selected),
-            "all-token loss": all_tokens,
+            "all-token loss": _pair(self.losses, valid),
             "selected ratio": _ratio(selected, valid),
             # Averaged over micro-batches; of one without valid tokens there is none.
             "threshold": torch.stack(
@@ -218,11 +237,3 @@ def _nonzero_denominator(pair: Tensor) -> Tensor:
     """So that the mean over no token is 0: a NaN would spoil the average of a whole log interval.
     Too small to change any count."""
     return torch.stack([pair[0], pair[1].clamp(min=1e-30)])
-
-
-def _same_on_tensor_parallel_ranks(losses: Tensor) -> Tensor:
-    """Ranks that disagreed on a bit would train on different tokens."""
-    group = mpu.get_tensor_model_parallel_group()
-    if group.size() > 1:
-        torch.distributed.broadcast(losses, group=group, group_src=0)
-    return losses

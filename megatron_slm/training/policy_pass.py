@@ -17,17 +17,16 @@ Scored = tuple[Tensor, Tensor | None]
 
 def score_with_policy(
     schedule: Callable[..., Any],
-    data_iterator: Any,
+    form: list[None] | None,
     micro_batches: Iterator[MicroBatch],
     arguments: dict[str, Any],
-    entropies: bool,
+    scoring: Scoring,
 ) -> tuple[list[MicroBatch], list[Scored]]:
     """Run the schedule on micro-batches without a gradient, a random number or a change of state.
 
     Args:
-        data_iterator: whose form the schedule takes; not read.
+        form: of the data iterators that the schedule takes.
         arguments: of the schedule, from a training step.
-        entropies: whether they are wanted.
 
     Returns:
         The micro-batches as they were read, and on the last pipeline stage each one's losses and
@@ -41,7 +40,7 @@ def score_with_policy(
         output = model(
             **next(data_iterator).model_inputs(),
             output_processor=all_losses,
-            output_processor_context=Scoring(entropies=entropies),
+            output_processor_context=scoring,
         )
         return output, lambda scored, non_loss_data: scored
 
@@ -55,7 +54,7 @@ def score_with_policy(
             | {
                 "forward_step_func": score,
                 "data_iterator": seam.for_model_chunks(
-                    data_iterator, noting(micro_batches, read), arguments["num_microbatches"]
+                    form, noting(micro_batches, read), arguments["num_microbatches"]
                 ),
                 "forward_only": True,
                 "collect_non_loss_data": True,
@@ -63,7 +62,7 @@ def score_with_policy(
         )
     for model in models:
         model.train()
-    return read, [tuple(said) if entropies else (said, None) for said in scored]
+    return read, [tuple(said) if scoring.entropies else (said, None) for said in scored]
 
 
 def noting(micro_batches: Iterator[MicroBatch], seen: list[MicroBatch]) -> Iterator[MicroBatch]:

@@ -136,7 +136,7 @@ def score(args: Namespace, layer_spec: Callable[..., Any] | None) -> None:
         f"> {sum(map(manifest.shards, manifest.sections)) - len(missing)} shards are there, "
         f"{len(missing)} to score on {replicas} replicas"
     )
-    scoring = Scoring(args.slm_vocab_size)
+    scoring = Scoring(args.slm_vocab_size, dense=args.slm_head == "dense")
     reference = frozen_reference(checkpoint, own_arguments, scoring, layer_spec)
     batches = _load(args, datasets, manifest, mine)
     first = torch.distributed.get_rank() == 0

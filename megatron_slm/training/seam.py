@@ -18,7 +18,7 @@ from multiprocessing import resource_tracker
 from typing import Any
 
 from megatron.core import mpu
-from megatron.training import training
+from megatron.training import get_args, training
 
 from megatron_slm.model.layer_spec import extra_states
 from megatron_slm.training.micro_batch import MicroBatch
@@ -34,7 +34,8 @@ def install(
     Args:
         run_step: called as run_step(schedule, **arguments of the schedule) in the schedule's place.
         before_save: called with the iteration before a checkpoint is written.
-        after_training: called with the iteration when the training loop has come to its end.
+        after_training: called with the iteration when the training loop has come to its end, also
+            by a signal, --exit-interval or --exit-duration-in-mins.
     """
     get_schedule = training.get_forward_backward_func
     save_checkpoint = training.save_checkpoint
@@ -50,7 +51,12 @@ def install(
 
     @functools.wraps(train)
     def train_and_finish(*args: Any, **kwargs: Any) -> Any:
-        iteration, operations = train(*args, **kwargs)
+        try:
+            iteration, operations = train(*args, **kwargs)
+        except SystemExit as left:
+            if not left.code:  # after a whole step, on all ranks alike
+                after_training(get_args().curr_iteration + 1)
+            raise
         after_training(iteration)
         return iteration, operations
 
@@ -83,12 +89,21 @@ def own_iterator(data_iterator: Any) -> Any:
     return data_iterator[0 if mpu.is_pipeline_first_stage() else -1]
 
 
-def for_model_chunks(data_iterator: Any, micro_batches: Iterator[MicroBatch], count: int) -> Any:
-    """Micro-batches in the form of data_iterator; a chunk that reads none gets empty ones."""
-    if not isinstance(data_iterator, list):
+def form_of(data_iterator: Any) -> list[None] | None:
+    """What for_model_chunks needs of an iterator.  Whoever kept the iterator itself would keep its
+    loader from ending its workers when training ends."""
+    return [None] * len(data_iterator) if isinstance(data_iterator, list) else None
+
+
+def for_model_chunks(
+    form: list[None] | None, micro_batches: Iterator[MicroBatch], count: int
+) -> Iterator[MicroBatch] | list[Iterator[MicroBatch]]:
+    """Micro-batches in the form of a step's data iterator: one for each model chunk, of which those
+    that read none get empty ones."""
+    if form is None:
         return micro_batches
     chunks: list[Iterator[MicroBatch]] = [
-        (MicroBatch(number) for number in range(count)) for _ in data_iterator
+        (MicroBatch(number) for number in range(count)) for _ in form
     ]
     chunks[0 if mpu.is_pipeline_first_stage() else -1] = micro_batches
     return chunks

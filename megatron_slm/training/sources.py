@@ -83,7 +83,11 @@ def open_source(
             raise UserError("--slm-score reference-entropy: a score cache holds losses alone")
         caches = open_caches(args)
         return Source(_Cached, caches.identity, caches=caches)
-    scoring = Scoring(args.slm_vocab_size, entropies=args.slm_score == "reference-entropy")
+    scoring = Scoring(
+        args.slm_vocab_size,
+        entropies=args.slm_score == "reference-entropy",
+        dense=args.slm_head == "dense",
+    )
     if args.slm_reference:
         return _moving_average(args, scoring, layer_spec)
     return _checkpoints(args, domains, scoring, layer_spec)

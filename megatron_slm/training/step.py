@@ -21,7 +21,7 @@ from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, get_timers
 from torch import Tensor
 
-from megatron_slm.loss import Selecting, loss_of_selected
+from megatron_slm.loss import Scoring, Selecting, Telling, dense_losses, loss_of_selected
 from megatron_slm.reference import Reference
 from megatron_slm.reference.moving_average import MovingAverage
 from megatron_slm.selection import CarriedThreshold, Choice, Ranks, TokenSelector
@@ -97,8 +97,9 @@ class SelectiveStep:
         # Validation alone (--skip-train) never sets the current iteration.
         iteration = getattr(get_args(), "curr_iteration", get_args().iteration)
         sizes = {"num_microbatches": num_microbatches, "micro_batch_size": micro_batch_size}
+        form = seam.form_of(data_iterator)
         if self.dumps is not None and not forward_only:
-            self.dump = partial(self._dump, schedule, data_iterator, sizes | rest)
+            self.dump = partial(self._dump, schedule, form, sizes | rest)
             self.dump(iteration)
         self.step = step = self._begin(not forward_only, iteration)
         settings = self.settings
@@ -122,12 +123,12 @@ class SelectiveStep:
         if whole_step:
             if settings.selection.exact:
                 with _timed("slm-ranking"):
-                    ranked = self._rank_step(schedule, data_iterator, micro_batches, sizes | rest)
+                    ranked = self._rank_step(schedule, form, micro_batches, sizes | rest)
                 micro_batches = iter(ranked)
             else:
                 micro_batches = noting(micro_batches, seen)
         result = schedule(
-            data_iterator=seam.for_model_chunks(data_iterator, micro_batches, num_microbatches),
+            data_iterator=seam.for_model_chunks(form, micro_batches, num_microbatches),
             forward_only=forward_only,
             **sizes,
             **rest,
@@ -143,13 +144,9 @@ class SelectiveStep:
         assert self.step is not None
         micro_batch = next(data_iterator)
         objective = MicroBatchObjective(micro_batch, self.settings, self.step, self.selector)
-        extra: dict[str, Any] = {}
-        if self.settings.head == "chunked" and get_attr_wrapped_model(model, "post_process"):
-            extra = {
-                "output_processor": loss_of_selected,
-                "output_processor_context": Selecting(objective.weigh, self._wants_entropies),
-            }
-        return model(**micro_batch.model_inputs(), **extra), objective
+        last = get_attr_wrapped_model(model, "post_process")
+        head = self._head(objective) if last else {}
+        return model(**micro_batch.model_inputs(), **head), objective
 
     def save(self, iteration: int) -> None:
         """What has to be on the disk before the policy's checkpoint.  Collective over all ranks."""
@@ -171,8 +168,37 @@ class SelectiveStep:
         return self.source is not None and self.source.caches is not None
 
     @property
+    def _scoring(self) -> Scoring:
+        """How the policy is scored in passes that are not training."""
+        return Scoring(
+            get_args().slm_vocab_size,
+            entropies=self._wants_entropies,
+            dense=self.settings.head == "dense",
+        )
+
+    @property
     def _wants_entropies(self) -> bool:
         return self.settings.selection.score == "policy-entropy"
+
+    def _head(self, objective: MicroBatchObjective) -> dict[str, Any]:
+        """What GPTModel.forward is to do in its own head's place, if anything."""
+        args = get_args()
+        assert self.step is not None
+        padded = self.step.selects and args.slm_vocab_size < args.padded_vocab_size
+        if self.settings.head == "chunked":
+            vocabulary = args.slm_vocab_size if padded else None
+            return {
+                "output_processor": loss_of_selected,
+                "output_processor_context": Selecting(
+                    objective.weigh, vocabulary, self._wants_entropies
+                ),
+            }
+        if padded:
+            return {
+                "output_processor": dense_losses,
+                "output_processor_context": Telling(objective.tell, args.slm_vocab_size),
+            }
+        return {}
 
     def _begin(self, training: bool, iteration: int) -> Step:
         args, settings = get_args(), self.settings
@@ -193,14 +219,12 @@ class SelectiveStep:
     def _rank_step(
         self,
         schedule: Callable[..., Any],
-        data_iterator: Any,
+        form: list[None] | None,
         micro_batches: Iterator[MicroBatch],
         arguments: dict[str, Any],
     ) -> list[MicroBatch]:
         """Read all micro-batches, score them with the policy, and choose from all at once."""
-        read, scored = score_with_policy(
-            schedule, data_iterator, micro_batches, arguments, self._wants_entropies
-        )
+        read, scored = score_with_policy(schedule, form, micro_batches, arguments, self._scoring)
         if mpu.is_pipeline_last_stage():
             assert self.step is not None
             for batch, said in zip(read, scored, strict=True):
@@ -218,7 +242,7 @@ class SelectiveStep:
     def _dump(
         self,
         schedule: Callable[..., Any],
-        data_iterator: Any,
+        form: list[None] | None,
         arguments: dict[str, Any],
         iteration: int,
         ends: bool = False,
@@ -236,7 +260,7 @@ class SelectiveStep:
         def score(batches: list[MicroBatch]) -> list[Scored]:
             sizes = {"num_microbatches": len(batches)}
             _, scored = score_with_policy(
-                schedule, data_iterator, iter(batches), arguments | sizes, self._wants_entropies
+                schedule, form, iter(batches), arguments | sizes, self._scoring
             )
             return scored
 

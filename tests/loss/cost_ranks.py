@@ -95,7 +95,7 @@ def measure(
     return flops.get_total_flops(), sum(kept.values()), before, after
 
 
-def check(sequence_parallel: bool, entropies: bool) -> None:
+def check(sequence_parallel: bool, entropies: bool, padding: int) -> None:
     """Both heads' costs are those of the table."""
     size = parallel_state.get_tensor_model_parallel_world_size()
     layer = ColumnParallelLinear(
@@ -114,7 +114,8 @@ def check(sequence_parallel: bool, entropies: bool) -> None:
     )
     rows_here = SEQUENCE // size if sequence_parallel else SEQUENCE
     hidden = torch.randn(rows_here, BATCH, HIDDEN, requires_grad=True)
-    labels = torch.randint(0, VOCABULARY, (BATCH, SEQUENCE), generator=torch.manual_seed(5))
+    tokens = VOCABULARY - padding
+    labels = torch.randint(0, tokens, (BATCH, SEQUENCE), generator=torch.manual_seed(5))
     selected = torch.zeros(BATCH, SEQUENCE, dtype=torch.bool)
     selected[:, ::3] = True
     count = int(selected.sum())
@@ -127,7 +128,7 @@ def check(sequence_parallel: bool, entropies: bool) -> None:
             labels=labels,
             scale_logits=lambda logits: logits,
             config=SimpleNamespace(use_mup=False),
-            context=Selecting(lambda *scored: selected, entropies),
+            context=Selecting(lambda *scored: selected, tokens, entropies),
         )
 
     def run_dense() -> Tensor:
@@ -145,9 +146,10 @@ def check(sequence_parallel: bool, entropies: bool) -> None:
     assert kept == count * (4 * HIDDEN + 24), kept
     assert before == [
         *([gathered] if sequence_parallel else []),
-        ("all_reduce", "MAX", (TOKENS,)),
-        ("all_reduce", (3 if entropies else 2, TOKENS)),
-        ("broadcast", (2 if entropies else 1, TOKENS)),
+        ("all_reduce", "MAX", (2 if padding else 1, TOKENS)),
+        ("all_reduce", (2, TOKENS)),
+        *[("all_reduce", (TOKENS,))] * (bool(padding) + entropies),
+        ("broadcast", (1 + bool(padding) + entropies, TOKENS)),
     ], before
     assert after == [scattered if sequence_parallel else ("all_reduce", (count, HIDDEN))], after
     own_gradients = hidden.grad, layer.weight.grad
@@ -178,8 +180,9 @@ def main() -> None:
     model_parallel_cuda_manual_seed(1)
     for sequence_parallel in (False, True):
         for entropies in (False, True):
-            torch.manual_seed(3)
-            check(sequence_parallel, entropies)
+            for padding in (0, 7):
+                torch.manual_seed(3)
+                check(sequence_parallel, entropies, padding)
     distributed.destroy_process_group()
     print("as stated")
 

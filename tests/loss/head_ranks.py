@@ -49,7 +49,7 @@ class Case:
         self.loss = partial(
             chunked.selected_loss,
             labels=self.labels,
-            scored=self.score(self.labels),
+            scored=self.score(self.labels, vocabulary=VOCABULARY, with_padding=True),
             index=self.index,
             tp_group=self.group,
             reduce_hidden_gradient=True,
@@ -74,22 +74,31 @@ def scale(logits: Tensor) -> Tensor:
 
 
 def check_scores(case: Case) -> None:
-    """With padding in the softmax, without, and with so few tokens that some ranks have none."""
+    """No padding, some, and so much of it that some ranks have nothing else."""
     logits = scale(case.hidden.double() @ case.weight.double().t())
     for limit in (None, VOCABULARY, 20):
         labels = case.labels if limit != 20 else case.labels % 20
         losses, entropies = dense(logits[:, :limit], labels)
+        with_padding, _ = dense(logits, labels)
         scored = case.score(labels, vocabulary=limit, entropies=True)
         assert scored.entropies is not None
         case.close(scored.losses, losses)
         case.close(scored.entropies, entropies)
-        without = case.score(labels, vocabulary=limit)
-        assert without.entropies is None
-        case.close(without.losses, losses)
+        both = case.score(labels, vocabulary=limit, entropies=True, with_padding=True)
+        assert both.entropies is not None
+        case.close(both.trained, with_padding)
+        case.close(both.maximum + both.sum_exp.log(), logits.logsumexp(-1))
+        alone = case.score(labels, vocabulary=limit)
+        assert alone.entropies is None
+        # To the bit, whatever else is asked for.
+        for other in (alone, both, case.score(labels, vocabulary=limit, with_padding=True)):
+            assert torch.equal(other.losses, scored.losses)
+        assert torch.equal(both.entropies, scored.entropies)
+        assert torch.equal(alone.trained, alone.losses)
 
 
 def check_gradients(case: Case, weights: Tensor | None) -> None:
-    """The sum of the selected tokens' (weighted) losses, and its gradients."""
+    """The sum of the selected tokens' (weighted) losses, with padding, and its gradients."""
     whole_hidden = case.hidden.double().requires_grad_()
     whole_weight = case.weight.double().requires_grad_()
     losses, _ = dense(scale(whole_hidden @ whole_weight.t()), case.labels)
