@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from megatron_slm.errors import UserError
+from megatron_slm.files import read_bounded
 
 TRACKER = "latest_checkpointed_iteration.txt"
 OF_A_FILE = (
@@ -17,10 +18,9 @@ OF_A_FILE = (
     "TikTokenizer",
     "SFTTokenizer",
 )
-# What --use-checkpoint-args takes from a checkpoint (checkpoint_arguments.py looks whether it is
-# there).
+# What --use-checkpoint-args takes from a checkpoint, and more from one that was not imported.
 OF_THE_MODEL = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")
-IN_A_CHECKPOINT = {*OF_THE_MODEL, "seq_length", "tokenizer_type"}
+OF_TRAINING = ("seq_length", "tokenizer_type")
 OF_THE_DATA = ("seq_length", "micro_batch_size", "tokenizer_type", "data")
 OF_A_RUN = (*OF_THE_MODEL, *OF_THE_DATA, "length", "lr", "eval_interval", "save_interval")
 
@@ -94,8 +94,13 @@ def check_needed(args: Namespace, given: Collection[str], needs: Collection[str]
 
 def _missing(args: Namespace, given: Collection[str], needs: Collection[str]) -> Iterator[str]:
     starts = [load for load in (args.load, args.pretrained_checkpoint) if load is not None]
-    taken = any((Path(load) / TRACKER).is_file() for load in starts)
-    from_checkpoint = IN_A_CHECKPOINT if args.use_checkpoint_args and taken else set[str]()
+    trackers = [Path(load) / TRACKER for load in starts if args.use_checkpoint_args]
+    begun = [read_bounded(tracker).strip() for tracker in trackers if tracker.is_file()]
+    if "--non-persistent-ckpt-type" in given:  # elsewhere
+        begun.append(b"")
+    from_checkpoint = set(OF_THE_MODEL if begun else ())
+    if any(iteration != b"release" for iteration in begun):
+        from_checkpoint |= set(OF_TRAINING)
     stands_in = {
         "data": args.mock_data,
         "tokenizer_type": args.vocab_file,  # of GPT-2, the type by default
@@ -111,10 +116,10 @@ def _missing(args: Namespace, given: Collection[str], needs: Collection[str]) ->
     for name in needs:
         if getattr(args, name) is None and not stands_in.get(name) and name not in from_checkpoint:
             yield names.get(name, f"--{name.replace('_', '-')}")
-    if args.use_checkpoint_args and not taken:
+    if args.use_checkpoint_args and not begun:
         where = " or ".join(starts) or "--load or --pretrained-checkpoint, which are not given"
         yield f"a checkpoint for --use-checkpoint-args (there is none in {where})"
-    if args.tokenizer_type in OF_A_FILE and args.tokenizer_model is None and not from_checkpoint:
+    if args.tokenizer_type in OF_A_FILE and args.tokenizer_model is None and not begun:
         yield f"--tokenizer-model (for {args.tokenizer_type})"
     if args.tokenizer_type == "NullTokenizer" and args.vocab_size is None:
         yield "--vocab-size (for NullTokenizer)"
