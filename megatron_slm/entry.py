@@ -1,12 +1,41 @@
-"""What every job of ours does before anything else: find out whether there is a GPU."""
+"""What every job of ours does before anything else: look at its command line and at the machine."""
 
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from argparse import ArgumentParser
+from collections.abc import Callable
 
-import torch
+from megatron_slm.errors import exit_on_user_error
+from megatron_slm.training.first_check import TRAINING, Job, first_check
+
+# What torchrun would tell a single rank; its port is any that is free.
+ONE_RANK = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "1",
+    "LOCAL_WORLD_SIZE": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "0",
+}
+
+
+def start(job: Job, work: Callable[[bool], None], cpu: bool | None = None) -> None:
+    """Check the command line, install the CPU platform where there is no GPU, and do the work, as
+    one rank where nothing says which.
+
+    Args:
+        work: given whether that platform is installed, which comes before Megatron is imported.
+        cpu: if that is known.
+    """
+    with exit_on_user_error("the same command starts again"):
+        go_on = first_check(sys.argv[1:], job)
+        if "RANK" not in os.environ:
+            os.environ |= ONE_RANK
+        with exit_on_user_error(go_on, at_once=True):
+            work(use_device() if cpu is None else cpu)
 
 
 def use_device() -> bool:
@@ -14,6 +43,8 @@ def use_device() -> bool:
     first_rank = int(os.getenv("RANK", "0")) == 0
     if not first_rank:
         warnings.filterwarnings("ignore")
+    import torch
+
     cpu = not torch.cuda.is_available()
     if cpu:
         from megatron_slm import platform
@@ -24,12 +55,13 @@ def use_device() -> bool:
     return cpu
 
 
-def add_arguments(parser: ArgumentParser, cpu: bool) -> ArgumentParser:
-    """Our arguments, and the CPU's defaults if its platform is installed."""
+def add_arguments(parser: ArgumentParser, cpu: bool, job: Job = TRAINING) -> ArgumentParser:
+    """Add a job's options, and the CPU's defaults if its platform is installed."""
     from megatron_slm.training.arguments import add_arguments as add_own
     from megatron_slm.training.checkpoint_arguments import take_from_checkpoint
 
     add_own(parser)
+    job.add(parser)
     if cpu:
         from megatron_slm import platform
 

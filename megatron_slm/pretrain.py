@@ -2,27 +2,23 @@
 
 Takes all arguments of Megatron's GPT pretraining and the group "selective language modeling".
 With --slm-token-ratio 1 and no reference it is causal language modeling, which is how reference
-models are trained.
+models are trained.  --help lists that group, --help-megatron all.
 """
 
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
 from functools import cache, partial
 
-from megatron_slm.entry import add_arguments, use_device
-from megatron_slm.errors import exit_on_user_error
+from megatron_slm.entry import add_arguments, start
+from megatron_slm.errors import say
+from megatron_slm.training.first_check import TRAINING, options_in
 
 
-def main() -> None:
-    """Parse the command line, check it, and train."""
-    run(use_device())
-
-
-def run(cpu: bool) -> None:
-    """Do what the command line says; `cpu` if the CPU platform is installed."""
-    with exit_on_user_error():
-        _pretrain(_parse_arguments(cpu))
+def main(cpu: bool | None = None) -> None:
+    """Check the command line and train; `cpu` if it is known that the CPU platform is installed."""
+    start(TRAINING, lambda cpu: _pretrain(_parse_arguments(cpu)), cpu)
 
 
 def _parse_arguments(cpu: bool) -> Namespace:
@@ -48,6 +44,7 @@ def _pretrain(args: Namespace) -> None:
     from megatron_slm.training.arguments import validate_arguments
     from megatron_slm.training.checkpoint_arguments import check_start
     from megatron_slm.training.dump import token_dumps
+    from megatron_slm.training.idle_options import without_effect
     from megatron_slm.training.resumed import saved_arguments
     from megatron_slm.training.settings import settings_from_arguments
     from megatron_slm.training.sources import open_source
@@ -62,6 +59,8 @@ def _pretrain(args: Namespace) -> None:
     saved = cache(partial(saved_arguments, args))  # known when the policy has been loaded
     source = open_source(args, settings.domains, layer_spec)
     check_start(args)
+    for line in without_effect(args, options_in(sys.argv[1:]), HAVE_TE, settings.head):
+        say(line)
     args.slm_reference_identity = None if source is None else source.identity
     datasets.use_prebuilt_helpers()
     provider = datasets.DatasetProvider(None if source is None else source.caches)

@@ -18,15 +18,13 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_slm.analysis.benchmarks import MODELS, benchmarks
-from megatron_slm.analysis.evaluation import (
-    Score,
-    evaluate,
-    hugging_face_directory,
-    load_tasks,
-)
 from megatron_slm.errors import UserError, exit_on_user_error
+
+if TYPE_CHECKING:
+    from megatron_slm.analysis.evaluation import Score
 
 
 def build_parser() -> ArgumentParser:
@@ -116,6 +114,9 @@ def run(args: Namespace) -> None:
         raise UserError(f"--output {args.output}: there is no directory {args.output.parent}")
     if not args.model.is_dir():
         raise UserError(f"--model {args.model}: no such directory")
+    # After what needs no torch.
+    from megatron_slm.analysis.evaluation import evaluate, hugging_face_directory, load_tasks
+
     wanted = benchmarks(args.tasks)
     tasks = load_tasks(wanted, args.include_path, args.run_generated_code)
     scores: list[Score] = []
@@ -140,7 +141,7 @@ def run(args: Namespace) -> None:
 def main(arguments: list[str]) -> None:
     """Exit with code 2 on bad input."""
     args = build_parser().parse_args(arguments)
-    with exit_on_user_error():
+    with exit_on_user_error("no scores were kept; the same command starts again"):
         run(args)
 
 

@@ -14,45 +14,10 @@ import logging
 import os
 import sys
 import warnings
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
-from itertools import islice
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a plan needs no GPU, and takes none
-warnings.filterwarnings("ignore")
-logging.disable(logging.WARNING)  # Megatron's, for each model built
-
-from megatron_slm import platform
-
-platform.install()
-
 from megatron_slm.errors import UserError, exit_on_user_error
-from megatron_slm.model.architecture import Architecture
-from megatron_slm.planning.cluster import Cluster, Plan, best_plans, plan
-from megatron_slm.planning.formulas import (
-    Layout,
-    Memory,
-    Reference,
-    Work,
-    bubble,
-    memory,
-    parameters,
-    step_flops,
-)
-from megatron_slm.planning.models import TINYLLAMA
-from megatron_slm.planning.recipe import (
-    Recipe,
-    architecture_of,
-    layout_of,
-    parse,
-    read_recipe,
-    references_of,
-    work_of,
-)
-
-GIB = 2**30
 
 
 def build_parser() -> ArgumentParser:
@@ -91,147 +56,14 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def report(args: Namespace, recipe: Recipe) -> str:
-    """Memory, FLOPs, time and layouts."""
-    megatron = parse(recipe, 0, args.vocabulary, cpu=True)
-    model = architecture_of(megatron, args.vocabulary)
-    layout, work = layout_of(megatron), work_of(megatron, args.kernels, "cuda")
-    references = references_of(megatron, model, work)
-    scoring = [reference.architecture for reference in references]
-    cluster = Cluster(
-        gpus=recipe.ranks,
-        gpus_per_node=args.gpus_per_node,
-        memory=args.gpu_memory * 1e9,
-        flops=args.gpu_tflops * 1e12,
-        efficiency=args.efficiency,
-        memory_bandwidth=args.memory_bandwidth * 1e9,
-        node_bandwidth=args.node_bandwidth * 1e9,
-        network_bandwidth=args.network_bandwidth * 1e9,
-    )
-    own = plan(model, references, layout, work, cluster)
-    best = (
-        one
-        for one in best_plans(model, references, work, layout.cp, cluster)
-        if shape(one) != shape(own)
-    )
-    tokens = (megatron.train_samples or megatron.train_iters * work.global_batch) * work.sequence
-    text = [
-        *assumptions(args, cluster),
-        "",
-        line("parameters, billions", f"{parameters(model, work.padded_vocabulary) / 1e9:.3f}"),
-        *(
-            line(
-                "reference, billions",
-                f"{parameters(one.architecture, work.padded_vocabulary) / 1e9:.3f}",
-            )
-            + f"\n  {one.where}"
-            for one in references
-        ),
-        line("FLOPs of a step, 1e15", f"{step_flops(model, scoring, work) / 1e15:.1f}"),
-        *cost_of_selection(model, scoring, work),
-        "",
-        *memory_by_stage(model, references, layout, work),
-        "",
-        row(
-            f"{tokens / 1e9:.2f}B tokens",
-            ("GiB", "bubble", "s a step", "Gtok/day", "days", "GPU hours"),
-        ),
-        described(own, tokens, cluster) + "  recipe",
-        *(described(one, tokens, cluster) for one in islice(best, args.layouts)),
-    ]
-    return "\n".join(text)
+def use_platform() -> None:
+    """Install the CPU platform, silently: a plan needs no GPU, and takes none."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)  # Megatron's, for each model built
+    from megatron_slm import platform
 
-
-def assumptions(args: Namespace, cluster: Cluster) -> Iterator[str]:
-    """What the figures rest on."""
-    yield (
-        f"{args.recipe.name} on {cluster.gpus} GPUs, {cluster.gpus_per_node} a node, of "
-        f"{args.gpu_memory:g} GB; formulas, not measurements."
-    )
-    yield (
-        f"A GPU: {args.gpu_tflops:g} TFLOP/s at peak, of which products reach "
-        f"{args.efficiency:.0%}; {args.memory_bandwidth:g} GB/s to its memory,"
-    )
-    yield (
-        f"{args.node_bandwidth:g} GB/s within a node, {args.network_bandwidth:g} GB/s between "
-        f"nodes; {cluster.latency * 1e6:g} us a collective."
-    )
-    layers = "Transformer Engine's, with Apex" if args.kernels == "te" else "of plain torch"
-    yield f"Layers: {layers}.  --help lists the flags that change these."
-
-
-def line(name: str, *values: object) -> str:
-    """A row of the report."""
-    return f"{name:<44}" + "  ".join(f"{value!s:>10}" for value in values)
-
-
-def cost_of_selection(
-    model: Architecture, scoring: Sequence[Architecture], work: Work
-) -> Iterator[str]:
-    """FLOPs of a step of SLM by those of a step of CLM: the recipe's, and for references of the
-    policy's size, of TinyLlama's, and for losses that are known."""
-    clm = step_flops(model, [], replace(work, ratio=1.0, head="dense", ranks_first=False))
-    selecting = replace(work, head="chunked", ranks_first=False)
-    yield line("SLM / CLM step, the recipe's", f"{step_flops(model, scoring, work) / clm:.2f}")
-    for one in dict.fromkeys((model, TINYLLAMA)):
-        size = parameters(one, work.padded_vocabulary) / 1e9
-        ratio = step_flops(model, [one], selecting) / clm
-        yield line(f"SLM / CLM step, reference online, {size:.1f}B", f"{ratio:.2f}")
-    yield line("SLM / CLM step, cached", f"{step_flops(model, [], selecting) / clm:.2f}")
-
-
-def memory_by_stage(
-    model: Architecture, references: Sequence[Reference], layout: Layout, work: Work
-) -> Iterator[str]:
-    """A table of parts for the first, the middle and the last pipeline stage."""
-    stages = sorted({0, layout.pp // 2, layout.pp - 1})
-    held = [memory(model, references, layout, work, stage) for stage in stages]
-    yield line("memory of a rank, GiB, by pipeline stage", *stages)
-    for part in fields(Memory):
-        yield line(f"  {part.name}", *(f"{getattr(m, part.name) / GIB:.2f}" for m in held))
-    yield line("  total", *(f"{m.total / GIB:.2f}" for m in held))
-
-
-def shape(one: Plan) -> tuple[Layout, int, int]:
-    """What tells layouts apart: their groups, micro-batch and recomputation."""
-    groups = replace(one.layout, sequence_parallel=False, distributed_optimizer=False)
-    return groups, one.work.micro_batch, one.work.recompute
-
-
-def described(one: Plan, tokens: int, cluster: Cluster) -> str:
-    """A layout's row."""
-    parts, days = one.layout, one.days(tokens)
-    what = f"TP{parts.tp} PP{parts.pp} VP{parts.vp} CP{parts.cp} DP{parts.dp}"
-    what += f" MB{one.work.micro_batch}" + " recompute" * (one.work.recompute > 0)
-    figures = (
-        f"{one.memory.total / GIB:.1f}",
-        f"{bubble(parts, one.work):.1%}",
-        f"{one.seconds:.2f}",
-        f"{one.tokens_per_day / 1e9:.2f}",
-        f"{days:.2f}",
-        f"{days * 24 * cluster.gpus:,.0f}",
-    )
-    return row(what, figures)
-
-
-def row(name: str, figures: Sequence[str]) -> str:
-    """A row of the table of layouts."""
-    widths = (8, 8, 9, 9, 8, 11)
-    columns = zip(figures, widths, strict=True)
-    return f"{name:<38}" + "".join(f"{figure:>{width}}" for figure, width in columns)
-
-
-def build_ranks(args: Namespace, recipe: Recipe) -> Iterator[str]:
-    """A line for each rank of the dry run."""
-    from megatron_slm.planning.dry_run import dry_run
-
-    for rank in args.dry_run:
-        built = dry_run(recipe, rank, args.vocabulary)
-        where = " ".join(f"{name}{number}" for name, number in built.position.items())
-        yield (
-            f"rank {rank} of {recipe.ranks} ({where}): policy of {built.policy:,} parameters in "
-            f"{built.chunks} chunks, reference of {built.reference:,}: built, shapes meet"
-        )
+    platform.install()
 
 
 def main(arguments: list[str]) -> None:
@@ -241,6 +73,10 @@ def main(arguments: list[str]) -> None:
         for setting in args.settings:
             if "=" not in setting:
                 raise UserError(f"{setting}: give the script's variables as NAME=VALUE")
+        use_platform()
+        from megatron_slm.planning.recipe import read_recipe
+        from megatron_slm.planning.report import build_ranks, report
+
         settings = dict(setting.split("=", 1) for setting in args.settings)
         recipe = read_recipe(args.recipe, settings)
         if args.dry_run:

@@ -219,13 +219,10 @@ def report(summary: Summary) -> str:
 def main(arguments: list[str]) -> None:
     """Do what the command line says; exit with code 2 on bad input."""
     args = build_parser().parse_args(arguments)
-    with exit_on_user_error():
+    with exit_on_user_error("the same command goes on; finished shards are kept"):
         summary = preprocess(settings_of(args))
         print("this stage is done" if summary is None else report(summary))
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except KeyboardInterrupt:
-        sys.exit(130)  # as a shell reports Ctrl-C
+    main(sys.argv[1:])

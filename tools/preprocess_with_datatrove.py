@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> None:
     group.add_argument("--qos", default="normal", help="Of Slurm. Default: normal.")
     group.add_argument("--time", default="24:00:00", help="For a Slurm task.")
     args = parser.parse_args(arguments)
-    with exit_on_user_error():
+    with exit_on_user_error("the same command goes on; finished shards are kept"):
         if args.tasks < 1:
             raise UserError("--tasks must be at least 1")
         if "-" in args.input:

@@ -40,7 +40,7 @@ def build_parser() -> ArgumentParser:
 def main(arguments: list[str]) -> None:
     """Exit with code 2 on bad input."""
     args = build_parser().parse_args(arguments)
-    with exit_on_user_error():
+    with exit_on_user_error("the same command goes on with what is not done"):
         print(run_experiment(args.recipe, args.output, max(1, args.jobs), args.arms, args.seeds))
 
 

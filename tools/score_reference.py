@@ -14,8 +14,9 @@ from __future__ import annotations
 import sys
 from functools import partial
 
-from megatron_slm.entry import add_arguments, use_device
+from megatron_slm.entry import add_arguments, start
 from megatron_slm.errors import exit_on_user_error
+from megatron_slm.training.first_check import SCORING
 
 
 def main() -> None:
@@ -26,22 +27,21 @@ def main() -> None:
         with exit_on_user_error():
             inspect(sys.argv[2:])
         return
-    run(use_device())
+    start(SCORING, run)
 
 
 def run(cpu: bool) -> None:
     """Score; `cpu` if the CPU platform is installed."""
-    with exit_on_user_error():
-        # Megatron may be imported only when the platform is installed.
-        from megatron.core.extensions.transformer_engine import HAVE_TE
+    # Megatron may be imported only when the platform is installed.
+    from megatron.core.extensions.transformer_engine import HAVE_TE
 
-        from megatron_slm.model.layer_spec import plain_block_spec
-        from megatron_slm.training.arguments import validate_arguments
-        from megatron_slm.training.scoring import parse_arguments, score
+    from megatron_slm.model.layer_spec import plain_block_spec
+    from megatron_slm.training.arguments import validate_arguments
+    from megatron_slm.training.scoring import parse_arguments, score
 
-        args = parse_arguments(partial(add_arguments, cpu=cpu))
-        validate_arguments(args)
-        score(args, None if HAVE_TE else plain_block_spec)
+    args = parse_arguments(partial(add_arguments, cpu=cpu, job=SCORING))
+    validate_arguments(args)
+    score(args, None if HAVE_TE else plain_block_spec)
 
 
 if __name__ == "__main__":

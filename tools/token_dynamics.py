@@ -16,8 +16,9 @@ from argparse import ArgumentParser
 from functools import partial
 from pathlib import Path
 
-from megatron_slm.entry import add_arguments, use_device
+from megatron_slm.entry import add_arguments, start
 from megatron_slm.errors import exit_on_user_error
+from megatron_slm.training.first_check import DYNAMICS
 
 
 def main() -> None:
@@ -33,28 +34,27 @@ def main() -> None:
         with exit_on_user_error():
             write_dynamics(args.dumps, args.dynamics, args.tokenizer_model)
         return
-    run(use_device())
+    start(DYNAMICS, run)
 
 
 def run(cpu: bool) -> None:
     """Score; `cpu` if the CPU platform is installed."""
-    with exit_on_user_error():
-        from megatron_slm.analysis.dynamics_files import check_libraries
+    from megatron_slm.analysis.dynamics_files import check_libraries
 
-        check_libraries()
-        # Megatron may be imported only when the platform is installed.
-        from megatron.core.extensions.transformer_engine import HAVE_TE
+    check_libraries()
+    # Megatron may be imported only when the platform is installed.
+    from megatron.core.extensions.transformer_engine import HAVE_TE
 
-        from megatron_slm.analysis.dynamics_report import write_dynamics
-        from megatron_slm.model.layer_spec import plain_block_spec
-        from megatron_slm.training.arguments import validate_arguments
-        from megatron_slm.training.checkpoint_losses import parse_arguments, score_checkpoints
+    from megatron_slm.analysis.dynamics_report import write_dynamics
+    from megatron_slm.model.layer_spec import plain_block_spec
+    from megatron_slm.training.arguments import validate_arguments
+    from megatron_slm.training.checkpoint_losses import parse_arguments, score_checkpoints
 
-        args = parse_arguments(partial(add_arguments, cpu=cpu))
-        validate_arguments(args)
-        losses = score_checkpoints(args, None if HAVE_TE else plain_block_spec)
-        if args.rank == 0:
-            write_dynamics(losses, Path(args.dynamics), None, args.ckpt_steps)
+    args = parse_arguments(partial(add_arguments, cpu=cpu, job=DYNAMICS))
+    validate_arguments(args)
+    losses = score_checkpoints(args, None if HAVE_TE else plain_block_spec)
+    if args.rank == 0:
+        write_dynamics(losses, Path(args.dynamics), None, args.ckpt_steps)
 
 
 if __name__ == "__main__":

@@ -112,6 +112,8 @@ def parse(recipe: Recipe, rank: int, vocabulary: int, cpu: bool) -> Namespace:
 
     from megatron_slm.entry import add_arguments
     from megatron_slm.training.arguments import validate_arguments
+    from megatron_slm.training.first_check import options_in
+    from megatron_slm.training.option_checks import check_options
 
     world = {"RANK": str(rank), "WORLD_SIZE": str(recipe.ranks)}
     before, command = {name: os.environ.get(name) for name in world}, sys.argv
@@ -120,6 +122,7 @@ def parse(recipe: Recipe, rank: int, vocabulary: int, cpu: bool) -> Namespace:
     try:
         with redirect_stdout(io.StringIO()):  # all arguments, on rank 0
             args: Namespace = parse_args(partial(add_arguments, cpu=cpu))
+            check_options(args, options_in(recipe.arguments))
             if args.use_checkpoint_args:
                 _check_shape_is_here(args)
                 load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")

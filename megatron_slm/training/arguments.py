@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from argparse import ArgumentParser, Namespace
+from functools import partial
 from typing import Any
 
 from megatron.core.extensions.transformer_engine import HAVE_TE
@@ -11,11 +12,9 @@ from megatron.core.optimizer import distrib_optimizer
 from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available
 
 from megatron_slm.errors import UserError
-from megatron_slm.selection import (
-    SCOPES,
-    SCORES,
-    WEIGHTINGS,
-)
+from megatron_slm.parser import refuse
+from megatron_slm.training.first_check import HELP_MEGATRON
+from megatron_slm.training.options import add_options
 
 # Megatron's options that this loss cannot honour, and why.
 UNSUPPORTED = {
@@ -53,183 +52,10 @@ UNSUPPORTED = {
 
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
-    """Megatron's `extra_args_provider`."""
-    group = parser.add_argument_group("selective language modeling")
-    group.add_argument(
-        "--slm-token-ratio",
-        type=float,
-        default=1.0,
-        metavar="K",
-        help="Part of the tokens to train on, in (0, 1]: those with the highest scores. 1 without "
-        "a reference is causal language modeling.",
-    )
-    group.add_argument(
-        "--slm-reference-load",
-        nargs="+",
-        metavar="[NAME=]DIR",
-        help="Directory with the checkpoint (torch_dist format) of the reference model. It may "
-        "have another architecture and another layout; its tokenizer must be the same. Of several "
-        "the mean loss is taken, or with names of the blend's datasets each one's own.",
-    )
-    group.add_argument(
-        "--slm-reference",
-        metavar="ema:DECAY",
-        help="Instead of a checkpoint: the exponential moving average of the policy's weights.",
-    )
-    group.add_argument(
-        "--slm-reference-cache",
-        nargs="+",
-        metavar="DIR",
-        help="Instead of a checkpoint: reference losses stored by tools/score_reference.py.",
-    )
-    group.add_argument(
-        "--slm-reference-offload",
-        action="store_true",
-        help="Keep the reference's weights in host memory and bring them layer by layer.",
-    )
-    group.add_argument(
-        "--slm-reference-micro-batch-size",
-        type=int,
-        metavar="N",
-        help="Samples that the reference scores at a time, a multiple of --micro-batch-size. "
-        "Default: --micro-batch-size.",
-    )
-    group.add_argument(
-        "--slm-reference-fp8",
-        action="store_true",
-        help="Let the reference compute in fp8 (e4m3, scales of the current tensors). Needs "
-        "Transformer Engine.",
-    )
-    group.add_argument(
-        "--slm-reference-ckpt-step",
-        type=int,
-        metavar="N",
-        help="Iteration of the reference checkpoint. Default: the latest.",
-    )
-    group.add_argument(
-        "--slm-score",
-        choices=SCORES,
-        default="excess",
-        help="What tokens are ranked by, highest first. excess: policy loss minus reference loss. "
-        "lowest: the inverse, a control. reference, reference-entropy: low reference loss or "
-        "entropy. policy, policy-entropy: high policy loss or entropy. random: a control. Only "
-        "the first four need a reference. Default: excess.",
-    )
-    group.add_argument(
-        "--slm-scope",
-        choices=SCOPES,
-        default="micro-batch",
-        help="Tokens that compete for selection: of one sequence, one micro-batch, the "
-        "micro-batches of all data-parallel ranks at a time, or the global batch. "
-        "Default: micro-batch.",
-    )
-    group.add_argument(
-        "--slm-global-batch",
-        choices=("carried", "exact"),
-        default="carried",
-        help="With --slm-scope global-batch. carried: a threshold that follows the last steps. "
-        "exact: a forward pass ranks all tokens of the step first. Default: carried.",
-    )
-    group.add_argument(
-        "--slm-ratio-schedule",
-        choices=("constant", "linear", "cosine", "steps"),
-        default="constant",
-        help="How --slm-token-ratio changes over iterations. Default: constant.",
-    )
-    group.add_argument(
-        "--slm-final-token-ratio",
-        type=float,
-        metavar="K",
-        help="Where a linear or cosine schedule ends.",
-    )
-    group.add_argument(
-        "--slm-ratio-decay-iters",
-        type=int,
-        metavar="N",
-        help="Iterations that a linear or cosine schedule takes. Default: --train-iters.",
-    )
-    group.add_argument(
-        "--slm-ratio-steps",
-        nargs="+",
-        default=[],
-        metavar="N:K",
-        help="For schedule steps: from iteration N on the ratio is K, for example 1000:0.7.",
-    )
-    group.add_argument(
-        "--slm-warmup-tokens",
-        type=int,
-        default=0,
-        metavar="N",
-        help="Tokens of causal language modeling before the first selection. Default: 0.",
-    )
-    group.add_argument(
-        "--slm-weighting",
-        choices=WEIGHTINGS,
-        default="hard",
-        help="hard: selected tokens count equally, others not at all. relu, softmax: all tokens "
-        "count, in proportion to max(score, 0) or exp(score / temperature), and the weights add "
-        "up to the number hard selection would select. Default: hard.",
-    )
-    group.add_argument(
-        "--slm-softmax-temperature",
-        type=float,
-        default=1.0,
-        metavar="T",
-        help="In nats, for excess scores. Default: 1.",
-    )
-    group.add_argument(
-        "--slm-unselected-weight",
-        type=float,
-        default=0.0,
-        metavar="W",
-        help="Add W times the mean loss of unselected tokens. Default: 0.",
-    )
-    group.add_argument(
-        "--slm-domain-ratio",
-        nargs="+",
-        default=[],
-        metavar="NAME=K",
-        help="Own ratios for datasets of the blend, by the name of their files (without "
-        "directory and _text_document); their tokens compete among themselves.",
-    )
-    group.add_argument(
-        "--slm-head",
-        choices=("dense", "chunked"),
-        help="Output layer and loss of the policy. dense: Megatron's own. chunked: losses without "
-        "logits in memory, gradients of selected tokens only. Default: chunked when tokens are "
-        "selected, else dense.",
-    )
-    group.add_argument(
-        "--slm-changed",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="Arguments of the model, such as rotary_base, in which this run is to differ from the "
-        "checkpoint that it starts from. Any other difference is an error.",
-    )
-    group.add_argument(
-        "--slm-dump-interval",
-        type=int,
-        metavar="N",
-        help="Every N iterations, at the start and at the end, write the losses of all tokens of a "
-        "few fixed samples, for tools/report.py.",
-    )
-    group.add_argument(
-        "--slm-dump-dir", metavar="DIR", help="Where to. Default: dump in the directory of --save."
-    )
-    group.add_argument(
-        "--slm-dump-samples",
-        type=int,
-        default=8,
-        metavar="N",
-        help="How many samples. Default: 8.",
-    )
-    group.add_argument(
-        "--slm-dump-train-samples",
-        action="store_true",
-        help="The first of the training data, as the blend mixes it, though there is validation "
-        "data.",
-    )
+    """Add our options and defaults to Megatron's parser, whose errors become one line."""
+    parser.add_argument(HELP_MEGATRON, action="help", help="Show all of these options.")
+    parser.error = partial(refuse, parser)  # type: ignore[method-assign]
+    add_options(parser)
     # The loss is a sum over tokens, normalised by their number over the global batch.
     defaults: dict[str, Any] = {
         "calculate_per_token_loss": True,
@@ -270,15 +96,17 @@ def validate_arguments(args: Namespace) -> None:
             "--tensor-parallel-num-weight-shards cannot be used: the output layer's "
             "weight is gathered only when it is called"
         )
-    if args.slm_dump_interval is not None:
-        if args.slm_dump_interval < 1:
-            raise UserError("--slm-dump-interval must be at least 1")
-        if args.slm_dump_samples < 1:
-            raise UserError("--slm-dump-samples must be at least 1")
-        if args.slm_dump_dir is None and args.save is None:
-            raise UserError("--slm-dump-interval needs --slm-dump-dir or --save to write to")
-    if args.slm_reference_fp8 and not HAVE_TE:
-        raise UserError("--slm-reference-fp8 needs Transformer Engine, which is not installed")
+    if args.reset_position_ids and args.position_embedding_type != "learned_absolute":
+        raise UserError(
+            "--reset-position-ids does not reach --position-embedding-type "
+            f"{args.position_embedding_type}, which goes by the place in the sample: leave it out"
+        )
+    for flag, value in (
+        ("--slm-reference-fp8", args.slm_reference_fp8),
+        ("--fp8-format", args.fp8),
+    ):
+        if value and not HAVE_TE:
+            raise UserError(f"{flag} needs Transformer Engine, which is not installed")
     if args.use_distributed_optimizer and not distrib_optimizer.HAVE_APEX_OR_TE:
         raise UserError(
             "--use-distributed-optimizer needs Transformer Engine or Apex: without them Megatron "

@@ -39,7 +39,6 @@ from megatron_slm.training.scoring import on_first_rank
 from megatron_slm.training.sources import open_reference
 from megatron_slm.training.tokenizer import record_tokenizer
 
-TOKENS = 320_000  # as in the paper's appendix B.1
 # What the number of a run's validation samples depends on, for those who do not give it.
 NUMBERS = """
     global_batch_size eval_global_batch_size train_iters train_samples eval_interval
@@ -51,11 +50,9 @@ def parse_arguments(add_own: Callable[[ArgumentParser], ArgumentParser]) -> Name
     """The run's arguments, some of which mean nothing to this job, and its own.
 
     Raises:
-        UserError: no directory is named, or it has fewer than two checkpoints.
+        UserError: the directory has fewer than two checkpoints.
     """
-    args: Namespace = parse_args(lambda parser: _add_arguments(add_own(parser)))
-    if args.load is None:
-        raise UserError("--load: name the directory that the run saved its checkpoints to")
+    args: Namespace = parse_args(add_own)
     if args.ckpt_steps is None:
         named = Path(args.load).glob("iter_*")
         args.ckpt_steps = sorted(int(path.name[5:]) for path in named if path.name[5:].isdigit())
@@ -70,31 +67,6 @@ def parse_arguments(add_own: Callable[[ArgumentParser], ArgumentParser]) -> Name
     args.slm_reference_offload = args.slm_reference_fp8 = False
     args.slm_reference_micro_batch_size = None
     return args
-
-
-def _add_arguments(parser: ArgumentParser) -> ArgumentParser:
-    group = parser.add_argument_group("token dynamics")
-    group.add_argument(
-        "--dynamics",
-        required=True,
-        metavar="DIR",
-        help="Where losses, table and plots go. In a run's directory it is called dynamics.",
-    )
-    group.add_argument(
-        "--ckpt-steps",
-        nargs="+",
-        type=int,
-        metavar="N",
-        help="Iterations of --load to score with. Default: all that are there.",
-    )
-    group.add_argument(
-        "--dynamics-tokens",
-        type=int,
-        default=TOKENS,
-        metavar="N",
-        help=f"Validation tokens to follow, in whole samples. Default: {TOKENS:,}.",
-    )
-    return parser
 
 
 def score_checkpoints(args: Namespace, layer_spec: Callable[..., Any] | None) -> Path:

@@ -61,17 +61,9 @@ def parse_arguments(add_own: Callable[[ArgumentParser], ArgumentParser]) -> Name
     """The training run's arguments, some of which mean nothing to this job, and its own.
 
     Raises:
-        UserError: no reference or no cache is named, or no number of samples.
+        UserError: a run whose samples cannot be told.
     """
-    args: Namespace = parse_args(lambda parser: _add_arguments(add_own(parser)))
-    for flag, value in (
-        ("--slm-reference-load", args.slm_reference_load),
-        ("--slm-reference-cache", args.slm_reference_cache),
-    ):
-        if len(value or []) != 1:
-            raise UserError(f"{flag}: name one directory")
-    if args.by == "sample" and args.global_batch_size is None:
-        raise UserError("--global-batch-size says how many samples a run draws: give the run's own")
+    args: Namespace = parse_args(add_own)
     if args.by == "sample":
         for name in ("full_validation", "multiple_validation_sets", "step_batch_size_schedule"):
             if getattr(args, name):
@@ -80,37 +72,8 @@ def parse_arguments(add_own: Callable[[ArgumentParser], ArgumentParser]) -> Name
     saved = open_checkpoint(load, args.slm_reference_ckpt_step).arguments
     settle_arguments(args, saved)
     if args.by == "sample" and args.train_iters is None:
-        if args.train_samples is None:
-            raise UserError("give --train-iters or --train-samples, as the run has them")
         args.train_iters = args.train_samples // args.global_batch_size
     return args
-
-
-def _add_arguments(parser: ArgumentParser) -> ArgumentParser:
-    group = parser.add_argument_group("score cache")
-    group.add_argument(
-        "--by",
-        choices=("sample", "document"),
-        default="sample",
-        help="sample: the samples of this very run, each token with the context it will have. "
-        "document: all tokens of the datasets, for runs of any mix, length and seed. "
-        "Default: sample.",
-    )
-    group.add_argument(
-        "--cache-dtype",
-        choices=("uint16", "float32"),
-        default="uint16",
-        help="uint16: 2 bytes a token, within 1.2e-4 nats at 1 nat and 3.9e-4 at 10. "
-        "float32: exact. Default: uint16.",
-    )
-    group.add_argument(
-        "--shard-samples",
-        type=int,
-        metavar="N",
-        help=f"Samples of a file. Default: enough for {SHARDS} files, but at least {LEAST_RECORDS} "
-        f"and at most {MOST_TOKENS} tokens.",
-    )
-    return parser
 
 
 def score(args: Namespace, layer_spec: Callable[..., Any] | None) -> None:

@@ -11,8 +11,9 @@ from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
 
 from megatron_slm.errors import UserError
-from megatron_slm.selection import NEED_REFERENCE, RatioSchedule, SelectionSettings
+from megatron_slm.selection import RatioSchedule, SelectionSettings
 from megatron_slm.selection.top_fraction import MAX_SEGMENTS, segments
+from megatron_slm.training.option_checks import selects
 
 
 @dataclass(frozen=True)
@@ -55,29 +56,14 @@ def settings_from_arguments(args: Namespace) -> SelectiveSettings:
     """What the rest of training needs of the arguments.
 
     Raises:
-        UserError: a value out of range, or arguments that contradict each other.
+        UserError: a dataset that is not there, or arguments that contradict each other.
     """
     schedule = _schedule(args)
     has_reference = bool(args.slm_reference_load or args.slm_reference or args.slm_reference_cache)
     domains = _domains(args)
     own_ratios = _domain_ratios(args, domains)
-    whole = schedule == RatioSchedule(1.0) and not own_ratios and args.slm_weighting == "hard"
-    selective = has_reference or not whole
-    if selective and not has_reference and args.slm_score in NEED_REFERENCE:
-        raise UserError(
-            f"--slm-score {args.slm_score} with --slm-token-ratio {args.slm_token_ratio} selects "
-            "tokens by the reference model's loss: give its checkpoint with --slm-reference-load"
-        )
-    for name, least in (("warmup_tokens", 0), ("unselected_weight", 0.0)):
-        if getattr(args, f"slm_{name}") < least:
-            raise UserError(f"--slm-{name.replace('_', '-')} must not be negative")
-    if args.slm_softmax_temperature <= 0.0:
-        raise UserError("--slm-softmax-temperature must be above 0")
-    if args.slm_global_batch == "exact" and args.slm_scope != "global-batch":
-        raise UserError("--slm-global-batch exact needs --slm-scope global-batch")
+    selective = has_reference or selects(args)
     head: Literal["dense", "chunked"] = args.slm_head or ("chunked" if selective else "dense")
-    if head == "dense" and args.slm_score == "policy-entropy":
-        raise UserError("--slm-score policy-entropy needs --slm-head chunked")
     if head == "chunked" and args.logits_save_dir is not None:
         raise UserError(
             "--logits-save-dir needs --slm-head dense: the chunked head keeps no logits"
@@ -124,43 +110,17 @@ def _check_scope(args: Namespace, sets: int) -> None:
         )
 
 
-def _ratio(text: str | float, flag: str) -> float:
-    try:
-        ratio = float(text)
-    except ValueError:
-        raise UserError(f"{flag}: {text!r} is not a number") from None
-    if not 0.0 < ratio <= 1.0:
-        raise UserError(f"{flag} must be in (0, 1], not {ratio}")
-    return ratio
-
-
 def _schedule(args: Namespace) -> RatioSchedule:
-    start = _ratio(args.slm_token_ratio, "--slm-token-ratio")
-    kind = args.slm_ratio_schedule
-    if (args.slm_final_token_ratio is not None) != (kind in ("linear", "cosine")):
-        raise UserError(
-            "--slm-ratio-schedule linear and cosine need --slm-final-token-ratio, the others "
-            "have none"
-        )
-    if bool(args.slm_ratio_steps) != (kind == "steps"):
-        raise UserError("--slm-ratio-schedule steps needs --slm-ratio-steps, the others have none")
+    start, kind = args.slm_token_ratio, args.slm_ratio_schedule
     if kind == "constant":
         return RatioSchedule(start)
     if kind == "steps":
-        steps = []
-        for step in args.slm_ratio_steps:
-            iteration, _, ratio = step.partition(":")
-            if not iteration.isdigit():
-                raise UserError(f"--slm-ratio-steps {step}: give iteration:ratio, as in 1000:0.7")
-            steps.append((int(iteration), _ratio(ratio, "--slm-ratio-steps")))
-        if steps != sorted(set(steps)):
-            raise UserError("--slm-ratio-steps must be in the order of their iterations")
-        return RatioSchedule(start, kind, steps=tuple(steps))
-    end = _ratio(args.slm_final_token_ratio, "--slm-final-token-ratio")
+        steps = (step.split(":") for step in args.slm_ratio_steps)
+        return RatioSchedule(start, kind, steps=tuple((int(n), float(ratio)) for n, ratio in steps))
     iterations = args.slm_ratio_decay_iters or args.train_iters
     if not iterations or iterations < 1:
         raise UserError(f"--slm-ratio-schedule {kind} needs --slm-ratio-decay-iters")
-    return RatioSchedule(start, kind, end, iterations)
+    return RatioSchedule(start, kind, args.slm_final_token_ratio, iterations)
 
 
 def _domains(args: Namespace) -> tuple[str, ...]:
@@ -183,5 +143,5 @@ def _domain_ratios(args: Namespace, domains: tuple[str, ...]) -> tuple[float | N
                 f"--slm-domain-ratio {item}: the training blend has no dataset {name!r}, only "
                 f"{', '.join(domains) or 'a single one'}"
             )
-        own[name] = _ratio(ratio, "--slm-domain-ratio")
+        own[name] = float(ratio)
     return tuple(own.get(name) for name in domains) if own else ()

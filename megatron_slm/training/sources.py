@@ -35,6 +35,7 @@ from megatron_slm.reference.online import (
 from megatron_slm.reference.several import SeveralReferences
 from megatron_slm.training.caches import Caches, open_caches
 from megatron_slm.training.micro_batch import MicroBatch
+from megatron_slm.training.option_checks import decay_of
 from megatron_slm.training.tokenizer import check_tokenizer
 
 
@@ -64,19 +65,8 @@ def open_source(
         UserError: nothing there, damaged, of another tokenizer or model, or arguments that
             contradict each other.
     """
-    given = [
-        flag
-        for flag, value in (
-            ("--slm-reference-load", args.slm_reference_load),
-            ("--slm-reference", args.slm_reference),
-            ("--slm-reference-cache", args.slm_reference_cache),
-        )
-        if value
-    ]
-    if len(given) > 1:
-        raise UserError(f"{' and '.join(given)} name a reference each; give one of them")
     check_options(args)
-    if not given:
+    if not (args.slm_reference_load or args.slm_reference or args.slm_reference_cache):
         return None
     if args.slm_reference_cache:
         if args.slm_score == "reference-entropy":
@@ -105,20 +95,10 @@ class _Cached:
 def check_options(args: Namespace) -> None:
     """
     Raises:
-        UserError: options that do not suit the reference, or of none.
+        UserError: a batch that the run's micro-batches do not divide.
     """
-    if args.slm_reference_ckpt_step is not None and len(args.slm_reference_load or []) != 1:
-        raise UserError("--slm-reference-ckpt-step needs --slm-reference-load with one directory")
-    online = args.slm_reference_load or args.slm_reference
-    for flag, value in (
-        ("--slm-reference-offload", args.slm_reference_offload),
-        ("--slm-reference-micro-batch-size", args.slm_reference_micro_batch_size),
-        ("--slm-reference-fp8", args.slm_reference_fp8),
-    ):
-        if value and not online:
-            raise UserError(f"{flag} is of use to --slm-reference-load alone")
     size = args.slm_reference_micro_batch_size
-    if size is not None and (size < 1 or size % args.micro_batch_size):
+    if size is not None and size % args.micro_batch_size:
         raise UserError(
             f"--slm-reference-micro-batch-size {size} must be a multiple of --micro-batch-size "
             f"{args.micro_batch_size}"
@@ -181,15 +161,7 @@ def _by_domain(loads: list[str], domains: tuple[str, ...]) -> dict[str, str]:
 def _moving_average(
     args: Namespace, scoring: Scoring, layer_spec: Callable[..., Any] | None
 ) -> Source:
-    kind, _, text = args.slm_reference.partition(":")
-    try:
-        decay = float(text)
-    except ValueError:
-        decay = -1.0
-    if kind != "ema" or not 0.0 < decay < 1.0:
-        raise UserError(
-            f"--slm-reference {args.slm_reference}: give ema:DECAY with a decay in (0, 1)"
-        )
+    decay = decay_of(args.slm_reference)
     for flag, value in (
         ("--slm-reference-offload", args.slm_reference_offload),
         ("--overlap-param-gather", args.overlap_param_gather),

@@ -1,0 +1,137 @@
+"""The first look at a command line of training or scoring: in a moment, before torch and Megatron.
+
+Shows our options and those that every run needs, and refuses what cannot be meant: options of ours
+with wrong values, that contradict each other or are misspelt, and what is missing, all at once.
+Megatron's parser and checks follow.
+"""
+
+from __future__ import annotations
+
+import re
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from megatron_slm.errors import UserError
+from megatron_slm.parser import Parser, refuse
+from megatron_slm.training.needed import (
+    OF_A_RUN,
+    OF_THE_DATA,
+    add_needed,
+    check_needed,
+)
+from megatron_slm.training.option_checks import check_options, check_reference
+from megatron_slm.training.options import add_dynamics_options, add_options, add_scoring_options
+
+HELP_MEGATRON = "--help-megatron"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is started by a command line of Megatron's kind.
+
+    usage, about: for --help.
+    add: declares the options that it has beside those of training.
+    check: refuses what contradicts, given the options and which of them are on the command line.
+    go_on: says how to go on after Ctrl-C.
+    """
+
+    usage: str
+    about: str
+    add: Callable[[ArgumentParser], None]
+    check: Callable[[Namespace, Collection[str]], None]
+    go_on: Callable[[Namespace], str]
+
+
+def first_check(command: Sequence[str], job: Job) -> str:
+    """Check a command line as far as that needs neither torch nor Megatron.
+
+    Returns:
+        How to go on after Ctrl-C.
+
+    Raises:
+        UserError: something is wrong or missing.
+        SystemExit: it asks for --help, which is printed.
+    """
+    parser = Parser(
+        usage=job.usage,
+        description=f"{job.about}\n\nAll of Megatron's options: {HELP_MEGATRON}.",
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    if HELP_MEGATRON in command:  # for its parser
+        return ""
+    add_options(parser)
+    job.add(parser)
+    add_needed(parser)
+    args, rest = parser.parse_known_args(command)
+    misspelt = [word for word in rest if re.match(r"--?slm", word, re.IGNORECASE)]
+    if misspelt:
+        refuse(parser, f"unrecognized arguments: {' '.join(misspelt)}")
+    job.check(args, options_in(command))
+    return job.go_on(args)
+
+
+def options_in(command: Sequence[str]) -> set[str]:
+    """Return the options that a command line gives, of its own accord."""
+    return {word.partition("=")[0] for word in command if word.startswith("--")}
+
+
+def _check_training(args: Namespace, given: Collection[str]) -> None:
+    check_options(args, given)
+    if "--rampup-batch-size" in given:
+        raise UserError(
+            "--rampup-batch-size has no effect in this Megatron, which reads it and trains with a "
+            "constant batch: use --step-batch-size-schedule"
+        )
+    check_needed(args, given, OF_A_RUN)
+
+
+def _check_scoring(args: Namespace, given: Collection[str]) -> None:
+    for flag, value in (
+        ("--slm-reference-load", args.slm_reference_load),
+        ("--slm-reference-cache", args.slm_reference_cache),
+    ):
+        if len(value or []) != 1:
+            raise UserError(f"{flag}: name one directory")
+    check_reference(args)
+    of_samples = ("global_batch_size", "length", "eval_interval") if args.by == "sample" else ()
+    check_needed(args, given, (*OF_THE_DATA, *of_samples))
+
+
+def _check_dynamics(args: Namespace, given: Collection[str]) -> None:
+    check_needed(args, given, (*OF_THE_DATA, "load"))
+
+
+def _go_on_training(args: Namespace) -> str:
+    if args.save is None:
+        return "nothing was saved, as there is no --save"
+    if args.load == args.save:
+        return f"the same command goes on from the last checkpoint in {args.save}"
+    return f"--load {args.save} goes on from the last checkpoint there, if there is one"
+
+
+TRAINING = Job(
+    "torchrun [...] -m megatron_slm.pretrain MEGATRON'S OPTIONS [--slm-... ...]",
+    "Selective Language Modeling pretraining with Megatron.",
+    lambda parser: None,
+    _check_training,
+    _go_on_training,
+)
+SCORING = Job(
+    "torchrun [...] tools/score_reference.py OPTIONS OF THE TRAINING RUN --slm-reference-load DIR\n"
+    "           --slm-reference-cache CACHE [--by document] [--cache-dtype float32]\n"
+    "       python tools/score_reference.py inspect CACHE [--plot FILE.svg]",
+    "Store a reference's losses, so that training runs need no reference model.",
+    add_scoring_options,
+    _check_scoring,
+    lambda args: "the same command goes on where this was",
+)
+DYNAMICS = Job(
+    "torchrun [...] tools/token_dynamics.py OPTIONS OF THE TRAINING RUN --load CHECKPOINTS\n"
+    "           --dynamics RUN/dynamics [--ckpt-steps 1000 2000 ...]\n"
+    "       python tools/token_dynamics.py classify RUN/dump --dynamics RUN/dynamics",
+    "How the loss of each validation token changes over a run's checkpoints (Rho-1, appendix B.1).",
+    add_dynamics_options,
+    _check_dynamics,
+    lambda args: "the same command goes on where this was",
+)

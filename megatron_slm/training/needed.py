@@ -1,0 +1,127 @@
+"""What a run needs on its command line, all of it at once; Megatron asks for one at a time."""
+
+from __future__ import annotations
+
+from argparse import SUPPRESS, ArgumentParser, Namespace
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from megatron_slm.errors import UserError
+from megatron_slm.files import read_bounded
+
+TRACKER = "latest_checkpointed_iteration.txt"
+OF_A_FILE = (
+    "SentencePieceTokenizer",
+    "GPTSentencePieceTokenizer",
+    "Llama2Tokenizer",
+    "HuggingFaceTokenizer",
+    "TikTokenizer",
+    "SFTTokenizer",
+)
+# What --use-checkpoint-args takes from a checkpoint, and more from one that was not imported.
+OF_THE_MODEL = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")
+OF_TRAINING = ("seq_length", "tokenizer_type")
+OF_THE_DATA = ("seq_length", "micro_batch_size", "tokenizer_type", "data")
+OF_A_RUN = (*OF_THE_MODEL, *OF_THE_DATA, "length", "lr", "eval_interval", "save_interval")
+
+STAND_INS = {
+    "--encoder-num-layers": "num_layers",
+    "--encoder-seq-length": "seq_length",
+    "--data-args-path": "data",
+    "--train-data-path": "data",
+    "--per-split-data-args-path": "data",
+    "--train-samples": "length",
+    "--persistent-save-interval": "save_interval",
+}
+
+
+def add_needed(parser: ArgumentParser) -> None:
+    """Declare Megatron's options that a run needs, and those that stand in for them."""
+    group = parser.add_argument_group("what every run needs, of Megatron's options")
+    add = group.add_argument
+    add("--num-layers", type=int, metavar="N")
+    add("--hidden-size", type=int, metavar="N")
+    add("--num-attention-heads", type=int, metavar="N")
+    add(
+        "--max-position-embeddings",
+        type=int,
+        metavar="N",
+        help="These four also by --use-checkpoint-args with --load or --pretrained-checkpoint.",
+    )
+    add("--seq-length", type=int, metavar="N", help="Tokens of a sample.")
+    add("--micro-batch-size", type=int, metavar="N", help="Samples of a rank at a time.")
+    add("--tokenizer-type", metavar="TYPE", help="Such as SentencePieceTokenizer.")
+    add("--tokenizer-model", metavar="PATH", help="The tokenizer's file, for most types.")
+    add(
+        "--data-path",
+        dest="data",
+        nargs="*",
+        metavar="PREFIX",
+        help="Datasets, without .bin and .idx; or --data-args-path, --train-data-path with "
+        "--valid-data-path, --per-split-data-args-path, --mock-data.",
+    )
+    add("--train-iters", dest="length", type=int, metavar="N", help="Or --train-samples.")
+    add("--lr", type=float, metavar="RATE", help="The highest learning rate.")
+    add("--eval-interval", type=int, metavar="N", help="Iterations between validations.")
+    add("--save", metavar="DIR", help="Where checkpoints go, if they are to be kept.")
+    add("--save-interval", type=int, metavar="N", help="Iterations between them.")
+    for flag in ("--load", "--pretrained-checkpoint", "--split", "--vocab-size", "--vocab-file"):
+        add(flag, help=SUPPRESS)
+    for flag, name in STAND_INS.items():
+        add(flag, dest=name, nargs="*" if name == "data" else None, help=SUPPRESS)
+    add("--global-batch-size", help=SUPPRESS)
+    for flag in ("--use-checkpoint-args", "--mock-data", "--skip-train"):
+        add(flag, action="store_true", help=SUPPRESS)
+
+
+def check_needed(args: Namespace, given: Collection[str], needs: Collection[str]) -> None:
+    """Refuse a command line that lacks something, naming all of it.
+
+    Args:
+        args: the options that `add_needed` declares.
+        given: all options on the command line.
+        needs: names of those that this job cannot do without.
+
+    Raises:
+        UserError: something is missing.
+    """
+    if "--yaml-cfg" in given:  # refused when Megatron has read it
+        return
+    missing = list(_missing(args, given, needs))
+    if missing:
+        raise UserError(f"the command line lacks {', '.join(missing)}; --help says what they are")
+
+
+def _missing(args: Namespace, given: Collection[str], needs: Collection[str]) -> Iterator[str]:
+    starts = [load for load in (args.load, args.pretrained_checkpoint) if load is not None]
+    trackers = [Path(load) / TRACKER for load in starts if args.use_checkpoint_args]
+    begun = [read_bounded(tracker).strip() for tracker in trackers if tracker.is_file()]
+    if "--non-persistent-ckpt-type" in given:  # elsewhere
+        begun.append(b"")
+    from_checkpoint = set(OF_THE_MODEL if begun else ())
+    if any(iteration != b"release" for iteration in begun):
+        from_checkpoint |= set(OF_TRAINING)
+    stands_in = {
+        "data": args.mock_data,
+        "tokenizer_type": args.vocab_file,  # of GPT-2, the type by default
+        "lr": args.skip_train,
+        "eval_interval": args.skip_train,
+        "save_interval": args.save is None,
+    }
+    names = {
+        "data": "--data-path (or --data-args-path, --train-data-path, --mock-data)",
+        "length": "--train-iters (or --train-samples)",
+        "save_interval": "--save-interval (for --save)",
+    }
+    for name in needs:
+        if getattr(args, name) is None and not stands_in.get(name) and name not in from_checkpoint:
+            yield names.get(name, f"--{name.replace('_', '-')}")
+    if args.use_checkpoint_args and not begun:
+        where = " or ".join(starts) or "--load or --pretrained-checkpoint, which are not given"
+        yield f"a checkpoint for --use-checkpoint-args (there is none in {where})"
+    if args.tokenizer_type in OF_A_FILE and args.tokenizer_model is None and not begun:
+        yield f"--tokenizer-model (for {args.tokenizer_type})"
+    if args.tokenizer_type == "NullTokenizer" and args.vocab_size is None:
+        yield "--vocab-size (for NullTokenizer)"
+    if "--data-args-path" in given and args.split is None:
+        yield "--split (for --data-args-path)"

@@ -1,0 +1,110 @@
+"""Which options of ours contradict each other, and which have no effect beside the others."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Collection
+
+from megatron_slm.errors import UserError
+from megatron_slm.training.options import NEED_REFERENCE
+
+
+def check_options(args: Namespace, given: Collection[str]) -> None:
+    """Refuse options of training that contradict each other.
+
+    Args:
+        given: the options on the command line, whose others in `args` are defaults.
+
+    Raises:
+        UserError: naming them and what to do.
+    """
+    references = [
+        flag
+        for flag, value in (
+            ("--slm-reference-load", args.slm_reference_load),
+            ("--slm-reference", args.slm_reference),
+            ("--slm-reference-cache", args.slm_reference_cache),
+        )
+        if value
+    ]
+    if len(references) > 1:
+        raise UserError(f"{' and '.join(references)} name a reference each; give one of them")
+    _check_schedule(args)
+    if not references and selects(args) and args.slm_score in NEED_REFERENCE:
+        raise UserError(
+            f"--slm-score {args.slm_score} with --slm-token-ratio {args.slm_token_ratio} selects "
+            "tokens by the reference model's loss: give its checkpoint with --slm-reference-load"
+        )
+    if references and not selects(args) and "--slm-token-ratio" not in given:
+        raise UserError(
+            f"{references[0]} without --slm-token-ratio would train on all tokens and pay for the "
+            "reference at every step: give a ratio, such as 0.6, or --slm-token-ratio 1 to log "
+            "the reference's losses alone"
+        )
+    check_reference(args)
+    if args.slm_global_batch == "exact" and args.slm_scope != "global-batch":
+        raise UserError("--slm-global-batch exact needs --slm-scope global-batch")
+    if args.slm_head == "dense" and args.slm_score == "policy-entropy":
+        raise UserError("--slm-score policy-entropy needs --slm-head chunked")
+    if args.slm_dump_interval is not None and args.slm_dump_dir is None and args.save is None:
+        raise UserError("--slm-dump-interval needs --slm-dump-dir or --save to write to")
+
+
+def selects(args: Namespace) -> bool:
+    """Return whether the options ask for anything but all tokens alike."""
+    return bool(
+        args.slm_token_ratio != 1.0
+        or args.slm_ratio_schedule != "constant"
+        or args.slm_weighting != "hard"
+        or args.slm_domain_ratio
+    )
+
+
+def _check_schedule(args: Namespace) -> None:
+    kind = args.slm_ratio_schedule
+    if (args.slm_final_token_ratio is not None) != (kind in ("linear", "cosine")):
+        raise UserError(
+            "--slm-ratio-schedule linear and cosine need --slm-final-token-ratio, the others "
+            "have none"
+        )
+    if bool(args.slm_ratio_steps) != (kind == "steps"):
+        raise UserError("--slm-ratio-schedule steps needs --slm-ratio-steps, the others have none")
+    iterations = [int(step.partition(":")[0]) for step in args.slm_ratio_steps]
+    if iterations != sorted(set(iterations)):
+        raise UserError("--slm-ratio-steps must be in the order of their iterations")
+
+
+def check_reference(args: Namespace) -> None:
+    """Refuse options of a reference that do not suit the one that is named.
+
+    Raises:
+        UserError: naming them and what to do.
+    """
+    if args.slm_reference_ckpt_step is not None and len(args.slm_reference_load or []) != 1:
+        raise UserError("--slm-reference-ckpt-step needs --slm-reference-load with one directory")
+    online = args.slm_reference_load or args.slm_reference
+    for flag, value in (
+        ("--slm-reference-offload", args.slm_reference_offload),
+        ("--slm-reference-micro-batch-size", args.slm_reference_micro_batch_size),
+        ("--slm-reference-fp8", args.slm_reference_fp8),
+    ):
+        if value and not online:
+            raise UserError(f"{flag} is of use to --slm-reference-load alone")
+    if args.slm_reference:
+        decay_of(args.slm_reference)
+
+
+def decay_of(reference: str) -> float:
+    """Return the decay of a moving average, which ema:DECAY names.
+
+    Raises:
+        UserError: it is not of that form, or not in (0, 1).
+    """
+    kind, _, text = reference.partition(":")
+    try:
+        decay = float(text)
+    except ValueError:
+        decay = -1.0
+    if kind != "ema" or not 0.0 < decay < 1.0:
+        raise UserError(f"--slm-reference {reference}: give ema:DECAY with a decay in (0, 1)")
+    return decay
