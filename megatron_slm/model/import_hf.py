@@ -93,7 +93,8 @@ def _plan(source: Path, vocabulary_multiple: int) -> _Plan:
     architecture = from_hugging_face(config, str(source / CONFIG))
     tensors = find_tensors(source)
     notes = []
-    if architecture.tied and HEAD in tensors and not _same(tensors[EMBEDDING], tensors[HEAD]):
+    both = {EMBEDDING, HEAD} <= tensors.keys()
+    if architecture.tied and both and not _same(tensors[EMBEDDING], tensors[HEAD]):
         notes.append(
             f"{source / CONFIG} has tie_word_embeddings true, and {tensors[HEAD].file} a {HEAD} "
             f"that differs from {EMBEDDING}: both are kept, untied, as transformers does"
