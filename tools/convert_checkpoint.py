@@ -14,17 +14,27 @@ import os
 import shlex
 import sys
 import warnings
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import distributed
+from megatron_slm.errors import EXIT_CODE, UserError, exit_on_user_error
 
-from megatron_slm.errors import exit_on_user_error
-from megatron_slm.model.destination import this_rank
-from megatron_slm.model.export_hf import export_hugging_face
-from megatron_slm.model.import_hf import import_hugging_face
-from megatron_slm.model.torch_dist import iteration_directory
+
+def number[T: (int, float)](kind: type[T], most: T) -> Callable[[str], T]:
+    """Return what reads an argument as a number of that kind, above 0 and at most `most`."""
+
+    def read(text: str) -> T:
+        try:
+            value = kind(text)
+        except ValueError as error:
+            raise ArgumentTypeError(f"{text!r} is no number, or no whole one") from error
+        if not 0 < value <= most:
+            raise ArgumentTypeError(f"{text} is not above 0 and at most {most}")
+        return value
+
+    return read
 
 
 def build_parser() -> ArgumentParser:
@@ -39,7 +49,7 @@ def build_parser() -> ArgumentParser:
     add("--save", type=Path, required=True, metavar="DIR", help="New; for Megatron's --load.")
     add(
         "--make-vocab-size-divisible-by",
-        type=int,
+        type=number(int, 65536),
         default=128,
         metavar="N",
         help="Pad the vocabulary with zeros to a multiple of it. Default: 128, as Megatron's.",
@@ -47,7 +57,9 @@ def build_parser() -> ArgumentParser:
     out = commands.add_parser("export", help="Megatron to Hugging Face", allow_abbrev=False)
     add = out.add_argument
     add("--load", type=Path, required=True, metavar="DIR", help="As --save left it.")
-    add("--ckpt-step", type=int, metavar="N", help="Iteration. Default: the latest.")
+    add(
+        "--ckpt-step", type=number(int, 10**12), metavar="N", help="Iteration. Default: the latest."
+    )
     add("--hf", type=Path, required=True, metavar="DIR", help="New.")
     add(
         "--like",
@@ -56,8 +68,19 @@ def build_parser() -> ArgumentParser:
         help="Hugging Face directory whose tokenizer files and further entries of config.json, "
         "such as special tokens, to take over. Default: the tokenizer of the run that trained.",
     )
-    add("--vocab-size", type=int, metavar="N", help="Rows to keep, if it cannot be told.")
-    add("--shard-gb", type=float, default=5.0, metavar="GB", help="Size of a file. Default: 5.")
+    add(
+        "--vocab-size",
+        type=number(int, 2**31 - 1),
+        metavar="N",
+        help="Rows to keep, if it cannot be told.",
+    )
+    add(
+        "--shard-gb",
+        type=number(float, 1e6),
+        default=5.0,
+        metavar="GB",
+        help="Size of a file. Default: 5.",
+    )
     return parser
 
 
@@ -86,7 +109,17 @@ def as_options(arguments: dict[str, Any]) -> str:
 
 
 def convert(args: Namespace) -> None:
-    """Do what the command line says."""
+    """Do what the command line says.
+
+    Raises:
+        UserError: bad input, or a place that cannot be written.
+    """
+    # After the command line, which needs no torch.
+    from megatron_slm.model.destination import this_rank
+    from megatron_slm.model.export_hf import export_hugging_face
+    from megatron_slm.model.import_hf import import_hugging_face
+    from megatron_slm.model.torch_dist import TRACKER, iteration_directory
+
     first = this_rank()[0] == 0
     if args.command == "import":
         arguments = import_hugging_face(args.hf, args.save, args.make_vocab_size_divisible_by)
@@ -94,6 +127,11 @@ def convert(args: Namespace) -> None:
             print(f"wrote {args.save}: --load {args.save} --use-checkpoint-args, or, in full,")
             print(as_options(arguments))
         return
+    if (args.load / "config.json").is_file() and not (args.load / TRACKER).is_file():
+        raise UserError(
+            f"--load {args.load} is a Hugging Face directory; export takes a Megatron checkpoint, "
+            "which import makes of it"
+        )
     checkpoint = iteration_directory(args.load, args.ckpt_step, "--load", "--ckpt-step")
     architecture = export_hugging_face(
         checkpoint, args.hf, args.like, args.vocab_size, int(args.shard_gb * 1e9)
@@ -107,11 +145,20 @@ def main(arguments: list[str]) -> None:
     args = build_parser().parse_args(arguments)
     warnings.filterwarnings("ignore", module="megatron")
     with exit_on_user_error():
-        if int(os.getenv("WORLD_SIZE", "1")) > 1:
-            distributed.init_process_group("gloo")
-        convert(args)
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
+        ranks, rank = (int(os.getenv(name, "0")) for name in ("WORLD_SIZE", "RANK"))
+        if ranks <= 1:
+            convert(args)
+            return
+        from torch import distributed
+
+        distributed.init_process_group("gloo")
+        try:
+            convert(args)
+        except UserError:  # all ranks have the same
+            if rank > 0:
+                sys.exit(EXIT_CODE)
+            raise
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

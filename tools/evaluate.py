@@ -12,7 +12,6 @@ A Megatron checkpoint is exported to a temporary directory (of TMPDIR) first.  T
 from __future__ import annotations
 
 import json
-import os
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from dataclasses import asdict
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from megatron_slm.analysis.benchmarks import MODELS, benchmarks
 from megatron_slm.errors import UserError, exit_on_user_error
+from megatron_slm.files import write_whole
 
 if TYPE_CHECKING:
     from megatron_slm.analysis.evaluation import Score
@@ -103,15 +103,15 @@ def write(output: Path, model: Path, scores: list[Score]) -> None:
         "lm_eval": version("lm_eval"),
         "scores": [entry(score) for score in scores],
     }
-    partial = output.with_name(f"{output.name}.partial")
-    partial.write_text(json.dumps(written, indent=2) + "\n")
-    os.replace(partial, output)
+    write_whole(output, (json.dumps(written, indent=2) + "\n").encode())
 
 
 def run(args: Namespace) -> None:
     """Do what the command line says."""
     if args.output is not None and not args.output.parent.is_dir():
         raise UserError(f"--output {args.output}: there is no directory {args.output.parent}")
+    if args.output is not None and args.output.is_dir():
+        raise UserError(f"--output {args.output} is a directory; name a file")
     if not args.model.is_dir():
         raise UserError(f"--model {args.model}: no such directory")
     # After what needs no torch.

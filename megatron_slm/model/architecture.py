@@ -7,34 +7,24 @@ Whatever either side can say beyond that, and changes what is computed, is refus
 
 from __future__ import annotations
 
-import math
 from argparse import Namespace
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+import msgspec
 
 from megatron_slm.errors import UserError
+from megatron_slm.model.hugging_face_config import (
+    LLAMA3_ROPE,
+    Layers,
+    Positive,
+    Size,
+    rope,
+    rope_base,
+    typed_config,
+)
 
-# Keys that config.json may leave out, with the values that transformers then takes.
-HUGGING_FACE_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {
-        "num_key_value_heads": None,
-        "max_position_embeddings": 2048,
-        "sliding_window": None,
-    },
-    "mistral": {
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 4096 * 32,
-        "sliding_window": 4096,
-    },
-}
 CAUSAL_LM = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
-
-# Megatron's rotary embedding has these built in.
-LLAMA3_ROPE = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 
 # What Megatron can vary and this architecture does not.
 FIXED_ARGUMENTS: dict[str, Any] = {
@@ -72,6 +62,26 @@ NOT_TAKEN_BY_MEGATRON = (
     "rope_scaling_factor",
     "window_size",
 )
+
+
+class MegatronArguments(msgspec.Struct):
+    """What Megatron's arguments in a checkpoint say of a Llama or Mistral."""
+
+    num_layers: Layers
+    hidden_size: Size
+    ffn_hidden_size: Size
+    num_attention_heads: Size
+    kv_channels: Size
+    max_position_embeddings: Size
+    layernorm_epsilon: Positive
+    rotary_base: float
+    untie_embeddings_and_output_weights: bool
+    group_query_attention: bool = False
+    num_query_groups: Size | None = None
+    use_rope_scaling: bool = False
+    rope_scaling_factor: Positive = 8.0
+    window_size: tuple[int, int] | None = None
+    slm_model_type: Literal["llama", "mistral"] | None = None
 
 
 @dataclass(frozen=True)
@@ -112,86 +122,38 @@ def from_hugging_face(config: dict[str, Any], where: str) -> Architecture:
     Raises:
         UserError: another architecture, or an option of it that Megatron cannot compute.
     """
-    family = config.get("model_type")
-    if family not in HUGGING_FACE_DEFAULTS:
-        raise UserError(
-            f"{where}: model_type {family!r} is not supported, only "
-            f"{' and '.join(HUGGING_FACE_DEFAULTS)}"
-        )
-    for name, only in (
-        ("hidden_act", "silu"),
-        ("attention_bias", False),
-        ("mlp_bias", False),
-        ("quantization_config", None),
-    ):
-        if config.get(name, only) != only:
-            raise UserError(f"{where}: {name} {config[name]!r} is not supported, only {only!r}")
-    config = HUGGING_FACE_DEFAULTS[family] | config
-
-    def number(name: str, otherwise: Any = None, kind: Any = int) -> Any:
-        """A positive number of that kind; `otherwise` where config.json has none or null."""
-        value = config.get(name)
-        value = otherwise if value is None else value
-        if not _positive(value, kind):
-            raise UserError(
-                f"{where} has no {name!r}"
-                if value is None
-                else f"{where}: {name} {value!r} is no positive number, or no whole one"
-            )
-        return value
-
-    heads, hidden = number("num_attention_heads"), number("hidden_size")
-    theta, scaling = _rope(config, where)
-    windowed = family == "mistral" and config["sliding_window"] is not None
-    return Architecture(
-        layers=number("num_hidden_layers"),
-        hidden=hidden,
-        ffn=number("intermediate_size"),
-        heads=heads,
-        groups=number("num_key_value_heads", heads),
-        head_dim=number("head_dim", hidden // heads),
-        vocabulary=number("vocab_size"),
-        positions=number("max_position_embeddings"),
-        epsilon=number("rms_norm_eps", 1e-6, int | float),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        window=number("sliding_window") if windowed else None,
-        tied=bool(config.get("tie_word_embeddings")),
-        model_type=family,
+    c = typed_config(config, where)
+    theta, scaling = rope(c, where)
+    return _computable(
+        Architecture(
+            layers=c.num_hidden_layers,
+            hidden=c.hidden_size,
+            ffn=c.intermediate_size,
+            heads=c.num_attention_heads,
+            groups=c.num_key_value_heads or c.num_attention_heads,
+            head_dim=c.head_dim or c.hidden_size // c.num_attention_heads,
+            vocabulary=c.vocab_size,
+            positions=c.max_position_embeddings,
+            epsilon=c.rms_norm_eps,
+            rope_theta=theta,
+            rope_scaling=scaling,
+            window=c.window,
+            tied=c.tie_word_embeddings,
+            model_type=config["model_type"],
+        ),
+        where,
     )
 
 
-def _positive(value: Any, kind: Any = int | float) -> bool:
-    """Whether it is a number of that kind, finite and above 0; true and false are none."""
-    return isinstance(value, kind) and not isinstance(value, bool) and 0 < value < math.inf
-
-
-def _rope(config: dict[str, Any], where: str) -> tuple[int, float | None]:
-    """Base and Llama-3 scaling factor, as transformers before and since version 5 write them."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"{where}: rope parameters {rope!r} are not an object")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    if not _positive(theta) or theta != int(theta):
-        raise UserError(
-            f"{where}: rope_theta {theta} is not supported: Megatron's is a positive integer"
-        )
-    if kind == "default":
-        return int(theta), None
-    if kind != "llama3":
-        raise UserError(f"{where}: rope type {kind!r} is not supported, only default and llama3")
-    for name, value in LLAMA3_ROPE.items():
-        if rope.get(name) != value:
-            raise UserError(
-                f"{where}: {name} {rope.get(name)} of the llama3 rope is not supported: "
-                f"Megatron's is {value}"
-            )
-    if not _positive(rope.get("factor")):
-        raise UserError(
-            f"{where}: factor {rope.get('factor')} of the llama3 rope is no positive number"
-        )
-    return int(theta), float(rope["factor"])
+def _computable(a: Architecture, where: str) -> Architecture:
+    """Refuse what neither transformers nor Megatron computes."""
+    if a.heads % a.groups:
+        raise UserError(f"{where}: {a.groups} key-value heads do not divide {a.heads} heads")
+    if a.head_dim % 2:
+        raise UserError(f"{where}: heads of size {a.head_dim} cannot be rotated; it has to be even")
+    if a.hidden % a.heads and a.family == "llama":
+        raise UserError(f"{where}: {a.heads} heads do not divide a hidden size of {a.hidden}")
+    return a
 
 
 def to_hugging_face(architecture: Architecture, dtype: str) -> dict[str, Any]:
@@ -223,13 +185,30 @@ def to_hugging_face(architecture: Architecture, dtype: str) -> dict[str, Any]:
 
 
 def vocabulary_of(arguments: Namespace) -> int | None:
-    """Tokens of the model in a checkpoint, without padding, from its arguments: the model's that it
-    was trained from, those of its tokenizer, or what import wrote.  None where they do not say."""
+    """Return the tokens of the model in a checkpoint, without padding, from its arguments: the
+    model's that it was trained from, those of its tokenizer, or what import wrote; None where they
+    do not say.
+
+    Raises:
+        UserError: what they say is no number of tokens.
+    """
     for name in ("slm_model_vocab_size", "slm_vocab_size", "vocab_size"):
-        found: int | None = getattr(arguments, name, None)
+        found = getattr(arguments, name, None)
         if found is not None:
-            return found
+            return number_of_tokens(found, name)
     return None
+
+
+def number_of_tokens(found: Any, name: str) -> int:
+    """Return an argument of a checkpoint that counts tokens.
+
+    Raises:
+        UserError: it does not.
+    """
+    try:
+        return msgspec.convert(found, Size)
+    except msgspec.ValidationError as error:
+        raise UserError(f"the checkpoint's argument {name}: {error}") from error
 
 
 def to_megatron(architecture: Architecture) -> dict[str, Any]:
@@ -270,28 +249,37 @@ def from_megatron(arguments: Namespace, vocabulary: int, where: str) -> Architec
     saved = vars(arguments)
     for name, only in FIXED_ARGUMENTS.items():
         value = saved.get(name, only)
-        if value != only and (value or only):  # None, False and 0 mean the same
+        plain = value is None or isinstance(value, bool | int | float | str | list | tuple)
+        if not plain or (value != only and (value or only)):  # None, False and 0 mean the same
             raise UserError(
                 f"{where}: {name} {value!r} has no counterpart in Hugging Face's Llama and "
                 f"Mistral, which have {only!r}"
             )
-    heads = saved["num_attention_heads"]
-    window = saved.get("window_size")
-    if window is not None and (window[0] < 0 or window[1] > 0):
-        raise UserError(f"{where}: window_size {window} is not a window of tokens before a query")
-    return Architecture(
-        layers=saved["num_layers"],
-        hidden=saved["hidden_size"],
-        ffn=saved["ffn_hidden_size"],
-        heads=heads,
-        groups=saved["num_query_groups"] if saved["group_query_attention"] else heads,
-        head_dim=saved["kv_channels"],
-        vocabulary=vocabulary,
-        positions=saved["max_position_embeddings"],
-        epsilon=saved["layernorm_epsilon"],
-        rope_theta=saved["rotary_base"],
-        rope_scaling=saved["rope_scaling_factor"] if saved.get("use_rope_scaling") else None,
-        window=None if window is None else window[0] + 1,
-        tied=not saved["untie_embeddings_and_output_weights"],
-        model_type=saved.get("slm_model_type") or "llama",
+    try:
+        m = msgspec.convert(saved, MegatronArguments)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{where}: its arguments: {error}") from error
+    if m.window_size is not None and (m.window_size[0] < 0 or m.window_size[1] > 0):
+        raise UserError(
+            f"{where}: window_size {m.window_size} is not a window of tokens before a query"
+        )
+    groups = m.num_query_groups if m.group_query_attention else None
+    return _computable(
+        Architecture(
+            layers=m.num_layers,
+            hidden=m.hidden_size,
+            ffn=m.ffn_hidden_size,
+            heads=m.num_attention_heads,
+            groups=groups or m.num_attention_heads,
+            head_dim=m.kv_channels,
+            vocabulary=vocabulary,
+            positions=m.max_position_embeddings,
+            epsilon=m.layernorm_epsilon,
+            rope_theta=rope_base(m.rotary_base, where),
+            rope_scaling=m.rope_scaling_factor if m.use_rope_scaling else None,
+            window=None if m.window_size is None else m.window_size[0] + 1,
+            tied=not m.untie_embeddings_and_output_weights,
+            model_type=m.slm_model_type or "llama",
+        ),
+        where,
     )

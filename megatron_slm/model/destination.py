@@ -1,48 +1,132 @@
-"""A directory that appears only when all ranks have finished writing it."""
+"""A directory that appears under its name only when all ranks have finished writing it."""
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from glob import escape
 from pathlib import Path
 
 from torch import distributed
 
 from megatron_slm.errors import UserError
+from megatron_slm.files import alone_at, is_leftover, publish, sync, temporary
 
 
 def this_rank() -> tuple[int, int]:
-    """Rank and number of ranks; one of one without torchrun."""
+    """Return the rank and the number of ranks; one of one without torchrun."""
     if not distributed.is_initialized():
         return 0, 1
     return distributed.get_rank(), distributed.get_world_size()
 
 
-def wait_for_all() -> None:
-    """A barrier."""
+def together[T](work: Callable[[], T]) -> T:
+    """Do this rank's part of a job; it has failed on every rank if it has failed on one.
+
+    Collective over ranks, so `work` has to do without collectives.
+
+    Raises:
+        UserError: what went wrong first, on every rank.
+    """
+    error = None
+    try:
+        result = work()
+    except UserError as mistake:
+        error = str(mistake)
+    except Exception as bug:
+        _share(f"rank {this_rank()[0]} failed: {bug!r}")
+        raise
+    for shared in _share(error):
+        if shared is not None:
+            raise UserError(shared)
+    return result
+
+
+def on_first_rank(work: Callable[[], None]) -> None:
+    """Do on the first rank what one does for all.  Collective over ranks.
+
+    Raises:
+        UserError: what went wrong, on every rank.
+    """
+    together(work if this_rank()[0] == 0 else lambda: None)
+
+
+def _share(error: str | None) -> list[str | None]:
+    errors = [error] * this_rank()[1]
     if distributed.is_initialized():
-        distributed.barrier()
+        distributed.all_gather_object(errors, error)
+    return errors
 
 
 @contextmanager
-def finished_directory(path: Path) -> Iterator[Path]:
-    """Where to write.  Renamed to `path` at the end; what an earlier crash left is removed.
+def finished_directory(path: Path, flag: str) -> Iterator[Path]:
+    """Yield a new directory to write into, which gets its name, durably, when the block ends.
+
+    Where the block fails or is interrupted nothing is left.  What a killed run left is removed by
+    the next one.  Collective over ranks.
+
+    Args:
+        path: what to call it; a link stands for what it points to.
+        flag: the argument that names it, for errors.
 
     Raises:
-        UserError: `path` is there already.
+        UserError: `path` is there already, another run is writing it, or it cannot be written.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} exists already; name another directory, or remove it")
-    partial = path.with_name(f"{path.name}.partial")
-    rank, _ = this_rank()
-    wait_for_all()
-    if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    wait_for_all()
-    yield partial
-    wait_for_all()
-    if rank == 0:
-        partial.rename(path)
-    wait_for_all()
+    path = Path(os.path.realpath(path))
+    unfinished = temporary(path)
+    with ExitStack() as held:
+        if distributed.is_initialized():
+            names = [unfinished]
+            distributed.broadcast_object_list(names)
+            unfinished = names[0]
+        on_first_rank(partial(_begin, path, unfinished, flag, held))
+        try:
+            yield unfinished
+            on_first_rank(partial(_finish, path, unfinished))
+        finally:
+            if this_rank()[0] == 0:
+                shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _begin(path: Path, unfinished: Path, flag: str, held: ExitStack) -> None:
+    with saying_where(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        held.enter_context(alone_at(path, flag))
+        if os.path.lexists(path) and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"{flag} {path} exists already; name another directory, or remove it")
+        for left in path.parent.glob(f"{escape(path.name)}.*.partial"):
+            if is_leftover(left) and left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left)
+        unfinished.mkdir()
+
+
+def _finish(path: Path, unfinished: Path) -> None:
+    with saying_where(path):
+        for name in [unfinished, *unfinished.rglob("*")]:
+            descriptor = os.open(name, os.O_RDONLY)
+            try:
+                sync(descriptor)
+            finally:
+                os.close(descriptor)
+        publish(unfinished, path)
+
+
+@contextmanager
+def saying_where(path: Path) -> Iterator[None]:
+    """Turn what the system says about a place into one line that names `path`.
+
+    Raises:
+        UserError: it cannot be written: no space, no permission, a file in its way.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides it
+        if not isinstance(cause, OSError):
+            raise
+        raise UserError(
+            f"cannot write {path}: {cause.strerror or cause}; nothing of it is kept"
+        ) from error

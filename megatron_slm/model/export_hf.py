@@ -12,23 +12,34 @@ from __future__ import annotations
 import json
 import sys
 from argparse import Namespace
-from dataclasses import fields, replace
-from functools import lru_cache
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from torch import Tensor
 
 from megatron_slm.errors import UserError
 from megatron_slm.model.architecture import (
     Architecture,
+    from_hugging_face,
     from_megatron,
+    number_of_tokens,
     to_hugging_face,
     vocabulary_of,
 )
-from megatron_slm.model.destination import finished_directory, this_rank
-from megatron_slm.model.import_hf import read_architecture
+from megatron_slm.model.destination import (
+    finished_directory,
+    on_first_rank,
+    saying_where,
+    this_rank,
+    together,
+)
+from megatron_slm.model.import_hf import CONFIG, read_config
 from megatron_slm.model.safetensors_files import (
+    NAMES,
     Entry,
     shard_names,
     shards,
@@ -37,12 +48,28 @@ from megatron_slm.model.safetensors_files import (
 )
 from megatron_slm.model.tensors import Block, blocks, hugging_face_shapes, split
 from megatron_slm.model.tokenizer_files import (
+    SPECIAL_IDS,
     copy_tokenizer,
     fingerprint_of_files,
     has_tokenizer,
-    special_ids,
 )
 from megatron_slm.model.torch_dist import TorchDistReader
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a checkpoint becomes.
+
+    original: config.json of --like, if any.
+    files: tensors by the name of the file to write.
+    read: gives a tensor by its name.
+    """
+
+    reader: TorchDistReader
+    architecture: Architecture
+    original: dict[str, Any] | None
+    files: dict[str, list[Entry]]
+    read: Callable[[str], Tensor]
 
 
 def export_hugging_face(
@@ -62,15 +89,25 @@ def export_hugging_face(
 
     Raises:
         UserError: a model that is no Llama or Mistral, another architecture than `like`, tensors
-            that are missing or of another shape, or another tokenizer than the run's in its place.
+            that are missing or of another shape, another tokenizer than the run's in its place or
+            one that transformers cannot read as the run did, or a directory that cannot be written.
     """
+    plan = together(partial(_plan, checkpoint, like, vocabulary, shard_bytes))
+    with finished_directory(target, "--hf") as directory:
+        on_first_rank(partial(_write_settings, plan, like, directory, target))
+        together(partial(_write_tensors, plan, directory, target))
+    return plan.architecture
+
+
+def _plan(checkpoint: Path, like: Path | None, vocabulary: int | None, shard_bytes: int) -> _Plan:
     reader = TorchDistReader(checkpoint)
-    original = read_architecture(like) if like is not None else None
-    tokens = vocabulary or (original.vocabulary if original else _vocabulary(reader.arguments))
+    original = None if like is None else read_config(like)
+    likeness = None if original is None else from_hugging_face(original, f"{like}/{CONFIG}")
+    tokens = vocabulary or (likeness.vocabulary if likeness else _vocabulary(reader.arguments))
     architecture = from_megatron(reader.arguments, tokens, str(checkpoint))
-    if original is not None:
-        _check_same(architecture, original, f"{checkpoint}", f"--like {like}")
-        architecture = replace(architecture, model_type=original.model_type)
+    if likeness is not None:
+        _check_same(architecture, likeness, f"{checkpoint}", f"--like {like}")
+        architecture = replace(architecture, model_type=likeness.model_type)
     source = {
         name: block for block in _checked_blocks(reader, architecture) for name in block.names
     }
@@ -78,8 +115,7 @@ def export_hugging_face(
         Entry(name, shape, reader.tensor(source[name].key).properties.dtype)
         for name, shape in hugging_face_shapes(architecture).items()
     ]
-    files = shards(entries, shard_bytes)
-    named = dict(zip(shard_names(len(files)), files, strict=True))
+    _check_size(reader, entries)
 
     @lru_cache(maxsize=1)  # queries, keys and values come from one block
     def parts(block: Block) -> list[Tensor]:
@@ -90,28 +126,38 @@ def export_hugging_face(
         block = source[name]
         return parts(block)[block.names.index(name)]
 
+    files = shards(entries, shard_bytes)
+    named = dict(zip(shard_names(len(files)), files, strict=True))
+    return _Plan(reader, architecture, original, named, read)
+
+
+def _write_settings(plan: _Plan, like: Path | None, directory: Path, target: Path) -> None:
+    """Write all but the tensors."""
+    with saying_where(target):
+        tokenizer = like or _own_tokenizer(plan.reader.arguments)
+        ids = {} if tokenizer is None else copy_tokenizer(tokenizer, directory)
+        config = _config(plan, ids)
+        (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        if len(plan.files) > 1:
+            write_index(directory, plan.files)
+
+
+def _write_tensors(plan: _Plan, directory: Path, target: Path) -> None:
+    """Write this rank's files."""
     rank, size = this_rank()
-    tokenizer = like or _own_tokenizer(reader.arguments, say=rank == 0)
-    with finished_directory(target) as directory:
-        for name in list(named)[rank::size]:
-            write_file(directory / name, named[name], read)
-        if rank == 0:
-            if len(named) > 1:
-                write_index(directory, named)
-            if tokenizer is not None:
-                copy_tokenizer(tokenizer, directory)
-            config = _config(architecture, entries, like, directory)
-            (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return architecture
+    with saying_where(target):
+        for name in list(plan.files)[rank::size]:
+            write_file(directory / name, plan.files[name], plan.read)
 
 
 def _check_same(trained: Architecture, like: Architecture, where: str, where_like: str) -> None:
-    """Positions may differ: a rotary embedding has as many as one likes, and no weights."""
+    """Refuse another architecture.  Positions may differ: a rotary embedding has as many as one
+    likes, and no weights.  So may the ties of a config.json that its weights belie."""
     differ = [
         f"{field.name} is {here} here and {there} there"
         for field in fields(Architecture)
         if (here := getattr(trained, field.name)) != (there := getattr(like, field.name))
-        and field.name not in ("positions", "model_type")
+        and field.name not in ("positions", "model_type", "tied")
     ]
     if differ:
         raise UserError(
@@ -122,7 +168,8 @@ def _check_same(trained: Architecture, like: Architecture, where: str, where_lik
 
 def _checked_blocks(reader: TorchDistReader, a: Architecture) -> list[Block]:
     """Blocks of the model, whose tensors are in the checkpoint in full."""
-    padded = reader.tensor("embedding.word_embeddings.weight").size[0]
+    size = reader.tensor("embedding.word_embeddings.weight").size
+    padded = size[0] if size else 0
     if padded < a.vocabulary:
         raise UserError(
             f"{reader.directory} has {padded} rows of vocabulary, fewer than {a.vocabulary}"
@@ -138,33 +185,52 @@ def _checked_blocks(reader: TorchDistReader, a: Architecture) -> list[Block]:
     return found
 
 
-def _config(
-    a: Architecture, entries: list[Entry], like: Path | None, directory: Path
-) -> dict[str, Any]:
-    """That of `like`, with what this project knows put over it; without it, the ids of the special
-    tokens are those of the tokenizer in `directory`."""
-    own = to_hugging_face(a, str(entries[0].dtype).removeprefix("torch."))
-    if like is None:
-        return own | special_ids(directory)
-    original = json.loads((like / "config.json").read_text())
-    for renamed in ("rope_parameters", "dtype"):  # since transformers 5, for what `own` has too
-        original.pop(renamed, None)
-    return original | own
+def _check_size(reader: TorchDistReader, entries: list[Entry]) -> None:
+    """A damaged table may promise more than memory holds."""
+    for entry in entries:
+        if entry.dtype not in NAMES:
+            raise UserError(f"{reader.directory}: {entry.name} would be {entry.dtype}, not {NAMES}")
+    wanted = sum(entry.bytes for entry in entries)
+    have = sum(file.stat().st_size for file in reader.directory.iterdir())
+    if wanted > have:
+        raise UserError(
+            f"{reader.directory} is damaged: its tensors have {wanted} bytes, all its files {have}"
+        )
 
 
-def _own_tokenizer(arguments: Namespace, say: bool) -> Path | None:
-    """What the run that trained read text with, if it is a file or directory that is still here.
+def _config(plan: _Plan, ids: dict[str, int | None]) -> dict[str, Any]:
+    """Return the config.json of --like, with what this project knows put over it; without it, the
+    ids of special tokens are those of the tokenizer, since transformers takes 1 and 2 for none."""
+    (first, *_), *_ = plan.files.values()
+    own = to_hugging_face(plan.architecture, str(first.dtype).removeprefix("torch."))
+    if plan.original is None:
+        recorded = getattr(plan.reader.arguments, "slm_special_ids", None) or {}
+        try:
+            known = msgspec.convert(recorded, dict[str, int | None])
+        except msgspec.ValidationError as error:
+            raise UserError(
+                f"{plan.reader.directory}: its argument slm_special_ids: {error}"
+            ) from error
+        return own | {name: (known | ids).get(name) for name in SPECIAL_IDS}
+    renamed = ("rope_parameters", "dtype")  # since transformers 5, for what `own` has too
+    return {name: value for name, value in plan.original.items() if name not in renamed} | own
 
-    Args:
-        say: that it is not.
-    """
+
+def _own_tokenizer(arguments: Namespace) -> Path | None:
+    """Return what the run that trained read text with, if it is a file or directory that is still
+    here; say so if not."""
     model = getattr(arguments, "tokenizer_model", None)
-    path = None if model is None else Path(model)
+    path = Path(model) if isinstance(model, str) else None
     if path is None or not (path.is_file() or has_tokenizer(path)):
-        if say:
-            why = f"{path} is not in {Path.cwd()}" if path else "the checkpoint names none"
-            print(f"no tokenizer is copied: {why}; --like takes one over", file=sys.stderr)
+        why = f"{path} is not in {Path.cwd()}" if path else "the checkpoint names none"
+        print(f"no tokenizer is copied: {why}; --like takes one over", file=sys.stderr)
         return None
+    special = getattr(arguments, "special_tokens", None)
+    if special and getattr(arguments, "tokenizer_sentencepiece_legacy", False):
+        raise UserError(
+            f"the run added the special tokens {special} to {path}, which a sentencepiece model "
+            "cannot have; name a Hugging Face directory with such a tokenizer with --like"
+        )
     known = getattr(arguments, "slm_tokenizer", None)  # only runs of this project's know it
     if known is not None:
         try:
@@ -181,8 +247,11 @@ def _own_tokenizer(arguments: Namespace, say: bool) -> Path | None:
 
 
 def _vocabulary(arguments: Namespace) -> int:
-    """Tokens of the model, or padding and all where the checkpoint does not say."""
-    found = vocabulary_of(arguments) or getattr(arguments, "padded_vocab_size", None)
+    """Return the tokens of the model, or padding and all where the checkpoint does not say."""
+    padded = getattr(arguments, "padded_vocab_size", None)
+    found = vocabulary_of(arguments)
+    if found is None and padded is not None:
+        found = number_of_tokens(padded, "padded_vocab_size")
     if found is None:
         raise UserError("the checkpoint does not say how many tokens it has; give --vocab-size")
-    return int(found)
+    return found

@@ -9,10 +9,10 @@ Everything is checked from the files' headers, by every rank, before the first b
 
 from __future__ import annotations
 
-import json
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,15 @@ import torch
 from torch import Tensor, distributed
 
 from megatron_slm.errors import UserError
+from megatron_slm.files import read_json
 from megatron_slm.model.architecture import Architecture, from_hugging_face, to_megatron
-from megatron_slm.model.destination import finished_directory, this_rank
+from megatron_slm.model.destination import (
+    finished_directory,
+    on_first_rank,
+    saying_where,
+    this_rank,
+    together,
+)
 from megatron_slm.model.safetensors_files import StoredTensor, find_tensors
 from megatron_slm.model.tensors import Block, blocks, extra_states, fuse, hugging_face_shapes
 from megatron_slm.model.torch_dist import (
@@ -36,6 +43,21 @@ from megatron_slm.model.torch_dist import (
 )
 
 CONFIG = "config.json"
+CONFIG_LIMIT = 1 << 20  # bytes
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a directory becomes.
+
+    arguments: Megatron's.  notes: what a user should know of it.
+    """
+
+    architecture: Architecture
+    arguments: dict[str, Any]
+    parts: list[Part]
+    notes: list[str]
 
 
 def import_hugging_face(source: Path, save: Path, vocabulary_multiple: int) -> dict[str, Any]:
@@ -49,70 +71,106 @@ def import_hugging_face(source: Path, save: Path, vocabulary_multiple: int) -> d
         Megatron's arguments, which the checkpoint carries.
 
     Raises:
-        UserError: an unsupported model, or tensors that are missing, unknown or of another shape.
+        UserError: an unsupported model, tensors that are missing, unknown or of another shape, or a
+            checkpoint that cannot be written.
     """
     rank, size = this_rank()
-    config = _read_config(source)
-    architecture = from_hugging_face(config, str(source / CONFIG))
-    if rank == 0 and config.get("attention_dropout"):
-        print(
-            f"attention_dropout {config['attention_dropout']} of {source / CONFIG} is left out: "
-            "a run has what its --attention-dropout says",
-            file=sys.stderr,
-        )
-    tensors = _matching_tensors(source, architecture)
-    padded = -(-architecture.vocabulary // vocabulary_multiple) * vocabulary_multiple
-    arguments = _arguments(architecture, padded, vocabulary_multiple)
-    wanted = blocks(architecture, padded)
-    dtypes = _dtypes(wanted, tensors)
-    parts = [_part(block, architecture, tensors, dtypes[block.key]) for block in wanted]
-    with finished_directory(save) as directory:
-        release = directory / "release"
-        release.mkdir(exist_ok=True)
-        objects = _objects(architecture, arguments) if rank == 0 else {}
-        stored = write_parts(release, f"__{rank}_0.distcp", _dealt(parts, size)[rank], objects)
+    plan = together(partial(_plan, source, vocabulary_multiple))
+    if rank == 0 and plan.notes:
+        print(*plan.notes, sep="\n", file=sys.stderr)
+    with finished_directory(save, "--save") as directory:
+        stored = together(partial(_write, plan, directory, save))
         everywhere: list[Stored | None] = [stored]
         if size > 1:
             everywhere = [None] * size
             distributed.gather_object(stored, everywhere if rank == 0 else None)
-        if rank == 0:
-            write_table(release, parts, [one for one in everywhere if one is not None])
-            (directory / TRACKER).write_text("release")
-    return arguments
+        on_first_rank(partial(_complete, plan, directory, save, everywhere))
+    return plan.arguments
+
+
+def _plan(source: Path, vocabulary_multiple: int) -> _Plan:
+    config = read_config(source)
+    architecture = from_hugging_face(config, str(source / CONFIG))
+    tensors = find_tensors(source)
+    notes = []
+    both = {EMBEDDING, HEAD} <= tensors.keys()
+    if architecture.tied and both and not _same(tensors[EMBEDDING], tensors[HEAD]):
+        notes.append(
+            f"{source / CONFIG} has tie_word_embeddings true, and {tensors[HEAD].file} a {HEAD} "
+            f"that differs from {EMBEDDING}: both are kept, untied, as transformers does"
+        )
+        architecture = replace(architecture, tied=False)
+    _check_tensors(source, architecture, tensors)
+    padded = -(-architecture.vocabulary // vocabulary_multiple) * vocabulary_multiple
+    wanted = blocks(architecture, padded)
+    dtypes = _dtypes(wanted, tensors)
+    notes += _left_out(config, source, set(dtypes.values()))
+    parts = [_part(block, architecture, tensors, dtypes[block.key]) for block in wanted]
+    arguments = _arguments(architecture, padded, vocabulary_multiple)
+    return _Plan(architecture, arguments, parts, notes)
+
+
+def _write(plan: _Plan, directory: Path, save: Path) -> Stored:
+    """Write this rank's part of the tensors."""
+    rank, size = this_rank()
+    objects = _objects(plan.architecture, plan.arguments) if rank == 0 else {}
+    with saying_where(save):
+        release = directory / "release"
+        release.mkdir(exist_ok=True)
+        return write_parts(release, f"__{rank}_0.distcp", _dealt(plan.parts, size)[rank], objects)
+
+
+def _complete(plan: _Plan, directory: Path, save: Path, everywhere: list[Stored | None]) -> None:
+    with saying_where(save):
+        stored = [one for one in everywhere if one is not None]
+        write_table(directory / "release", plan.parts, stored)
+        (directory / TRACKER).write_text("release")
 
 
 def read_architecture(source: Path) -> Architecture:
-    """That of a Hugging Face directory.
+    """Return that of a Hugging Face directory.
 
     Raises:
         UserError: no readable config.json, or as from_hugging_face.
     """
-    return from_hugging_face(_read_config(source), str(source / CONFIG))
+    return from_hugging_face(read_config(source), str(source / CONFIG))
 
 
-def _read_config(source: Path) -> dict[str, Any]:
+def read_config(source: Path) -> dict[str, Any]:
+    """Read the config.json of a Hugging Face directory.
+
+    Raises:
+        UserError: it cannot be read, or the directory is a Megatron checkpoint.
+    """
     path = source / CONFIG
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} is not a model's: it has no object, but {str(config)[:40]!r}")
-    return config
+    if not path.exists() and any((source / name).exists() for name in (TRACKER, ".metadata")):
+        raise UserError(
+            f"{source} is a Megatron checkpoint and has no {CONFIG}; name a Hugging Face "
+            "directory, which tools/convert_checkpoint.py export makes of a checkpoint"
+        )
+    return read_json(path, dict[str, Any], CONFIG_LIMIT)
 
 
-def _matching_tensors(source: Path, a: Architecture) -> dict[str, StoredTensor]:
-    """The model's tensors, of the shapes that its architecture says."""
-    found, shapes = find_tensors(source), hugging_face_shapes(a)
+def _same(one: StoredTensor, other: StoredTensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    rows = zip(one.read().split(4096), other.read().split(4096), strict=True)
+    return all(torch.equal(a.float(), b.float()) for a, b in rows)
+
+
+def _check_tensors(source: Path, a: Architecture, found: dict[str, StoredTensor]) -> None:
+    """Compare the model's tensors with what its architecture says."""
+    shapes = hugging_face_shapes(a)
     for name, shape in shapes.items():
         if name not in found:
-            raise UserError(f"{source}: there is no tensor {name}")
+            untied = f", and {CONFIG} has tie_word_embeddings false" if name == HEAD else ""
+            raise UserError(f"{source}: there is no tensor {name}{untied}")
         if found[name].shape != shape:
             raise UserError(
                 f"{found[name].file}: {name} is {list(found[name].shape)}, and by config.json "
                 f"{list(shape)}"
             )
-    ignored = {"lm_head.weight"} if a.tied else set()
+    ignored = {HEAD} if a.tied else set()
     unknown = [
         name
         for name in found
@@ -120,7 +178,24 @@ def _matching_tensors(source: Path, a: Architecture) -> dict[str, StoredTensor]:
     ]
     if unknown:
         raise UserError(f"{source} has tensors that this architecture lacks: {unknown[:5]}")
-    return found
+
+
+def _left_out(config: dict[str, Any], source: Path, dtypes: set[torch.dtype]) -> list[str]:
+    """Say what of config.json a checkpoint does not take over."""
+    notes = []
+    if config.get("attention_dropout"):
+        notes.append(
+            f"attention_dropout {config['attention_dropout']} of {source / CONFIG} is left out: "
+            "a run has what its --attention-dropout says"
+        )
+    said = config.get("dtype") or config.get("torch_dtype")
+    stored = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    if said and [said] != stored:
+        notes.append(
+            f"{source / CONFIG} says {said}, and the tensors are {' and '.join(stored)}: they are "
+            "kept as stored"
+        )
+    return notes
 
 
 def _dtypes(wanted: list[Block], tensors: dict[str, StoredTensor]) -> dict[str, torch.dtype]:

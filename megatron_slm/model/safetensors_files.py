@@ -8,18 +8,24 @@ whole, so the writing is done here: a header with names, shapes and offsets, the
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Annotated
 
+import msgspec
 import torch
+from msgspec import Meta
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_slm.errors import UserError
+from megatron_slm.files import inside, open_regular, read_json
 
+INDEX_LIMIT = HEADER_LIMIT = (
+    16 << 20
+)  # bytes; those of a thousand layers have less than one million
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -42,46 +48,73 @@ class StoredTensor:
             return tensor
 
 
+class _Index(msgspec.Struct):
+    """The table of which file has which tensor."""
+
+    weight_map: Annotated[dict[str, str], Meta(min_length=1)]
+
+
 def find_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """All tensors of a model by name, from the files' headers alone.
+    """Return all tensors of a model by name, from the files' headers alone.
 
     Raises:
-        UserError: no safetensors, a file that is missing or damaged, or an unsupported dtype.
+        UserError: no safetensors, a file that is missing or damaged, an unsupported dtype, or two
+            files that could each be meant.
     """
-    found = {}
-    for path in _files(directory):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  not a mapping
-                    part = file.get_slice(name)
-                    if part.get_dtype() not in DTYPES:
-                        raise UserError(
-                            f"{path}: {name} has dtype {part.get_dtype()}, not "
-                            f"{', '.join(DTYPES)}; quantized models are not supported"
-                        )
-                    shape, dtype = tuple(part.get_shape()), DTYPES[part.get_dtype()]
-                    found[name] = StoredTensor(name, path, shape, dtype)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is damaged or missing: {error}") from error
+    named = _files_by_tensor(directory)
+    found: dict[str, StoredTensor] = {}
+    for path in sorted(set(named.values())) or [directory / SINGLE]:
+        for tensor in _tensors_in(path):
+            other = found.setdefault(tensor.name, tensor)
+            if other is not tensor:
+                raise UserError(
+                    f"{other.file} and {path} both hold {tensor.name}; remove the one that is not "
+                    "the model's"
+                )
+    for name, path in named.items():
+        if name in found and found[name].file != path:
+            raise UserError(f"{directory / INDEX} has {name} in {path}, and {found[name].file} has")
     return found
 
 
-def _files(directory: Path) -> list[Path]:
-    index = directory / INDEX
+def _files_by_tensor(directory: Path) -> dict[str, Path]:
+    """Return what the index says; empty where the model is one file without an index."""
+    index, single = directory / INDEX, directory / SINGLE
     if index.is_file():
-        try:
-            names = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{index} is damaged: {error!r}") from error
-        return [directory / name for name in sorted(names)]
-    if (directory / SINGLE).is_file():
-        return [directory / SINGLE]
+        table = read_json(index, _Index, INDEX_LIMIT).weight_map
+        if single.is_file() and set(table.values()) != {SINGLE}:
+            raise UserError(
+                f"{directory} has both {SINGLE}, which transformers reads, and {INDEX}, which "
+                "names other files; remove the one that is not the model's"
+            )
+        return {name: inside(directory, file) for name, file in table.items()}
+    if single.is_file():
+        return {}
     pickles = "; its .bin files are pickles, which can run code, and are not read: convert them "
     pickles += "with transformers' save_pretrained(safe_serialization=True) where you trust them"
     raise UserError(
         f"{directory} has neither {INDEX} nor {SINGLE}"
         + (pickles if any(directory.glob("*.bin")) else "")
     )
+
+
+def _tensors_in(path: Path) -> Iterator[StoredTensor]:
+    with open_regular(path) as file:
+        header = int.from_bytes(file.read(8), "little")
+    if header > HEADER_LIMIT:
+        raise UserError(f"{path} is damaged: a header of {header} bytes")
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  not a mapping
+                part = tensors.get_slice(name)
+                if part.get_dtype() not in DTYPES:
+                    raise UserError(
+                        f"{path}: {name} has dtype {part.get_dtype()}, not {', '.join(DTYPES)}; "
+                        "quantized models are not supported"
+                    )
+                yield StoredTensor(name, path, tuple(part.get_shape()), DTYPES[part.get_dtype()])
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged: {' '.join(str(error).split())}") from error
 
 
 @dataclass(frozen=True)
@@ -136,8 +169,6 @@ def write_file(path: Path, entries: list[Entry], read: Callable[[str], Tensor]) 
             tensor = read(entry.name).contiguous()
             assert (tuple(tensor.shape), tensor.dtype) == (entry.shape, entry.dtype)
             file.write(tensor.view(-1).view(torch.uint8).numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def write_index(directory: Path, files: dict[str, list[Entry]]) -> None:

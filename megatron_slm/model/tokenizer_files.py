@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from tokenizers import Tokenizer
 
-from megatron_slm.model.sentencepiece_json import write_tokenizer_json
+from megatron_slm.errors import UserError
+from megatron_slm.files import read_bounded, read_json
+from megatron_slm.model.sentencepiece_json import (
+    open_sentencepiece,
+    special_ids,
+    write_tokenizer_json,
+)
 
 FILES = """
     tokenizer.json tokenizer.model tokenizer.model.v3 tokenizer_config.json special_tokens_map.json
     added_tokens.json vocab.json merges.txt chat_template.jinja generation_config.json
 """.split()
 SETTINGS = ("tokenizer.json", "tokenizer_config.json")  # how to read a vocabulary
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of config.json
+TOKENIZER_LIMIT = 256 << 20  # bytes of a tokenizer.json; Gemma's has 33 million
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 # Tokenized and hashed, so that runs can tell whether they read text as the same tokens.
@@ -48,39 +56,62 @@ def has_tokenizer(directory: Path) -> bool:
     return any((directory / name).is_file() for name in VOCABULARIES)
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
+def copy_tokenizer(source: Path, target: Path) -> dict[str, int | None]:
     """Copy what there is of them; `source` may also be a file, under any name, and a sentencepiece
-    model gets a tokenizer.json, which transformers reads."""
-    if source.is_file():
-        if source.suffix == ".json":
-            name = "tokenizer.json" if _is_tokenizer_json(source) else source.name
-            shutil.copyfile(source, target / name)
-        else:
-            shutil.copyfile(source, target / "tokenizer.model")
-            write_tokenizer_json(source, target)
-        return
-    for name in FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    model gets a tokenizer.json, which transformers reads.
+
+    Returns:
+        config.json's ids of bos, eos and pad; none where the files do not say.
+
+    Raises:
+        UserError: transformers would read text in another way, or a file cannot be read.
+    """
+    if not source.is_file():
+        for name in FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, target / name)
+        return _special_ids(source)
+    pieces = open_sentencepiece(source)
+    if pieces is None:
+        name = "tokenizer.json" if _is_tokenizer_json(source) else source.name
+        shutil.copyfile(source, target / name)
+        return {}
+    shutil.copyfile(source, target / "tokenizer.model")
+    write_tokenizer_json(pieces, target, str(source))
+    return special_ids(pieces)
 
 
 def _is_tokenizer_json(file: Path) -> bool:
     try:
-        Tokenizer.from_file(str(file))
+        Tokenizer.from_str(read_bounded(file, TOKENIZER_LIMIT).decode())
     except Exception:  # all that the library raises
         return False
     return True
 
 
-def special_ids(directory: Path) -> dict[str, int | None]:
-    """bos_token_id and eos_token_id for config.json; none without what says so."""
+class _Token(msgspec.Struct):
+    content: str
+
+
+class _Settings(msgspec.Struct):
+    """What tokenizer_config.json says of special tokens."""
+
+    bos_token: str | _Token | None = None
+    eos_token: str | _Token | None = None
+    pad_token: str | _Token | None = None
+
+
+def _special_ids(directory: Path) -> dict[str, int | None]:
     if not all((directory / name).is_file() for name in SETTINGS):
         return {}
-    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    config = json.loads((directory / "tokenizer_config.json").read_text())
+    definition, settings = (directory / name for name in SETTINGS)
+    named = msgspec.structs.asdict(read_json(settings, _Settings))
+    try:
+        tokenizer = Tokenizer.from_str(read_bounded(definition, TOKENIZER_LIMIT).decode())
+    except Exception as error:  # all that the library raises
+        raise UserError(f"{definition.name} of the tokenizer cannot be read: {error}") from error
     ids = {}
-    for name in ("bos_token", "eos_token"):
-        token = config.get(name)
-        content = token["content"] if isinstance(token, dict) else token
+    for name, token in named.items():
+        content = token.content if isinstance(token, _Token) else token
         ids[f"{name}_id"] = None if content is None else tokenizer.token_to_id(content)
     return ids

@@ -1,7 +1,8 @@
-"""Policy and reference must read text as the same tokens."""
+"""What a run's tokenizer is: the same for policy and reference, with padding that is not text."""
 
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
 from typing import Any
 
@@ -9,15 +10,66 @@ from megatron_slm.errors import UserError
 from megatron_slm.model.tokenizer_files import fingerprint
 from megatron_slm.reference.checkpoint import ReferenceCheckpoint
 
+IN_TEXT = ("bos", "eos", "eod", "unk")  # special tokens that a dataset may contain
+
 
 def record_tokenizer(args: Namespace, tokenizer: Any) -> None:
-    """Put what identifies the tokenizer into the arguments, which checkpoints carry."""
+    """Put what identifies the tokenizer into the arguments, which checkpoints carry, and keep its
+    padding apart from text."""
     args.slm_vocab_size = int(tokenizer.vocab_size)
     args.slm_tokenizer = fingerprint(args, tokenizer)
+    bos, eos, pad = (_id(tokenizer, name) for name in ("bos", "eod", "pad"))
+    args.slm_special_ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
+    if pad is not None:
+        _keep_padding_apart(args, tokenizer, pad)
+
+
+def _id(tokenizer: Any, name: str) -> int | None:
+    try:
+        found = getattr(tokenizer, name)
+    except Exception:  # each of Megatron's tokenizers raises another
+        return None
+    return found if isinstance(found, int) and found >= 0 else None
+
+
+def _keep_padding_apart(args: Namespace, tokenizer: Any, pad: int) -> None:
+    """Have Megatron take a pad token that may stand in text for text.
+
+    Its datasets feed 0 for each pad token and mask it as a label, wherever it stands.  They leave
+    that out when it is the end of text as well, and any other special token of `tokenizer`'s own
+    list, which Megatron's tokenizers lack.
+    """
+    special = {name: _id(tokenizer, name) for name in IN_TEXT}
+    same = [name for name, at in special.items() if at == pad]
+    tokenizer.special_tokens_dict = {
+        f"{k}_token": at for k, at in special.items() if at is not None
+    }
+    if args.sft and "eod" in same:
+        effect = "Megatron's SFT dataset masks its label, so that no answer learns to end"
+    elif args.allow_ambiguous_pad_tokens and same:
+        effect = "with --allow-ambiguous-pad-tokens it is fed as token 0 and its label is masked"
+    elif set(same) - {"eos", "eod"}:
+        effect = "it is read as text, and nothing is masked as padding"
+    else:
+        return
+    if args.rank == 0:
+        print(
+            f"the tokenizer's pad token {_text(tokenizer, pad)!r} (id {pad}) is its "
+            f"{' and '.join(same)} token too: {effect}; a pad token of its own (pad_token in "
+            "tokenizer_config.json) keeps them apart",
+            file=sys.stderr,
+        )
+
+
+def _text(tokenizer: Any, at: int) -> str:
+    try:
+        return str(tokenizer.detokenize([at], skip_special_tokens=False))
+    except Exception:  # as above
+        return ""
 
 
 def check_tokenizer(args: Namespace, checkpoint: ReferenceCheckpoint) -> None:
-    """The reference must have been trained on the same tokens.
+    """Refuse a reference that was trained on other tokens.
 
     A checkpoint saved by this entry carries the tokenizer's fingerprint; for any other the
     vocabulary must fit, which is all that can be told.

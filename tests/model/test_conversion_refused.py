@@ -76,6 +76,7 @@ def truncated(directory: Path) -> None:
 def no_file(directory: Path) -> None:
     index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    (directory / "model.safetensors").unlink()
 
 
 Q = "model.layers.1.self_attn.q_proj.weight"
@@ -105,7 +106,7 @@ IMPORTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a rope base of true": (change_config(rope_parameters={"rope_theta": True}), "rope_theta True"),
     "a rope base without end": (
         change_config(rope_parameters={"rope_theta": math.inf}),
-        "rope_theta inf",
+        "config.json cannot be read: JSON is malformed",
     ),
     "a negative rope base": (
         change_config(rope_parameters={"rope_theta": -10000.0}),
@@ -116,25 +117,36 @@ IMPORTS: dict[str, tuple[Callable[[Path], object], str]] = {
         "factor 0 of the llama3 rope",
     ),
     "a llama3 rope without a factor": (
-        change_config(rope_parameters=FULL_LLAMA3 | {"factor": math.nan}),
-        "factor nan of the llama3 rope",
+        change_config(rope_parameters=FULL_LLAMA3 | {"factor": None}),
+        "factor None of the llama3 rope",
     ),
-    "an epsilon without end": (change_config(rms_norm_eps=math.inf), "rms_norm_eps inf is no"),
+    "a llama3 rope whose factor is no number": (
+        change_config(rope_parameters=FULL_LLAMA3 | {"factor": math.nan}),
+        "config.json cannot be read: JSON is malformed",
+    ),
+    "an epsilon without end": (change_config(rms_norm_eps=math.inf), "JSON is malformed"),
+    "a negative epsilon": (change_config(rms_norm_eps=-1e-5), "`$.rms_norm_eps`"),
     "no rope base": (
         change_config(rope_parameters=..., rope_theta=None),
         "rope_theta None is not supported",
     ),
-    "rope parameters that are none": (change_config(rope_parameters=["default"]), "['default']"),
-    "a size that is none": (change_config(hidden_size="16"), "hidden_size '16' is no positive"),
-    "half a layer": (change_config(num_hidden_layers=1.5), "num_hidden_layers 1.5 is no"),
+    "rope parameters that are none": (
+        change_config(rope_parameters=["default"]),
+        "got `array` - at `$.rope_parameters`",
+    ),
+    "a size that is none": (change_config(hidden_size="16"), "got `str` - at `$.hidden_size`"),
+    "half a layer": (
+        change_config(num_hidden_layers=1.5),
+        "got `float` - at `$.num_hidden_layers`",
+    ),
     # Transformers 5 refuses these as well.
     "biases of null": (change_config(attention_bias=None), "attention_bias None"),
     "more biases of null": (change_config(mlp_bias=None), "mlp_bias None"),
     "a config that is a list": (
         lambda directory: (directory / "config.json").write_text('["llama"]'),
-        "config.json is not a model's",
+        "config.json cannot be read: Expected `object`, got `array`",
     ),
-    "incomplete config": (change_config(hidden_size=...), "no 'hidden_size'"),
+    "incomplete config": (change_config(hidden_size=...), "missing required field `hidden_size`"),
     "no config": (lambda directory: (directory / "config.json").unlink(), "config.json"),
     "pickles": (pickled, ".bin files are pickles"),
     "truncated": (truncated, "damaged"),
@@ -279,7 +291,7 @@ def test_command_line(llama: Path, tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'config.json'}")
+    assert done.stderr.splitlines()[-1].startswith(f"error: cannot read {tmp_path / 'config.json'}")
     assert "Traceback" not in done.stderr
 
 
@@ -304,4 +316,4 @@ def test_kill_leaves_nothing_to_load(llama: Path, tmp_path: Path) -> None:
     assert not target.exists()
     import_hugging_face(llama, target, 128)
     assert TorchDistReader(target / "release").arguments.num_layers == 2
-    assert not target.with_name("megatron.partial").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["megatron"]
