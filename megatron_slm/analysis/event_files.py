@@ -1,4 +1,4 @@
-"""Read the scalars of TensorBoard's event files, in bounded memory and time.
+"""Read TensorBoard's event files, scalars and texts, in bounded memory and time.
 
 A file is a sequence of records: length, CRC-32C of it, an Event in protobuf, CRC-32C of that.  A
 run that was killed, or whose disk was full, leaves half a record at the end of its file, and goes
@@ -11,6 +11,7 @@ import os
 import struct
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,22 +22,31 @@ EVENTS = "events.out.tfevents.*"
 LONGEST = 1 << 20  # bytes of an event that is read: one with scalars is far shorter
 MOST_VALUES, MOST_TAGS = 10_000_000, 10_000  # of a directory
 LAST_ITERATION = 1 << 50
+MOST_CHARACTERS = 10_000  # of a text
 # Of every scalar there is a second curve, over samples.
 OTHER_AXIS = " vs samples"
+TEXT = "/text_summary"
 HEAD, CRC = struct.Struct("<QI"), struct.Struct("<I")
 
-Scalars = dict[str, dict[int, float]]
+
+@dataclass(frozen=True)
+class Events:
+    """scalars: values of each tag by iteration, in its order.  texts: the last of each tag."""
+
+    scalars: dict[str, dict[int, float]]
+    texts: dict[str, str]
 
 
-def read_scalars(directory: Path) -> Scalars:
-    """Return the values of each tag by iteration, in its order.
+def read_events(directory: Path) -> Events:
+    """Read all event files of a directory.
 
     A resumed run writes some iterations again: the later ones count.
 
     Raises:
         UserError: a file is no event file, is damaged, or there are too many values.
     """
-    found: Scalars = defaultdict(dict)
+    scalars: dict[str, dict[int, float]] = defaultdict(dict)
+    texts: dict[str, str] = {}
     read = 0
     for path in sorted(directory.glob(EVENTS)):  # their names begin with the time
         for event in _events(path):
@@ -44,13 +54,16 @@ def read_scalars(directory: Path) -> Scalars:
             read += max(1, len(values))
             for value in values:
                 if value.HasField("simple_value") and not value.tag.endswith(OTHER_AXIS):
-                    found[value.tag][event.step] = value.simple_value
-            if read > MOST_VALUES or len(found) > MOST_TAGS:
+                    scalars[value.tag][event.step] = value.simple_value
+                elif value.tag.endswith(TEXT):
+                    text = b"".join(value.tensor.string_val)[:MOST_CHARACTERS]
+                    texts[value.tag.removesuffix(TEXT)] = text.decode(errors="replace")
+            if read > MOST_VALUES or len(scalars) + len(texts) > MOST_TAGS:
                 raise UserError(
                     f"{directory} has more than {MOST_VALUES:,} values or {MOST_TAGS:,} tags: more "
                     "than are read; log fewer, with --tensorboard-log-interval"
                 )
-    return {tag: dict(sorted(values.items())) for tag, values in found.items()}
+    return Events({tag: dict(sorted(values.items())) for tag, values in scalars.items()}, texts)
 
 
 def _events(path: Path) -> Iterator[Any]:

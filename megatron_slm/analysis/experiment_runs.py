@@ -16,7 +16,7 @@ from itertools import accumulate, pairwise
 from math import isfinite
 from pathlib import Path
 
-from megatron_slm.analysis.event_files import read_scalars
+from megatron_slm.analysis.event_files import read_events
 from megatron_slm.analysis.experiment_recipe import BASELINE
 from megatron_slm.analysis.experiment_results import Point, RunResult
 from megatron_slm.analysis.experiment_tasks import Instance
@@ -35,7 +35,7 @@ def read_run(instance: Instance, study: Path) -> RunResult:
     """
     directory = study / instance.directory
     args = _arguments(study / instance.output)
-    logged = read_scalars(directory / "tensorboard")
+    logged = read_events(directory / "tensorboard").scalars
     validations = list(filter(VALIDATION.fullmatch, logged))  # of several sets the first counts
     if not validations:
         raise UserError(f"{directory}: no validation was logged: give --eval-interval and data")

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_slm.analysis.event_files import EVENTS, read_scalars
+from megatron_slm.analysis.event_files import EVENTS, read_events
 from megatron_slm.analysis.report.token_map import MOST_DUMPS
 from megatron_slm.data.token_dump import TokenDump, read_dumps
 from megatron_slm.errors import UserError
@@ -79,7 +79,7 @@ def _dump_directories(directory: Path) -> list[Path]:
 
 def _read_scalars(logs: Path) -> dict[str, Series]:
     scalars = {}
-    for tag, points in read_scalars(logs).items():
+    for tag, points in read_events(logs).scalars.items():
         known = {at: value for at, value in points.items() if math.isfinite(value)}
         if known:
             scalars[tag] = Series(list(known), list(known.values()))
