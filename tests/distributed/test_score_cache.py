@@ -28,7 +28,8 @@ from jobs import (
     from_own_checkpoint,
 )
 from launch import REPOSITORY, Run, launch, pretrain, start
-from megatron_slm.data.score_cache import Section, decode, encode, read_manifest
+from megatron_slm.data.score_cache import Section, decode, encode
+from megatron_slm.data.score_manifest import read_manifest
 from megatron_slm.data.token_dump import read_dumps
 
 TOOL = str(REPOSITORY / "tools" / "score_reference.py")
@@ -334,7 +335,7 @@ def test_inspect(by_document: Path, exact: Path, tmp_path: Path) -> None:
     shard.write_bytes(content)
     run = launch(1, [TOOL, "inspect", str(broken)], tmp_path / "run", check=False)
     assert run.codes == [2]
-    assert f"{shard} is damaged at records [0]" in run.outputs[0]
+    assert f"{shard} is damaged at record 0" in run.outputs[0]
 
 
 def test_encoding() -> None:

@@ -26,6 +26,7 @@ from megatron_slm.analysis.report.study import (
 from megatron_slm.analysis.report.token_map import MOST_TOKENS, token_map
 from megatron_slm.analysis.token_text import dump_tokenizer
 from megatron_slm.errors import UserError
+from megatron_slm.files import write_whole
 
 HERE = Path(__file__).parent
 
@@ -69,10 +70,7 @@ def write_report(directory: Path, output: Path, tokenizer_model: str | None) -> 
         plotly=Markup(get_plotlyjs()),
         scripts=_asset("token_map.js") + _asset("page.js"),
     )
-    try:
-        output.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror}") from error
+    write_whole(output, page.encode())
 
 
 def _run(run: RunFiles, tokenizer_model: str | None, most_tokens: int) -> dict[str, Any]:

@@ -12,10 +12,11 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_slm.analysis.event_files import EVENTS, read_events
+from megatron_slm.analysis.report.token_map import MOST_DUMPS
 from megatron_slm.data.token_dump import TokenDump, read_dumps
 from megatron_slm.errors import UserError
 
-EVENTS = "events.out.tfevents.*"
 DUMPS = "iter_*.safetensors"
 DYNAMICS = Path("dynamics") / "token_dynamics.parquet"
 # Tags of the validation loss: one, or one a set (--multiple-validation-sets); not its perplexity.
@@ -61,7 +62,7 @@ def read_run(directory: Path) -> RunFiles:
         name=directory.resolve().name,
         directory=directory,
         scalars=scalars,
-        dumps=[] if dumps is None else read_dumps(dumps),
+        dumps=[] if dumps is None else read_dumps(dumps, most=MOST_DUMPS),
         dynamics=dynamics if dynamics.is_file() else None,
     )
     if not (found.scalars or found.dumps or found.dynamics):
@@ -77,15 +78,9 @@ def _dump_directories(directory: Path) -> list[Path]:
 
 
 def _read_scalars(logs: Path) -> dict[str, Series]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(logs))
-    events.Reload()
     scalars = {}
-    for tag in events.Tags()["scalars"]:
-        # A resumed run writes some iterations again: the later ones count.
-        points = {event.step: event.value for event in events.Scalars(tag)}
-        known = sorted((at, value) for at, value in points.items() if math.isfinite(value))
-        if known and not tag.endswith(" vs samples"):
-            scalars[tag] = Series([at for at, _ in known], [value for _, value in known])
+    for tag, points in read_events(logs).scalars.items():
+        known = {at: value for at, value in points.items() if math.isfinite(value)}
+        if known:
+            scalars[tag] = Series(list(known), list(known.values()))
     return scalars

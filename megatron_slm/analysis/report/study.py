@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 
 from megatron_slm.analysis.experiment_table import COLUMNS, rows, verdicts
 from megatron_slm.analysis.report.figures import band, figure, line
-from megatron_slm.errors import UserError
+from megatron_slm.analysis.study_file import read_results
 
 RESULTS = "results.json"
 
@@ -20,14 +19,7 @@ def read_study(directory: Path) -> dict[str, Any]:
     Raises:
         UserError: not the file that tools/run_experiment.py writes.
     """
-    path = directory / RESULTS
-    try:
-        results: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    if results.get("format") != 1:
-        raise UserError(f"{path} is not of a study that this version knows")
-    return results
+    return read_results(directory / RESULTS)
 
 
 def run_directories(results: dict[str, Any]) -> list[str]:
