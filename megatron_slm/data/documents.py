@@ -135,6 +135,8 @@ def _parse_at_once(lines: list[bytes | None], wanted: Wanted) -> Batch | None:
 
 
 def _parse_each(path: str, number: int, lines: list[bytes | None], wanted: Wanted) -> Batch:
+    if None not in lines and not b"".join(lines).strip():  # type: ignore[arg-type]
+        return Batch([], blank_lines=len(lines))  # a bomb has them by the billion
     batch = Batch([])
     for at, line in enumerate(lines, number):
         if line is not None and not line.strip():
@@ -167,11 +169,9 @@ def _reject(path: str, line: int, error: Exception, content: str) -> dict[str, A
 
 def _read_parquet(piece: Piece, wanted: Wanted, seen: InputHash) -> Iterator[Batch]:
     """Rows count as lines, from 1.  The file is hashed by the way, in step with its row groups."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(f"{piece.path} needs pyarrow: pip install 'megatron-slm[data]'") from error
+    import pyarrow
+    import pyarrow.parquet
+
     number = 1
     # Neither a whole row group nor a whole column of one is held.
     reading = {"memory_map": False, "pre_buffer": False, "buffer_size": COLUMN_BYTES}

@@ -71,7 +71,7 @@ def fingerprint(
     """Write a task's fingerprints; returns their manifest.
 
     Raises:
-        UserError: an input is damaged, rensa is missing, or the disk is full.
+        UserError: an input is damaged, or the disk is full.
     """
     kinds = ("exact", "rows") if options["dedup"] == "near" else ("exact",)
     unfinished = {kind: temporary(fingerprint_path(directory, task, kind)) for kind in kinds}
@@ -125,10 +125,8 @@ def exact_hash(text: str) -> bytes:
 
 def band_hashes(texts: Sequence[str]) -> Hashes:
     """[texts, BANDS].  Texts of fewer than WORDS words share no band with any other."""
-    try:
-        from rensa import RMinHash
-    except ImportError as error:
-        raise UserError("--dedup near needs rensa: pip install 'megatron-slm[data]'") from error
+    from rensa import RMinHash
+
     found = [shingles(text, WORDS) for text in texts]
     ends = np.cumsum([0, *map(len, found)], dtype=np.uint64)
     flat = np.concatenate([np.empty(0, np.uint64), *found])

@@ -8,6 +8,7 @@ is easily got wrong: white space, other scripts, and the tokenizer's own special
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -151,25 +152,36 @@ def engine_names() -> list[str]:
     return list(dict.fromkeys(chain.from_iterable(ENGINES.values())))
 
 
-def load_engine(name: str, file: TokenizerFile, special: bool) -> Encode:
-    """Args: special: whether special tokens in text become their ids, not the ids of their letters.
+def check_engine(name: str, file: TokenizerFile, special: bool) -> None:
+    """Refuse an engine that cannot do what is asked, before hours of work ask it.
+
+    Args:
+        name: of an engine, or auto.
+        special: whether special tokens in text become their ids, not the ids of their letters.
 
     Raises:
         UserError: the engine has no such kind of tokenizer, or is not installed.
     """
-    if name not in ENGINES[file.kind]:
+    if name not in ("auto", *ENGINES[file.kind]):
         raise UserError(f"--engine {name} cannot read {file.path}, a {file.kind} tokenizer")
     if special and file.kind != "hugging-face":
         raise UserError(
             f"--special-tokens-in-text ids: {file.kind} always reads them as text; only a Hugging "
             "Face tokenizer has the choice"
         )
-    try:
-        return ENGINES[file.kind][name](file, special)
-    except ImportError as error:
-        raise UserError(
-            f"--engine {name} is not installed: pip install {PACKAGES.get(name, name)}"
-        ) from error
+    package = PACKAGES.get(name, name)
+    if name != "auto" and importlib.util.find_spec(package.replace("-", "_")) is None:
+        raise UserError(f"--engine {name} is not installed: pip install {package}")
+
+
+def load_engine(name: str, file: TokenizerFile, special: bool) -> Encode:
+    """Return an engine's function from texts to ids.
+
+    Raises:
+        UserError: as check_engine.
+    """
+    check_engine(name, file, special)
+    return ENGINES[file.kind][name](file, special)
 
 
 def choose_engine(wanted: str, file: TokenizerFile, special: bool, sample: list[str]) -> Choice:
@@ -181,8 +193,7 @@ def choose_engine(wanted: str, file: TokenizerFile, special: bool, sample: list[
     """
     names = list(ENGINES[file.kind])
     reference = names[-1]
-    if wanted not in ("auto", *names):
-        load_engine(wanted, file, special)  # says what is wrong
+    check_engine(wanted, file, special)
     exact = load_engine(reference, file, special)
     if wanted == "auto" and not any(sample):
         why = "no document at the beginnings of the input to compare others on"

@@ -8,14 +8,14 @@ one, and where it ends, follow from its own files, so that files added elsewhere
 
 from __future__ import annotations
 
-import glob
 import hashlib
+import importlib
 import os
-from collections.abc import Iterable, Sequence
+import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_slm.data.progress import say
 from megatron_slm.errors import UserError
 
 KINDS = {
@@ -29,6 +29,7 @@ KINDS = {
 }
 NOT_READ = (".bz2", ".xz", ".lz4")
 SKIPPABLE = tuple(number.to_bytes(4, "little") for number in range(0x184D2A50, 0x184D2A60))
+READERS = {"zstd": "zstandard", "parquet": "pyarrow"}
 MAGIC = {
     "gzip": (b"\x1f\x8b",),
     "zstd": (b"\x28\xb5\x2f\xfd", *SKIPPABLE),
@@ -61,19 +62,16 @@ class Task:
         return sum(piece.end - piece.start for piece in self.pieces)
 
 
-def plan_tasks(inputs: Sequence[str], shard_size: int) -> list[Task]:
-    """Cut the named files into tasks of about `shard_size` bytes, in the order given, which is that
-    of the dataset's documents.
-
-    Args:
-        inputs: files, directories (all they hold, sorted) and glob patterns (sorted).
+def plan_tasks(files: Sequence[str], shard_size: int) -> list[Task]:
+    """Cut files into tasks of about `shard_size` bytes, in the order given, which is that of the
+    dataset's documents.
 
     Raises:
-        UserError: nothing found, not readable, or not what the name says.
+        UserError: a file is not readable, or not what its name says.
     """
     tasks: list[list[Piece]] = []
     small: list[Piece] = []
-    for path in find_files(inputs):
+    for path in files:
         piece = open_piece(path)
         if 2 * piece.size < shard_size:
             small.append(piece)
@@ -107,59 +105,16 @@ def task_name(first: Piece) -> str:
     return f"{path.name}-{digest[:12]}-{first.start:013d}"
 
 
-def find_files(inputs: Iterable[str]) -> list[str]:
-    """Every file named, each once."""
-    found: dict[str, str] = {}
-    for name in inputs:
-        if os.path.isdir(name):
-            matches = files_below(name)
-        elif os.path.exists(name):
-            matches = [name]
-        else:
-            matches = [
-                path for path in sorted(glob.glob(name, recursive=True)) if os.path.isfile(path)
-            ]
-        if not matches:
-            raise UserError(
-                f"--input {name}: no such file, nothing matches, or a directory without any of "
-                f"{', '.join(f'*{suffix}' for suffix in KINDS)}"
-            )
-        for path in matches:
-            where = os.path.abspath(path)
-            try:
-                where.encode()
-            except UnicodeEncodeError as error:
-                raise UserError(f"{os.fsencode(path)!r} is not UTF-8; rename it") from error
-            if where in found:
-                raise UserError(f"--input names {path} twice; its documents would count double")
-            found[where] = path
-    return list(found.values())
+def import_for(what: str, package: str) -> None:
+    """Import a package that `what` needs, before hours of work find out that it is missing.
 
-
-def files_below(directory: str) -> list[str]:
-    """The inputs in a directory, sorted, also through links to directories, each of these once.
-    Files of other kinds (checksums, read-me files) are passed over."""
-
-    def refuse(error: OSError) -> None:
-        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
-
-    found: list[Path] = []
-    passed_over = 0
-    seen = set()
-    for root, directories, names in os.walk(directory, onerror=refuse, followlinks=True):
-        status = os.stat(root)
-        if (status.st_dev, status.st_ino) in seen:
-            directories.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        directories.sort()
-        paths = [Path(root, name) for name in names if not name.startswith(".")]
-        inputs = [path for path in paths if path.suffix.lower() in (*KINDS, *NOT_READ)]
-        passed_over += len(paths) - len(inputs)
-        found += inputs
-    if passed_over:
-        say(f"{directory}: passed over {passed_over} files of other kinds")
-    return [str(path) for path in sorted(found)]
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        importlib.import_module(package)
+    except ImportError as error:
+        raise UserError(f"{what} needs {package}: pip install 'megatron-slm[data]'") from error
 
 
 def open_piece(path: str, start: int = 0, end: int | None = None) -> Piece:
@@ -170,10 +125,17 @@ def open_piece(path: str, start: int = 0, end: int | None = None) -> Piece:
     kind = KINDS.get(suffix, "jsonl")
     try:
         status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(
+                f"{path} is not a regular file but a directory, pipe or device, which cannot be "
+                "read from any byte on: give a file, or send a pipe's jsonl to --input -"
+            )
         with open(path, "rb") as file:
             first = file.read(4)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    if kind in READERS:
+        import_for(path, READERS[kind])
     seen = next((name for name, magic in MAGIC.items() if first.startswith(magic)), "jsonl")
     if kind != seen:
         has = "nothing in it" if not first else f"the contents of {seen}"

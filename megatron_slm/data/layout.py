@@ -8,6 +8,7 @@ PREFIX_rejects/         lines that could not be used
 from __future__ import annotations
 
 import glob
+import os
 import re
 import shutil
 import sys
@@ -31,6 +32,18 @@ OURS = re.compile(rf"{TASK}[._]|duplicates\.verdicts|{re.escape(STDIN)}|{DECIDED
 def is_ours(path: Path) -> bool:
     """Whether a file in one of the directories has a name that only this program gives."""
     return OURS.match(path.name) is not None
+
+
+def is_output(path: str) -> bool:
+    """Return whether a file has a name that only this program gives, in whatever run: of a shard, a
+    list of rejects, or a manifest."""
+    directory, name = os.path.split(os.path.abspath(path))
+    if directory.endswith(("_shards", "_rejects")) and OURS.match(name):
+        return True
+    of_a_mix = os.path.exists(f"{path.removesuffix('.manifest.json')}.data-args.txt")
+    return name.endswith("_document.manifest.json") or (
+        name.endswith(".manifest.json") and of_a_mix
+    )
 
 
 @dataclass(frozen=True)
@@ -65,21 +78,27 @@ class Layout:
             UserError: another program's dataset is in the way, or files in one of the directories,
                 or another run is at work.
         """
-        if not self.shards.parent.is_dir():
-            raise UserError(f"--output-prefix: {self.shards.parent} is not a directory")
+        try:
+            self.shards.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"--output-prefix: {self.shards.parent} cannot be made a directory: "
+                f"{error.strerror}"
+            ) from error
         with alone_at(self.shards, "--output-prefix", LOCK_WAIT) if alone else nullcontext():
             self._make()
             yield
 
     def _make(self) -> None:
         for key in self.keys:
-            index = Path(f"{self.dataset(key)}.idx")
             known = manifest_path(self.dataset(key)).exists() or self.decided.exists()
-            if index.exists() and not known:
-                raise UserError(
-                    f"{index} exists and has no manifest, so it is not of this program's making: "
-                    "remove it and its .bin, or choose another --output-prefix"
-                )
+            for suffix in ("idx", "bin"):
+                path = Path(f"{self.dataset(key)}.{suffix}")
+                if os.path.lexists(path) and not known:
+                    raise UserError(
+                        f"{path} exists and has no manifest, so it is not of this program's "
+                        "making: remove both .bin and .idx, or choose another --output-prefix"
+                    )
         try:
             for directory in (self.shards, self.rejects):
                 directory.mkdir(exist_ok=True)
@@ -90,7 +109,7 @@ class Layout:
                             "files alone: move it elsewhere, or choose another --output-prefix"
                         )
         except OSError as error:
-            raise UserError(f"--output-prefix {self.prefix}: {error.strerror}") from error
+            raise UserError(f"--output-prefix: {error.filename}: {error.strerror}") from error
 
     def remove_leftovers(self) -> None:
         """Remove what this process, and those of this machine that are no more, were writing."""

@@ -14,7 +14,7 @@ from typing import Any
 from megatron_slm.data.inputs import Piece
 from megatron_slm.errors import UserError
 
-READ_BYTES = 1 << 14  # compressed; a file of one repeated byte expands them 30,000 times
+READ_BYTES = 1 << 12  # compressed; a file of one repeated byte expands them 30,000 times
 BATCH_BYTES = 1 << 20
 LONGEST_LINE = 1 << 26
 
@@ -76,7 +76,7 @@ def _split(chunks: Iterator[bytes]) -> Iterator[list[bytes | None]]:
     size = 0
     partial: list[bytes] = []  # of the line that the chunks so far have not ended
     partial_size = 0
-    for chunk in chunks:
+    for chunk in _cut(chunks):
         *ended, rest = chunk.split(b"\n")
         if ended:
             if partial_size + len(chunk) > LONGEST_LINE:
@@ -98,6 +98,16 @@ def _split(chunks: Iterator[bytes]) -> Iterator[list[bytes | None]]:
         yield lines
 
 
+def _cut(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield chunks of at most BATCH_BYTES, which as single lines take little memory."""
+    for chunk in chunks:
+        if len(chunk) <= BATCH_BYTES:
+            yield chunk
+        else:
+            for start in range(0, len(chunk), BATCH_BYTES):
+                yield chunk[start : start + BATCH_BYTES]
+
+
 def _without_long(partial: bytes, partial_size: int, ended: list[bytes]) -> list[bytes | None]:
     """The lines of a chunk and what came before, of which some may be too long."""
     first = partial + ended[0] if partial_size + len(ended[0]) <= LONGEST_LINE else None
@@ -110,12 +120,8 @@ def _chunks(piece: Piece, seen: InputHash) -> Iterator[bytes]:
     elif piece.kind == "gzip":
         yield from _decompressed(piece, seen, lambda: zlib.decompressobj(31), (zlib.error,))
     else:
-        try:
-            import zstandard
-        except ImportError as error:
-            raise UserError(
-                f"{piece.path} needs zstandard: pip install 'megatron-slm[data]'"
-            ) from error
+        import zstandard
+
         window = zstandard.ZstdDecompressor(max_window_size=1 << 31)
         yield from _decompressed(piece, seen, window.decompressobj, (zstandard.ZstdError,))
 
@@ -166,6 +172,11 @@ def _decompressed(
                     stream = new_stream()
                 try:
                     chunk = stream.decompress(compressed)
+                except MemoryError as error:
+                    raise UserError(
+                        f"{piece.path} takes more memory to unpack than there is, before byte "
+                        f"{file.tell()}: use fewer --workers"
+                    ) from error
                 except damaged as error:
                     raise UserError(
                         f"{piece.path} is damaged, before byte {file.tell()}: {error}; "

@@ -10,7 +10,9 @@ from typing import Any
 from megatron_slm.data.chat import chat_renderer
 from megatron_slm.data.contamination import Contamination, read_evaluation_sets
 from megatron_slm.data.documents import Wanted
-from megatron_slm.data.inputs import Task, plan_tasks
+from megatron_slm.data.engines import check_engine
+from megatron_slm.data.input_files import find_files
+from megatron_slm.data.inputs import Task, import_for, plan_tasks
 from megatron_slm.data.layout import Layout
 from megatron_slm.data.progress import say
 from megatron_slm.data.shard import shard_prefix
@@ -53,6 +55,12 @@ class Settings:
             raise UserError("--workers and --shard-size must be at least 1")
         if len(set(self.json_keys)) < len(self.json_keys):
             raise UserError("--json-keys names a key twice; each key makes one dataset")
+        for key in self.json_keys:
+            if "/" in key:
+                raise UserError(
+                    f"--json-keys {key}: a key is part of its dataset's file names, which cannot "
+                    "have a slash: give the field another name in the input"
+                )
         if not 0 <= self.max_reject_fraction <= 1:
             raise UserError("--max-reject-fraction is a part of all documents, from 0 to 1")
         if not 0 <= self.rank < self.world_size:
@@ -87,15 +95,22 @@ class Setup:
 def prepare(settings: Settings, layout: Layout) -> Setup:
     """Look at inputs, tokenizer and evaluation sets."""
     layout.remove_leftovers()
+    if settings.dedup == "near":
+        import_for("--dedup near", "rensa")
     inputs = [layout.spool_stdin() if name == "-" else name for name in settings.inputs]
-    tasks = plan_tasks(inputs, settings.shard_size)
+    aside = [settings.tokenizer_model, settings.chat_template, *settings.decontaminate]
+    files = find_files(inputs, settings.output_prefix, [path for path in aside if path])
+    tasks = plan_tasks(files, settings.shard_size)
     if not settings.merge:
         refuse_spaces(layout, tasks)
     file = open_tokenizer(settings.tokenizer_model, settings.tokenizer_type)
+    check_engine(settings.engine, file, settings.special_ids)
     if settings.append_eod and file.eod is None:
         raise UserError("--append-eod: the tokenizer has no end-of-document token")
     if settings.prepend_bos and file.bos is None:
         raise UserError("--prepend-bos: the tokenizer has no token that begins a document")
+    if not settings.append_eod and file.eod is not None and settings.stage in ("all", "tokenize"):
+        say("no --append-eod: no token marks where a document ends and the next begins")
     contamination = read_evaluation_sets(settings.decontaminate) if settings.decontaminate else None
     if contamination is not None and contamination.too_short:
         say(f"{contamination.too_short} evaluation texts are too short to be looked for")
