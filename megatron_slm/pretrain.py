@@ -22,13 +22,9 @@ def main(cpu: bool | None = None) -> None:
 
 
 def _parse_arguments(cpu: bool) -> Namespace:
-    from megatron.training.arguments import parse_and_validate_args
+    from megatron_slm.training.parsing import parse_training
 
-    args: Namespace = parse_and_validate_args(
-        extra_args_provider=partial(add_arguments, cpu=cpu),
-        args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
-    )
-    return args
+    return parse_training(partial(add_arguments, cpu=cpu))
 
 
 def _pretrain(args: Namespace) -> None:
@@ -43,8 +39,10 @@ def _pretrain(args: Namespace) -> None:
     from megatron_slm.training import datasets, event_writer, report, seam
     from megatron_slm.training.arguments import validate_arguments
     from megatron_slm.training.checkpoint_arguments import check_start
+    from megatron_slm.training.data_faults import data_faults
     from megatron_slm.training.dump import token_dumps
     from megatron_slm.training.idle_options import without_effect
+    from megatron_slm.training.refusals import in_one_line
     from megatron_slm.training.resumed import saved_arguments
     from megatron_slm.training.settings import settings_from_arguments
     from megatron_slm.training.sources import open_source
@@ -69,12 +67,13 @@ def _pretrain(args: Namespace) -> None:
     event_writer.install(args.tensorboard_dir)
     report.install(timed=source is not None and source.caches is None)
 
-    pretrain(
-        pretrain_cfg_container_from_args(args, gpt_config(args, layer_spec)),
-        provider,
-        ModelType.encoder_or_decoder,
-        step.forward_step,
-    )
+    with data_faults(args), in_one_line(begun=lambda: step.step is not None):
+        pretrain(
+            pretrain_cfg_container_from_args(args, gpt_config(args, layer_spec)),
+            provider,
+            ModelType.encoder_or_decoder,
+            step.forward_step,
+        )
 
 
 if __name__ == "__main__":

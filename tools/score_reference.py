@@ -37,11 +37,13 @@ def run(cpu: bool) -> None:
 
     from megatron_slm.model.layer_spec import plain_block_spec
     from megatron_slm.training.arguments import validate_arguments
+    from megatron_slm.training.data_faults import data_faults
     from megatron_slm.training.scoring import parse_arguments, score
 
     args = parse_arguments(partial(add_arguments, cpu=cpu, job=SCORING))
     validate_arguments(args)
-    score(args, None if HAVE_TE else plain_block_spec)
+    with data_faults(args, kept="the same command goes on with what was scored"):
+        score(args, None if HAVE_TE else plain_block_spec)
 
 
 if __name__ == "__main__":

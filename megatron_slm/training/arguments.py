@@ -80,6 +80,9 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
 def validate_arguments(args: Namespace) -> None:
     """Refuse Megatron's options that cannot be honoured.
 
+    Args:
+        args: as parsed, and again after Megatron's validation, which may set some of them.
+
     Raises:
         UserError: naming the argument and what to do about it.
     """
@@ -91,7 +94,8 @@ def validate_arguments(args: Namespace) -> None:
             f"--cuda-graph-impl {args.cuda_graph_impl} cannot be used with selective language "
             "modeling: the number of selected tokens is not static"
         )
-    if args.gtp_weight_remat_size > 1:
+    shards = args.tensor_parallel_num_weight_shards
+    if shards is not None and shards != args.tensor_model_parallel_size:
         raise UserError(
             "--tensor-parallel-num-weight-shards cannot be used: the output layer's "
             "weight is gathered only when it is called"

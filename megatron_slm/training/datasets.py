@@ -18,7 +18,9 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 from megatron_slm.data.scored_dataset import SampleScored, document_scored
 from megatron_slm.data.tokenizer import TYPES
 from megatron_slm.data.verify import check_quickly, whole_manifest
+from megatron_slm.errors import UserError
 from megatron_slm.training.caches import SPLITS, Caches, data_prefixes
+from megatron_slm.training.data_parts import check_parts
 
 
 def use_prebuilt_helpers() -> None:
@@ -33,21 +35,28 @@ def use_prebuilt_helpers() -> None:
     utils.compile_helpers = lambda: None
 
 
-def check_files(args: Any) -> None:
+def check_files(args: Any, draws: bool = True) -> None:
     """Look at every dataset's files before anything is built.  Done on every rank, so that none
     waits for one that has ended.  Files in object storage, and conversations, are left to Megatron.
 
+    Args:
+        draws: whether the samples of a run are drawn from them.
+
     Raises:
         UserError: files are missing or truncated, do not belong together, or were made with a
-            larger vocabulary or another tokenizer.
+            larger vocabulary or another tokenizer; or a part of them has not what is drawn.
     """
     if args.sft:
         return
     model = args.tokenizer_model if args.tokenizer_type in TYPES else None  # others read no file
+    indices = {}
     for prefix in data_prefixes(args):
         if not is_object_storage_path(prefix):
             with whole_manifest(prefix):
-                check_quickly(prefix, args.slm_vocab_size, tokenizer_model=model)
+                found = check_quickly(prefix, args.slm_vocab_size, tokenizer_model=model)
+            indices[prefix] = found.index
+    if draws:
+        check_parts(args, indices)
 
 
 class DatasetProvider:
@@ -73,9 +82,10 @@ class DatasetProvider:
         kind: Any = SFTDataset if args.sft else MockGPTDataset if args.mock_data else GPTDataset
         if caches is not None and caches.kind == "document":
             kind = document_scored(caches.sections)
-        datasets = BlendedMegatronDatasetBuilder(
+        builder = BlendedMegatronDatasetBuilder(
             kind, samples, partial(reads_data, vp_stage), _dataset_config(args)
-        ).build()
+        )
+        datasets = _built(builder)
         print_rank_0("> finished creating GPT datasets ...")
         if caches is not None and caches.kind == "sample":
             caches.check_samples(datasets, samples)
@@ -94,6 +104,22 @@ class DatasetProvider:
 def reads_data(vp_stage: int | None = None) -> bool:
     """Whether this rank reads samples."""
     return mpu.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(vp_stage)
+
+
+def _built(builder: BlendedMegatronDatasetBuilder) -> list[Any]:
+    """Build, without the datasets that have no samples: of those, which nothing is drawn from,
+    Megatron would make a loader and refuse it."""
+    try:
+        datasets = builder.build()
+    except Exception as error:
+        cause = error.__cause__
+        if not isinstance(cause, OSError):
+            raise
+        raise UserError(
+            f"{cause.filename}: {cause.strerror}: name a directory where the datasets' indices can "
+            "be written with --data-cache-path"
+        ) from error
+    return [None if dataset is not None and len(dataset) == 0 else dataset for dataset in datasets]
 
 
 def _dataset_config(args: Any) -> GPTDatasetConfig:

@@ -7,6 +7,8 @@ from argparse import Namespace
 from megatron.training.arguments import validate_args
 from megatron.training.global_vars import set_global_variables
 
+from megatron_slm.training.refusals import in_one_line
+
 
 def settle_arguments(args: Namespace, model: Namespace) -> None:
     """Let Megatron check the arguments and make them its own, without what only a run has.
@@ -27,7 +29,8 @@ def settle_arguments(args: Namespace, model: Namespace) -> None:
     args.pipeline_model_parallel_layout = None
     args.tensorboard_dir, args.wandb_project = None, ""  # the run's logs are not this job's
     args.exit_signal_handler = False  # a job that is killed goes on as well as one that ends
-    validate_args(args, {"tokenizer_type": "GPT2BPETokenizer"})
-    set_global_variables(args)
+    with in_one_line():
+        validate_args(args, {"tokenizer_type": "GPT2BPETokenizer"})
+        set_global_variables(args)
     args.global_batch_size = batches["global_batch_size"]
     args.eval_global_batch_size = batches["eval_global_batch_size"] or args.global_batch_size

@@ -23,7 +23,6 @@ import torch
 from megatron.core import mpu
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.training import get_tokenizer
-from megatron.training.arguments import parse_args
 from megatron.training.initialize import initialize_megatron
 from megatron.training.training import get_train_valid_test_num_samples
 from megatron.training.utils import print_rank_0
@@ -50,6 +49,8 @@ from megatron_slm.training.micro_batch import (
     read_micro_batches,
     whole_sequences,
 )
+from megatron_slm.training.parsing import parse_job
+from megatron_slm.training.refusals import in_one_line
 from megatron_slm.training.sources import check_options, open_reference
 from megatron_slm.training.tokenizer import record_tokenizer
 
@@ -66,7 +67,7 @@ def parse_arguments(add_own: Callable[[ArgumentParser], ArgumentParser]) -> Name
     Raises:
         UserError: a run whose samples cannot be told.
     """
-    args: Namespace = parse_args(add_own)
+    args = parse_job(add_own)
     if args.by == "sample":
         for name in ("full_validation", "multiple_validation_sets", "step_batch_size_schedule"):
             if getattr(args, name):
@@ -87,13 +88,14 @@ def score(args: Namespace, layer_spec: Callable[..., Any] | None) -> None:
     """
     check_options(args)
     record_tokenizer(args, get_tokenizer())
-    check_files(args)
+    check_files(args, draws=args.by == "sample")
     checkpoint, own_arguments = open_reference(
         args, args.slm_reference_load[0], args.slm_reference_ckpt_step
     )
     use_prebuilt_helpers()
-    initialize_megatron()
-    datasets = _documents(args) if args.by == "document" else _samples()
+    with in_one_line():
+        initialize_megatron()
+        datasets = _documents(args) if args.by == "document" else _samples()
     directory = Path(args.slm_reference_cache[0])
     manifest, missing = on_first_rank(lambda: _begin(args, checkpoint, directory, datasets))
     replicas = mpu.get_data_parallel_world_size()

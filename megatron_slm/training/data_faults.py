@@ -1,0 +1,77 @@
+"""Data that can no longer be read in the middle of a run, in one line.
+
+Files that are truncated under a run end a loader's worker by a bus error, as memory that runs out
+does by a kill; torch then raises a RuntimeError wherever the main process is, without the file.
+"""
+
+from __future__ import annotations
+
+import re
+import traceback
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from megatron_slm.errors import UserError
+from megatron_slm.model.torch_dist import TRACKER
+from megatron_slm.training.datasets import check_files
+
+WORKER = "DataLoader worker"
+OF_DATA = ("megatron/core/datasets/", "megatron_slm/data/")  # files of frames
+
+
+@contextmanager
+def data_faults(args: Namespace, kept: str | None = None) -> Iterator[None]:
+    """Say in one line what failed when data was read.
+
+    Args:
+        kept: what remains of the job; by default the last checkpoint of --save.
+
+    Raises:
+        UserError: in the place of an exception of reading data, with the file.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        cause = _changed(args) or _cause(error)
+        if cause is None:
+            raise
+        raise UserError(f"{cause}; {kept or _kept(args)}") from error
+
+
+def _changed(args: Namespace) -> str | None:
+    """Which dataset is no longer what it was at the start, whatever the failure that this led to:
+    ids beyond the vocabulary, say, or a rank that waits for another."""
+    try:
+        check_files(args, draws=False)
+    except UserError as found:
+        return f"a dataset has changed during the run: {found}"
+    return None
+
+
+def _cause(error: Exception) -> str | None:
+    """What failed where data is read; None for what is none of that."""
+    text = str(error).strip() or repr(error)
+    killed = re.search(r"\(pid \d+\) is killed by signal: ([\w ]+)", text)
+    if WORKER in text and killed is not None:
+        return (
+            f"a worker that loads data was killed ({killed[1]}), though the datasets' files are "
+            "whole: see whether memory or /dev/shm ran out, or take fewer with --num-workers"
+        )
+    frames = traceback.extract_tb(error.__traceback__)
+    if WORKER in text or any(part in frame.filename for frame in frames for part in OF_DATA):
+        return f"reading the data failed: {text.splitlines()[-1 if 'Traceback' in text else 0]}"
+    return None
+
+
+def _kept(args: Namespace) -> str:
+    """What a run leaves that ends here."""
+    if args.save is None:
+        return "nothing was saved, as there is no --save"
+    with suppress(OSError, ValueError):
+        iteration = (Path(args.save) / TRACKER).read_text().strip()
+        return f"the last checkpoint in {args.save} is of iteration {iteration}: --load it to go on"
+    return f"no checkpoint had been saved in {args.save}"

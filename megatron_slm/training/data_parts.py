@@ -1,0 +1,181 @@
+"""Whether the parts that Megatron cuts datasets into have what a run draws from them.
+
+--split cuts the documents of each dataset into a training, a validation and a test part.  Megatron
+builds all three, whether or not a run draws from them, and goes through a part as often as the
+samples need: through one without tokens for ever, on all ranks, without a word.  A member of a
+blend without weights, and a set of --full-validation, are read once and need a whole sample.
+"""
+
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
+from megatron.training.utils import get_blend_and_blend_per_split
+
+from megatron_slm.data.indexed_format import Index
+from megatron_slm.errors import UserError
+from megatron_slm.training.caches import SPLITS
+
+NAMES = dict(zip(SPLITS, ("training", "validation", "test"), strict=True))
+# Megatron counts the passes one by one, and lists every document of each.
+MOST_PASSES = 10**8
+
+Blend = tuple[list[str], list[float] | None]
+Span = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Documents first to end (exclusive) of a dataset, of `documents`, with their tokens."""
+
+    prefix: str
+    first: int
+    end: int
+    documents: int
+    tokens: int
+
+    @classmethod
+    def of(cls, prefix: str, index: Index, span: Span) -> Part:
+        """The part that Megatron cuts out, by its own rounding."""
+        documents = len(index.lengths)
+        first, end = (round(edge * float(documents)) for edge in span)
+        tokens = 0
+        if first < end:
+            before = int(index.offsets[end - 1]) - int(index.offsets[first])
+            tokens = before // index.dtype.itemsize + int(index.lengths[end - 1])
+        return cls(prefix, first, end, documents, tokens)
+
+
+def check_parts(args: Namespace, indices: Mapping[str, Index]) -> None:
+    """Look at every part that the datasets are cut into.
+
+    Args:
+        args: after Megatron's validation.
+        indices: of the datasets, by prefix; one that is not there is not looked at.
+
+    Raises:
+        UserError: a part on which Megatron would hang or fail, with its dataset and documents.
+    """
+    blend, per_split = get_blend_and_blend_per_split(args)
+    spans = [(0.0, 1.0)] * len(SPLITS) if blend is None else split_spans(args.split)
+    blends = per_split or [blend] * len(SPLITS)
+    for split, span, each, wanted in zip(SPLITS, spans, blends, drawn_samples(args), strict=True):
+        if span is None or each is None or not all(prefix in indices for prefix in each[0]):
+            continue
+        parts = [Part.of(prefix, indices[prefix], span) for prefix in each[0]]
+        _check_split(args, split, parts, each[1], wanted, of_its_own=blend is None)
+
+
+def split_spans(split: str) -> list[Span | None]:
+    """The training, validation and test part of --split, from 0 to 1; None for one of share 0.
+
+    Raises:
+        UserError: not such a list.
+    """
+    try:
+        shares = parse_and_normalize_split(split)
+    except (AssertionError, ValueError):
+        shares = [math.nan]
+    if not all(map(math.isfinite, shares)):
+        raise UserError(
+            f"--split {split}: give the shares of training, validation and test, such as 969,30,1"
+        )
+    spans: list[Span | None] = convert_split_vector_to_split_matrix(shares)
+    return spans
+
+
+def drawn_samples(args: Namespace) -> tuple[int, int | None, int]:
+    """Samples of each split that Megatron asks for; None for all there are, once."""
+    batch = args.global_batch_size
+    train = args.train_samples or (args.train_iters or 0) * batch
+    if args.phase_transition_iterations:  # only those of the current phase, in a resumed run
+        train = min(train, 1)
+    iterations = args.train_iters or train // batch
+    points = 1 if args.skip_train else iterations // args.eval_interval + 1
+    if args.start_eval_at_iter is not None and not args.skip_train:
+        points = max(0, points - args.start_eval_at_iter // args.eval_interval)
+    test = args.eval_iters * args.eval_global_batch_size
+    return train, None if args.full_validation else points * test, test
+
+
+def _check_split(
+    args: Namespace,
+    split: str,
+    parts: Sequence[Part],
+    weights: Sequence[float] | None,
+    wanted: int | None,
+    of_its_own: bool,
+) -> None:
+    sets = of_its_own and args.multiple_validation_sets and split == "valid"
+    alone = sets or (len(parts) == 1 and (of_its_own or weights is None))
+    if weights is not None and (wanted is None or not alone):
+        _check_weights(split, parts, weights, wanted)
+    for part in parts:
+        once = wanted is None or (weights is None and not alone)
+        if part.tokens == 0 and not once:
+            raise UserError(_empty(args, split, part, of_its_own))
+        fewest = args.data_parallel_size if wanted is None else 1
+        if once and part.tokens <= fewest * args.seq_length:
+            raise UserError(
+                f"{part.prefix}: its {NAMES[split]} part has {part.tokens} tokens, and Megatron, "
+                f"which reads it once, needs at least {fewest * args.seq_length + 1} (--seq-length "
+                f"{args.seq_length}): give it more documents"
+                + ("" if wanted is None else ", or the datasets weights")
+            )
+        if not once and wanted * args.seq_length > part.tokens * MOST_PASSES:
+            raise UserError(
+                f"{part.prefix}: its {NAMES[split]} part has only {part.tokens} tokens, and the "
+                f"run draws {wanted} samples of {args.seq_length}: give it more documents"
+            )
+    if weights is None and not alone and wanted is not None:
+        _check_read_once(args, split, parts, wanted)
+
+
+def _empty(args: Namespace, split: str, part: Part, of_its_own: bool) -> str:
+    """What to say of a part without tokens."""
+    number = f"{part.prefix} has {part.documents} document{'s' * (part.documents != 1)}"
+    if of_its_own:
+        return f"{number}, none of which has a token"
+    shares = args.split.replace(" ", "")  # Megatron's default has some
+    has = "none"
+    if part.first < part.end:
+        has = f"documents {part.first} to {part.end - 1}, which have no tokens"
+    return (
+        f"{number}, of which --split {shares} leaves the {NAMES[split]} part {has}; Megatron would "
+        "wait for ever: give that part a larger share, or 0 if the run does not need it"
+    )
+
+
+def _check_weights(
+    split: str, parts: Sequence[Part], weights: Sequence[float], wanted: int | None
+) -> None:
+    for part, weight in zip(parts, weights, strict=True):
+        if not 0.0 < weight < math.inf:
+            raise UserError(
+                f"{part.prefix}: its weight in the blend is {weight:g}; give one above 0, or leave "
+                "the dataset out"
+            )
+    if wanted is None:
+        raise UserError(
+            f"--full-validation reads each {NAMES[split]} dataset once: name them without weights, "
+            "with --valid-data-path"
+        )
+
+
+def _check_read_once(args: Namespace, split: str, parts: Sequence[Part], wanted: int) -> None:
+    """A blend without weights ends with its datasets, in the middle of a run."""
+    ends_early = split == "train" and (args.exit_interval or args.exit_duration_in_mins)
+    available = sum((part.tokens - 1) // args.seq_length for part in parts)
+    if available < wanted and args.dataloader_type != "cyclic" and not ends_early:
+        raise UserError(
+            f"the blend of {len(parts)} {NAMES[split]} datasets has no weights, so Megatron reads "
+            f"it once: {available} samples, of {wanted} that the run draws; give each dataset a "
+            "weight (WEIGHT PREFIX WEIGHT PREFIX), with which it is repeated"
+        )

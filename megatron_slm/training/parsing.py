@@ -1,0 +1,67 @@
+"""The command line as Megatron takes it, with our refusals before Megatron's.
+
+parse      Megatron's parser, with our options
+check      what we refuse: Megatron's validation would refuse some of it with another reason
+validate   Megatron's validation, which fills in what the arguments leave open
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+
+from megatron.training.arguments import parse_args, validate_args
+from megatron.training.checkpointing import load_args_from_checkpoint
+from megatron.training.global_vars import set_global_variables
+
+from megatron_slm.errors import UserError
+from megatron_slm.training.arguments import UNSUPPORTED, validate_arguments
+from megatron_slm.training.combinations import check_job, check_training
+from megatron_slm.training.refusals import in_one_line
+
+AddOptions = Callable[[ArgumentParser], ArgumentParser]
+DEFAULTS = {"tokenizer_type": "GPT2BPETokenizer"}
+
+
+def parse_training(add_options: AddOptions) -> Namespace:
+    """Do what Megatron's parse_and_validate_args does.
+
+    Raises:
+        UserError: arguments that we or Megatron refuse.
+    """
+    args = parse_job(add_options)
+    check_training(args)
+    with in_one_line():
+        if args.use_checkpoint_args:
+            if args.load is None and args.pretrained_checkpoint is None:
+                raise UserError("--use-checkpoint-args needs --load or --pretrained-checkpoint")
+            load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
+            load_args_from_checkpoint(args)
+        validate_args(args, DEFAULTS)
+        set_global_variables(args)
+    return args
+
+
+def parse_job(add_options: AddOptions) -> Namespace:
+    """Parse, and check what can be told without Megatron's validation.
+
+    Raises:
+        UserError: arguments that we or Megatron refuse.
+    """
+    with in_one_line():
+        args: Namespace = parse_args(lambda parser: _without_yaml(add_options(parser)))
+    validate_arguments(args)
+    check_job(args)
+    return args
+
+
+def _without_yaml(parser: ArgumentParser) -> ArgumentParser:
+    """Refuse --yaml-cfg where it is parsed: Megatron reads the file at once, and takes it for all
+    arguments."""
+
+    def refuse(_: str) -> None:
+        flag, why = UNSUPPORTED["yaml_cfg"]
+        raise UserError(f"{flag} cannot be used with selective language modeling: {why}")
+
+    next(action for action in parser._actions if action.dest == "yaml_cfg").type = refuse
+    return parser

@@ -1,0 +1,91 @@
+"""Megatron's refusals, which are tracebacks, in one line.
+
+Megatron checks arguments in many places between the command line and the first step, often by an
+assertion without a word.  What it says, or else the line of its source, becomes a UserError that
+names the place.
+"""
+
+from __future__ import annotations
+
+import linecache
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import megatron.core
+import megatron.training
+
+from megatron_slm import platform
+from megatron_slm.errors import UserError
+
+MOST = 400  # characters of what Megatron says
+OURS = Path(__file__).parents[1]
+PLATFORM = Path(platform.__file__).parent
+MEGATRON = tuple(
+    Path(path).parent for package in (megatron.core, megatron.training) for path in package.__path__
+)
+
+
+@contextmanager
+def in_one_line(begun: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Say what Megatron refuses by an exception in one line.
+
+    Args:
+        begun: whether training has, after which an exception is no longer about arguments.
+
+    Raises:
+        UserError: in the place of an exception raised in Megatron; others pass.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        # A package may be missed as late as in a step.
+        late = begun() and not isinstance(error, ImportError)
+        frame = None if late else _refusing_frame(error)
+        if frame is None:
+            raise
+        if isinstance(error, OSError) and error.filename:  # a place that the user named
+            raise UserError(f"{error.filename}: {error.strerror}") from error
+        raise UserError(f"Megatron refuses these arguments: {_words(error, frame)}") from error
+
+
+def _refusing_frame(error: Exception) -> traceback.FrameSummary | None:
+    """The frame of Megatron's that raised the error, or called what raised it; None for what is no
+    refusal, but an error of ours or of the machine."""
+    frames = traceback.extract_tb(error.__traceback__)
+    # The platform stands in for functions of torch that Megatron calls.
+    known = [
+        frame
+        for frame in frames
+        if _is_in(frame, (OURS, *MEGATRON)) and not _is_in(frame, (PLATFORM,))
+    ]
+    if not known or _is_in(known[-1], (OURS,)):
+        return None
+    # torch raises RuntimeErrors for memory, devices and connections.
+    if isinstance(error, RuntimeError | MemoryError):
+        said = frames[-1] is known[-1] and (known[-1].line or "").startswith("raise")
+        return known[-1] if said else None
+    return known[-1]
+
+
+def _is_in(frame: traceback.FrameSummary, directories: tuple[Path, ...]) -> bool:
+    return any(Path(frame.filename).is_relative_to(directory) for directory in directories)
+
+
+def _words(error: Exception, frame: traceback.FrameSummary) -> str:
+    """The message in one line, or the source that failed, and where."""
+    words = " ".join(str(error).split())
+    if not words:
+        first = frame.lineno or 1
+        lines = range(first, (frame.end_lineno or first) + 1)
+        words = " ".join(" ".join(linecache.getline(frame.filename, at) for at in lines).split())
+    elif not isinstance(error, AssertionError | ValueError) and type(error) is not Exception:
+        words = f"{type(error).__name__}: {words}"
+    if len(words) > MOST:
+        words = f"{words[:MOST]}..."
+    path = Path(frame.filename)
+    base = next(each for each in MEGATRON if path.is_relative_to(each)).parent
+    return f"{words} ({path.relative_to(base)}:{frame.lineno})"
