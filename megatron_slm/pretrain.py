@@ -8,7 +8,7 @@ models are trained.
 from __future__ import annotations
 
 from argparse import Namespace
-from functools import cache, partial
+from functools import partial
 
 from megatron_slm.entry import add_arguments, use_device
 from megatron_slm.errors import exit_on_user_error
@@ -48,7 +48,6 @@ def _pretrain(args: Namespace) -> None:
     from megatron_slm.training.arguments import validate_arguments
     from megatron_slm.training.checkpoint_arguments import check_start
     from megatron_slm.training.dump import token_dumps
-    from megatron_slm.training.resumed import saved_arguments
     from megatron_slm.training.settings import settings_from_arguments
     from megatron_slm.training.sources import open_source
     from megatron_slm.training.step import SelectiveStep
@@ -59,13 +58,13 @@ def _pretrain(args: Namespace) -> None:
     record_tokenizer(args, get_tokenizer())
     datasets.check_files(args)
     layer_spec = None if HAVE_TE else plain_block_spec
-    saved = cache(partial(saved_arguments, args))  # known when the policy has been loaded
     source = open_source(args, settings.domains, layer_spec)
-    check_start(args)
+    args.slm_selects = settings.selective
     args.slm_reference_identity = None if source is None else source.identity
+    saved = check_start(args)
     datasets.use_prebuilt_helpers()
     provider = datasets.DatasetProvider(None if source is None else source.caches)
-    step = SelectiveStep(settings, source, token_dumps(args, settings, provider), saved)
+    step = SelectiveStep(settings, source, token_dumps(args, settings, provider), lambda: saved)
     seam.install(step.run, step.save, step.finish)
     report.install(timed=source is not None and source.caches is None)
 
