@@ -81,10 +81,11 @@ def load_object(file: IO[bytes]) -> Any:
 
 def in_words(error: Exception) -> str:
     """Say in a line what kept an object from being loaded; torch tells how to run it after all."""
-    refused = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+    refused = re.search(r"GLOBAL (\S+)", str(error))
     if refused is not None:
         return f"it wants to run {refused[1]}"
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    said = str(error) if isinstance(error, ValueError | pickle.UnpicklingError) else repr(error)
+    return " ".join(said.split())[:300]
 
 
 def check_file(path: Path) -> None:

@@ -32,7 +32,7 @@ from megatron_slm.errors import UserError
 from megatron_slm.files import write_whole
 from megatron_slm.model.layer_spec import extra_states
 from megatron_slm.model.torch_dist import TRACKER
-from megatron_slm.training import helper_processes  # noqa: F401  arranges their end
+from megatron_slm.training import helper_processes
 
 POLL_SECONDS = 0.05
 
@@ -79,8 +79,14 @@ def install(before_save: Callable[[int], None]) -> None:
             mp_mode = "fork"  # a fresh process would know nothing of the platform
         else:
             multiprocessing.set_forkserver_preload([helper_processes.__name__])
-        with _without_sigterm():
-            start_writer(rank, mp_mode)
+        try:
+            with _without_sigterm():
+                start_writer(rank, mp_mode)
+        except ModuleNotFoundError as error:
+            raise UserError(
+                "--async-save needs nvidia-resiliency-ext, which is not installed; "
+                "--async-strategy mcore does without"
+            ) from error
 
     training.save_checkpoint = save
     training.load_checkpoint = load
