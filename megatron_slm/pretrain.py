@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from functools import cache, partial
+from functools import partial
 
 from megatron_slm.entry import add_arguments, start
 from megatron_slm.errors import say
@@ -43,7 +43,6 @@ def _pretrain(args: Namespace) -> None:
     from megatron_slm.training.dump import token_dumps
     from megatron_slm.training.idle_options import without_effect
     from megatron_slm.training.refusals import in_one_line
-    from megatron_slm.training.resumed import saved_arguments
     from megatron_slm.training.settings import settings_from_arguments
     from megatron_slm.training.sources import open_source
     from megatron_slm.training.step import SelectiveStep
@@ -54,15 +53,15 @@ def _pretrain(args: Namespace) -> None:
     record_tokenizer(args, get_tokenizer())
     datasets.check_files(args)
     layer_spec = None if HAVE_TE else plain_block_spec
-    saved = cache(partial(saved_arguments, args))  # known when the policy has been loaded
     source = open_source(args, settings.domains, layer_spec)
-    check_start(args)
+    args.slm_selects = settings.selective
     for line in without_effect(args, options_in(sys.argv[1:]), HAVE_TE, settings.head):
         say(line)
     args.slm_reference_identity = None if source is None else source.identity
+    saved = check_start(args)
     datasets.use_prebuilt_helpers()
     provider = datasets.DatasetProvider(None if source is None else source.caches)
-    step = SelectiveStep(settings, source, token_dumps(args, settings, provider), saved)
+    step = SelectiveStep(settings, source, token_dumps(args, settings, provider), lambda: saved)
     seam.install(step.run, step.save, step.finish)
     event_writer.install(args.tensorboard_dir)
     report.install(timed=source is not None and source.caches is None)

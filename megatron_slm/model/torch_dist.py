@@ -4,8 +4,7 @@ The format is torch.distributed.checkpoint's: one file a rank with torch.save'd 
 pickled table of them, `.metadata`.  torch's own writer keeps a tensor of every name in memory until
 its file is closed, so it cannot stream; its reader plans the reads here.
 
-Pickles run code.  `.metadata` is read by an unpickler that knows the table's classes and nothing
-else, everything else by torch.load(weights_only=True).  What has passed here is safe to unpickle.
+Pickles run code; what is pickled here is read as unpickling.py says.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import io
 import json
 import os
 import pickle
+import re
 from argparse import Namespace
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -38,71 +38,17 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_slm.errors import UserError
+from megatron_slm.files import open_regular, read_bounded
+from megatron_slm.model.checkpoint_table import FORMAT, read_table
+from megatron_slm.model.saved_arguments import check_arguments
+from megatron_slm.model.unpickling import check_object, in_words, load_object
 
 TRACKER = "latest_checkpointed_iteration.txt"
 ARGUMENTS = "common_state/shard_0_1"
 NO_EXTRA_STATE = torch.empty(0, dtype=torch.uint8)  # as Transformer Engine has it without fp8
-
-# All that a table of blocks is made of, in torch's names and in those Megatron once used.
-SAFE_CLASSES = {
-    "torch.distributed.checkpoint.metadata": """
-        Metadata TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata TensorProperties
-        MetadataIndex StorageMeta _MEM_FORMAT_ENCODING
-    """,
-    "torch.distributed.checkpoint.filesystem": "_StorageInfo _StoragePrefix",
-    "torch.distributed.checkpoint.planner": """
-        SavePlan WriteItem WriteItemType TensorWriteData
-    """,
-    "megatron.core.dist_checkpointing.strategies.torch": "MCoreMetadata MCoreSavePlan",
-    "torch.serialization": "_get_layout",
-    "torch": "Size float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 uint8 int8 int16 "
-    "int32 int64 bool",
-    "pathlib": "Path PosixPath",
-    "pathlib._local": "Path PosixPath",
-    "collections": "OrderedDict",
-}
-
-
-class TableUnpickler(pickle.Unpickler):
-    """Makes the classes of SAFE_CLASSES and nothing else."""
-
-    def find_class(self, module_name: str, global_name: str, /) -> Any:
-        if global_name not in SAFE_CLASSES.get(module_name, "").split():
-            raise pickle.UnpicklingError(f"it wants to run {module_name}.{global_name}")
-        return super().find_class(module_name, global_name)
-
-
-def read_table(directory: Path) -> Metadata:
-    """The table of blocks, after a check that they lie within the files that should hold them.
-
-    Raises:
-        UserError: no table, one that is damaged or would run code, or files missing or truncated.
-    """
-    path = directory / ".metadata"
-    if not path.is_file():
-        raise UserError(
-            f"the checkpoint {directory} has no .metadata file: it is not in Megatron's "
-            "torch_dist format, or its writing was cut short"
-        )
-    try:
-        with path.open("rb") as file:
-            table: Metadata = TableUnpickler(file).load()
-        needed: dict[str, int] = {}
-        for part in table.storage_data.values():
-            end = part.offset + part.length
-            needed[part.relative_path] = max(needed.get(part.relative_path, 0), end)
-    except Exception as error:  # whatever a damaged file makes the unpickler raise
-        raise UserError(f"{path} is damaged: {error}") from error
-    for name, size in needed.items():
-        part = directory / name
-        have = part.stat().st_size if part.is_file() else None
-        if have is None or have < size:
-            state = "missing" if have is None else f"truncated ({have} of {size} bytes)"
-            raise UserError(
-                f"the checkpoint is incomplete: {part} is {state}; copy it again or choose "
-                "another iteration"
-            )
-    return table
+CHECKPOINT_VERSION = 3.0  # the newest that Megatron 0.19 knows
+TRACKER_LIMIT = 1000  # bytes
+OBJECT_LIMIT = 1 << 30  # bytes of what is not a tensor
 
 
 class TorchDistReader:
@@ -123,31 +69,55 @@ class TorchDistReader:
         """What is not a tensor: "args", "iteration" and more.
 
         Raises:
-            UserError: damaged, or it would run code.
+            UserError: damaged, of a newer Megatron, or it would run code.
         """
-        import megatron.core  # noqa: F401  registers the classes that arguments are made of
-
         legacy = self.directory / "common.pt"
         try:
-            if legacy.is_file():
-                loaded: dict[str, Any] = torch.load(legacy, map_location="cpu", weights_only=True)
-                return loaded
-            part = self.table.storage_data[MetadataIndex(ARGUMENTS)]
-            with (self.directory / part.relative_path).open("rb") as file:
-                file.seek(part.offset)
-                content = io.BytesIO(file.read(part.length))
-            return torch.load(content, map_location="cpu", weights_only=True)[0]
+            if legacy.exists():
+                found = load_object(io.BytesIO(read_bounded(legacy, OBJECT_LIMIT)))
+            else:
+                found = load_object(self._object(ARGUMENTS))[0]
+            check_arguments(found["args"])
+            version = found.get("checkpoint_version", CHECKPOINT_VERSION)
+            if not isinstance(version, int | float) or not 0 <= version <= CHECKPOINT_VERSION:
+                raise ValueError(f"their version is {version!r}, and the newest known is 3.0")
         except Exception as error:  # whatever a damaged file makes torch.load raise
             raise UserError(
-                f"the checkpoint {self.directory} has no readable arguments ({error}); save it "
-                "with Megatron's --ckpt-format torch_dist"
+                f"the checkpoint {self.directory} has no readable arguments ({in_words(error)}); "
+                "save it with Megatron's --ckpt-format torch_dist"
             ) from error
+        common: dict[str, Any] = found
+        return common
 
     @property
     def arguments(self) -> Namespace:
         """Those of the run that saved it."""
         found: Namespace = self.common_state["args"]
         return found
+
+    def check_objects(self) -> None:
+        """Load all that is not a tensor, as Megatron may.
+
+        Raises:
+            UserError: something is damaged, or would run code.
+        """
+        for key, value in self.table.state_dict_metadata.items():
+            if isinstance(value, BytesStorageMetadata):
+                try:
+                    check_object(key, self._object(key))
+                except Exception as error:  # whatever a damaged file makes torch.load raise
+                    raise UserError(
+                        f"the checkpoint {self.directory} has an object {key} that is damaged or "
+                        f"would run code: {in_words(error)}"
+                    ) from error
+
+    def _object(self, key: str) -> io.BytesIO:
+        place = self.table.storage_data[MetadataIndex(key)]
+        if place.length > OBJECT_LIMIT:
+            raise ValueError(f"it has {place.length} bytes, too many for what is not a tensor")
+        with open_regular(self.directory / place.relative_path) as file:
+            file.seek(place.offset)
+            return io.BytesIO(file.read(place.length))
 
     def tensor(self, key: str) -> TensorStorageMetadata:
         """Shape and dtype of a tensor.
@@ -267,7 +237,7 @@ def write_table(directory: Path, parts: Iterable[Part], stored: Iterable[Stored]
         assert isinstance(tensor, TensorStorageMetadata)
         tensor.chunks.append(ChunkStorageMetadata(torch.Size(part.offset), torch.Size(part.size)))
     table |= {index.fqn: BytesStorageMetadata() for index in lies if index.offset is None}
-    (directory / "metadata.json").write_text(
+    (directory / FORMAT).write_text(
         json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
     )
     _put_table(directory, Metadata(table, storage_data=lies, version="1.0.0"))
@@ -294,21 +264,28 @@ def iteration_directory(load: Path, step: int | None, flag: str, step_flag: str)
     """
     if not load.is_dir():
         raise UserError(f"{flag} {load}: no such directory")
-    if step is None:
-        tracker = load / TRACKER
-        if not tracker.is_file():
-            raise UserError(
-                f"{flag} {load}: there is no {TRACKER}; give the directory that --save wrote to, "
-                f"or name an iteration with {step_flag}"
-            )
-        text = tracker.read_text().strip()
-        if text != "release" and not text.isdigit():
-            raise UserError(f"{tracker}: {text!r} is not an iteration")
-        name = "release" if text == "release" else f"iter_{int(text):07d}"
-    else:
-        name = f"iter_{step:07d}"
+    name = f"iter_{step:07d}" if step is not None else _latest(load, flag, step_flag)
     directory = load / name
     if not directory.is_dir():
         have = sorted(path.name for path in load.glob("iter_*"))
         raise UserError(f"{flag} {load}: there is no {name}, only {have or 'nothing'}")
     return directory
+
+
+def _latest(load: Path, flag: str, step_flag: str) -> str:
+    """Return the name of the directory that the tracker file names."""
+    tracker = load / TRACKER
+    if not os.path.lexists(tracker):
+        raise UserError(
+            f"{flag} {load}: there is no {TRACKER}; give the directory that --save wrote to, "
+            f"or name an iteration with {step_flag}"
+        )
+    text = read_bounded(tracker, TRACKER_LIMIT).decode("utf-8", "replace").strip()
+    if text == "release":
+        return text
+    if not re.fullmatch("[0-9]{1,15}", text):
+        raise UserError(
+            f"{tracker}: {text[:40]!r} is not an iteration; name one with {step_flag}, or write the "
+            "latest that is whole into that file"
+        )
+    return f"iter_{int(text):07d}"

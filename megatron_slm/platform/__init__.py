@@ -51,3 +51,8 @@ def install() -> None:
     devices.install()
     rng.install()
     optimizer.install()
+
+
+def installed() -> bool:
+    """Whether CUDA is the CPU in this process."""
+    return _installed

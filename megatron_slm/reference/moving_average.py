@@ -108,11 +108,12 @@ class MovingAverage(OnlineReference):
             write_whole(directory.parent / TRACKER, str(iteration).encode())
             for old in directory.parent.glob("iter_*"):
                 if old != directory and not (Path(save) / old.name).exists():
-                    shutil.rmtree(old)  # the policy's checkpoint is gone as well
+                    shutil.rmtree(old, ignore_errors=True)  # the policy's is gone as well
         torch.distributed.barrier()
 
     def _load(self, load: Path, iteration: int) -> None:
-        directory = str(open_checkpoint(str(load), iteration).directory)
+        flags = ("--slm-reference ema, resumed from --load: the average in", "--ckpt-step")
+        directory = str(open_checkpoint(str(load), iteration, flags).directory)
         metadata = {"dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
         own = gpt(self.model)
         loaded = dist_checkpointing.load({"model": self._sharded(metadata)}, directory)["model"]

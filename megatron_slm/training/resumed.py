@@ -1,4 +1,4 @@
-"""What a resumed run has to take over from its checkpoint, beside what Megatron does.
+"""What a resumed run must have in common with the run that it goes on with.
 
 Megatron's checkpoints keep the arguments of the run that wrote them, and so what we put there.
 """
@@ -6,38 +6,81 @@ Megatron's checkpoints keep the arguments of the run that wrote them, and so wha
 from __future__ import annotations
 
 from argparse import Namespace
-from pathlib import Path
+from typing import Any
 
-from megatron.core import dist_checkpointing
-from megatron.training.checkpointing import get_checkpoint_name
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_slm.errors import UserError
 
-
-def saved_arguments(args: Namespace) -> Namespace:
-    """Arguments in the checkpoint that the policy resumed from; empty if it started afresh."""
-    if args.load is None or args.iteration == 0:
-        return Namespace()
-    directory = get_checkpoint_name(args.load, args.iteration, return_base_dir=True)
-    if not Path(directory).exists():  # Megatron prefers a later one that is not for keeps
-        temporary = args.non_persistent_global_ckpt_dir or Path(args.load) / "non_persistent"
-        directory = get_checkpoint_name(str(temporary), args.iteration, return_base_dir=True)
-    saved: Namespace = dist_checkpointing.load_common_state_dict(directory)["args"]
-    return saved
+# What --slm-changed may name beside arguments of the model.
+CHANGES = ("reference", "selection")
+LAYOUT = ("tensor", "pipeline", "virtual_pipeline")
 
 
-def check_same_reference(args: Namespace, saved: Namespace) -> None:
-    """A reference that has trained on since would silently change what the policy learns.
+def check_resumed(args: Namespace, common: dict[str, Any], where: str) -> None:
+    """Compare a run with the one that wrote a checkpoint.
+
+    Args:
+        args: with slm_selects and slm_reference_identity, as checkpoints carry them.
+        common: what the checkpoint has beside tensors.
+        where: the checkpoint, for errors.
 
     Raises:
-        UserError: the checkpoint was written with another iteration of the reference, and none was
-            asked for.
+        UserError: going on would change what the model learns, or cannot load the optimizer.
     """
+    saved = common["args"]
+    _check_selection(args, saved, where)
+    _check_optimizer(args, saved, common.get("content_metadata") or {}, where)
+
+
+def _check_selection(args: Namespace, saved: Namespace, where: str) -> None:
     before = getattr(saved, "slm_reference_identity", None)
     now = args.slm_reference_identity
-    if args.slm_reference_ckpt_step is None and before not in (None, now):
+    selected = getattr(saved, "slm_selects", None) or before is not None
+    if selected and not args.slm_selects and "selection" not in args.slm_changed:
         raise UserError(
-            f"this run selected tokens by {before} of the reference so far, and now that is {now}: "
-            "give the same; a checkpoint that is to take its place is named by "
-            "--slm-reference-ckpt-step as well"
+            f"{where} is of a run that selected tokens, and this one would train on all of them: "
+            "give the selection's arguments again, or allow it with --slm-changed selection"
+        )
+    asked = args.slm_reference_ckpt_step is not None or {*CHANGES} & {*args.slm_changed}
+    if before in (None, now) or asked:
+        return
+    if now is None:
+        raise UserError(
+            f"{where} is of a run that selected tokens by the reference {before}, and this one has "
+            "none: give the reference again, or allow it with --slm-changed reference"
+        )
+    raise UserError(
+        f"{where}: this run selected tokens by {before} of the reference so far, and now that is "
+        f"{now}: give the same; a checkpoint that is to take its place is named by "
+        "--slm-reference-ckpt-step as well, and any other by --slm-changed reference"
+    )
+
+
+def _check_optimizer(
+    args: Namespace, saved: Namespace, content: dict[str, Any], where: str
+) -> None:
+    """Compare how the model is cut with what the distributed optimizer's state can be loaded by."""
+    kind = content.get("distrib_optim_sharding_type")
+    if (
+        not args.use_distributed_optimizer
+        or args.no_load_optim
+        or getattr(saved, "no_save_optim", False)
+        or kind is None
+        or kind in DistributedOptimizer.checkpoint_fully_reshardable_formats
+    ):
+        return
+    sizes = [
+        tuple(getattr(a, f"{name}_model_parallel_size", None) or 1 for name in LAYOUT)
+        for a in (saved, args)
+    ]
+    if sizes[0] != sizes[1]:
+        there, here = (
+            ", ".join(f"{n} {s}" for n, s in zip(LAYOUT, each, strict=True)) for each in sizes
+        )
+        raise UserError(
+            f"{where} has the distributed optimizer's state for model-parallel sizes {there}, and "
+            f"this run has {here}: it was saved without --dist-ckpt-optim-fully-reshardable.  Go "
+            "on with the old sizes and that flag until the next checkpoint, and then with the new "
+            "ones; or start the optimizer afresh with --no-load-optim"
         )

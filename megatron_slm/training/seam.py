@@ -11,16 +11,13 @@ hands over, stays untouched.
 from __future__ import annotations
 
 import functools
-import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from multiprocessing import resource_tracker
 from typing import Any
 
 from megatron.core import mpu
 from megatron.training import get_args, training
 
-from megatron_slm.model.layer_spec import extra_states
+from megatron_slm.training import checkpoint_hooks
 from megatron_slm.training.micro_batch import MicroBatch
 
 
@@ -38,16 +35,7 @@ def install(
             by a signal, --exit-interval or --exit-duration-in-mins.
     """
     get_schedule = training.get_forward_backward_func
-    save_checkpoint = training.save_checkpoint
     train = training.train
-
-    @functools.wraps(save_checkpoint)
-    def save(iteration: int, model: Any, *args: Any, **kwargs: Any) -> Any:
-        with _sigterm_later(), extra_states(model):
-            before_save(iteration)
-            return save_checkpoint(iteration, model, *args, **kwargs)
-
-    training.save_checkpoint = save
 
     @functools.wraps(train)
     def train_and_finish(*args: Any, **kwargs: Any) -> Any:
@@ -67,18 +55,7 @@ def install(
         return functools.partial(run_step, get_schedule(*args, **kwargs))
 
     training.get_forward_backward_func = get_wrapped_schedule
-
-
-@contextmanager
-def _sigterm_later() -> Iterator[None]:
-    """Keep SIGTERM from this thread, and for good from processes that it starts: at the first save
-    Megatron starts some that it writes by, and a SIGTERM to all would end them before the last."""
-    resource_tracker.ensure_running()  # which would let the signal through again when it starts
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    checkpoint_hooks.install(before_save)
 
 
 def own_iterator(data_iterator: Any) -> Any:

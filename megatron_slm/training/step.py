@@ -30,7 +30,6 @@ from megatron_slm.training.dump import TokenDumps
 from megatron_slm.training.micro_batch import MicroBatch, read_micro_batches
 from megatron_slm.training.objective import MicroBatchObjective, token_scores
 from megatron_slm.training.policy_pass import Scored, noting, score_with_policy
-from megatron_slm.training.resumed import check_same_reference
 from megatron_slm.training.settings import SelectiveSettings, Step
 from megatron_slm.training.sources import Source
 
@@ -71,7 +70,6 @@ class SelectiveStep:
             ),
         )
         if self.source is not None:
-            check_same_reference(get_args(), self.load_saved())
             self.reference = self.source.build()
         selection = self.settings.selection
         carries = selection.scope == "global-batch" and not selection.exact

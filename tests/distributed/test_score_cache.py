@@ -1,14 +1,10 @@
-"""Stored reference losses: the same in every layout, after every kill, and in training."""
+"""Stored reference losses: the same in every layout, and in training."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-import random
 import shutil
-import signal
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +23,7 @@ from jobs import (
     Corpus,
     from_own_checkpoint,
 )
-from launch import REPOSITORY, Run, launch, pretrain, start
+from launch import REPOSITORY, Run, launch, pretrain
 from megatron_slm.data.score_cache import Section, decode, encode
 from megatron_slm.data.score_manifest import read_manifest
 from megatron_slm.data.token_dump import read_dumps
@@ -36,7 +32,6 @@ TOOL = str(REPOSITORY / "tools" / "score_reference.py")
 MICRO_BATCH = 3
 RUN = f"--train-iters {STEPS} --global-batch-size {GLOBAL_BATCH} --eval-iters 1"
 RUN += f" --eval-interval 1000 --micro-batch-size {MICRO_BATCH}"
-KILLS = 20
 RECORDED = "distributed.recorded_pretrain"
 # Scores this close to the threshold may fall on either side of it: two stored losses' error.
 NEAR_TIE = 4e-4
@@ -238,35 +233,6 @@ def test_a_cache_serves_every_layout(
     ]
     for tag in TAGS:
         assert runs[1].scalars(tag) == pytest.approx(runs[0].scalars(tag), rel=1e-5, abs=1e-5)
-
-
-def test_killed_jobs_go_on(corpus: Corpus, untied: Checkpoints, tmp_path: Path) -> None:
-    """kill -9, or SIGTERM as from Slurm, at random moments; at the end every byte is as if there
-    had been none.  --exit-signal-handler is for runs that have something to save."""
-    cache, extra = tmp_path / "cache", "--num-workers 0 --exit-signal-handler"
-    extra += " --shard-samples 1 --train-iters 15"  # more than are made until the last is killed
-    launch(1, job(corpus, untied, tmp_path / "whole", extra), tmp_path / "job")
-    whole = contents(tmp_path / "whole")
-    seed = random.randrange(1 << 30)
-    print(f"seed {seed}")
-    draw = random.Random(seed)
-    arguments = job(corpus, untied, cache, extra)
-    for number in range(KILLS):
-        started = start(1, arguments, tmp_path / "killed")
-        (process,) = started.processes
-        wanted = len(list(cache.rglob("*.losses"))) + draw.randint(0, 4)
-        while len(list(cache.rglob("*.losses"))) < wanted:
-            assert process.is_alive(), "it was over before it was killed"
-            time.sleep(0.001)
-        time.sleep(draw.uniform(0.0, 0.02))
-        sign = (signal.SIGKILL, signal.SIGTERM)[number % 2]
-        os.kill(process.pid, sign)
-        process.join(10)
-        assert process.exitcode == -sign, "it was over before it was killed, or went on"
-        there = contents(cache)
-        assert {name: whole[name] for name in there} == there
-    launch(1, arguments, tmp_path / "last")
-    assert contents(cache) == whole
 
 
 @pytest.fixture(scope="module")

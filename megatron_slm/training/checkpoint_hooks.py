@@ -1,0 +1,199 @@
+"""What is done differently while Megatron saves and loads checkpoints.
+
+Nothing of a save outlives the run: what this process writes needs no other process, and those of
+--async-save end with it.  A save that fails says in a line what could not be written and what is
+kept, on all ranks; the tracker file names a checkpoint that is whole, at any moment.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import multiprocessing
+import queue
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
+from pathlib import Path
+from typing import Any
+
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+from megatron.core.msc_utils import MaybeMultiStorageClient, MultiStorageClientFeature
+from megatron.training import checkpointing, get_args, initialize, training
+from torch.distributed.checkpoint import CheckpointException
+
+from megatron_slm import platform
+from megatron_slm.errors import UserError
+from megatron_slm.files import write_whole
+from megatron_slm.model.layer_spec import extra_states
+from megatron_slm.model.torch_dist import TRACKER
+from megatron_slm.training import helper_processes
+
+POLL_SECONDS = 0.05
+
+
+def install(before_save: Callable[[int], None]) -> None:
+    """Wrap Megatron's functions.  Call once, before `pretrain()`.
+
+    Args:
+        before_save: called with the iteration before a checkpoint is written.
+    """
+    save_checkpoint = training.save_checkpoint
+    load_checkpoint = training.load_checkpoint
+    finalize = training.maybe_finalize_async_save
+    start_writer = initialize.init_persistent_async_worker
+
+    @functools.wraps(save_checkpoint)
+    def save(iteration: int, model: Any, *args: Any, **kwargs: Any) -> Any:
+        with _saving(f"the checkpoint of iteration {iteration}"), extra_states(model):
+            with written_here():
+                before_save(iteration)
+            if get_args().async_save:
+                return save_checkpoint(iteration, model, *args, **kwargs)
+            with written_here():
+                return save_checkpoint(iteration, model, *args, **kwargs)
+
+    @functools.wraps(finalize)
+    def finalize_save(*args: Any, **kwargs: Any) -> Any:
+        with _saving("a checkpoint"):
+            return finalize(*args, **kwargs)
+
+    @functools.wraps(load_checkpoint)
+    def load(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return load_checkpoint(*args, **kwargs)
+        except (CheckpointException, CheckpointingException) as error:
+            where = get_args().load or get_args().pretrained_checkpoint
+            raise UserError(
+                f"the checkpoint in {where} cannot be loaded: {_cause(error)}"
+            ) from error
+
+    @functools.wraps(start_writer)
+    def start(rank: int, mp_mode: str = "spawn") -> None:
+        if platform.installed():
+            mp_mode = "fork"  # a fresh process would know nothing of the platform
+        else:
+            multiprocessing.set_forkserver_preload([helper_processes.__name__])
+        try:
+            with _without_sigterm():
+                start_writer(rank, mp_mode)
+        except ModuleNotFoundError as error:
+            raise UserError(
+                "--async-save needs nvidia-resiliency-ext, which is not installed; "
+                "--async-strategy mcore does without"
+            ) from error
+
+    training.save_checkpoint = save
+    training.load_checkpoint = load
+    training.maybe_finalize_async_save = finalize_save
+    initialize.init_persistent_async_worker = start
+    checkpointing.maybe_msc = _WholeTrackers()
+    PersistentAsyncCaller.is_current_async_call_done = _unless_it_ended(
+        PersistentAsyncCaller.is_current_async_call_done
+    )
+
+
+@contextmanager
+def written_here() -> Iterator[None]:
+    """Pass the results of a save from the threads that write on in this process.
+
+    Megatron's own way, a process of 0.5 GB that outlives this one, is for writers of --async-save;
+    another checkpoint saved meanwhile would take their results for its own.
+    """
+    before = filesystem_async._results_queue
+    filesystem_async._results_queue = queue.Queue()
+    try:
+        yield
+    finally:
+        filesystem_async._results_queue = before
+
+
+@contextmanager
+def _without_sigterm() -> Iterator[None]:
+    """Keep SIGTERM from processes that are started: to all of a job it means that this one saves
+    a last checkpoint, which they write."""
+    resource_tracker.ensure_running()  # which would let the signal through again when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _saving(what: str) -> Iterator[None]:
+    """Say in a line what has failed."""
+    try:
+        yield
+    except (CheckpointException, CheckpointingException, OSError) as error:
+        raise UserError(_failed(what, _cause(error))) from error
+    except RuntimeError as error:
+        if not re.search("[Cc]onnection (closed|reset)", str(error)):
+            raise
+        raise UserError(_failed(what, "another rank has ended; see what it says")) from error
+
+
+def _failed(what: str, cause: str) -> str:
+    save = Path(get_args().save)
+    try:
+        last = (save / TRACKER).read_text()
+    except OSError:
+        last = ""
+    kept = f"the last good one is that of iteration {last}" if last else "there is none before it"
+    return f"{what} cannot be written to {save}: {cause}; {kept}"
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost failure, in a line."""
+    failures = list(getattr(error, "failures", {}).items())
+    if not failures:
+        if isinstance(error, CheckpointException):
+            return "another rank failed; see what it says"
+        return " ".join(str(error).split())
+    rank, (cause, _) = failures[0]
+    text = " ".join(str(cause).split()) or type(cause).__name__
+    system = re.search(r"\[Errno \d+\] (.*)", text)
+    return f"rank {rank}: {system[1] if system else text}"
+
+
+def _unless_it_ended(is_done: Callable[..., bool]) -> Callable[..., bool]:
+    """Megatron waits for ever for the results of a writer that was killed."""
+
+    @functools.wraps(is_done)
+    def looked(self: Any, blocking: bool = False, no_dist: bool = False) -> bool:
+        while (
+            self.process is not None and self.cur_item is None and self._persistent_comp_q.empty()
+        ):
+            if not self.process.is_alive():
+                raise CheckpointingException(
+                    f"the process that writes it has ended ({self.process.exitcode})"
+                )
+            if not blocking:
+                break
+            time.sleep(POLL_SECONDS)
+        done: bool = is_done(self, blocking, no_dist)
+        return done
+
+    return looked
+
+
+class _WholeTrackers(MaybeMultiStorageClient):
+    """Megatron's files, of which tracker files are written whole."""
+
+    def open(self, path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        own = Path(path).name == TRACKER and mode == "w"
+        if own and not MultiStorageClientFeature.is_enabled():
+            return _whole(Path(path))
+        return self.__getattr__("open")(path, mode, *args, **kwargs)
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[io.StringIO]:
+    content = io.StringIO()
+    yield content
+    write_whole(path, content.getvalue().encode())
