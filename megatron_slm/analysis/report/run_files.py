@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_slm.analysis.report.settings import Settings, read_settings
 from megatron_slm.data.token_dump import TokenDump, read_dumps
 from megatron_slm.errors import UserError
 
@@ -36,11 +37,12 @@ class Series:
 
 @dataclass(frozen=True)
 class RunFiles:
-    """scalars: by TensorBoard's tag.  dumps: empty if there are none."""
+    """scalars: by TensorBoard's tag.  settings: arguments.  dumps: empty if there are none."""
 
     name: str
     directory: Path
     scalars: dict[str, Series] = field(default_factory=dict)
+    settings: Settings = field(default_factory=Settings)
     dumps: list[TokenDump] = field(default_factory=list)
     dynamics: Path | None = None
 
@@ -54,13 +56,14 @@ def read_run(directory: Path) -> RunFiles:
         raise UserError(f"{directory} is not a directory")
     logs = directory / "tensorboard"
     logs = logs if logs.is_dir() else directory
-    scalars = _read_scalars(logs) if any(logs.glob(EVENTS)) else {}
+    scalars, settings = _read_events(logs) if any(logs.glob(EVENTS)) else ({}, Settings())
     dumps = next((each for each in _dump_directories(directory) if any(each.glob(DUMPS))), None)
     dynamics = directory / DYNAMICS
     found = RunFiles(
         name=directory.resolve().name,
         directory=directory,
         scalars=scalars,
+        settings=settings,
         dumps=[] if dumps is None else read_dumps(dumps),
         dynamics=dynamics if dynamics.is_file() else None,
     )
@@ -76,7 +79,7 @@ def _dump_directories(directory: Path) -> list[Path]:
     return [directory / "dump", *sorted(directory.glob("*/dump"))]
 
 
-def _read_scalars(logs: Path) -> dict[str, Series]:
+def _read_events(logs: Path) -> tuple[dict[str, Series], Settings]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(logs))
@@ -88,4 +91,4 @@ def _read_scalars(logs: Path) -> dict[str, Series]:
         known = sorted((at, value) for at, value in points.items() if math.isfinite(value))
         if known and not tag.endswith(" vs samples"):
             scalars[tag] = Series([at for at, _ in known], [value for _, value in known])
-    return scalars
+    return scalars, read_settings(events)
