@@ -16,6 +16,9 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_slm.errors import exit_on_user_error
+from megatron_slm.files import write_whole
+
 LEAST = 200  # characters; shorter docstrings say little
 HELD_OUT_EVERY = 10
 NOISY_CHARACTERS = 6_000_000
@@ -72,11 +75,12 @@ def main(directory: Path) -> None:
             room -= len(source)
     directory.mkdir(parents=True, exist_ok=True)
     for name, documents in (("clean", clean), ("target", target), ("noisy", noisy)):
-        with (directory / f"{name}.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps({"text": text}) + "\n" for text in documents)
+        lines = (json.dumps({"text": text}) + "\n" for text in documents)
+        write_whole(directory / f"{name}.jsonl", "".join(lines).encode())
         size = sum(map(len, documents)) / 1e6
         print(f"  {name:7}{len(documents):6} documents {size:6.2f} million characters")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    with exit_on_user_error():
+        main(Path(sys.argv[1]))

@@ -103,7 +103,8 @@ def read_yaml[T](path: Path, kind: type[T], limit: int = 1 << 20) -> T:
 
 
 class _LoaderWithoutAliases(yaml.SafeLoader):
-    """Refuse aliases: ten lines of them stand for more values than fit into memory."""
+    """Refuse aliases: ten lines of them stand for more values than fit into memory.  Refuse a key
+    that occurs twice, of which the last would count."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -113,6 +114,15 @@ class _LoaderWithoutAliases(yaml.SafeLoader):
                 "write the value out"
             )
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set[str]()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                line = key.start_mark.line + 1
+                raise yaml.YAMLError(f"line {line}: the key {key.value!r} occurs twice")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _in_words(error: Exception) -> str:

@@ -44,7 +44,7 @@ def _pretrain(args: Namespace) -> None:
 
     from megatron_slm.model.gpt_config import gpt_config
     from megatron_slm.model.layer_spec import plain_block_spec
-    from megatron_slm.training import datasets, report, seam
+    from megatron_slm.training import datasets, event_writer, report, seam
     from megatron_slm.training.arguments import validate_arguments
     from megatron_slm.training.checkpoint_arguments import check_start
     from megatron_slm.training.dump import token_dumps
@@ -67,6 +67,7 @@ def _pretrain(args: Namespace) -> None:
     provider = datasets.DatasetProvider(None if source is None else source.caches)
     step = SelectiveStep(settings, source, token_dumps(args, settings, provider), saved)
     seam.install(step.run, step.save, step.finish)
+    event_writer.install(args.tensorboard_dir)
     report.install(timed=source is not None and source.caches is None)
 
     pretrain(

@@ -29,6 +29,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+from megatron_slm.errors import exit_on_user_error
+from megatron_slm.files import write_whole
+
 HERE = Path(__file__).parent
 WHEELS = """--only-binary :all: --python-version 312 --implementation cp
     --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64
@@ -271,11 +274,12 @@ def main(arguments: list[str]) -> None:
         corpora["web"] = list(real_pages(wheels))
     corpora["general"] = list(up_to(GENERAL_CHARACTERS, library()))
     for name, documents in corpora.items():
-        with (output / f"{name}.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps({"text": text}) + "\n" for text in documents)
+        lines = (json.dumps({"text": text}) + "\n" for text in documents)
+        write_whole(output / f"{name}.jsonl", "".join(lines).encode())
         size = sum(map(len, documents)) / 1e6
         print(f"  {name:10}{len(documents):7} documents {size:6.2f} million characters", flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with exit_on_user_error():
+        main(sys.argv[1:])

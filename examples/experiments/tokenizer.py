@@ -12,6 +12,9 @@ from pathlib import Path
 
 import sentencepiece
 
+from megatron_slm.errors import exit_on_user_error
+from megatron_slm.files import writing
+
 CHARACTERS = 1_500_000
 
 
@@ -31,7 +34,7 @@ def lines(corpora: list[str]) -> Iterator[str]:
 def main(model: str, vocabulary: int, corpora: list[str]) -> None:
     """Write the model."""
     Path(model).parent.mkdir(parents=True, exist_ok=True)
-    with Path(model).open("wb") as file:
+    with writing(Path(model)) as unfinished, unfinished.open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=lines(corpora),
             model_writer=file,
@@ -45,4 +48,5 @@ def main(model: str, vocabulary: int, corpora: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3:])
+    with exit_on_user_error():
+        main(sys.argv[1], int(sys.argv[2]), sys.argv[3:])

@@ -7,15 +7,19 @@ loss_0000100, ...                  its loss in nats, float32, at each checkpoint
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megatron_slm.analysis.token_dynamics import CLASSES, TokenDynamics
 from megatron_slm.errors import UserError
-from megatron_slm.files import publish, sync, temporary
+from megatron_slm.files import open_regular, writing
 
 TABLE = "token_dynamics.parquet"
+LOSS = re.compile(r"loss_\d{1,15}")
+MOST_VALUES = 1 << 28
 PLOTS = ("token_dynamics.png", "token_dynamics.svg")
 # Told apart without colour by their dashes; colours of Okabe and Ito.
 STYLES = {
@@ -62,14 +66,13 @@ def write_table(directory: Path, dynamics: TokenDynamics, texts: list[str]) -> P
         f"loss_{iteration:07d}": losses
         for iteration, losses in zip(dynamics.iterations, dynamics.losses, strict=True)
     }
-    directory.mkdir(parents=True, exist_ok=True)
     path = directory / TABLE
-    unfinished = temporary(path)
-    with unfinished.open("wb") as file:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    with writing(path) as unfinished, unfinished.open("wb") as file:
         parquet.write_table(pa.table(columns), file, compression="zstd")
-        file.flush()
-        sync(file.fileno())
-    publish(unfinished, path)
     return path
 
 
@@ -80,27 +83,56 @@ def read_table(path: Path) -> tuple[TokenDynamics, list[str]]:
         UserError: not such a table, or damaged.
     """
     try:
+        import pyarrow as pa
         from pyarrow import ArrowException, parquet
     except ImportError as error:
         raise UserError(f"{path} needs pyarrow: pip install 'megatron-slm[analysis]'") from error
     try:
-        table = parquet.read_table(path)
-        names = [name for name in table.column_names if name.startswith("loss_")]
-        column = {name: table[name] for name in table.column_names}
-        classes = column["class"].combine_chunks().cast("string").to_pylist()
-        numbers = {name: number for number, name in enumerate(CLASSES)}
-        dynamics = TokenDynamics(
-            iterations=[int(name.removeprefix("loss_")) for name in names],
-            losses=np.stack([column[name].to_numpy() for name in names]),
-            classes=np.array([numbers[name] for name in classes], np.int8),
-            delta=column["delta"].to_numpy(),
-            samples=column["sample"].to_numpy(),
-            positions=column["position"].to_numpy(),
-            tokens=column["token"].to_numpy(),
-        )
-        return dynamics, column["text"].combine_chunks().cast("string").to_pylist()
-    except (OSError, ArrowException, KeyError, ValueError) as error:
+        with open_regular(path) as opened, parquet.ParquetFile(opened) as file:
+            names = file.schema_arrow.names
+            if file.metadata.num_rows * len(names) > MOST_VALUES:
+                raise UserError(f"{path} has more than {MOST_VALUES:,} values, too many to be read")
+            losses = [name for name in names if LOSS.fullmatch(name)]
+            text = pa.dictionary(pa.int32(), pa.string())
+            kinds = dict.fromkeys(("sample", "position", "token"), pa.int64())
+            kinds |= {"text": text, "class": pa.dictionary(pa.int8(), pa.string())}
+            kinds |= dict.fromkeys(("delta", *losses), pa.float32())
+            own = dict(zip(names, file.schema_arrow.types, strict=True))
+            if own != kinds or len(names) != len(own) or len(losses) < 2:
+                raise UserError(f"{path} is not a table of token dynamics: {own}")
+            table = file.read()
+    except (OSError, ArrowException, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
+    return _dynamics(path, table, losses)
+
+
+def _dynamics(path: Path, table: Any, names: list[str]) -> tuple[TokenDynamics, list[str]]:
+    """Take a table of the right columns apart."""
+    column = {name: table[name].combine_chunks() for name in table.column_names}
+    if any(values.null_count for values in column.values()) or not len(table):
+        raise UserError(f"{path} has no values, or some that are missing")
+    classes, texts = (column.pop(name) for name in ("class", "text"))
+    names_of_classes = classes.dictionary.to_pylist()
+    if not set(names_of_classes) <= set(CLASSES):
+        raise UserError(f"{path} has other classes than {', '.join(CLASSES)}")
+    codes = np.array([CLASSES.index(name) for name in names_of_classes], np.int8)
+    iterations = [int(name.removeprefix("loss_")) for name in names]
+    numbers = {name: values.to_numpy() for name, values in column.items()}
+    if iterations != sorted(set(iterations)) or not all(
+        np.isfinite(values).all() for values in numbers.values()
+    ):
+        raise UserError(f"{path} has iterations that do not rise, or values that are no numbers")
+    dynamics = TokenDynamics(
+        iterations=iterations,
+        losses=np.stack([numbers[name] for name in names]),
+        classes=codes[classes.indices.to_numpy()],
+        delta=numbers["delta"],
+        samples=numbers["sample"],
+        positions=numbers["position"],
+        tokens=numbers["token"],
+    )
+    known = texts.dictionary.to_pylist()
+    return dynamics, [known[at] for at in texts.indices.to_pylist()]
 
 
 def plot(directory: Path, dynamics: TokenDynamics) -> list[Path]:
@@ -122,8 +154,7 @@ def plot(directory: Path, dynamics: TokenDynamics) -> list[Path]:
     shares.spines[["top", "right"]].set_visible(False)
     paths = [directory / name for name in PLOTS]
     for path in paths:
-        unfinished = temporary(path)
-        figure.savefig(unfinished, dpi=150, format=path.suffix[1:])
-        unfinished.replace(path)
+        with writing(path) as unfinished:
+            figure.savefig(unfinished, dpi=150, format=path.suffix[1:])
     pyplot.close(figure)
     return paths

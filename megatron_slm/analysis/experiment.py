@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from tqdm import tqdm
 
@@ -22,10 +22,11 @@ from megatron_slm.analysis.experiment_recipe import BASELINE, Recipe, read_recip
 from megatron_slm.analysis.experiment_results import Runs, cut, summary
 from megatron_slm.analysis.experiment_table import markdown, table
 from megatron_slm.analysis.experiment_tasks import Instance, Running, write_json
+from megatron_slm.analysis.study_file import FORMAT
 from megatron_slm.errors import UserError
+from megatron_slm.files import write_whole
 
 POLL_SECONDS = 0.1
-FORMAT = 1  # of results.json
 
 
 def run_experiment(
@@ -46,7 +47,26 @@ def run_experiment(
     """
     recipe = read_recipe(path)
     study = study.resolve()
-    failed = run(recipe, study, jobs, arms, seeds)
+    instances = plan(recipe, arms, seeds)
+    try:
+        study.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {study}: {error.strerror}") from error
+    with _lock(study) as lock:
+        failed = _run(instances, study, jobs, lock)
+        found = _write_results(recipe, study, failed)
+    if failed:
+        print(table(found))
+        raise UserError("; ".join(failed))
+    return table(found)
+
+
+def _write_results(recipe: Recipe, study: Path, failed: list[str]) -> dict[str, Any]:
+    """Write what all arms that are done have to say; the summary of it.
+
+    Raises:
+        UserError: `failed`, where not even the baseline is done.
+    """
     done = [one for one in plan(recipe, None, None) if one.task.kind == "arm" and one.done(study)]
     if failed and not any(one.task.name == BASELINE for one in done):
         raise UserError("; ".join(failed))
@@ -78,29 +98,18 @@ def run_experiment(
         "summary": found,
     }
     write_json(study / "results.json", results)
-    (study / "results.md").write_text(markdown(recipe.name, recipe.target, found))
-    if failed:
-        print(table(found))
-        raise UserError("; ".join(failed))
-    return table(found)
+    write_whole(study / "results.md", markdown(recipe.name, recipe.target, found).encode())
+    return found
 
 
-def run(
-    recipe: Recipe, study: Path, jobs: int, arms: Sequence[str] | None, seeds: Sequence[int] | None
-) -> list[str]:
+def _run(instances: list[Instance], study: Path, jobs: int, lock: IO[str]) -> list[str]:
     """Make what is not there yet; what failed and why."""
-    instances = plan(recipe, arms, seeds)
-    try:
-        study.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {study}: {error.strerror}") from error
-    with _lock(study) as lock:
-        todo = [one for one in instances if not one.done(study)]
-        bar = tqdm(total=len(instances), initial=len(instances) - len(todo), unit="task")
-        with bar:
-            once = [one for one in todo if one.seed is None]
-            failed = _work(once, study, 1, lock, bar)
-            return failed + _work(todo[len(once) :], study, jobs, lock, bar)
+    todo = [one for one in instances if not one.done(study)]
+    bar = tqdm(total=len(instances), initial=len(instances) - len(todo), unit="task")
+    with bar:
+        once = [one for one in todo if one.seed is None]
+        failed = _work(once, study, 1, lock, bar)
+        return failed + _work(todo[len(once) :], study, jobs, lock, bar)
 
 
 def plan(recipe: Recipe, arms: Sequence[str] | None, seeds: Sequence[int] | None) -> list[Instance]:

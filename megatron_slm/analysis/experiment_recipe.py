@@ -25,18 +25,55 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal
 
-import yaml
+import msgspec
+from msgspec import UNSET, UnsetType
 
 from megatron_slm.errors import UserError
+from megatron_slm.files import read_yaml
 
 BASELINE = "clm"
-KINDS = ("run", "pretrain", "score")
-KNOWN = {"name", "target", "seeds", "ranks", "arguments", "training", "stages", "arms", "extends"}
+MOST_EXTENDED = 20  # recipes, one upon the other
 PLACEHOLDER = re.compile(r"\{([A-Za-z0-9_-]+)\}")
 BUILT_IN = {"out", "root", "seed"}
-NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")
+
+Seed = Annotated[int, msgspec.Meta(ge=1, lt=1 << 31)]  # Megatron's
+
+
+class StageEntry(msgspec.Struct, forbid_unknown_fields=True):
+    """A stage in the file: one of the three."""
+
+    run: str | list[str] | UnsetType = UNSET
+    pretrain: str | UnsetType = UNSET
+    score: str | UnsetType = UNSET
+
+    def __post_init__(self) -> None:
+        if sum(each is not UNSET for each in (self.run, self.pretrain, self.score)) != 1:
+            raise ValueError("a stage has one of run, pretrain, score")
+
+
+class ArmEntry(msgspec.Struct, forbid_unknown_fields=True):
+    """An arm in the file."""
+
+    description: str = ""
+    arguments: str | None = None
+
+
+class RecipeFile(msgspec.Struct, forbid_unknown_fields=True):
+    """What a file says; a stage or an arm that is null leaves that of the extended recipe out."""
+
+    name: str | UnsetType = UNSET
+    target: str | UnsetType = UNSET
+    seeds: Annotated[list[Seed], msgspec.Meta(min_length=1)] | UnsetType = UNSET
+    ranks: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)] | UnsetType = UNSET
+    arguments: str | None = None
+    training: str | None = None
+    stages: dict[str, Any] | None = None  # of StageEntry, ArmEntry or null
+    arms: dict[str, Any] | None = None
+    extends: str | UnsetType = UNSET
 
 
 @dataclass(frozen=True)
@@ -96,105 +133,111 @@ class Recipe:
 def read_recipe(path: Path) -> Recipe:
     """Raises: UserError: no such file, or what is wrong with it."""
     content = _extended(path, ())
-    if unknown := sorted(content.keys() - KNOWN):
-        raise UserError(f"{path}: a recipe has no {', '.join(unknown)}")
-    seeds = content.get("seeds")
-    if not isinstance(seeds, list) or not seeds or not all(type(one) is int for one in seeds):
-        raise UserError(f"{path}: seeds is a list of whole numbers, not {seeds!r}")
-    ranks = content.get("ranks", 1)
-    if type(ranks) is not int or ranks < 1:
-        raise UserError(f"{path}: ranks is a whole number above 0, not {ranks!r}")
-    common = _words(path, "arguments", content.get("arguments"))
-    training = (*common, *_words(path, "training", content.get("training")))
+    if content.seeds is UNSET:
+        raise UserError(
+            f"{path}: a recipe needs seeds, a list of whole numbers; one without is there for "
+            "others to extend"
+        )
+    common = _words(path, "arguments", content.arguments)
+    training = (*common, *_words(path, "training", content.training))
     stages: dict[str, Task] = {}
-    for name, entry in _entries(path, content, "stages"):
-        stages[name] = task = _stage(path, name, entry, common, training)
+    for name, stage in _entries(path, "stage", content.stages, StageEntry):
+        stages[name] = task = _stage(path, name, stage, common, training)
         _check_names(path, task, stages.keys() - {name})
     arms = {}
-    for name, entry in _entries(path, content, "arms"):
-        where = f"{path}: arm {name}"
-        if not isinstance(entry, dict) or not entry.keys() <= {"description", "arguments"}:
-            raise UserError(f"{where} has description and arguments, no other")
-        words = (*training, *_words(path, f"arm {name}", entry.get("arguments")))
-        arms[name] = Task(name, "arm", (words,), str(entry.get("description", "")))
+    for name, arm in _entries(path, "arm", content.arms, ArmEntry):
+        words = (*training, *_words(path, f"arm {name}", arm.arguments))
+        arms[name] = Task(name, "arm", (words,), arm.description)
         _check_names(path, arms[name], stages)
     if BASELINE not in arms:
         raise UserError(f"{path}: no arm is named {BASELINE}, with which the others are compared")
     return Recipe(
-        name=str(content.get("name", path.stem)),
-        target=str(content.get("target", "")),
-        seeds=tuple(dict.fromkeys(seeds)),
-        ranks=ranks,
+        name=path.stem if content.name is UNSET else content.name,
+        target="" if content.target is UNSET else content.target,
+        seeds=tuple(dict.fromkeys(content.seeds)),
+        ranks=1 if content.ranks is UNSET else content.ranks,
         stages=stages,
         arms=arms,
     )
 
 
-def _extended(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
-    """The file's content over that of what it extends."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: {error}".replace("\n", " ")) from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: a recipe is a mapping")
-    if "extends" not in content:
+def _extended(path: Path, above: tuple[Path, ...]) -> RecipeFile:
+    """The file's content over that of what it extends.
+
+    Args:
+        above: those that extend it.
+    """
+    content = read_yaml(path, RecipeFile)
+    if content.extends is UNSET:
         return content
-    parent = (path.parent / str(content.pop("extends"))).resolve()
-    if parent in below:
+    parent = (path.parent / content.extends).resolve()
+    if parent in (*above, path.resolve()):
         raise UserError(f"{path}: it extends itself, by way of {parent}")
-    return _over(_extended(parent, (*below, path.resolve())), content)
+    if len(above) == MOST_EXTENDED:
+        raise UserError(f"{path}: more than {MOST_EXTENDED} recipes extend each other")
+    return _over(_extended(parent, (*above, path.resolve())), content)
 
 
-def _over(parent: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(parent)
-    for name, value in own.items():
-        before = parent.get(name)
-        if name in ("arguments", "training") and before is not None:
-            merged[name] = f"{before} {value}"  # of two the last counts
-        elif name in ("stages", "arms") and isinstance(before, dict) and isinstance(value, dict):
-            merged[name] = {key: one for key, one in (before | value).items() if one is not None}
-        else:
-            merged[name] = value
+def _over(parent: RecipeFile, own: RecipeFile) -> RecipeFile:
+    merged = msgspec.structs.replace(
+        parent,
+        **{
+            name: value
+            for name in ("name", "target", "seeds", "ranks")
+            if (value := getattr(own, name)) is not UNSET
+        },
+    )
+    for name in ("arguments", "training"):  # of two the last counts
+        texts = [text for text in (getattr(parent, name), getattr(own, name)) if text is not None]
+        setattr(merged, name, " ".join(texts) if texts else None)
+    for name in ("stages", "arms"):
+        both = (getattr(parent, name) or {}) | (getattr(own, name) or {})
+        setattr(merged, name, {key: one for key, one in both.items() if one is not None})
     return merged
 
 
-def _entries(path: Path, content: dict[str, Any], key: str) -> Iterator[tuple[str, Any]]:
-    entries = content.get(key) or {}
-    if not isinstance(entries, dict):
-        raise UserError(f"{path}: {key} is a mapping of names")
-    for name, entry in entries.items():
-        if not NAME.fullmatch(str(name)) or name in BUILT_IN:
-            raise UserError(f"{path}: {name!r} cannot be a name in {key}")
-        yield str(name), entry
+def _entries[T](
+    path: Path, what: str, entries: dict[str, Any] | None, kind: type[T]
+) -> Iterator[tuple[str, T]]:
+    for name, entry in (entries or {}).items():
+        if not NAME.fullmatch(name) or name in BUILT_IN:
+            raise UserError(f"{path}: {name!r} cannot be a name in {what}s")
+        try:
+            yield name, msgspec.convert(entry, kind)
+        except msgspec.ValidationError as error:
+            raise UserError(f"{path}: {what} {name}: {error}") from error
 
 
 def _stage(
-    path: Path, name: str, entry: Any, common: tuple[str, ...], training: tuple[str, ...]
+    path: Path,
+    name: str,
+    entry: StageEntry,
+    common: tuple[str, ...],
+    training: tuple[str, ...],
 ) -> Task:
-    if not isinstance(entry, dict) or len(entry) != 1 or not entry.keys() <= set(KINDS):
-        raise UserError(f"{path}: stage {name} has one of {', '.join(KINDS)}")
-    ((kind, text),) = entry.items()
     where = f"stage {name}"
-    if kind == "run":
-        lines = text if isinstance(text, list) else [text]
+    kind: Literal["run", "pretrain", "score"]
+    if entry.run is not UNSET:
+        kind = "run"
+        lines = entry.run if isinstance(entry.run, list) else [entry.run]
         commands = [_words(path, where, line) for line in lines]
+    elif entry.pretrain is not UNSET:
+        kind = "pretrain"
+        commands = [(*common, *_words(path, where, entry.pretrain))]
     else:
-        before = common if kind == "pretrain" else training
-        commands = [(*before, *_words(path, where, text))]
+        assert entry.score is not UNSET
+        kind = "score"
+        commands = [(*training, *_words(path, where, entry.score))]
     if not all(commands) or not commands:
         raise UserError(f"{path}: {where} has nothing to run")
-    kind = cast(Literal["run", "pretrain", "score"], kind)
     return Task(name, kind, tuple(commands))
 
 
-def _words(path: Path, where: str, text: Any) -> tuple[str, ...]:
-    if text is None:
-        return ()
-    if not isinstance(text, str):
-        raise UserError(f"{path}: {where}: write a text, not {text!r}")
+def _words(path: Path, where: str, text: str | None) -> tuple[str, ...]:
     try:
-        return tuple(shlex.split(text, comments=True))
+        if "\0" in (text or "").encode().decode():  # surrogates cannot be encoded
+            raise ValueError("no command can have a NUL character")
+        return tuple(shlex.split(text or "", comments=True))
     except ValueError as error:
         raise UserError(f"{path}: {where}: {error}") from error
 

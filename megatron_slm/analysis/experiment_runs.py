@@ -13,10 +13,10 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from dataclasses import replace
 from itertools import accumulate, pairwise
+from math import isfinite
 from pathlib import Path
 
-from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
-
+from megatron_slm.analysis.event_files import read_events
 from megatron_slm.analysis.experiment_recipe import BASELINE
 from megatron_slm.analysis.experiment_results import Point, RunResult
 from megatron_slm.analysis.experiment_tasks import Instance
@@ -29,18 +29,21 @@ from megatron_slm.planning.recipe import work_of
 
 
 def read_run(instance: Instance, study: Path) -> RunResult:
-    """Raises: UserError: the run has logged no validation."""
+    """
+    Raises:
+        UserError: the run has logged no validation, one without a finite loss, or what is damaged.
+    """
     directory = study / instance.directory
     args = _arguments(study / instance.output)
-    events = EventAccumulator(str(directory / "tensorboard"), size_guidance={SCALARS: 0})
-    events.Reload()
-    logged = {
-        tag: {event.step: event.value for event in events.Scalars(tag)}  # resumed: the last
-        for tag in events.Tags()["scalars"]
-    }
+    logged = read_events(directory / "tensorboard").scalars
     validations = list(filter(VALIDATION.fullmatch, logged))  # of several sets the first counts
     if not validations:
         raise UserError(f"{directory}: no validation was logged: give --eval-interval and data")
+    for tag in ("lm loss", "iteration-time"):
+        if tag not in logged:
+            raise UserError(
+                f"{directory}/tensorboard has no {tag!r}: remove {directory} to run it again"
+            )
     tokens = args.global_batch_size * args.seq_length
     # A run that selects nothing, or nothing yet, logs no ratio: all tokens, as with soft weights.
     ratios, scored = logged.get("selected ratio", {}), logged.get("reference loss", {})
@@ -54,7 +57,12 @@ def read_run(instance: Instance, study: Path) -> RunResult:
     scoring = [cached + online * (step in scored) for step in steps]
     spent = [list(accumulate(each)) for each in (trained, policy, scoring)]
     curve = []
-    for step, loss in sorted(logged[validations[0]].items()):
+    for step, loss in logged[validations[0]].items():
+        if not (isfinite(loss) and 1 <= step <= args.train_iters):
+            raise UserError(
+                f"{directory}: the validation loss at iteration {step} of {args.train_iters} is "
+                f"{loss}; remove the directory to run it again, or the arm from the recipe"
+            )
         selected, *flops = (each[step - 1] for each in spent)
         curve.append(Point(step, step * tokens, loss, round(selected * tokens), *map(round, flops)))
     first = logged["lm loss"] | logged.get("all-token loss", {})

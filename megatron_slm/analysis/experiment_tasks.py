@@ -1,10 +1,11 @@
 """A task of an experiment, for a seed or for all: where it is, whether it is done, its start.
 
-    DIRECTORY/begun.json     what is being made: a hash of its commands and of those of its inputs
+    DIRECTORY/begun.json     what is being made: a hash of its commands and of those of its inputs;
+                             a directory without it is none of ours
     DIRECTORY/record.json    the same, when it is whole: written last, by a rename
     DIRECTORY/log            what its processes print
 
-Where the hash differs the directory is emptied first; else commands go on with what is there, as
+Where the hash differs the directory is made anew; else commands go on with what is there, as
 pretraining does from its last checkpoint.
 """
 
@@ -23,9 +24,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
+import msgspec
+
 from megatron_slm.analysis.experiment_recipe import PLACEHOLDER, Recipe, Task
 from megatron_slm.errors import UserError
-from megatron_slm.files import sha256_of, write_whole
+from megatron_slm.files import is_leftover, read_json, sha256_of, temporary, write_whole
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PRETRAIN = "-m megatron_slm.pretrain".split()
@@ -85,13 +88,25 @@ class Instance:
     def prepare(self, study: Path) -> None:
         """An empty directory, or what an earlier start of the same left there."""
         directory = study / self.directory
-        if _hash_in(directory / "begun.json") != self.hash:
-            if directory.exists():
-                for name in ("record.json", "begun.json"):  # first: this may be killed
-                    (directory / name).unlink(missing_ok=True)
-                shutil.rmtree(directory)
-            directory.mkdir(parents=True)
-            write_json(directory / "begun.json", {"hash": self.hash})
+        begun = _hash_in(directory / "begun.json")
+        if begun == self.hash:
+            return
+        for leftover in directory.parent.glob(f"{directory.name}.*.partial"):
+            if is_leftover(leftover):  # of a start that was killed here
+                shutil.rmtree(leftover)
+        # This may be killed as well: under its name the directory is always whole.
+        if begun is not None:
+            old = temporary(directory)
+            directory.rename(old)
+            shutil.rmtree(old)
+        elif directory.exists() and any(directory.iterdir()):
+            raise UserError(
+                f"{directory} has no begun.json, so this study has not made it: move it away"
+            )
+        new = temporary(directory)
+        new.mkdir(parents=True)
+        write_json(new / "begun.json", {"hash": self.hash})
+        new.rename(directory)
 
     def finish(self, study: Path) -> None:
         """Say that all of it is there."""
@@ -129,11 +144,22 @@ class Instance:
         return [sys.executable, *torchrun, str(self.recipe.ranks)]
 
 
+class _Hash(msgspec.Struct):
+    hash: str
+
+
 def _hash_in(file: Path) -> str | None:
-    try:
-        return str(json.loads(file.read_text())["hash"])
-    except (FileNotFoundError, ValueError, KeyError):
+    """None where there is no such file.
+
+    Raises:
+        UserError: it is damaged; what it stands for could be hours of training.
+    """
+    if not file.exists():
         return None
+    try:
+        return read_json(file, _Hash, 1 << 24).hash
+    except UserError as error:
+        raise UserError(f"{error}; move {file.parent} away to have it made anew") from error
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -1,33 +1,35 @@
 """What a score cache holds: the distribution of reference losses by domain.
 
-Every shard is read once and every record's checksum compared.  Losses are counted in the 65,536
-steps of their 16-bit form, so percentiles are exact up to that and memory does not grow.
+Every record is read once, as training reads it.  Losses are counted in the 65,536 steps of their
+16-bit form, so percentiles are exact up to that and memory does not grow.
 """
 
 from __future__ import annotations
 
 from argparse import ArgumentParser
 from collections import defaultdict
+from itertools import batched
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from megatron_slm.data.score_cache import (
-    Manifest,
-    checksum,
     decode,
     encode,
     missing_shards,
-    read_manifest,
+    read_record,
     shard_path,
 )
+from megatron_slm.data.score_manifest import Manifest, read_manifest
 from megatron_slm.errors import UserError
+from megatron_slm.files import writing
 
 PERCENTILES = (1, 10, 25, 50, 75, 90, 99)
 CODES = 1 << 16
+RECORDS = 256  # at a time
+MOST_FAULTS = 20  # that are named
 Histograms = dict[str, NDArray[np.int64]]
 
 
@@ -58,7 +60,8 @@ def main(arguments: list[str]) -> None:
     if args.plot and histograms:
         plot(histograms, args.plot)
     if faults:
-        raise UserError("; ".join(faults))
+        more = [f"and {len(faults) - MOST_FAULTS} more"] if len(faults) > MOST_FAULTS else []
+        raise UserError("; ".join(faults[:MOST_FAULTS] + more))
 
 
 def count_losses(directory: Path, manifest: Manifest) -> tuple[Histograms, list[str]]:
@@ -73,28 +76,31 @@ def count_losses(directory: Path, manifest: Manifest) -> tuple[Histograms, list[
         if (section, shard) not in missing
     ]
     for section, shard in tqdm(there, unit="shard", disable=None):
-        path = shard_path(directory, section, shard)
-        expected = len(manifest.records_of(section, shard))
-        if path.stat().st_size != expected * manifest.record.itemsize:
-            faults.append(f"{path} has the wrong size")
+        try:
+            found = _count_shard(directory, manifest, section, shard)
+        except UserError as error:
+            faults.append(str(error))
             continue
-        records = np.fromfile(path, manifest.record)
-        bad = [
-            row
-            for row, record in enumerate(records)
-            if checksum(record["losses"]) != record["losses_crc"]
-        ]
-        if bad:
-            faults.append(f"{path} is damaged at records {bad[:10]}")
-            continue
-        names = _domains(manifest, section)
-        for number in np.unique(records["domain"]):
-            losses = records["losses"][records["domain"] == number]
-            histograms[names[number]] += np.bincount(
-                encode(losses, "uint16").ravel() if losses.dtype == np.float32 else losses.ravel(),
-                minlength=CODES,
-            )
+        for name, histogram in found.items():
+            histograms[name] += histogram
     return dict(sorted(histograms.items())), faults
+
+
+def _count_shard(directory: Path, manifest: Manifest, section: str, shard: int) -> Histograms:
+    names = _domains(manifest, section)
+    histograms: Histograms = defaultdict(lambda: np.zeros(CODES, np.int64))
+    for numbers in batched(manifest.records_of(section, shard), RECORDS):
+        records = [read_record(directory, manifest, section, number) for number in numbers]
+        domains = np.array([record["domain"] for record in records])
+        losses = np.stack([record["losses"] for record in records])
+        if domains.max() >= len(names):
+            path = shard_path(directory, section, shard)
+            raise UserError(f"{path} has losses of dataset {domains.max()} of {len(names)}")
+        codes = encode(losses, "uint16") if losses.dtype == np.float32 else losses
+        for number in np.unique(domains).tolist():
+            own = codes[domains == number].ravel()
+            histograms[names[number]] += np.bincount(own, minlength=CODES)
+    return histograms
 
 
 def mean(histogram: NDArray[np.int64]) -> float:
@@ -132,13 +138,15 @@ def plot(histograms: Histograms, path: Path) -> None:
     axes.set(xlabel="reference loss (nats)", ylabel="density")
     axes.legend(frameon=False)
     try:
-        figure.savefig(path)
-    except (ValueError, OSError) as error:
+        with writing(path) as unfinished:
+            figure.savefig(unfinished, format=path.suffix[1:] or "png")
+    except ValueError as error:
         raise UserError(f"--plot {path}: {error}") from error
+    pyplot.close(figure)
     print(f"> {path}")
 
 
-def _domains(manifest: Manifest, section: str) -> Any:
+def _domains(manifest: Manifest, section: str) -> list[str]:
     """Name of each domain number in a section."""
     if manifest.kind == "document":
         return [section]

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,9 +25,33 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from megatron_slm.errors import UserError
-from megatron_slm.files import write_whole
+from megatron_slm.files import decode_json, open_regular, write_whole
 
 FORMAT = "megatron-slm token dump 1"
+MOST_BYTES, MOST_BYTES_OF_ALL = 1 << 30, 1 << 32  # of a dump (80 million tokens), of a directory
+# dtype of each array, and its columns: none, s, or s + 1.
+ARRAYS: dict[str, tuple[str, int | None]] = {
+    "tokens": ("int32", 1),
+    "losses": ("float32", 0),
+    "reference_losses": ("float32", 0),
+    "selected": ("bool", 0),
+    "valid": ("bool", 0),
+    "samples": ("int64", None),
+}
+OPTIONAL = {"reference_losses", "selected"}
+
+
+class About(TypedDict):
+    """What a dump says of itself.  checkpoint: its fingerprint, where one was scored."""
+
+    tokenizer_type: str | None
+    tokenizer_model: str | None
+    split: NotRequired[str]
+    domains: NotRequired[list[str] | None]
+    score: NotRequired[str | None]
+    scope: NotRequired[str]
+    ratio: NotRequired[float]
+    checkpoint: NotRequired[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -69,8 +93,11 @@ def write_dump(directory: Path, dump: TokenDump) -> Path:
             "about": json.dumps(dump.about),
         },
     )
-    directory.mkdir(parents=True, exist_ok=True)
     path = dump_path(directory, dump.iteration)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
     write_whole(path, content)
     return path
 
@@ -78,35 +105,71 @@ def write_dump(directory: Path, dump: TokenDump) -> Path:
 def read_dump(path: Path) -> TokenDump:
     """
     Raises:
-        UserError: not such a file, or damaged.
+        UserError: not such a file, damaged, or its parts do not belong together.
     """
+    with open_regular(path) as regular:
+        if regular.seek(0, 2) > MOST_BYTES:
+            raise UserError(f"{path} has more than {MOST_BYTES} bytes, too many for a token dump")
     try:
         with safe_open(path, "numpy") as file:
             metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise UserError(f"{path} is not a token dump of this version")
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, TypeError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
-    if metadata.get("format") != FORMAT:
-        raise UserError(f"{path} is not a token dump of this version")
-    return TokenDump(
-        iteration=int(metadata["iteration"]), about=json.loads(metadata["about"]), **arrays
-    )
+    _check_arrays(path, arrays)
+    iteration = decode_json(metadata.get("iteration", ""), int, f"the iteration of {path}")
+    if path.name != dump_path(path.parent, iteration).name:
+        raise UserError(f"{path} is of iteration {iteration}, which its name does not say")
+    about = decode_json(metadata.get("about", ""), About, f"what {path} says of itself")
+    if ("score" in about) != ("scope" in about):
+        raise UserError(f"{path} says one of score and scope, without the other")
+    domains = about.get("domains")
+    if domains is not None and len(domains) != len(arrays["samples"]):
+        raise UserError(f"{path} has {len(domains)} domains for {len(arrays['samples'])} samples")
+    return TokenDump(iteration=iteration, about=dict(about), **arrays)
 
 
-def read_dumps(directory: Path, iterations: list[int] | None = None) -> list[TokenDump]:
+def _check_arrays(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
+    if arrays.keys() - OPTIONAL != ARRAYS.keys() - OPTIONAL:
+        raise UserError(f"{path} is not a token dump: it has the arrays {sorted(arrays)}")
+    samples = len(arrays["samples"]) if arrays["samples"].ndim else 0
+    length = arrays["losses"].shape[-1] if arrays["losses"].ndim else 0
+    for name, array in arrays.items():
+        kind, more = ARRAYS[name]
+        shape = (samples,) if more is None else (samples, length + more)
+        if array.dtype != kind or array.shape != shape or not array.size:
+            raise UserError(
+                f"{path}: {name} is {array.dtype} {list(array.shape)}, not {kind} {list(shape)}"
+            )
+    if arrays["tokens"].min() < 0 or arrays["samples"].min() < 0:
+        raise UserError(f"{path} has numbers of tokens or samples below 0")
+    if not arrays["valid"].any():
+        raise UserError(f"{path} has no token that counts")
+
+
+def read_dumps(
+    directory: Path, iterations: list[int] | None = None, most: int | None = None
+) -> list[TokenDump]:
     """The dumps of a directory, in the order of their iterations.
 
     Args:
         iterations: of those wanted; None for all.
+        most: read so many at most, evenly spread from the first to the last.
 
     Raises:
-        UserError: there are none, one is damaged, or they are not of the same samples.
+        UserError: there are none, one is damaged, they are not of the same samples, or too large.
     """
     paths = sorted(directory.glob("iter_*.safetensors"), key=lambda path: (len(path.name), path))
     if iterations is not None:
         paths = [dump_path(directory, iteration) for iteration in sorted(iterations)]
     if not paths:
         raise UserError(f"{directory} has no token dumps (iter_*.safetensors)")
+    if most is not None and len(paths) > most:
+        paths = [paths[round(at)] for at in np.linspace(0, len(paths) - 1, most).tolist()]
+    if sum(path.stat().st_size for path in paths if path.exists()) > MOST_BYTES_OF_ALL:
+        raise UserError(f"the token dumps in {directory} have more than {MOST_BYTES_OF_ALL} bytes")
     dumps = [read_dump(path) for path in paths]
     for path, dump in zip(paths, dumps, strict=True):
         if not np.array_equal(dump.tokens, dumps[0].tokens):

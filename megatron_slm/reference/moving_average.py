@@ -24,6 +24,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_slm.errors import UserError
+from megatron_slm.files import write_whole
 from megatron_slm.loss import Scoring
 from megatron_slm.model.torch_dist import TRACKER
 from megatron_slm.reference.checkpoint import open_checkpoint
@@ -104,7 +105,7 @@ class MovingAverage(OnlineReference):
         state = {"args": arguments, "iteration": iteration, "model": self._sharded(metadata)}
         dist_checkpointing.save(state, str(directory))
         if first:
-            (directory.parent / TRACKER).write_text(str(iteration))
+            write_whole(directory.parent / TRACKER, str(iteration).encode())
             for old in directory.parent.glob("iter_*"):
                 if old != directory and not (Path(save) / old.name).exists():
                     shutil.rmtree(old)  # the policy's checkpoint is gone as well

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 from megatron.training.utils import get_blend_and_blend_per_split
 
-from megatron_slm.data.score_cache import Manifest, Section, differences, read_manifest
+from megatron_slm.data.score_cache import Section
+from megatron_slm.data.score_manifest import Manifest, Source, differences, read_manifest
 from megatron_slm.data.scored_dataset import check_names, dataset_name, fingerprint
 from megatron_slm.errors import UserError
 
@@ -49,7 +51,7 @@ def data_prefixes(args: Namespace) -> list[str]:
     return list(dict.fromkeys(prefix for prefixes, _ in blends for prefix in prefixes))
 
 
-def describe_data(args: Namespace, kind: str) -> dict[str, Any]:
+def describe_data(args: Namespace, kind: str) -> Source:
     """Fingerprint of what decides the tokens of each record, as a manifest's `source`.
 
     Raises:
@@ -72,8 +74,7 @@ def describe_data(args: Namespace, kind: str) -> dict[str, Any]:
                 for split, (prefixes, weights) in _blends(args).items()
             },
         }
-    plain: dict[str, Any] = json.loads(json.dumps(source))  # as it is read back
-    return plain
+    return msgspec.convert(source, Source)  # as it is read back
 
 
 def open_caches(args: Namespace) -> Caches:
@@ -110,9 +111,9 @@ def open_caches(args: Namespace) -> Caches:
     return Caches(kind, sections, identity)
 
 
-def _check(args: Namespace, own: dict[str, Any], directory: Path, manifest: Manifest) -> None:
-    scored = dict(manifest.source)
-    mine = dict(own)
+def _check(args: Namespace, own: Source, directory: Path, manifest: Manifest) -> None:
+    scored: dict[str, Any] = dict(manifest.source)
+    mine: dict[str, Any] = dict(own)
     if manifest.kind == "document":  # of any length, and of more datasets than one run may read
         both = scored["datasets"].keys() & mine["datasets"].keys()
         for source in (scored, mine):

@@ -133,7 +133,9 @@ def score_checkpoints(args: Namespace, layer_spec: Callable[..., Any] | None) ->
             model = frozen_reference(checkpoint, own, Scoring(args.slm_vocab_size), layer_spec)
         else:
             load_weights(model.model, checkpoint)
-        _score(args, model, micro_batches, samples, count, step, about, directory)
+        failed = _score(args, model, micro_batches, samples, count, step, about, directory)
+        if said := _of_any_rank(failed):
+            raise UserError(f"{said}; what was scored before is kept")
         print_rank_0(f"> iteration {step}: {count * args.seq_length:,} tokens scored")
     torch.distributed.barrier()
     return directory
@@ -169,13 +171,25 @@ def _score(
     step: int,
     about: dict[str, Any],
     directory: Path,
-) -> None:
+) -> str | None:
+    """Score with a checkpoint; why its losses could not be written, on the rank that writes."""
     scored = list(model.score(iter(micro_batches), len(micro_batches), args.micro_batch_size))
     if not mpu.is_pipeline_last_stage():
-        return
+        return None
     losses = [batch.reference_losses for batch in scored if batch.reference_losses is not None]
     whole = of_all_ranks(torch.stack(losses)[None])[0, :count].cpu().numpy()
     if is_writer():
         tokens, valid = samples.tokens(count)
         numbers = samples.numbers(count)
-        write_dump(directory, TokenDump(step, tokens, whole, valid, numbers, about))
+        try:
+            write_dump(directory, TokenDump(step, tokens, whole, valid, numbers, about))
+        except UserError as error:
+            return str(error)
+    return None
+
+
+def _of_any_rank(said: str | None) -> str | None:
+    """What the first of the ranks that have something to say does.  Collective over all ranks."""
+    everyone: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, said)
+    return next((each for each in everyone if each is not None), None)

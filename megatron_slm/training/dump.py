@@ -1,5 +1,8 @@
 """Token dumps: what the policy makes of a few fixed samples, every so many iterations.
 
+A run whose dumps cannot be written says so, once for each, and goes on: they are there to be looked
+at, and the steps since the last checkpoint are worth more.
+
 The samples pass through the policy in a forward-only pass of their own; the run's selector says
 which of their tokens it would train on, micro-batch by micro-batch as in validation.
 data/token_dump.py has the file, fixed_samples.py the samples.
@@ -7,6 +10,7 @@ data/token_dump.py has the file, fixed_samples.py the samples.
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +22,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
 
 from megatron_slm.data.token_dump import TokenDump, write_dump
+from megatron_slm.errors import UserError
 from megatron_slm.reference import Reference
 from megatron_slm.reference.moving_average import MovingAverage
 from megatron_slm.selection import TokenSelector
@@ -135,16 +140,29 @@ class TokenDumps:
             reference_losses=reference[0] if reference else None,
             selected=selected > 0,
         )
-        write_dump(self.directory, dump)
+        try:
+            write_dump(self.directory, dump)
+        except UserError as error:
+            print(f"WARNING: {error}; training goes on without this token dump", flush=True)
 
 
 def token_dumps(
     args: Namespace, settings: SelectiveSettings, provider: DatasetProvider
 ) -> TokenDumps | None:
-    """What the arguments ask for; None if nothing."""
+    """What the arguments ask for; None if nothing.
+
+    Raises:
+        UserError: dumps cannot be written where they are to be.
+    """
     if args.slm_dump_interval is None:
         return None
     directory = Path(args.slm_dump_dir or Path(args.save) / "dump")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--slm-dump-dir {directory}: {error.strerror}") from error
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise UserError(f"--slm-dump-dir {directory} cannot be written to")
     return TokenDumps(directory, args.slm_dump_interval, settings, provider)
 
 

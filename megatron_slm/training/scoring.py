@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from megatron.core import mpu
@@ -29,7 +30,8 @@ from megatron.training.utils import print_rank_0
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_slm.data.score_cache import Manifest, missing_shards, write_shard
+from megatron_slm.data.score_cache import missing_shards, write_shard
+from megatron_slm.data.score_manifest import Manifest
 from megatron_slm.data.scored_dataset import DocumentWindows, dataset_name
 from megatron_slm.errors import UserError
 from megatron_slm.loss import Scoring
@@ -55,6 +57,7 @@ from megatron_slm.training.tokenizer import record_tokenizer
 # their devices at a time.
 MOST_TOKENS, LEAST_RECORDS, SHARDS = 1 << 23, 16, 512
 POLL_SECONDS = 5.0
+FAILED = "megatron-slm: scoring failed"  # by the job's store, what a rank says of it
 
 
 def parse_arguments(add_own: Callable[[ArgumentParser], ArgumentParser]) -> Namespace:
@@ -146,12 +149,19 @@ def score(args: Namespace, layer_spec: Callable[..., Any] | None) -> None:
         unit_scale=True,
         disable=not first,
     )
-    for section, shard in mine:
-        _score_shard(args, reference, batches, directory, manifest, section, shard, progress)
+    store = torch.distributed.distributed_c10d._get_default_store()
+    try:
+        for section, shard in mine:
+            _score_shard(args, reference, batches, directory, manifest, section, shard, progress)
+    except UserError as error:
+        store.set(FAILED, str(error))
+        raise
     progress.close()
     # Others may need longer than a collective may wait.  The first rank stays: it is the job's
     # store.
     while first and missing_shards(directory, manifest):
+        if store.check([FAILED]):
+            raise UserError(store.get(FAILED).decode())
         time.sleep(POLL_SECONDS)
     print_rank_0(f"> {directory} is complete")
 
@@ -211,15 +221,22 @@ def _begin(
     if not sections:
         raise UserError("there is nothing to score: no samples, or no --data-path")
     enough = max(LEAST_RECORDS, max(sections.values()) // SHARDS)
-    manifest = Manifest(
-        kind=args.by,
-        dtype=args.cache_dtype,
-        sequence_length=args.seq_length,
-        shard_records=args.shard_samples or max(1, min(enough, MOST_TOKENS // args.seq_length)),
-        sections=sections,
-        source=describe_data(args, args.by),
-        reference=fingerprint(checkpoint),
-    )
+    records = max(1, min(enough, MOST_TOKENS // args.seq_length))
+    what = {
+        "kind": args.by,
+        "dtype": args.cache_dtype,
+        "sequence_length": args.seq_length,
+        "shard_records": records if args.shard_samples is None else args.shard_samples,
+        "sections": sections,
+        "source": describe_data(args, args.by),
+        "reference": fingerprint(checkpoint),
+    }
+    try:
+        manifest = msgspec.convert(what, Manifest)
+    except msgspec.ValidationError as error:
+        raise UserError(
+            f"no score cache can be made of this ({error}); see --shard-samples"
+        ) from error
     manifest.write(directory)
     return manifest, missing_shards(directory, manifest)
 

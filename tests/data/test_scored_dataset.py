@@ -14,7 +14,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 
 from gpt_datasets import gpt_config
 from megatron_slm.data import score_cache
-from megatron_slm.data.score_cache import Manifest, Section, write_shard
+from megatron_slm.data.score_cache import Section, write_shard
+from megatron_slm.data.score_manifest import Manifest
 from megatron_slm.data.scored_dataset import (
     DocumentWindows,
     SampleScored,

@@ -28,7 +28,8 @@ from jobs import (
     from_own_checkpoint,
 )
 from launch import REPOSITORY, Run, launch, pretrain, start
-from megatron_slm.data.score_cache import Section, decode, encode, read_manifest
+from megatron_slm.data.score_cache import Section, decode, encode
+from megatron_slm.data.score_manifest import read_manifest
 from megatron_slm.data.token_dump import read_dumps
 
 TOOL = str(REPOSITORY / "tools" / "score_reference.py")

@@ -180,6 +180,7 @@ def sequence_length(run: RunFiles, study: dict[str, Any] | None) -> int | None:
     if run.dumps:
         return int(run.dumps[0].losses.shape[1])
     batch = run.scalars.get("batch-size")
-    if study is None or batch is None or batch.values[0] <= 0:
+    tokens = None if study is None else study.get("tokens_per_step")
+    if tokens is None or batch is None or batch.values[0] <= 0:
         return None
-    return round(study["tokens_per_step"] / batch.values[0])
+    return round(tokens / batch.values[0])

@@ -28,6 +28,7 @@ from megatron_slm.analysis.report.study import (
 from megatron_slm.analysis.report.token_map import token_map
 from megatron_slm.analysis.token_text import dump_tokenizer
 from megatron_slm.errors import UserError
+from megatron_slm.files import write_whole
 
 HERE = Path(__file__).parent
 ALONE = (
@@ -52,11 +53,7 @@ def write_report(directory: Path, output: Path, tokenizer_model: str | None) -> 
         runs = {name: read_run(directory / each) for name, each in run_directories(study).items()}
     if not runs:
         raise UserError(f"{directory / RESULTS} has no finished run yet")
-    page = build_page(directory, study, runs, tokenizer_model)
-    try:
-        output.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror}") from error
+    write_whole(output, build_page(directory, study, runs, tokenizer_model).encode())
 
 
 def build_page(

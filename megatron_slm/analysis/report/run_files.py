@@ -12,11 +12,12 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_slm.analysis.report.settings import Settings, read_settings
+from megatron_slm.analysis.event_files import Events, read_events
+from megatron_slm.analysis.report.settings import Settings
+from megatron_slm.analysis.report.token_map import MOST_DUMPS
 from megatron_slm.data.token_dump import TokenDump, read_dumps
 from megatron_slm.errors import UserError
 
-EVENTS = "events.out.tfevents.*"
 DUMPS = "iter_*.safetensors"
 DYNAMICS = Path("dynamics") / "token_dynamics.parquet"
 # Tags of the validation loss: one, or one a set (--multiple-validation-sets); not its perplexity.
@@ -56,15 +57,15 @@ def read_run(directory: Path) -> RunFiles:
         raise UserError(f"{directory} is not a directory")
     logs = directory / "tensorboard"
     logs = logs if logs.is_dir() else directory
-    scalars, settings = _read_events(logs) if any(logs.glob(EVENTS)) else ({}, Settings())
+    events = read_events(logs)
     dumps = next((each for each in _dump_directories(directory) if any(each.glob(DUMPS))), None)
     dynamics = directory / DYNAMICS
     found = RunFiles(
         name=directory.resolve().name,
         directory=directory,
-        scalars=scalars,
-        settings=settings,
-        dumps=[] if dumps is None else read_dumps(dumps),
+        scalars=_series(events),
+        settings=Settings(events.texts),
+        dumps=[] if dumps is None else read_dumps(dumps, most=MOST_DUMPS),
         dynamics=dynamics if dynamics.is_file() else None,
     )
     if not (found.scalars or found.dumps or found.dynamics):
@@ -79,16 +80,10 @@ def _dump_directories(directory: Path) -> list[Path]:
     return [directory / "dump", *sorted(directory.glob("*/dump"))]
 
 
-def _read_events(logs: Path) -> tuple[dict[str, Series], Settings]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(logs))
-    events.Reload()
+def _series(events: Events) -> dict[str, Series]:
     scalars = {}
-    for tag in events.Tags()["scalars"]:
-        # A resumed run writes some iterations again: the later ones count.
-        points = {event.step: event.value for event in events.Scalars(tag)}
-        known = sorted((at, value) for at, value in points.items() if math.isfinite(value))
-        if known and not tag.endswith(" vs samples"):
-            scalars[tag] = Series([at for at, _ in known], [value for _, value in known])
-    return scalars, read_settings(events)
+    for tag, points in events.scalars.items():
+        known = {at: value for at, value in points.items() if math.isfinite(value)}
+        if known:
+            scalars[tag] = Series(list(known), list(known.values()))
+    return scalars

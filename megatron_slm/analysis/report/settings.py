@@ -8,21 +8,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any
 
-MOST_CHARACTERS, MOST_DIGITS = 10_000, 15
+MOST_DIGITS = 15
 QUOTED = re.compile(r"'([^']+)'")
 WEIGHT = re.compile(r"[\d.]+")
 SUFFIX = re.compile(r"_[^_]+_document$")  # which preprocessing appends to a prefix
-READ = frozenset(
-    """
-    num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels
-    group_query_attention swiglu normalization add_bias_linear num_experts padded_vocab_size
-    untie_embeddings_and_output_weights seq_length global_batch_size world_size
-    data_path train_data_path valid_data_path validation_set_names
-    slm_token_ratio slm_score slm_scope
-    """.split()
-)
 
 
 @dataclass(frozen=True)
@@ -71,14 +61,3 @@ class Settings:
         layer = hidden * (2 * heads * channels + 2 * groups * channels + 3 * ffn + 2)
         tables = 1 + (self.texts.get("untie_embeddings_and_output_weights") == "True")
         return layers * layer + (tables * vocabulary + 1) * hidden
-
-
-def read_settings(events: Any) -> Settings:
-    """Return the arguments in the events of TensorBoard's EventAccumulator."""
-    found = {}
-    for tag in events.Tags()["tensors"]:
-        name, _, kind = tag.rpartition("/")
-        if name in READ and kind == "text_summary":
-            words = events.Tensors(tag)[-1].tensor_proto.string_val
-            found[name] = b"".join(words)[:MOST_CHARACTERS].decode(errors="replace")
-    return Settings(found)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from megatron_slm.analysis.experiment_table import part, spread
 from megatron_slm.analysis.report.facts import Facts, data, model
 from megatron_slm.analysis.report.figures import figure, line
 from megatron_slm.analysis.report.run_files import RunFiles
-from megatron_slm.errors import UserError
+from megatron_slm.analysis.study_file import read_results
 
 RESULTS = "results.json"
 
@@ -23,14 +22,7 @@ def read_study(directory: Path) -> dict[str, Any]:
     Raises:
         UserError: not the file that tools/run_experiment.py writes.
     """
-    path = directory / RESULTS
-    try:
-        results: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    if results.get("format") != 1:
-        raise UserError(f"{path} is not of a study that this version knows")
-    return results
+    return read_results(directory / RESULTS)
 
 
 def run_directories(results: dict[str, Any]) -> dict[str, str]:

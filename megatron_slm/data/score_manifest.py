@@ -1,0 +1,162 @@
+"""A score cache's manifest: what was scored with what.
+
+It is written first and never changed.  A run compares it with its own arguments, and every record
+is bound to it by its checksum.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
+
+import msgspec
+import numpy as np
+
+from megatron_slm.errors import UserError
+from megatron_slm.files import alone_at, decode_json, read_bounded, write_whole
+
+MANIFEST = "manifest.json"
+FORMAT = 2
+MOST_SHARDS = 1 << 20  # of a section: every start lists them
+DTYPES = {"uint16": np.uint16, "float32": np.float32}
+
+Positive = Annotated[int, msgspec.Meta(ge=1, le=1 << 50)]
+Name = Annotated[str, msgspec.Meta(pattern=r"^(?!\.{1,2}$)[^/\0]+$")]  # of a directory
+
+
+class Source(TypedDict):
+    """Fingerprints of what decides the tokens of each record.  The order of samples (the last four)
+    is that of kind "sample" alone."""
+
+    tokenizer: str
+    vocabulary: int
+    datasets: dict[str, dict[str, str]]
+    seed: NotRequired[int]
+    split: NotRequired[str | None]
+    reset_position_ids: NotRequired[bool]
+    blends: NotRequired[dict[str, tuple[list[str], list[float] | None]]]
+
+
+class Manifest(msgspec.Struct, frozen=True, dict=True):
+    """What a cache holds.
+
+    dtype: of stored losses.  sequence_length: s.
+    shard_records: records of each shard but a section's last.
+    sections: records of each section.
+    source: fingerprints of what was scored: data, order, tokenizer.
+    reference: fingerprint of the checkpoint that scored.
+    """
+
+    kind: Literal["sample", "document"]
+    dtype: Literal["uint16", "float32"]
+    sequence_length: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
+    shard_records: Positive
+    sections: dict[Name, Positive]
+    source: Source
+    reference: dict[str, str]
+
+    def __post_init__(self) -> None:
+        if self.kind == "sample" and "blends" not in self.source:
+            raise ValueError("its source has no blends")
+        for section in self.sections:
+            if self.shards(section) > MOST_SHARDS:
+                raise ValueError(
+                    f"section {section} has {self.shards(section)} shards, more than {MOST_SHARDS}"
+                )
+
+    def write(self, directory: Path) -> None:
+        """Write it, or check that a job that goes on is the job that began.
+
+        Raises:
+            UserError: directory holds another cache, or cannot be written to.
+        """
+        path = directory / MANIFEST
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write to {directory}: {error.strerror}") from error
+        with alone_at(path, "--slm-reference-cache", wait=60.0):
+            if not path.exists():
+                write_whole(path, json.dumps({"format": FORMAT, **self._plain}, indent=1).encode())
+            elif found := differences(self._plain, read_manifest(directory)._plain):
+                raise UserError(
+                    f"{path} was begun with other arguments ({found}); give those, or choose "
+                    "another directory"
+                )
+
+    @property
+    def _plain(self) -> dict[str, Any]:
+        plain: dict[str, Any] = msgspec.to_builtins(self)
+        return plain
+
+    @cached_property
+    def record(self) -> np.dtype[Any]:
+        losses = (DTYPES[self.dtype], (self.sequence_length,))
+        return np.dtype(
+            [("losses", *losses), ("domain", "<u4"), ("labels_crc", "<u4"), ("checksum", "<u4")]
+        )
+
+    @cached_property
+    def _crc(self) -> int:
+        return zlib.crc32(json.dumps(self._plain, sort_keys=True).encode())
+
+    def checksum(self, section: str, number: int, record: bytes) -> int:
+        """CRC-32 of a record but for the checksum itself, in its place."""
+        place = zlib.crc32(f"{section}/{number}".encode(), self._crc)
+        return zlib.crc32(memoryview(record)[: -np.dtype("<u4").itemsize], place)
+
+    def shards(self, section: str) -> int:
+        return -(-self.sections[section] // self.shard_records)
+
+    def records_of(self, section: str, shard: int) -> range:
+        """Numbers of a shard's records in its section."""
+        first = shard * self.shard_records
+        return range(first, min(first + self.shard_records, self.sections[section]))
+
+
+def differences(run: dict[str, Any], scored: dict[str, Any]) -> str:
+    """What a run has other than what was scored; empty if nothing."""
+    runs, scoreds = _flat(run), _flat(scored)
+    return "; ".join(
+        f"{name} is {runs.get(name)} here, {scoreds.get(name)} there"
+        for name in sorted(runs.keys() | scoreds.keys())
+        if runs.get(name) != scoreds.get(name)
+    )
+
+
+class _Version(msgspec.Struct):
+    format: int
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """
+    Raises:
+        UserError: there is none, or none that this version can read.
+    """
+    path = directory / MANIFEST
+    if not path.exists():
+        raise UserError(
+            f"{directory} is not a score cache: it has no {MANIFEST}; make one with "
+            "tools/score_reference.py"
+        )
+    content = read_bounded(path)
+    found = decode_json(content, _Version, path).format
+    if found != FORMAT:
+        raise UserError(
+            f"{path} is of format {found}, and this version reads format {FORMAT}: score again, "
+            "with --slm-reference-cache naming another directory"
+        )
+    return decode_json(content, Manifest, path)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
