@@ -12,7 +12,7 @@ VERSION = next(
 )
 
 # Plots, reports, token dynamics as tables.
-ANALYSIS = ["matplotlib", "plotly", "pyarrow"]
+ANALYSIS = ["matplotlib", "pyarrow"]
 # Fast tokenizers, compressed and columnar inputs, near-duplicates.
 DATA = ["gigatoken", "kitoken", "mistral-common", "pyarrow", "rensa", "zstandard"]
 DATATROVE = ["datatrove>=0.10"]

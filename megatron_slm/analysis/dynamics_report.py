@@ -66,7 +66,7 @@ def dynamics_section(table: Path) -> dict[str, Any]:
             dynamics.iterations,
             dynamics.mean_curve(name).tolist(),
             ROLES[name],
-            mode="lines+markers",
+            points=True,
         )
         for name in CLASSES
         if dynamics.share(name) > 0

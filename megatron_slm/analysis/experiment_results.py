@@ -215,7 +215,10 @@ def verdict(arm: str, found: dict[str, Any]) -> str:
         parts = [f"{arm} cannot be told from {name} {seeds}"]
     else:
         size = f"{abs(difference['mean']):.4f} nats {seeds}"
-        parts = [f"{arm} {'WINS over' if lower else 'LOSES to'} {name} by {size}"]
+        if count == 1:  # of which nothing is known but this
+            parts = [f"{arm} ends {size} {'below' if lower else 'above'} {name}, perhaps by chance"]
+        else:
+            parts = [f"{arm} {'WINS over' if lower else 'LOSES to'} {name} by {size}"]
     reached = found["part_of_baseline_tokens"]
     if reached["missing"] == 0:
         parts.append(f"reaches {name}'s final loss with {reached['mean']:.0%} of its tokens")

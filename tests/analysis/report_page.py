@@ -21,9 +21,35 @@ HOSTILE = (
     "<script>window.ran = 1</script></script><!--<script>]]> <img src=x onerror='window.ran = 2'>"
     " \"'&amp;{{ 7 * 7 }} \u202etxet lanoitceridib\u202c \u2028\x1b[31m \ufeff\U0001f3b2"
 )
+# What Megatron logs of its arguments, here those of a Llama.
+SETTINGS = {
+    "num_layers": "2",
+    "hidden_size": "8",
+    "ffn_hidden_size": "20",
+    "num_attention_heads": "2",
+    "num_query_groups": "1",
+    "kv_channels": "4",
+    "group_query_attention": "False",
+    "swiglu": "True",
+    "normalization": "RMSNorm",
+    "add_bias_linear": "False",
+    "num_experts": "None",
+    "padded_vocab_size": "64",
+    "untie_embeddings_and_output_weights": "True",
+    "data_path": "None",
+    "train_data_path": "['0.3', 'data/web_text_document', '0.7', '/x/<b>code_text_document']",
+    "validation_set_names": "['prose']",
+    "slm_score": "excess",
+    "slm_scope": "micro-batch",
+}
 
 
-def write_run(directory: Path, samples: int = SAMPLES, length: int = LENGTH) -> list[TokenDump]:
+def write_run(
+    directory: Path,
+    samples: int = SAMPLES,
+    length: int = LENGTH,
+    settings: dict[str, str] = SETTINGS,
+) -> list[TokenDump]:
     """tensorboard/ and dump/; the dumps."""
     ids = [*PIECES.encode(HOSTILE), *PIECES.encode("\n".join(texts()))]
     ids = (ids * (samples * (length + 1) // len(ids) + 1))[: samples * (length + 1)]
@@ -59,6 +85,8 @@ def write_run(directory: Path, samples: int = SAMPLES, length: int = LENGTH) -> 
         )
         write_dump(directory / "dump", dumps[-1])
     with SummaryWriter(str(directory / "tensorboard")) as writer:
+        for name, value in settings.items():
+            writer.add_text(name, value)
         for at in range(1, ITERATIONS[-1] + 1):
             for number, tag in enumerate(
                 """all-token loss,selected loss,unselected loss,reference loss,selected ratio,
@@ -78,7 +106,8 @@ def write_study(directory: Path) -> None:
         seeds = {}
         for seed in (1, 2):
             own = f"runs/{arm[:3].lower()}-seed{seed}"
-            write_run(directory / own, samples=2, length=64)
+            settings = {} if arm == "CLM" else SETTINGS
+            write_run(directory / own, samples=2, length=64, settings=settings)
             if arm == "CLM":  # has nothing to dump
                 shutil.rmtree(directory / own / "dump")
             elif seed == 2:
@@ -112,11 +141,11 @@ def _summary(arm: str, own: dict[str, Any]) -> dict[str, Any]:
     one = {"mean": 1.25, "std": None, "values": [1.25, 1.25], "missing": 0}
     return {
         "final_loss": loss,
-        "difference": {**loss, "mean": -0.5},
+        "difference": {"mean": -0.5, "std": 0.0707, "values": [-0.55, -0.45], "missing": 0},
         "part_of_baseline_tokens": none,
         "flops_ratio": one,
         "selected_part": one,
         "step_seconds": one,
         "equal_compute": {"arm_at_baseline_flops": none, "baseline_at_arm_flops": one},
-        "verdict": f"{arm} WINS <b>by far</b>.",
+        "verdict": f"{arm} WINS by far.",
     }

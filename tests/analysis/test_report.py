@@ -8,16 +8,20 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from analysis.report_page import ITERATIONS, LENGTH, SAMPLES, write_run, write_study
+from analysis.report_page import ITERATIONS, LENGTH, SAMPLES, SETTINGS, write_run, write_study
 from launch import REPOSITORY
 from megatron_slm.analysis.report.figures import figure, line
-from megatron_slm.analysis.report.page import write_report
+from megatron_slm.analysis.report.page import build_page, write_report
+from megatron_slm.analysis.report.run_files import RunFiles, Series
+from megatron_slm.analysis.report.settings import Settings
+from megatron_slm.analysis.report.study import outcome
 from megatron_slm.data.token_dump import TokenDump, read_dump, write_dump
 from megatron_slm.errors import UserError
 
@@ -173,6 +177,12 @@ def test_a_corpus_runs_nothing(page: Any) -> None:
 
 
 @in_browser
+def test_size(run: tuple[Path, list[TokenDump]]) -> None:
+    """Of a page of 50,176 tokens."""
+    assert run[0].stat().st_size <= 1_500_000
+
+
+@in_browser
 def test_fifty_thousand_tokens(page: Any, record_property: Any) -> None:
     """How long a frame takes that the slider has changed is told, and not judged."""
     times = page.evaluate(
@@ -220,11 +230,16 @@ def test_schemes_and_print(browser: Any, scheme: str, tmp_path: Path) -> None:
         assert len(set(backgrounds)) == 11
         for (ink, _), back in zip(colours, backgrounds, strict=True):
             assert contrast(ink, back) >= 4.5
-        lines = page.evaluate("[0, 1, 2, 3, 4, 5].map(role => colour(`--role-${role}`))")
+        lines = page.evaluate(
+            """() => [0, 1, 2, 3, 4, 5].map(role => getComputedStyle(document.body)
+                .getPropertyValue(`--role-${role}`).trim())"""
+        )
         assert all(contrast(line, paper) >= 3.0 for line in lines)
         wanted = pytest.approx(luminance(lines[0]), abs=0.01)
         for _ in range(100):
-            drawn = page.eval_on_selector("#run-figures .js-line", "line => line.style.stroke")
+            drawn = page.eval_on_selector(
+                "#run-figures .plot .line", "line => getComputedStyle(line).stroke"
+            )
             if luminance(drawn) == wanted:
                 break
             page.wait_for_timeout(100)
@@ -256,27 +271,47 @@ def test_a_study_and_its_runs(browser: Any, tmp_path: Path) -> None:
     write_study(tmp_path)
     write_report(tmp_path, tmp_path / "study.html", None)
     page = opened(browser, tmp_path / "study.html")
-    rows = page.locator("#experiment-heading ~ .scrolls tbody tr").all_inner_texts()
+    assert page.inner_text("h1") == "SLM <i>60%</i>'s loss ends 0.500 nats below CLM's on prose"
+    lead = page.inner_text("#headline + .lead")
+    assert "39% lower" in lead  # 1 - exp(-0.5)
+    assert "All 2 seeds agree: from -0.550 to -0.450 nats, -0.500 ± 0.071" in lead
+    assert "1.25 times CLM's compute" in lead
+    facts = page.inner_text("#outcome .facts")
+    assert "GPT of 2,540 parameters: 2 layers of width 8" in facts
+    assert "trained on web, <b>code, validated on prose" in facts
+    assert "4,000 tokens in each run" in facts
+    rows = page.locator("#outcome tbody tr").all_inner_texts()
     assert len(rows) == 2
     assert "3.1500 ± 0.0707" in rows[0] and "lowest" not in rows[0]
     assert "SLM <i>60%</i> (lowest loss)" in rows[1] and "2.6500" in rows[1]
-    assert "not reached" in rows[1] and "-0.5000 ± 0.0707" in rows[1]
-    assert "SLM <i>60%</i> WINS <b>by far</b>." in page.inner_text("#experiment-heading ~ ul")
-    assert page.locator("#study-figures .plot .js-line").count() >= 2
+    assert "-0.5000 ± 0.0707" in rows[1]
+    assert "not reached" in page.locator("#compute tbody tr").all_inner_texts()[0]
+    assert page.locator("#study-figure .plot .line").count() == 2
+    assert page.locator("#study-figure .plot .band").count() == 2
     titles = page.locator("#run-figures figcaption").all_inner_texts()
-    assert titles[0] == "Loss" and "Selected part of each domain" in titles
-    names = page.locator("#run-figures .plot >> nth=0").locator(".legendtext").all_text_contents()
-    assert "lm loss validation-prose" in names and len(names) == 5
+    assert titles[0] == "Loss" and "Selected part of each dataset" in titles
+    names = page.locator("#run-figures figure >> nth=0").locator(".legend li").all_inner_texts()
+    assert names == [
+        *("all tokens", "selected tokens", "tokens left out", "reference, all tokens"),
+        "validation loss on prose",
+    ]
+    assert "(web, <b>code)" not in page.inner_text("#map-lead")
+    assert "validation data (prose)" in page.inner_text("#map-lead")
     # The run that has most to show, CLM's having least.
     assert page.input_value("#run") == "3"
-    assert page.inner_text("#curves .of") == "slm-seed2"
+    assert page.inner_text("#curves .of") == "SLM <i>60%</i>, seed 2"
     content = page.inner_text("#dynamics-content")
     assert "H→L" in content and "from high" in content
-    legend = page.locator("#study-figures .legendtext").all_text_contents()
+    legend = page.locator("#study-figure .legend li").all_inner_texts()
     assert legend == ["CLM", "SLM <i>60%</i>"]
+    units = page.evaluate(
+        """data.runs.map(run => run.figures.find(figure => figure.title === "Throughput").y)"""
+    )
+    assert units == ["tokens a second"] * 4
     page.select_option("#run", "0")
-    assert page.inner_text("#curves .of") == "clm-seed1"
+    assert page.inner_text("#curves .of") == "CLM, seed 1"
     assert not page.is_visible("#map") and not page.is_visible("#dynamics")
+    assert page.locator("#bar a:visible").all_inner_texts() == ["Outcome", "Cost", "Curves"]
     page.select_option("#run", "2")
     assert page.locator("#run-figures .plot svg").count() > 0
     assert page.locator(".sample .text i").count() == 2 * 65
@@ -284,11 +319,161 @@ def test_a_study_and_its_runs(browser: Any, tmp_path: Path) -> None:
     page.close()
 
 
+@in_browser
+def test_sections_are_reached_and_covered_by_nothing(browser: Any, tmp_path: Path) -> None:
+    """By links and by the address, with nothing shown between the bars that stay."""
+    write_study(tmp_path)
+    write_report(tmp_path, tmp_path / "study.html", None)
+    for size in ({"width": 1280, "height": 800}, {"width": 390, "height": 844}):
+        page = opened(browser, tmp_path / "study.html", viewport=size)
+        for link in page.locator("#bar a").all():
+            link.focus()
+            page.keyboard.press("Enter")
+            page.wait_for_timeout(200)
+            section = link.get_attribute("href")
+            heading = page.locator(f"{section} :is(h1, h2)").bounding_box()
+            bar = page.locator("#bar").bounding_box()
+            assert heading["y"] >= bar["y"] + bar["height"], section
+            assert heading["y"] < size["height"] - 50, section
+        page.locator(".sample").last.scroll_into_view_if_needed()
+        covered = page.evaluate(
+            """() => {
+                const bars = document.getElementById("controls").getBoundingClientRect();
+                const across = [bars.left + 2, bars.left + bars.width / 2, bars.right - 2];
+                const found = [];
+                for (let y = 0; y < bars.bottom; y++) for (const x of across) {
+                    const there = document.elementFromPoint(x, y);
+                    if (!there.closest("#bar, #controls")) found.push([x, y, there.className]);
+                }
+                return [bars.bottom, found];
+            }"""
+        )
+        assert covered[0] > 40 and covered[1] == []
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        page.close()
+
+
+@in_browser
+def test_a_finger_and_the_keys(browser: Any, tmp_path: Path) -> None:
+    """A tap shows a token's card until the next, and a figure's values; so do the keys."""
+    dump = write_run(tmp_path, samples=2, length=256)[-1]
+    write_report(tmp_path, tmp_path / "report.html", None)
+    page = opened(
+        browser,
+        tmp_path / "report.html",
+        viewport={"width": 390, "height": 844},
+        has_touch=True,
+        is_mobile=True,
+    )
+    page.locator(token(0, 9)).tap()
+    page.wait_for_timeout(200)
+    assert f"{dump.losses[0, 9]:.3f}" in page.inner_text("#card")
+    card, tapped = (page.locator(each).bounding_box() for each in ("#card", token(0, 9)))
+    assert card["x"] >= 0 and card["x"] + card["width"] <= 390
+    assert card["y"] >= tapped["y"] + tapped["height"] or card["y"] + card["height"] <= tapped["y"]
+    page.locator("#map-heading").tap()
+    assert page.locator("#card").is_hidden()
+    plot = page.locator("#run-figures .plot").first
+    plot.tap()
+    values = page.locator("#run-figures .values").first
+    assert "iteration" in values.inner_text() and "selected tokens" in values.inner_text()
+    plot.focus()
+    page.keyboard.press("Escape")
+    assert values.is_hidden()
+    page.keyboard.press("ArrowLeft")  # the last iteration, 80, at which it was 1 + 0.1 + 5 / 80
+    assert "iteration 80" in values.inner_text() and "1.163" in values.inner_text()
+    assert "from 6 to 1.063" in plot.get_attribute("aria-label")  # all tokens
+    page.close()
+
+
+@in_browser
+def test_a_part_of_a_figure(page: Any) -> None:
+    """Dragging shows it, a button and a double click show all."""
+    plot = page.locator("#run-figures .plot").first
+    plot.scroll_into_view_if_needed()
+    before = plot.locator("text").all_text_contents()
+    box = plot.bounding_box()
+    for x, press in ((0.3, page.mouse.down), (0.6, page.mouse.up)):
+        page.mouse.move(box["x"] + x * box["width"], box["y"] + 100)
+        press()
+    assert plot.locator("text").all_text_contents() != before
+    page.locator("#run-figures .all").first.click()
+    assert plot.locator("text").all_text_contents() == before
+    button = page.locator("#run-figures .legend button").first
+    drawn = plot.locator(".line").count()
+    button.click()
+    assert plot.locator(".line").count() == drawn - 1
+    button.click()
+    assert plot.locator(".line").count() == drawn
+
+
+def arm(values: list[float], base: float = 3.0) -> dict[str, Any]:
+    """A summary of an arm that differs from the baseline by so much with each seed."""
+    spread = {"mean": np.mean(values), "std": np.std(values, ddof=1) if values[1:] else None}
+    return {
+        "final_loss": {"mean": base + np.mean(values)},
+        "difference": {**spread, "values": values},
+        "flops_ratio": {"mean": 2.3},
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "headline", "certainty"),
+    [
+        (
+            [-0.2],
+            "slm's loss ends 0.200 nats below clm's on prose",
+            "This is one seed: how much of",
+        ),
+        ([0.2], "No loss ends below clm's on prose: the closest, slm's, ends", "This is one seed"),
+        ([-0.2, -0.3, -0.25], "ends 0.250 nats below clm's", "All 3 seeds agree: from -0.300 to"),
+        ([-0.2, 0.1], "slm and clm cannot be told apart on prose", "-0.200 to +0.100 over 2 seeds"),
+        ([-0.5, -0.001], "slm and clm cannot be told apart", "no more than chance explains"),
+    ],
+)
+def test_an_outcome_and_how_sure_it_is(values: list[float], headline: str, certainty: str) -> None:
+    arms = {"clm": arm([0.0] * len(values)), "slm": arm(values), "worse": arm([1.0])}
+    told = outcome({"baseline": "clm", "arms": arms}, "prose")
+    assert headline in told["headline"] and certainty in told["certainty"]
+    assert "2.30 times clm's compute" in told["certainty"]
+    assert not re.search("WINS|LOSES", str(told))
+
+
+def test_parameters_are_those_of_the_planner() -> None:
+    from megatron_slm.model.architecture import Architecture
+    from megatron_slm.planning.formulas import parameters
+
+    shape = Architecture(2, 8, 20, 2, 2, 4, 60, 16, 1e-5, 10000, None, None, tied=False)
+    assert Settings(SETTINGS).parameters == parameters(shape, 64) == 2536
+    assert Settings(SETTINGS | {"num_layers": "9" * 5000}).parameters is None
+    assert Settings(SETTINGS | {"swiglu": "False"}).parameters is None
+
+
+def test_a_page_stays_small(tmp_path: Path) -> None:
+    """However long and many the runs: 1.5 MB."""
+    long = list(range(1, 20_001))
+    series = Series(long, np.random.default_rng(1).normal(5, 1, len(long)).tolist())
+    scalars = {f"selected {what} d{n}": series for what in ("ratio", "loss") for n in range(8)}
+    scalars |= {"all-token loss": series, "selected loss": series, "unselected loss": series}
+    dumps = write_run(tmp_path, samples=2, length=8192)
+    many = [replace(dumps[0], iteration=at) for at in range(40)]
+    wide = replace(
+        dumps[0],
+        **{
+            name: np.tile(getattr(dumps[0], name), (1, 20))
+            for name in ("tokens", "losses", "valid", "reference_losses", "selected")
+        },
+    )
+    for count, own in ((1, many), (1, [wide]), (12, many)):
+        runs = {f"run {n}": RunFiles(f"{n}", tmp_path, scalars, dumps=own) for n in range(count)}
+        assert len(build_page(tmp_path, None, runs, None).encode()) <= 1_500_000
+
+
 def test_lines_can_be_told_apart() -> None:
     """Colours begin anew after six."""
     lines = [line(str(number), [0, 1], [0, 1], number) for number in range(24)]
-    traces = figure("", "", "", lines)["data"]
-    looks = {(trace["meta"]["role"] % 6, trace["line"]["dash"]) for trace in traces}
+    traces = figure("", "", "", lines)["lines"]
+    looks = {(each["role"] % 6, each["dash"]) for each in traces}
     assert len(looks) == 24
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+from megatron_slm.analysis.report.facts import score_of, spelt_out, validation_tags
 from megatron_slm.analysis.report.figures import figure, line
-from megatron_slm.analysis.report.run_files import VALIDATION, RunFiles
+from megatron_slm.analysis.report.run_files import RunFiles
 
 # What is drawn, in which colour (figures.py).
 LOSSES = {
@@ -16,69 +17,76 @@ LOSSES = {
     "reference loss": 3,
 }
 SELECTED_RATIO = "selected ratio "
-WHOLE = {"range": [0, 1.02]}
+NATS = "nats a token"
+PERCENT = "% of the tokens"
+WHOLE = (0.0, 102.0)
 
 
-def run_figures(run: RunFiles) -> list[dict[str, Any]]:
-    """Those that the run has values for."""
+def run_figures(run: RunFiles, length: int | None) -> list[dict[str, Any]]:
+    """Return those that the run has values for.
+
+    Args:
+        length: tokens of a sequence, if known.
+    """
     found = [
-        _of_tags(run, "Loss", "nats a token", _losses(run)),
-        _of_tags(run, "Selected part of the tokens", "ratio", {"selected ratio": 1}, yaxis=WHOLE),
-        _of_tags(run, "Threshold and excess loss", "nats", {"threshold": 3, "excess loss": 0}),
-        *_by_domain(run),
-        _throughput(run),
+        _of_tags(run, "Loss", NATS, _losses(run), note=_selected_below(run)),
+        _of_tags(run, "Tokens selected", PERCENT, {"selected ratio": 1}, span=WHOLE, times=100),
         _of_tags(
             run,
-            "Reference's part of a step's time",
-            "ratio",
+            "Excess over the reference and the threshold of selection",
+            NATS,
+            {"threshold": 3, "excess loss": 0},
+        ),
+        *_by_domain(run),
+        _throughput(run, length),
+        _of_tags(
+            run,
+            "Time that the reference takes",
+            "% of a step's time",
             {"reference time share": 3},
-            yaxis=WHOLE,
+            span=WHOLE,
+            times=100,
         ),
     ]
-    return [each for each in found if each["data"]]
-
-
-def run_facts(run: RunFiles) -> list[tuple[str, str]]:
-    """What there is to say about a run before its figures: name and value."""
-    facts = []
-    if iterations := max((series.iterations[-1] for series in run.scalars.values()), default=0):
-        facts.append(("iterations", f"{iterations:,}"))
-    if run.dumps:
-        about = run.dumps[-1].about
-        if about.get("score") is not None:
-            facts.append(("selection", f"{about['score']}, {about['scope']}"))
-    validations = sorted(filter(VALIDATION.fullmatch, run.scalars))
-    for tag, name in (
-        ("selected ratio", "selected"),
-        ("all-token loss", "all-token loss"),
-        ("lm loss", "training loss"),
-        *((tag, tag.replace("lm loss validation", "validation loss", 1)) for tag in validations),
-    ):
-        if tag in run.scalars:
-            value = run.scalars[tag].last
-            facts.append((name, f"{value:.1%}" if tag == "selected ratio" else f"{value:.4f}"))
-    if "iteration-time" in run.scalars:
-        step = statistics.median(run.scalars["iteration-time"].values)
-        facts.append(("step", f"{step:.3g} s"))
-    return facts
+    return [each for each in found if each["lines"]]
 
 
 def _losses(run: RunFiles) -> dict[str, int]:
     """Without a selection there is one training loss."""
     training = LOSSES if "all-token loss" in run.scalars else {"lm loss": 0}
-    validations = sorted(filter(VALIDATION.fullmatch, run.scalars))
-    return training | {tag: role for role, tag in enumerate(validations, 4)}
+    return training | {tag: role for role, tag in enumerate(validation_tags(run), 4)}
+
+
+def _selected_below(run: RunFiles) -> str:
+    """Say why the selected tokens can have the lower loss, where they do in the second half."""
+    selected, others = (run.scalars.get(f"{which} loss") for which in ("selected", "unselected"))
+    if selected is None or others is None or score_of(run) != "excess":
+        return ""
+    ends = [statistics.mean(each.values[len(each.values) // 2 :]) for each in (selected, others)]
+    if ends[0] >= ends[1]:
+        return ""
+    return (
+        "The selected tokens have the lower loss, and that is as meant: what counts is how far a "
+        "token is above the reference, not its loss. Tokens that the reference finds hard as well "
+        "(noise, names, numbers) are left out however high their loss."
+    )
 
 
 def _of_tags(
-    run: RunFiles, title: str, y: str, roles: dict[str, int], **layout: Any
+    run: RunFiles,
+    title: str,
+    y: str,
+    roles: dict[str, int],
+    *,
+    times: int = 1,
+    **options: Any,
 ) -> dict[str, Any]:
-    there = {tag: role for tag, role in roles.items() if tag in run.scalars}
-    data = [
-        line(tag, run.scalars[tag].iterations, run.scalars[tag].values, role)
-        for tag, role in there.items()
+    lines = [
+        line(spelt_out(tag), series.iterations, [times * value for value in series.values], role)
+        for tag, role in roles.items()
+        if (series := run.scalars.get(tag))
     ]
-    return figure(title, "iteration", y, data, **layout)
+    return figure(title, "iteration", y, lines, **options)
 
 
 def _by_domain(run: RunFiles) -> list[dict[str, Any]]:
@@ -89,34 +97,32 @@ def _by_domain(run: RunFiles) -> list[dict[str, Any]]:
     )
     names = [name for name in names if not name.startswith("validation")]
     figures = []
-    for title, what, y in (
-        ("Selected part of each domain", "selected ratio", "ratio"),
-        ("Loss of the selected tokens of each domain", "selected loss", "nats a token"),
-        ("Loss of the unselected tokens of each domain", "unselected loss", "nats a token"),
+    for title, what, y, times in (
+        ("Selected part of each dataset", "selected ratio", "% of its tokens", 100),
+        ("Loss of the selected tokens of each dataset", "selected loss", NATS, 1),
+        ("Loss of the tokens left out of each dataset", "unselected loss", NATS, 1),
     ):
-        data = [
-            line(name, series.iterations, series.values, role)
+        lines = [
+            line(name, series.iterations, [times * value for value in series.values], role)
             for role, name in enumerate(names)
             if (series := run.scalars.get(f"{what} {name}"))
         ]
-        figures.append(figure(title, "iteration", y, data))
+        figures.append(figure(title, "iteration", y, lines))
     return figures
 
 
-def _throughput(run: RunFiles) -> dict[str, Any]:
-    """Tokens a second, where the samples' length is known from the dumps, or samples."""
+def _throughput(run: RunFiles, length: int | None) -> dict[str, Any]:
+    """Tokens a second; nothing where a sequence's length is not known, so that all runs of a page
+    have one unit."""
+    title, unit = "Throughput", "tokens a second"
     times, batches = (run.scalars.get(tag) for tag in ("iteration-time", "batch-size"))
-    if times is None or batches is None:
-        return figure("Throughput", "iteration", "", [])
-    length = run.dumps[0].losses.shape[1] if run.dumps else 1
-    unit = "tokens" if run.dumps else "samples"
+    if times is None or batches is None or length is None:
+        return figure(title, "iteration", unit, [])
     sizes = dict(zip(batches.iterations, batches.values, strict=True))
     rates = {
         at: sizes[at] * length / seconds
         for at, seconds in zip(times.iterations, times.values, strict=True)
-        if at in sizes
+        if at in sizes and seconds > 0
     }
-    data = [line(f"{unit} a second", list(rates), list(rates.values()), 2)]
-    return figure(
-        "Throughput", "iteration", f"{unit} a second", data, yaxis={"rangemode": "tozero"}
-    )
+    lines = [line(unit, list(rates), list(rates.values()), 2)] if rates else []
+    return figure(title, "iteration", unit, lines, span=(0.0, None))

@@ -1,8 +1,8 @@
 """Put a page together from a run's directory or a study's.
 
-Everything is in the one file: plotly.js, styles, scripts and data.  A content security policy in it
-forbids the page any request.  Text from a corpus is data, in JSON without a `<`, and reaches the
-page as text nodes alone.
+Everything is in the one file: styles, scripts and data, 1.5 MB at most however long and many the
+runs.  A content security policy in it forbids the page any request.  Text from a corpus is data, in
+JSON without a `<`, and reaches the page as text nodes alone.
 """
 
 from __future__ import annotations
@@ -14,21 +14,27 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from megatron_slm.analysis.dynamics_report import dynamics_section
-from megatron_slm.analysis.report.curves import run_facts, run_figures
+from megatron_slm.analysis.report.curves import run_figures
+from megatron_slm.analysis.report.facts import headline, run_facts, sequence_length
+from megatron_slm.analysis.report.figures import fit
 from megatron_slm.analysis.report.run_files import RunFiles, read_run
 from megatron_slm.analysis.report.study import (
     RESULTS,
     read_study,
     run_directories,
-    study_figures,
-    study_table,
+    study_figure,
+    study_view,
 )
-from megatron_slm.analysis.report.token_map import MOST_TOKENS, token_map
+from megatron_slm.analysis.report.token_map import token_map
 from megatron_slm.analysis.token_text import dump_tokenizer
 from megatron_slm.errors import UserError
 from megatron_slm.files import write_whole
 
 HERE = Path(__file__).parent
+ALONE = (
+    "This is one run. Whether selecting tokens helped shows only in a comparison of several, which "
+    "tools/run_experiment.py makes."
+)
 
 
 def write_report(directory: Path, output: Path, tokenizer_model: str | None) -> None:
@@ -38,48 +44,69 @@ def write_report(directory: Path, output: Path, tokenizer_model: str | None) -> 
         tokenizer_model: in the place of the one that the token dumps name.
 
     Raises:
-        UserError: nothing to report on, damaged files, or no plotly.
+        UserError: nothing to report on, or damaged files.
     """
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise UserError("a report needs plotly: pip install 'megatron-slm[analysis]'") from error
     study = read_study(directory) if (directory / RESULTS).exists() else None
     if study is None:
-        directories = [directory]
+        runs = {directory.resolve().name: read_run(directory)}
     else:
-        directories = [directory / each for each in run_directories(study)]
-    runs = [read_run(each) for each in directories]
+        runs = {name: read_run(directory / each) for name, each in run_directories(study).items()}
     if not runs:
         raise UserError(f"{directory / RESULTS} has no finished run yet")
-    most_tokens = MOST_TOKENS // len(runs)
-    contents = [_run(run, tokenizer_model, most_tokens) for run in runs]
-    data = {
-        "study_figures": [] if study is None else study_figures(study),
-        "runs": contents,
+    write_whole(output, build_page(directory, study, runs, tokenizer_model).encode())
+
+
+def build_page(
+    directory: Path,
+    study: dict[str, Any] | None,
+    runs: dict[str, RunFiles],
+    tokenizer_model: str | None,
+) -> str:
+    """Return the page's HTML.
+
+    Args:
+        study: what read_study found; None for a run alone.
+        runs: by what the page calls them.
+    """
+    mapped = sum(bool(run.dumps) for run in runs.values())
+    contents = [_run(run, study, tokenizer_model, max(1, mapped)) for run in runs.values()]
+    view = None if study is None else study_view(study, list(runs.values()))
+    told = view or {
+        "headline": headline(next(iter(runs.values()))),
+        "certainty": ALONE,
+        "facts": contents[0]["facts"],
     }
+    fit([figure for content in contents for figure in content["figures"]])
     environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True)
-    page = environment.get_template("page.html").render(
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":")}
+    return environment.get_template("page.html").render(
         title=directory.resolve().name if study is None else study["study"],
-        subtitle=str(directory.resolve()),
-        study=None if study is None else study_table(study),
-        runs=[run.name for run in runs],
+        directory=str(directory.resolve()),
+        headline=told["headline"],
+        certainty=told["certainty"],
+        facts=told["facts"],
+        study=view,
+        runs=list(runs),
         shown=max(range(len(runs)), key=lambda at: _told(contents[at])),
-        data=data,
+        data={
+            "study_figure": None if study is None else study_figure(study),
+            "runs": [{"name": name} | each for name, each in zip(runs, contents, strict=True)],
+        },
         style=_asset("page.css"),
-        plotly=Markup(get_plotlyjs()),
-        scripts=_asset("token_map.js") + _asset("page.js"),
+        scripts=_asset("chart.js") + _asset("token_map.js") + _asset("page.js"),
     )
-    write_whole(output, page.encode())
 
 
-def _run(run: RunFiles, tokenizer_model: str | None, most_tokens: int) -> dict[str, Any]:
+def _run(
+    run: RunFiles, study: dict[str, Any] | None, tokenizer_model: str | None, mapped: int
+) -> dict[str, Any]:
+    """What the page has of a run, one of `mapped` that share the room for token maps."""
     tokenizer = dump_tokenizer(run.dumps, tokenizer_model)
+    length = sequence_length(run, study)
     return {
-        "name": run.name,
-        "facts": run_facts(run),
-        "figures": run_figures(run),
-        "map": token_map(run.dumps, tokenizer, most_tokens) if run.dumps else None,
+        "facts": run_facts(run, length, alone=study is None),
+        "figures": run_figures(run, length),
+        "map": token_map(run.dumps, tokenizer, run.settings, mapped) if run.dumps else None,
         "dynamics": None if run.dynamics is None else dynamics_section(run.dynamics),
     }
 

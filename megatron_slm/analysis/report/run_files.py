@@ -12,7 +12,8 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_slm.analysis.event_files import EVENTS, read_events
+from megatron_slm.analysis.event_files import Events, read_events
+from megatron_slm.analysis.report.settings import Settings
 from megatron_slm.analysis.report.token_map import MOST_DUMPS
 from megatron_slm.data.token_dump import TokenDump, read_dumps
 from megatron_slm.errors import UserError
@@ -37,11 +38,12 @@ class Series:
 
 @dataclass(frozen=True)
 class RunFiles:
-    """scalars: by TensorBoard's tag.  dumps: empty if there are none."""
+    """scalars: by TensorBoard's tag.  settings: arguments.  dumps: empty if there are none."""
 
     name: str
     directory: Path
     scalars: dict[str, Series] = field(default_factory=dict)
+    settings: Settings = field(default_factory=Settings)
     dumps: list[TokenDump] = field(default_factory=list)
     dynamics: Path | None = None
 
@@ -55,13 +57,14 @@ def read_run(directory: Path) -> RunFiles:
         raise UserError(f"{directory} is not a directory")
     logs = directory / "tensorboard"
     logs = logs if logs.is_dir() else directory
-    scalars = _read_scalars(logs) if any(logs.glob(EVENTS)) else {}
+    events = read_events(logs)
     dumps = next((each for each in _dump_directories(directory) if any(each.glob(DUMPS))), None)
     dynamics = directory / DYNAMICS
     found = RunFiles(
         name=directory.resolve().name,
         directory=directory,
-        scalars=scalars,
+        scalars=_series(events),
+        settings=Settings(events.texts),
         dumps=[] if dumps is None else read_dumps(dumps, most=MOST_DUMPS),
         dynamics=dynamics if dynamics.is_file() else None,
     )
@@ -77,9 +80,9 @@ def _dump_directories(directory: Path) -> list[Path]:
     return [directory / "dump", *sorted(directory.glob("*/dump"))]
 
 
-def _read_scalars(logs: Path) -> dict[str, Series]:
+def _series(events: Events) -> dict[str, Series]:
     scalars = {}
-    for tag, points in read_events(logs).scalars.items():
+    for tag, points in events.scalars.items():
         known = {at: value for at, value in points.items() if math.isfinite(value)}
         if known:
             scalars[tag] = Series(list(known), list(known.values()))

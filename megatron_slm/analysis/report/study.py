@@ -1,14 +1,17 @@
-"""A study's results.json: arms of several seeds, as a table and as curves with their spread."""
+"""A study's results.json: what came out, in words, as tables and as curves with their spread."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_slm.analysis.experiment_table import COLUMNS, rows, verdicts
-from megatron_slm.analysis.report.figures import band, figure, line
+from megatron_slm.analysis.experiment_table import part, spread
+from megatron_slm.analysis.report.facts import Facts, data, model
+from megatron_slm.analysis.report.figures import figure, line
+from megatron_slm.analysis.report.run_files import RunFiles
 from megatron_slm.analysis.study_file import read_results
 
 RESULTS = "results.json"
@@ -22,54 +25,188 @@ def read_study(directory: Path) -> dict[str, Any]:
     return read_results(directory / RESULTS)
 
 
-def run_directories(results: dict[str, Any]) -> list[str]:
-    """Of all arms and seeds, relative to the study."""
-    return [seed["directory"] for arm in results["arms"].values() for seed in arm["seeds"].values()]
-
-
-def study_table(results: dict[str, Any]) -> dict[str, Any]:
-    """How the arms compare, as tools/run_experiment.py prints it."""
-    summary = results["summary"]
-    means = {arm: found["final_loss"]["mean"] for arm, found in summary["arms"].items()}
-    lowest = min(means, key=lambda arm: means[arm])
+def run_directories(results: dict[str, Any]) -> dict[str, str]:
+    """Return the directory of each run, relative to the study's, by what the page calls it."""
     return {
-        "lead": f"Target: {results['target']}. Compared after "
-        f"{summary['compared']['tokens']:,} tokens.",
-        "head": COLUMNS[1:],
+        f"{arm}, seed {seed}": run["directory"]
+        for arm, own in results["arms"].items()
+        for seed, run in own["seeds"].items()
+    }
+
+
+def study_view(results: dict[str, Any], runs: list[RunFiles]) -> dict[str, Any]:
+    """Return what the first screen tells: the outcome, what was compared, and the figures of it."""
+    summary = results["summary"]
+    return {
+        **outcome(summary, results["target"] or "the target domain"),
+        "baseline": summary["baseline"],
+        "several": any(len(arm["seeds"]) > 1 for arm in results["arms"].values()),
+        "facts": _facts(results, runs),
+        "arms": _arms(results),
+        "compute": _at_equal_compute(summary),
+    }
+
+
+def outcome(summary: dict[str, Any], target: str) -> dict[str, str]:
+    """Return the headline about the arm of the lowest loss, and how sure it is."""
+    baseline = summary["baseline"]
+    losses = {arm: found["final_loss"]["mean"] for arm, found in summary["arms"].items()}
+    others = [arm for arm in losses if arm != baseline and losses[arm] is not None]
+    if not others:
+        text = f"{baseline} ends at {losses[baseline]:.3f} nats a token on {target}"
+        return {"headline": text, "certainty": "There is no other arm to compare it with."}
+    best = min(others, key=lambda arm: losses[arm])
+    found = summary["arms"][best]
+    difference = found["difference"]
+    values = [value for value in difference["values"] if value is not None]
+    if not values:
+        text = f"{best} has the lowest loss on {target}"
+        return {"headline": text, "certainty": f"It has no seed in common with {baseline}."}
+    told = _sentences(best, baseline, target, values, difference["std"])
+    if (cost := found["flops_ratio"]["mean"]) is not None:
+        told["certainty"] += f" It took {cost:.2f} times {baseline}'s compute, all that its "
+        told["certainty"] += "reference cost included."
+    return told
+
+
+def _sentences(
+    best: str, baseline: str, target: str, values: list[float], deviation: float | None
+) -> dict[str, str]:
+    """Say how an arm differs from the baseline, seed by seed.
+
+    A difference counts as one where all seeds agree on its sign and their mean is beyond their
+    standard deviation, as in the terminal's table; with one seed nothing is known of chance.
+    """
+    mean, count = sum(values) / len(values), len(values)
+    by = f"{abs(mean):.3f} nats {'below' if mean < 0 else 'above'} {baseline}'s"
+    headline = f"{best}'s loss ends {by} on {target}"
+    if mean > 0:
+        headline = f"No loss ends below {baseline}'s on {target}: the closest, {best}'s, ends {by}"
+    share = abs(1 - math.exp(min(mean, 50.0)))
+    size = f"Its perplexity is {share:.0%} {'lower' if mean < 0 else 'higher'}. "
+    if count == 1:
+        return {
+            "headline": headline,
+            "certainty": f"{size}This is one seed: how much of that is chance is not known.",
+        }
+    ends = f"from {min(values):+.3f} to {max(values):+.3f}"
+    agree = all(value < 0 for value in values) or all(value > 0 for value in values)
+    if not agree or abs(mean) <= (deviation or 0.0):
+        return {
+            "headline": f"{best} and {baseline} cannot be told apart on {target}",
+            "certainty": f"The difference is {mean:+.3f} nats on average, {ends} over {count} "
+            "seeds: no more than chance explains.",
+        }
+    return {
+        "headline": headline,
+        "certainty": f"{size}All {count} seeds agree: {ends} nats, {mean:+.3f} \u00b1 "
+        f"{deviation or 0.0:.3f} (mean and standard deviation).",
+    }
+
+
+def _facts(results: dict[str, Any], runs: list[RunFiles]) -> Facts:
+    """Return what the arms have in common."""
+    arms, at = results["arms"], results["summary"]["compared"]
+    seeds = max(len(arm["seeds"]) for arm in arms.values())
+    known = next((run.settings for run in runs if run.settings.texts), None)
+    found = [
+        (
+            "Compared",
+            f"{len(arms)} ways to choose the tokens to train on, from one start and on the same "
+            f"data, with {seeds} seed{'s' * (seeds > 1)}",
+        ),
+        ("Model", "" if known is None else model(known)),
+        ("Data", "" if known is None else data(known)),
+        ("Training", f"{at['tokens']:,} tokens in each run ({at['iteration']:,} iterations)"),
+    ]
+    return [(name, value) for name, value in found if value]
+
+
+def _arms(results: dict[str, Any]) -> dict[str, Any]:
+    """Return how the arms compare after equal tokens, a row an arm."""
+    summary = results["summary"]
+    baseline = summary["baseline"]
+    means = {arm: found["final_loss"]["mean"] for arm, found in summary["arms"].items()}
+    lowest = min(means, key=lambda arm: math.inf if means[arm] is None else means[arm])
+    return {
+        "head": [
+            "Loss, nats a token",
+            f"Against {baseline}",
+            "Tokens trained on",
+            f"Compute, {baseline} = 1",
+            "Time of a step",
+        ],
         "rows": [
             {
                 "arm": arm,
                 "description": results["arms"][arm]["description"],
                 "arguments": " ".join(map(str, results["arms"][arm]["arguments"])),
                 "lowest": arm == lowest,
-                "cells": cells,
+                "cells": [
+                    spread(found["final_loss"]),
+                    "" if arm == baseline else spread(found["difference"], "+"),
+                    _number(found["selected_part"], ".0%"),
+                    _number(found["flops_ratio"], ".2f"),
+                    _number(found["step_seconds"], ".3g", " s"),
+                ],
             }
-            for arm, *cells in rows(summary)
+            for arm, found in summary["arms"].items()
         ],
-        "verdicts": verdicts(summary),
     }
 
 
-def study_figures(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Target loss over tokens: each arm's mean, between the lowest and the highest of its seeds.
+def _at_equal_compute(summary: dict[str, Any]) -> dict[str, Any]:
+    """Return what the arms reach for what they cost, a row for each but the baseline."""
+    baseline = summary["baseline"]
+    return {
+        "head": [
+            f"Tokens it takes to reach {baseline}'s loss, {baseline} = 100%",
+            f"Its loss when stopped at {baseline}'s compute",
+            f"{baseline}'s loss if it goes on to the same compute",
+        ],
+        "rows": [
+            {
+                "arm": arm,
+                "cells": [
+                    part(found["part_of_baseline_tokens"]),
+                    spread(found["equal_compute"]["arm_at_baseline_flops"]),
+                    spread(found["equal_compute"]["baseline_at_arm_flops"]),
+                ],
+            }
+            for arm, found in summary["arms"].items()
+            if arm != baseline
+        ],
+    }
 
-    An arm that diverges leaves the figure, whose others could not be told apart else.
+
+def _number(values: dict[str, Any], form: str, unit: str = "") -> str:
+    return "not known" if values["mean"] is None else f"{values['mean']:{form}}{unit}"
+
+
+def study_figure(results: dict[str, Any]) -> dict[str, Any]:
+    """Return the target loss over tokens: each arm's mean, between the lowest and the highest of
+    its seeds.
+
+    An arm that diverges is cut off, since the others could not be told apart else.
     """
-    bands, means, means_by_arm = [], [], {}
+    lines, means = [], {}
     for role, (name, arm) in enumerate(results["arms"].items()):
         curves = [np.asarray(seed["curve"], float) for seed in arm["seeds"].values()]
         length = min(map(len, curves))
-        tokens = curves[0][:length, 1].tolist()
         losses = np.stack([curve[:length, 2] for curve in curves])
-        if len(curves) > 1:
-            bands.append(band(tokens, losses.min(0).tolist(), losses.max(0).tolist(), role))
-        means_by_arm[name] = losses.mean(0)
-        means.append(line(name, tokens, means_by_arm[name].tolist(), role))
-    baseline = means_by_arm[results["summary"]["baseline"]]
-    low = min(map(np.min, means_by_arm.values()))
+        ends = (losses.min(0).tolist(), losses.max(0).tolist()) if len(curves) > 1 else None
+        means[name] = losses.mean(0)
+        tokens = curves[0][:length, 1].tolist()
+        lines.append(line(name, tokens, means[name].tolist(), role, spread=ends))
+    baseline = means[results["summary"]["baseline"]]
     top = 2 * baseline.max() - baseline.min()
-    title, axis = "Loss on the target", {}
-    if max(map(np.max, means_by_arm.values())) > top:
-        title += " (cut at the top; a double click shows all)"
-        axis = {"range": [float(low - 0.05 * (top - low)), float(top)]}
-    return [figure(title, "tokens seen", "nats a token", [*bands, *means], yaxis=axis)]
+    cut = max(map(np.max, means.values())) > top
+    banded = any("low" in each for each in lines)
+    return figure(
+        "Loss on the target",
+        "tokens seen",
+        "nats a token",
+        lines,
+        note="Bands go from the lowest seed to the highest." if banded else "",
+        top=float(top) if cut else None,
+    )

@@ -23,7 +23,7 @@ function showTokenMap(packed) {
     reference: packed.reference.map((text) => unpack(text, Uint16Array)),
     selected: packed.selected.map((text) => unpack(text, Uint8Array)),
     valid: unpack(packed.valid, Uint8Array),
-    at: packed.iterations.length - 1,
+    at: packed.opens,
     current: -1,
     elements: [],
     shades: new Int8Array(packed.count * packed.length).fill(-1),
@@ -134,18 +134,31 @@ function goTo(at) {
 }
 
 function describe() {
-  const measure = map.reference.length ? "policy loss minus reference loss" : "loss";
+  const compared = map.reference.length > 0;
+  const measure = compared ? "the policy\u2019s loss is above the reference\u2019s" : "the loss is";
+  const count = `${map.count} sample${map.count > 1 ? "s" : ""} of ${map.length.toLocaleString("en")} tokens`;
+  const left = [
+    map.left_out[0] ? `${map.left_out[0]} more samples` : "",
+    map.left_out[1] ? `${map.left_out[1].toLocaleString("en")} more tokens of each` : "",
+  ].filter(Boolean).join(" and ");
   document.getElementById("map-lead").textContent =
-    `Shade: ${measure}. Underlined: ${map.selected.length ? "selected for training" : "nothing"}. ` +
-    "The slider goes through the run; point at a token, or press the arrow keys, for its values." +
-    (map.left_out ? ` ${map.left_out} more samples are in the dump.` : "");
-  const legend = document.getElementById("legend");
+    `${count} from the ${map.data}, token by token: how far ${measure}` +
+    (map.selected.length ? ", and which tokens are selected for training. " : ". ") +
+    "Tap or point at a token, or press the arrow keys, for its values; the slider goes through the run." +
+    (left ? ` The dumps have ${left}.` : "");
   const shades = element("span", undefined, "shades");
-  const names = map.reference.length ? ["b5", "b4", "b3", "b2", "b1", ""] : [""];
+  const names = compared ? ["b5", "b4", "b3", "b2", "b1", ""] : [""];
   for (const name of [...names, "a1", "a2", "a3", "a4", "a5"]) shades.append(element("i", "", name));
-  const low = map.reference.length ? `\u2212${map.scale}` : "0";
-  const high = map.reference.length ? `+${map.scale}` : `${map.scale}`;
-  legend.replaceChildren(low, shades, `${high} nats`);
+  const [low, high] = compared
+    ? [`${map.scale} nats below the reference`, `${map.scale} above`]
+    : ["loss 0", `${map.scale} nats`];
+  const key = [low, shades, high];
+  if (map.selected.length) {
+    const example = element("span", undefined, "text");
+    example.append(element("i", "selected", "s"), element("i", "left out"));
+    key.push(example);
+  }
+  document.getElementById("legend").replaceChildren(...key);
 }
 
 function rankOf(token) {
@@ -174,11 +187,26 @@ function showCard(token) {
   const text = map.elements[token].textContent;
   card.replaceChildren(element("div", `\u201c${text.replace(/\n$/, "")}\u201d`, "token"), facts, ...history(token));
   card.hidden = false;
-  const place = map.elements[token].getClientRects()[0] ?? map.elements[token].getBoundingClientRect();
-  const box = card.getBoundingClientRect();
-  const below = place.bottom + 8 + box.height < innerHeight;
-  card.style.left = `${Math.max(8, Math.min(place.left, innerWidth - box.width - 8))}px`;
-  card.style.top = `${below ? place.bottom + 8 : Math.max(8, place.top - box.height - 8)}px`;
+  placeCard();
+}
+
+// Below its token, or above it, or on a low screen beside it: never on the token, never on the bars.
+function placeCard() {
+  if (!map || map.current < 0) return;
+  const card = document.getElementById("card"), element = map.elements[map.current];
+  const token = element.getClientRects()[0] ?? element.getBoundingClientRect();
+  const { width, height } = card.getBoundingClientRect(), gap = 8;
+  const top = document.getElementById("controls").getBoundingClientRect();
+  const highest = Math.max(0, top.bottom) + gap;
+  let left = Math.max(gap, Math.min(token.left, innerWidth - width - gap));
+  let down = token.bottom + gap;
+  if (down + height > innerHeight) down = token.top - gap - height;
+  if (down < highest) {
+    down = Math.max(highest, Math.min(token.top, innerHeight - height - gap));
+    left = token.right + gap + width < innerWidth ? token.right + gap : Math.max(gap, token.left - gap - width);
+  }
+  card.style.left = `${left}px`;
+  card.style.top = `${down}px`;
 }
 
 // The token's loss over the run, and the reference's.
@@ -226,6 +254,12 @@ function tokenOf(target) {
   return at < 0 ? -1 : number * map.length + at;
 }
 
+// The first token that is in sight, from where the arrow keys begin.
+function firstInSight() {
+  const top = document.getElementById("controls").getBoundingClientRect().bottom;
+  return Math.max(0, map.elements.findIndex((token) => token.getBoundingClientRect().top >= top));
+}
+
 addEventListener("DOMContentLoaded", () => {
   const samples = document.getElementById("samples");
   document.getElementById("iteration").addEventListener("input", (event) => goTo(Number(event.target.value)));
@@ -235,23 +269,31 @@ addEventListener("DOMContentLoaded", () => {
     byKeys = false;
     pointAt(-1);
   };
-  samples.addEventListener("pointerover", (event) => byKeys || pointAt(tokenOf(event.target)));
+  const hovers = (event) => event.pointerType === "mouse" || event.pointerType === "pen";
+  samples.addEventListener("pointerover", (event) => hovers(event) && !byKeys && pointAt(tokenOf(event.target)));
   samples.addEventListener("pointermove", (event) => {
-    if (!byKeys || !(event.movementX || event.movementY)) return;
+    if (!hovers(event) || !byKeys || !(event.movementX || event.movementY)) return;
     byKeys = false;
     pointAt(tokenOf(event.target));
   });
-  samples.addEventListener("pointerleave", () => byKeys || leave());
+  samples.addEventListener("pointerleave", (event) => hovers(event) && !byKeys && leave());
+  // A finger leaves as it lifts: what it tapped stays until the next tap, wherever that is.
+  document.addEventListener("click", (event) => {
+    if (map && !hovers(event)) pointAt(samples.contains(event.target) ? tokenOf(event.target) : -1);
+  });
   samples.addEventListener("blur", leave);
   samples.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") leave();
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     if (!step || !map) return;
     event.preventDefault();
     byKeys = true;
-    pointAt(Math.max(0, Math.min(map.elements.length - 1, map.current + step)));
+    const next = map.current < 0 ? firstInSight() : map.current + step;
+    pointAt(Math.max(0, Math.min(map.elements.length - 1, next)));
     map.elements[map.current].scrollIntoView({ block: "nearest" });
     showCard(map.current);
   });
+  for (const event of ["scroll", "resize"]) addEventListener(event, placeCard, { passive: true });
   addEventListener("beforeprint", () => {
     for (let number = 0; map && number < map.count; number++) refresh(number);
   });

@@ -1,7 +1,7 @@
 """The token map's data: text, losses and selection of every token at every dump, for a page.
 
-Losses are rounded to a thousandth of a nat in 16 bits, selection is a bit a token, both base64:
-50,000 tokens at 25 iterations take 4 MB.
+Losses are rounded to a thousandth of a nat in 16 bits, selection is a bit a token, both base64.
+All maps of a page share ROOM; each has as many iterations, samples and tokens as fit.
 """
 
 from __future__ import annotations
@@ -12,70 +12,103 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_slm.analysis.report.settings import Settings
 from megatron_slm.analysis.token_text import token_texts
 from megatron_slm.data.token_dump import TokenDump
 from megatron_slm.data.tokenizer import TokenizerFile
 
+ROOM = 750_000  # bytes, before base64
 MOST_TOKENS, MOST_DUMPS = 1 << 16, 25
+LEAST_TOKENS, LEAST_DUMPS = 1 << 11, 3  # fewer iterations rather than fewer tokens
 STEPS = 1000  # of a nat
 
 
 def token_map(
-    dumps: list[TokenDump], tokenizer: TokenizerFile | None, most_tokens: int = MOST_TOKENS
+    dumps: list[TokenDump], tokenizer: TokenizerFile | None, settings: Settings, maps: int = 1
 ) -> dict[str, Any]:
-    """What token_map.js draws; of many samples the first, of many dumps some, evenly spread.
+    """Return what token_map.js draws; of many samples the first, of many dumps some, evenly spread.
+
+    Args:
+        maps: that share the room of the page.
 
     pieces: the different texts.  ids: uint16 or uint32 [n, s + 1], each token's piece.
     losses, reference: uint16 [n, s] for each dump, in 1/1000 nat; one reference if it is the same
-    in all.  selected: a bit a token for each dump.  valid: a bit a token.
+    in all.  selected: a bit a token for each dump.  valid: a bit a token.  opens: the dump that is
+    shown first.  scale: nats at which the shading is full.
     """
-    shown = [dumps[at] for at in _spread(len(dumps))]
-    first = shown[0]
-    length = first.losses.shape[1]
-    count = max(1, min(len(first.losses), most_tokens // length))
-    unique, ids = np.unique(first.tokens[:count], return_inverse=True)
+    room = ROOM // maps
+    shown = _spread(dumps, max(LEAST_DUMPS, room // (4 * LEAST_TOKENS)))
     reference = [dump.reference_losses for dump in shown if dump.reference_losses is not None]
     if reference and all(np.array_equal(each, reference[0]) for each in reference):
         reference = reference[:1]
+    bits = 17 * len(shown) + 16 * len(reference) + 17  # of a token: its losses, its id
+    tokens = min(MOST_TOKENS, 8 * room // bits)
+    length = min(shown[0].losses.shape[1], tokens)
+    count = max(1, min(len(shown[0].losses), tokens // length))
+    cut = np.s_[:count, :length]
+    first = shown[0]
+    unique, ids = np.unique(first.tokens[:count, : length + 1], return_inverse=True)
     names = first.about.get("domains") or [None] * count
+    opens = _opens(shown, count, length)
     return {
         "length": length,
         "count": count,
-        "left_out": len(first.losses) - count,
+        "data": _data(first, settings),
+        "left_out": [len(first.losses) - count, first.losses.shape[1] - length],
         "iterations": [dump.iteration for dump in shown],
+        "opens": opens,
         "pieces": token_texts(tokenizer, unique.tolist()),
         "wide": len(unique) > np.iinfo(np.uint16).max,
         "ids": _pack(ids.astype("<u4" if len(unique) > np.iinfo(np.uint16).max else "<u2")),
-        "losses": [_pack(_rounded(dump.losses[:count])) for dump in shown],
-        "reference": [_pack(_rounded(each[:count])) for each in reference],
+        "losses": [_pack(_rounded(dump.losses[cut])) for dump in shown],
+        "reference": [_pack(_rounded(each[cut])) for each in reference],
         "selected": [
-            _pack(_bits(dump.selected[:count])) for dump in shown if dump.selected is not None
+            _pack(_bits(dump.selected[cut])) for dump in shown if dump.selected is not None
         ],
-        "valid": _pack(_bits(first.valid[:count])),
+        "valid": _pack(_bits(first.valid[cut])),
         "titles": [
             f"Sample {number}" + (f", {name}" if name else "")
             for number, name in zip(first.samples[:count].tolist(), names, strict=False)
         ],
-        "scale": _scale(shown, count),
+        "scale": _scale(shown[opens], count, length),
     }
 
 
-def _spread(count: int) -> list[int]:
-    """At most MOST_DUMPS of `count` positions, with the first and the last."""
-    wanted = np.linspace(0, count - 1, min(count, MOST_DUMPS))
-    return sorted({round(at) for at in wanted.tolist()})
+def _data(dump: TokenDump, settings: Settings) -> str:
+    """Which text it is: training or validation data, and of which datasets."""
+    training = dump.about.get("split") == "train"
+    names = settings.names("train_data_path" if training else "validation_set_names")
+    names = names or settings.names("data_path" if training else "valid_data_path")
+    named = ", ".join((names or settings.names("data_path"))[: None if training else 1])
+    return f"{'training' if training else 'validation'} data" + (f" ({named})" if named else "")
 
 
-def _scale(dumps: list[TokenDump], count: int) -> float:
-    """Nats at which the shading is full, a multiple of 1/2: few tokens are beyond."""
-    values = []
-    for dump in dumps:
-        known = dump.reference_losses
-        shaded = dump.losses if known is None else dump.losses - known
-        values.append(np.abs(shaded[:count][dump.valid[:count]]))
-    joined = np.concatenate(values)
-    joined = joined[np.isfinite(joined)]
-    return max(0.5, round(float(np.quantile(joined, 0.95)) * 2) / 2) if len(joined) else 0.5
+def _opens(dumps: list[TokenDump], count: int, length: int) -> int:
+    """The last dump that selects some tokens and leaves others; else the last."""
+    for at in range(len(dumps) - 1, -1, -1):
+        dump = dumps[at]
+        valid = dump.valid[:count, :length]
+        if dump.selected is not None and valid.any():
+            selected = dump.selected[:count, :length][valid]
+            if selected.any() and not selected.all():
+                return at
+    return len(dumps) - 1
+
+
+def _spread(dumps: list[TokenDump], most: int) -> list[TokenDump]:
+    """Some of many, with the first and the last."""
+    wanted = np.linspace(0, len(dumps) - 1, min(len(dumps), most, MOST_DUMPS))
+    return [dumps[at] for at in sorted({round(at) for at in wanted.tolist()})]
+
+
+def _scale(dump: TokenDump, count: int, length: int) -> float:
+    """Few tokens of the dump that is shown first are beyond it.  (At the start of a run all differ
+    from the reference by far more, and by that measure later ones would all be pale.)"""
+    known = dump.reference_losses
+    shaded = dump.losses if known is None else dump.losses - known
+    values = np.abs(shaded[:count, :length][dump.valid[:count, :length]])
+    values = values[np.isfinite(values)]
+    return max(0.5, round(float(np.quantile(values, 0.95)) * 2) / 2) if len(values) else 0.5
 
 
 def _rounded(losses: NDArray[np.float32]) -> NDArray[np.uint16]:

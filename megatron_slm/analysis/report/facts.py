@@ -1,0 +1,186 @@
+"""What there is to say about a run in words, before its figures: outcome, model, data, cost."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from megatron_slm.analysis.report.run_files import VALIDATION, RunFiles
+from megatron_slm.analysis.report.settings import Settings
+
+# The tokens that a score selects (megatron_slm/selection/scores.py), and those that compete.
+SELECTED = {
+    "excess": "whose loss exceeds the reference's the most",
+    "lowest": "whose loss exceeds the reference's the least",
+    "reference": "that the reference finds likeliest",
+    "reference-entropy": "where the reference is surest",
+    "policy": "with the highest loss",
+    "policy-entropy": "where the model is least sure",
+    "random": "at random",
+}
+SCOPES = {
+    "sequence": "of each sequence",
+    "micro-batch": "of each micro-batch",
+    "data-parallel": "of the micro-batches of all data-parallel ranks",
+    "global-batch": "of each global batch",
+}
+Facts = list[tuple[str, str]]
+
+
+def run_facts(run: RunFiles, length: int | None, alone: bool) -> Facts:
+    """Return names and values: what was trained, on what, how tokens were selected, what it cost.
+
+    Args:
+        length: tokens of a sequence, if known.
+        alone: no other run of the page has the same model and data.
+    """
+    found = [
+        ("Model", model(run.settings) if alone else ""),
+        ("Data", data(run.settings) if alone else ""),
+        ("Training", _training(run, length)),
+        ("Tokens trained on", _selection(run)),
+        ("Loss at the end", _losses(run)),
+        ("Cost", _cost(run, length)),
+    ]
+    return [(name, value) for name, value in found if value]
+
+
+def headline(run: RunFiles) -> str:
+    """Return a run's outcome in a sentence."""
+    for tag in (*validation_tags(run), "all-token loss", "lm loss"):
+        if (series := run.scalars.get(tag)) is None:
+            continue
+        what = f"V{spelt_out(tag)[1:]}" if VALIDATION.fullmatch(tag) else "Training loss"
+        end = f"{series.last:.3f} nats a token at iteration {series.iterations[-1]:,}"
+        if len(series.values) == 1:
+            return f"{what}: {end}"
+        change = "fell" if series.last < series.values[0] else "rose"
+        return f"{what} {change} from {series.values[0]:.3f} to {end}"
+    if run.dumps:
+        first = run.dumps[0]
+        return (
+            f"Losses of {int(first.valid.sum()):,} tokens from iteration {first.iteration:,} to "
+            f"{run.dumps[-1].iteration:,}"
+        )
+    return "How the losses of single tokens changed"
+
+
+def spelt_out(tag: str) -> str:
+    """Return what a scalar is called on the page, for the names that a run logs it by."""
+    if VALIDATION.fullmatch(tag):
+        _, _, name = tag.partition("validation-")
+        return f"validation loss on {name}" if name else "validation loss"
+    return NAMES.get(tag, tag)
+
+
+NAMES = {
+    "all-token loss": "all tokens",
+    "selected loss": "selected tokens",
+    "unselected loss": "tokens left out",
+    "reference loss": "reference, all tokens",
+    "lm loss": "training data",
+    "threshold": "lowest score that is still selected",
+    "excess loss": "mean excess of all tokens",
+}
+
+
+def validation_tags(run: RunFiles) -> list[str]:
+    """Return the names of the scalars that are validation losses."""
+    return sorted(filter(VALIDATION.fullmatch, run.scalars))
+
+
+def model(settings: Settings) -> str:
+    """Return the size of a model in words, as far as it is known."""
+    layers, hidden = settings.number("num_layers"), settings.number("hidden_size")
+    if layers is None or hidden is None:
+        return ""
+    shape = f"{layers} layers of width {hidden:,}"
+    count = settings.parameters
+    return f"GPT, {shape}" if count is None else f"GPT of {short(count)} parameters: {shape}"
+
+
+def data(settings: Settings) -> str:
+    """Return what a run trained on and was validated on, by the names of the datasets."""
+    trained = settings.names("train_data_path") or settings.names("data_path")
+    validated = settings.names("validation_set_names") or settings.names("valid_data_path")
+    parts = [f"trained on {listed(trained)}" if trained else ""]
+    parts += [f"validated on {listed(validated)}" if validated else ""]
+    return ", ".join(filter(None, parts))
+
+
+def listed(names: list[str], most: int = 4) -> str:
+    """Return names with commas; of many the first, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def short(count: float) -> str:
+    """Return a number with three digits, of millions or more in these units."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{float(f'{count:.3g}'):,.0f}"
+
+
+def _training(run: RunFiles, length: int | None) -> str:
+    last = max((series.iterations[-1] for series in run.scalars.values()), default=0)
+    if not last:
+        return ""
+    batch = run.scalars.get("batch-size")
+    if batch is None or length is None:
+        return f"{last:,} iterations"
+    each = batch.last * length
+    return f"{last:,} iterations of {each:,.0f} tokens"
+
+
+def _selection(run: RunFiles) -> str:
+    ratio = run.scalars.get("selected ratio")
+    if ratio is None:
+        return "all" if "lm loss" in run.scalars else ""
+    which, scope = SELECTED.get(score_of(run), ""), SCOPES.get(_told(run, "scope"), "")
+    return " ".join(filter(None, (f"the {ratio.last:.0%}", which, scope and f"({scope})")))
+
+
+def score_of(run: RunFiles) -> str:
+    """Return what the tokens of a run are ranked by; nothing where it is not known."""
+    return _told(run, "score")
+
+
+def _told(run: RunFiles, name: str) -> str:
+    """Return an option of the selection, from the dumps or from the arguments."""
+    about = run.dumps[-1].about if run.dumps else {}
+    return str(about.get(name) or run.settings.text(f"slm_{name}") or "")
+
+
+def _losses(run: RunFiles) -> str:
+    tags = [tag for tag in ("all-token loss", *validation_tags(run)) if tag in run.scalars]
+    tags = tags or [tag for tag in ("lm loss",) if tag in run.scalars]
+    parts = [f"{spelt_out(tag)} {run.scalars[tag].last:.3f}" for tag in tags]
+    return f"{listed(parts)} nats" if parts else ""
+
+
+def _cost(run: RunFiles, length: int | None) -> str:
+    times, batch = run.scalars.get("iteration-time"), run.scalars.get("batch-size")
+    if times is None:
+        return ""
+    step = statistics.median(times.values)
+    parts = [f"{step:.3g} s a step"]
+    if batch is not None and length is not None and step > 0:
+        parts.append(f"{short(batch.last * length / step)} tokens a second")
+    if share := run.scalars.get("reference time share"):
+        parts.append(f"{statistics.median(share.values):.0%} of the time for the reference")
+    return ", ".join(parts)
+
+
+def sequence_length(run: RunFiles, study: dict[str, Any] | None) -> int | None:
+    """Return how many tokens a sequence of the run has: by its arguments, by its dumps, or by the
+    tokens of the study's steps."""
+    if length := run.settings.number("seq_length"):
+        return length
+    if run.dumps:
+        return int(run.dumps[0].losses.shape[1])
+    batch = run.scalars.get("batch-size")
+    tokens = None if study is None else study.get("tokens_per_step")
+    if tokens is None or batch is None or batch.values[0] <= 0:
+        return None
+    return round(tokens / batch.values[0])
