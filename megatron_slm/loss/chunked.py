@@ -25,7 +25,7 @@ dense head gathers them twice.  Entropies take one more SUM [n] and row of bcast
 token_losses two chunks.  On a GPU softmax_triton.py goes over a chunk's logits once in token_losses
 and once in the backward; elsewhere softmax.py does the same in plain torch.
 
-A model's vocabulary is padded to suit its tensor-parallel size.  Megatron trains with the padding in
+A model's vocabulary is padded to suit its tensor-parallel size.  Megatron trains with padding in
 the softmax; tokens are scored without.  Chunks of padding come last, and are added to a copy of the
 sums, so that losses to score by are bit for bit those of a pass that leaves padding away.  It takes
 one more row of MAX and bcast and one more SUM [n]; nothing where there is no padding.

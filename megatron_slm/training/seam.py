@@ -22,6 +22,7 @@ from megatron.training import get_args, training
 
 from megatron_slm.model.layer_spec import extra_states
 from megatron_slm.training.micro_batch import MicroBatch
+from megatron_slm.training.nan import check_weights
 
 
 def install(
@@ -43,6 +44,7 @@ def install(
 
     @functools.wraps(save_checkpoint)
     def save(iteration: int, model: Any, *args: Any, **kwargs: Any) -> Any:
+        check_weights(model, iteration)
         with _sigterm_later(), extra_states(model):
             before_save(iteration)
             return save_checkpoint(iteration, model, *args, **kwargs)
