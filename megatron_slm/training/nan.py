@@ -38,6 +38,8 @@ def check_step(step: Step) -> None:
         UserError: losses or gradients are NaN or infinite, and were again when Megatron repeated
             the step.
     """
+    if not get_args().check_for_nan_in_loss_and_grad:
+        return
     rerun = get_rerun_state_machine()
     when = f"iteration {step.iteration + 1}"
     if not step.training:

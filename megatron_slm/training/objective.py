@@ -78,9 +78,8 @@ def _random(batch: MicroBatch, losses: Tensor, seed: int, iteration: int) -> Ten
 class MicroBatchObjective:
     """Selects tokens when the policy's losses are known; called by the schedule for the loss.
 
-    losses: what tokens are scored by, without padding in the softmax; known with Megatron's own
-        losses where there is no padding.
-    trained: Megatron's losses.
+    losses: of all tokens, by a softmax without padding, which they are scored by.
+    trained: the same by Megatron's softmax, which has it.
     """
 
     def __init__(
