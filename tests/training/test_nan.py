@@ -12,7 +12,7 @@ from launch import Run, pretrain
 from random_llama import small_llama, write_random_llama
 
 TRACKER = "latest_checkpointed_iteration.txt"
-LARGE = "--lr 1e38"  # weights are finite after the first step, and the next forward pass overflows
+LARGE = "--lr 1e18"  # weights of the first step are finite; in the next attention overflows
 REFERENCE = "--slm-reference-load REFERENCE --slm-token-ratio 0.6"
 SAVE = "--save saved --save-interval"
 UNCHECKED = "--no-check-for-nan-in-loss-and-grad"
