@@ -25,7 +25,7 @@ dense head gathers them twice.  Entropies take one more SUM [n] and row of bcast
 token_losses two chunks.  On a GPU softmax_triton.py goes over a chunk's logits once in token_losses
 and once in the backward; elsewhere softmax.py does the same in plain torch.
 
-A model's vocabulary is padded to suit its tensor-parallel size.  Megatron trains with the padding in
+A model's vocabulary is padded to suit its tensor-parallel size.  Megatron trains with padding in
 the softmax; tokens are scored without.  Chunks of padding come last, and are added to a copy of the
 sums, so that losses to score by are bit for bit those of a pass that leaves padding away.  It takes
 one more row of MAX and bcast and one more SUM [n]; nothing where there is no padding.
@@ -131,23 +131,12 @@ def token_losses(
     # Lower than any logit, but finite: the difference of two maxima is a number.
     lowest = hidden.new_full((rows,), torch.finfo(torch.float32).min, dtype=torch.float32)
     maximum = top = add(sums, lowest, 0, padding)
-    whole = sums[:2]
+    whole = sums
     if padded:
-        whole = whole.clone()
+        whole = sums[:2].clone()
         top = add(whole, maximum.clone(), padding, columns_here)
     if size > 1:
-        highest = torch.stack([maximum, top] if padded else [maximum])
-        torch.distributed.all_reduce(highest, ReduceOp.MAX, group=tp_group)
-        raise_maximum(maximum, highest[0], sums)
-        # Alone: the order in which ranks are added up depends on a tensor's size, and these sums
-        # have to be the same in every pass.
-        torch.distributed.all_reduce(sums[:2], group=tp_group)
-        if entropies:
-            torch.distributed.all_reduce(sums[2], group=tp_group)
-        if padded:
-            raise_maximum(top, highest[1], whole)
-            torch.distributed.all_reduce(whole[1], group=tp_group)
-        maximum, top = highest[0], highest[-1]
+        maximum, top = _over_ranks(sums, maximum, whole, top, tp_group)
     log_sum = torch.log(sums[1])
     results = [log_sum - (sums[0] - maximum)]
     if padded:
@@ -165,6 +154,30 @@ def token_losses(
         sum_exp=whole[1],
         entropies=result[-1] if entropies else None,
     )
+
+
+def _over_ranks(
+    sums: Tensor, maximum: Tensor, whole: Tensor, top: Tensor, group: ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """Bring sums, in place, to those over all ranks' columns; returns their maxima.
+
+    Args:
+        sums, maximum: without padding, as softmax.add_chunk has them.
+        whole, top: with padding; where there is none, sums and maximum themselves.
+    """
+    padded = whole is not sums
+    highest = torch.stack([maximum, top] if padded else [maximum])
+    torch.distributed.all_reduce(highest, ReduceOp.MAX, group=group)
+    raise_maximum(maximum, highest[0], sums)
+    # Alone: the order in which ranks are added up depends on a tensor's size, and these sums have
+    # to be the same in every pass.
+    torch.distributed.all_reduce(sums[:2], group=group)
+    if sums.shape[0] == 3:
+        torch.distributed.all_reduce(sums[2], group=group)
+    if padded:
+        raise_maximum(top, highest[1], whole)
+        torch.distributed.all_reduce(whole[1], group=group)
+    return highest[0], highest[-1]
 
 
 def selected_loss(

@@ -5,9 +5,9 @@ module does with them what ColumnParallelLinear would: gather over sequence-para
 overlapped parameter gathers, use the tied weight, say where gradients are summed; chunked.py does
 the arithmetic.  The dense head is Megatron's output layer and loss.
 
-The loss that is trained has the vocabulary's padding in its softmax, as in Megatron; the losses that
-tokens are scored by have not.  A score compares losses of one head, which of one model are the same
-to the bit.
+The loss that is trained has the vocabulary's padding in its softmax, as in Megatron; the losses
+that tokens are scored by have not.  A score compares losses of one head, which of one model are the
+same to the bit.
 """
 
 from __future__ import annotations

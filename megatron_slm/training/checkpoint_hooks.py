@@ -33,6 +33,7 @@ from megatron_slm.files import write_whole
 from megatron_slm.model.layer_spec import extra_states
 from megatron_slm.model.torch_dist import TRACKER
 from megatron_slm.training import helper_processes
+from megatron_slm.training.nan import check_weights
 
 POLL_SECONDS = 0.05
 
@@ -50,6 +51,7 @@ def install(before_save: Callable[[int], None]) -> None:
 
     @functools.wraps(save_checkpoint)
     def save(iteration: int, model: Any, *args: Any, **kwargs: Any) -> Any:
+        check_weights(model, iteration)
         with _saving(f"the checkpoint of iteration {iteration}"), extra_states(model):
             with written_here():
                 before_save(iteration)

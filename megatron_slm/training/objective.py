@@ -26,6 +26,7 @@ from megatron_slm.errors import UserError
 from megatron_slm.loss import same_on_ranks
 from megatron_slm.selection import Choice, TokenSelector, context_parallel_part, random_scores
 from megatron_slm.training.micro_batch import MicroBatch
+from megatron_slm.training.nan import megatron_looks
 from megatron_slm.training.settings import SelectiveSettings, Step
 
 # Megatron's own definition of a spiky loss: this many times the largest loss so far.
@@ -77,9 +78,8 @@ def _random(batch: MicroBatch, losses: Tensor, seed: int, iteration: int) -> Ten
 class MicroBatchObjective:
     """Selects tokens when the policy's losses are known; called by the schedule for the loss.
 
-    losses: what tokens are scored by, without padding in the softmax; known with Megatron's own
-        losses where there is no padding.
-    trained: Megatron's losses.
+    losses: of all tokens, by a softmax without padding, which they are scored by.
+    trained: the same by Megatron's softmax, which has it.
     """
 
     def __init__(
@@ -201,19 +201,16 @@ class MicroBatchObjective:
         rerun = get_rerun_state_machine()
         validate = partial(rerun.validate_result, result=loss, tolerance=0.0)
         if args.check_for_nan_in_loss_and_grad:
-            if batch.scores is not None:
-                found = bool((batch.scores.isnan() & batch.valid).any())
-                validate(
-                    rejection_func=lambda _: found,
-                    message=f"found NaN in the token scores of micro-batch {batch.number}",
-                    fatal=True,
-                )
-            for test, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
-                validate(
-                    rejection_func=test,
-                    message=f"found {name} in local forward loss calculation",
-                    fatal=True,
-                )
+            for what, found in (
+                ("NaN in the loss", loss.isnan()),
+                ("Inf in the loss", loss.isinf()),
+                ("NaN in the token scores", self._nan_in_scores()),
+            ):
+                message = f"found {what} of micro-batch {batch.number}"
+                if megatron_looks(self.step):
+                    validate(rejection_func=lambda _, found=found: found, message=message)
+                elif found:
+                    self.step.faults.append(message)
         if args.check_for_spiky_loss:
             validate(
                 rejection_func=partial(
@@ -222,6 +219,10 @@ class MicroBatchObjective:
                 message="Spiky loss",
                 fatal=False,
             )
+
+    def _nan_in_scores(self) -> Tensor | bool:
+        batch = self.micro_batch
+        return batch.scores is not None and (batch.scores.isnan() & batch.valid).any()
 
 
 def _pair(values: Tensor, where: Tensor) -> Tensor:

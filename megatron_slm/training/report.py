@@ -1,4 +1,8 @@
-"""What Megatron's log line leaves out: averages below zero, and our own timers."""
+"""What Megatron's log leaves out: averages below zero, and our own timers.
+
+And what it should leave out: of whatever validation reports it gives the exponential, as a
+perplexity, which a ratio, a threshold or a difference of losses has not.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +14,21 @@ from megatron.training.global_vars import get_wandb_writer
 from megatron.training.utils import print_rank_last
 
 TIMERS = ["slm-reference", "slm-ranking", "slm-dump"]
+# Beginnings of the names of what objective.py reports and is no loss.
+NO_LOSSES = ("selected ratio", "threshold", "excess loss")
 
 
 def install(timed: bool) -> None:
-    """Print, after Megatron's line, what it leaves out.  Call once, before `pretrain()`.
+    """Print, after Megatron's lines, what they leave out.  Call once, before `pretrain()`.
 
     Args:
         timed: whether there is a reference whose time is to be reported, as part of the step's.
     """
+    _report_training(timed)
+    _report_validation()
+
+
+def _report_training(timed: bool) -> None:
     training_log = training.training_log
 
     @functools.wraps(training_log)
@@ -60,6 +71,49 @@ def install(timed: bool) -> None:
         return result
 
     training.training_log = log
+
+
+def _report_validation() -> None:
+    """Take what is no loss from Megatron's results, and report it after them."""
+    evaluate, evaluate_and_print = training.evaluate, training.evaluate_and_print_results
+    taken: list[dict[str, float]] = []  # of each validation set
+
+    @functools.wraps(evaluate)
+    def evaluate_losses(*args: Any, **kwargs: Any) -> Any:
+        averages, *rest = evaluate(*args, **kwargs)
+        names = [name for name in averages or {} if name.startswith(NO_LOSSES)]
+        taken.append({name: averages.pop(name).item() for name in names})
+        return averages, *rest
+
+    training.evaluate = evaluate_losses
+
+    @functools.wraps(evaluate_and_print)
+    def evaluate_and_print_all(
+        prefix: str,
+        forward_step: Any,
+        data_iterator: Any,
+        model: Any,
+        iteration: int,
+        *args: Any,
+        write_to_tensorboard: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        taken.clear()
+        written = {"write_to_tensorboard": write_to_tensorboard}
+        evaluate_and_print(
+            prefix, forward_step, data_iterator, model, iteration, *args, **written, **kwargs
+        )
+        names = get_args().validation_set_names or range(len(taken))
+        for name, averages in zip(names, taken, strict=False):
+            part = f"validation-{name}" if get_args().multiple_validation_sets else "validation"
+            values = "".join(f" {key} value: {value:.6E} |" for key, value in averages.items())
+            if values:
+                print_rank_last(f" {part} at {prefix} |{values}")
+            if write_to_tensorboard:
+                for key, value in averages.items():
+                    _write(f"{key} {part}", value, iteration)
+
+    training.evaluate_and_print_results = evaluate_and_print_all
 
 
 def _reference_share() -> float:

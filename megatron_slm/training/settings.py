@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -43,6 +43,7 @@ class Step:
     selects: False while all tokens are trained on: no selection, or warm-up.
     ratio: token selection ratio, in (0, 1].
     thresholds: float32 [sets], carried from the steps before; None if they are not.
+    faults: what was found wrong in its losses on this rank, where Megatron does not look.
     """
 
     iteration: int
@@ -50,6 +51,7 @@ class Step:
     selects: bool
     ratio: float
     thresholds: Tensor | None = None
+    faults: list[str] = field(default_factory=list)
 
 
 def settings_from_arguments(args: Namespace) -> SelectiveSettings:

@@ -25,7 +25,7 @@ from megatron_slm.loss import Scoring, Selecting, Telling, dense_losses, loss_of
 from megatron_slm.reference import Reference
 from megatron_slm.reference.moving_average import MovingAverage
 from megatron_slm.selection import CarriedThreshold, Choice, Ranks, TokenSelector
-from megatron_slm.training import seam
+from megatron_slm.training import nan, seam
 from megatron_slm.training.dump import TokenDumps
 from megatron_slm.training.micro_batch import MicroBatch, read_micro_batches
 from megatron_slm.training.objective import MicroBatchObjective, token_scores
@@ -125,12 +125,17 @@ class SelectiveStep:
                 micro_batches = iter(ranked)
             else:
                 micro_batches = noting(micro_batches, seen)
-        result = schedule(
-            data_iterator=seam.for_model_chunks(form, micro_batches, num_microbatches),
-            forward_only=forward_only,
-            **sizes,
-            **rest,
-        )
+        try:
+            result = schedule(
+                data_iterator=seam.for_model_chunks(form, micro_batches, num_microbatches),
+                forward_only=forward_only,
+                **sizes,
+                **rest,
+            )
+        except RuntimeError as error:
+            nan.check_error(error, step)
+            raise
+        nan.check_step(step)
         if whole_step and not settings.selection.exact:
             self._carry(seen)
         return result

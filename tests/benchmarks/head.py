@@ -4,7 +4,8 @@
 
 Output layer and loss, forward and backward, one rank: all 4096 tokens' losses and the gradients of
 60% of them, against ColumnParallelLinear and vocab_parallel_cross_entropy, whose loss is masked.
-Both are given the same 60%.
+Both are given the same 60%.  "padded" is the selective head where the last columns are padding, so
+that it computes losses with and without; where there is none it is "chunked".
 
 Time: the heads alternate in one process; ratios of the medians and of the fastest rounds.  Where
 other processes want the cores, the many small steps of chunks wait more often for a thread that
@@ -43,8 +44,9 @@ from megatron_slm.loss import selected_loss, token_losses
 from resident import resident
 
 TOKENS, HIDDEN, VOCABULARY, RATIO = 4096, 1024, 32000, 0.6
+PADDING = 100
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-HEADS = ("dense", "chunked")
+HEADS = ("dense", "chunked", "padded")
 MIB = 1 << 20
 
 
@@ -74,7 +76,7 @@ def make_step(
         bias=False,
     )
     hidden = torch.randn(tokens, 1, HIDDEN, dtype=dtype, requires_grad=True)
-    labels = torch.randint(0, vocabulary, (tokens, 1))
+    labels = torch.randint(0, vocabulary - PADDING, (tokens, 1))
     index = (torch.rand(tokens) < RATIO).nonzero().squeeze(1)
 
     def dense() -> None:
@@ -82,16 +84,26 @@ def make_step(
         losses = vocab_parallel_cross_entropy(layer(hidden)[0], labels, tp_group=layer.tp_group)
         losses.flatten()[index].sum().backward()
 
-    def chunked() -> None:
+    def chunked(unpadded: int | None = None) -> None:
         rows, weight, group = hidden.flatten(0, 1), layer.weight, layer.tp_group
-        scored = token_losses(rows.detach(), weight.detach(), labels.flatten(), group)
+        scored = token_losses(
+            rows.detach(),
+            weight.detach(),
+            labels.flatten(),
+            group,
+            vocabulary=unpadded,
+            with_padding=True,
+        )
         selected_loss(
             rows, weight, labels.flatten(), scored, index, group, reduce_hidden_gradient=True
         ).backward()
 
+    def padded() -> None:
+        chunked(vocabulary - PADDING)
+
     def step(head: str) -> None:
         hidden.grad = layer.weight.grad = None
-        {"dense": dense, "chunked": chunked}[head]()
+        {"dense": dense, "chunked": chunked, "padded": padded}[head]()
 
     return step
 
@@ -147,10 +159,11 @@ def main() -> None:
     for name, dtype in TYPES.items():
         times = measure("time", name)
         for what, of_rounds in (("median", statistics.median), ("fastest", min)):
-            dense, chunked = (of_rounds(seconds) for seconds in times)
+            dense, chunked, padded = (of_rounds(seconds) for seconds in times)
             print(f"{name}: {what} {chunked:.3f} s, dense {dense:.3f} s: {chunked / dense:.3f}")
+            print(f"{name}: {what} padded {padded:.3f} s: {padded / chunked:.3f} of chunked")
         weight = VOCABULARY * HIDDEN * dtype.itemsize
-        peak = {head: measure(head, name)[0][0] for head in HEADS}
+        peak = {head: measure(head, name)[0][0] for head in HEADS[:2]}
         for what, less in (("with", 0), ("without", weight)):
             ours, theirs = ((peak[head] - less) / MIB for head in ("chunked", "dense"))
             print(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -108,7 +109,8 @@ def test_warmup_and_schedule(corpus: Corpus, untied: Checkpoints, tmp_path: Path
     warmup = 2 * GLOBAL_BATCH * 64
     flags = (
         f"--slm-warmup-tokens {warmup} --slm-head dense --slm-ratio-schedule linear "
-        "--slm-final-token-ratio 0.2 --slm-ratio-decay-iters 4"
+        "--slm-final-token-ratio 0.2 --slm-ratio-decay-iters 4 --eval-interval 2 "
+        "--log-validation-ppl-to-tensorboard"
     )
     run = run_method(corpus, untied, "one rank", flags, tmp_path / "warm")
     plain = [*corpus.arguments, *untied.without_reference]
@@ -120,6 +122,16 @@ def test_warmup_and_schedule(corpus: Corpus, untied: Checkpoints, tmp_path: Path
     assert set(ratios) == {3, 4, 5}
     for iteration, ratio in {3: 0.4, 4: 0.3, 5: 0.2}.items():
         assert ratios[iteration] == pytest.approx(ratio, abs=0.005)
+    # Perplexities are of losses, not of ratios, thresholds and differences of losses.
+    losses_alone = {"lm loss", "selected loss", "unselected loss", "all-token loss"}
+    losses_alone.add("reference loss")
+    said = set(re.findall(r"\| ([a-z -]+) PPL:", run.outputs[-1]))
+    assert said == losses_alone
+    ppl = {tag.removesuffix(" validation ppl") for tag in run.tags() if tag.endswith(" ppl")}
+    assert ppl == losses_alone
+    for name in ("selected ratio", "threshold", "excess loss"):
+        logged = run.scalars(f"{name} validation")[2]
+        assert f"{name} value: {logged:.6E}" in run.outputs[-1]
 
 
 def test_a_score_of_the_policy_needs_no_reference(

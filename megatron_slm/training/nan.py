@@ -1,0 +1,96 @@
+"""NaN ends a run on all ranks with one line, and no checkpoint is written after it.
+
+Megatron repeats a step in which loss or gradients are NaN, then saves weights that may be NaN as
+well, and leaves.  In the first step after a start it does not look, so that weights become NaN, and
+in validation it raises on the ranks concerned while the others wait for them.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.rerun_state_machine import (
+    RerunMode,
+    RerunState,
+    get_rerun_state_machine,
+)
+from megatron.training import get_args
+from megatron.training.async_utils import maybe_finalize_async_save
+
+from megatron_slm.errors import UserError
+from megatron_slm.model.torch_dist import TRACKER
+from megatron_slm.training.settings import Step
+
+
+def megatron_looks(step: Step) -> bool:
+    """Whether Megatron acts upon what is found wrong in this step's losses."""
+    return step.training and get_rerun_state_machine().first_iteration_complete
+
+
+def check_step(step: Step) -> None:
+    """Call after the schedule.  Collective over all ranks, but for steps in which all is well and
+    Megatron looks.
+
+    Raises:
+        UserError: losses or gradients are NaN or infinite, and were again when Megatron repeated
+            the step.
+    """
+    if not get_args().check_for_nan_in_loss_and_grad:
+        return
+    rerun = get_rerun_state_machine()
+    when = f"iteration {step.iteration + 1}"
+    if not step.training:
+        _raise_together(step.faults[:1], f"validation after {when}")
+    elif not rerun.first_iteration_complete:
+        _raise_together(step.faults[:1], when)
+    elif rerun.mode == RerunMode.VALIDATE_RESULTS and rerun.state == RerunState.RERUNNING_IN_PLACE:
+        found = rerun.failed_validation_call if rerun.checkpoint_requested else None
+        _raise_together([] if found is None else [found.caller.message], when)
+
+
+def check_error(error: RuntimeError, step: Step) -> None:
+    """
+    Raises:
+        UserError: Megatron raised the error for a NaN on this rank, as with --rerun-mode disabled.
+    """
+    found = re.search(r"Unexpected result .*\(message='(.*)'\)", str(error))
+    if found is not None:
+        rank = torch.distributed.get_rank()
+        message = _message(found[1], [rank], f"iteration {step.iteration + 1}")
+        raise UserError(message) from error
+
+
+def check_weights(model: list[torch.nn.Module], iteration: int) -> None:
+    """Call before a checkpoint is written.  Collective over all ranks.
+
+    Raises:
+        UserError: a weight is NaN or infinite.
+    """
+    finite = [parameter.isfinite().all() for chunk in model for parameter in chunk.parameters()]
+    fault = [] if bool(torch.stack(finite).all()) else ["the policy's weights are NaN or infinite"]
+    _raise_together(fault, f"the checkpoint of iteration {iteration}")
+
+
+def _raise_together(found: list[str], when: str) -> None:
+    """Raise on all ranks if one has found something."""
+    of_ranks: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(of_ranks, found)
+    ranks = [rank for rank, of_rank in enumerate(of_ranks) if of_rank]
+    if ranks:
+        # What is still being written is from before.
+        maybe_finalize_async_save(blocking=True, terminate=True)
+        raise UserError(_message(of_ranks[ranks[0]][0], ranks, when))
+
+
+def _message(what: str, ranks: list[int], when: str) -> str:
+    where = f"rank {ranks[0]}" + (f" and {len(ranks) - 1} more" if len(ranks) > 1 else "")
+    save = get_args().save
+    tracker = Path(save or "") / TRACKER
+    if save is not None and tracker.is_file():
+        kept = f"the last checkpoint, written before, is {tracker.read_text()} (by {tracker})"
+    else:
+        kept = "no checkpoint has been written"
+    return f"{when}, {where}: {what}; {kept}"
