@@ -18,13 +18,7 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any
 
-from torch import distributed
-
 from megatron_slm.errors import exit_on_user_error
-from megatron_slm.model.destination import this_rank
-from megatron_slm.model.export_hf import export_hugging_face
-from megatron_slm.model.import_hf import import_hugging_face
-from megatron_slm.model.torch_dist import iteration_directory
 
 
 def build_parser() -> ArgumentParser:
@@ -87,6 +81,12 @@ def as_options(arguments: dict[str, Any]) -> str:
 
 def convert(args: Namespace) -> None:
     """Do what the command line says."""
+    # After the command line, which needs no torch.
+    from megatron_slm.model.destination import this_rank
+    from megatron_slm.model.export_hf import export_hugging_face
+    from megatron_slm.model.import_hf import import_hugging_face
+    from megatron_slm.model.torch_dist import iteration_directory
+
     first = this_rank()[0] == 0
     if args.command == "import":
         arguments = import_hugging_face(args.hf, args.save, args.make_vocab_size_divisible_by)
@@ -107,6 +107,8 @@ def main(arguments: list[str]) -> None:
     args = build_parser().parse_args(arguments)
     warnings.filterwarnings("ignore", module="megatron")
     with exit_on_user_error():
+        from torch import distributed
+
         if int(os.getenv("WORLD_SIZE", "1")) > 1:
             distributed.init_process_group("gloo")
         convert(args)
