@@ -66,7 +66,7 @@ def test_error_once_under_torchrun(tmp_path: Path) -> None:
     with started(tmp_path, *command) as (process, output):
         assert process.wait(PATIENCE) == 1  # torchrun's
     lines = output.read_text().splitlines()
-    error = "error: --slm-token-ratio 60: must be in (0, 1]; 0.6 is 60% of the tokens"
+    error = "error: --slm-token-ratio must be in (0, 1], not 60; 0.6 is 60% of the tokens"
     assert lines.count(error) == 1
     assert [line.strip() for line in lines if error in line][1:] == [f"traceback : {error}"]
     assert error in lines[-2]
