@@ -123,6 +123,8 @@ def test_other_jobs() -> None:
     reference = f"{DATA} --micro-batch-size 1 --slm-reference-load a --slm-reference-cache b"
     first_check([*reference.split(), "--by", "document"], SCORING)
     assert lacks(SCORING, reference)[0] == "--global-batch-size"
+    taken = "--use-checkpoint-args --load absent --by document"
+    first_check([*reference.split(), *taken.split()], SCORING)
     with pytest.raises(UserError, match="--slm-reference-cache: name one directory"):
         first_check([*DATA.split(), "--slm-reference-load", "a"], SCORING)
     assert lacks(DYNAMICS, f"{DATA} --micro-batch-size 1 --dynamics d") == ["--load;"]
