@@ -7,19 +7,16 @@ Megatron's parser and checks follow.
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from megatron_slm.errors import UserError
 from megatron_slm.parser import Parser, refuse
-from megatron_slm.training.needed import (
-    OF_A_RUN,
-    OF_THE_DATA,
-    add_needed,
-    check_needed,
-)
+from megatron_slm.training.needed import OF_A_RUN, OF_THE_DATA, add_needed, check_needed
 from megatron_slm.training.option_checks import check_options, check_reference
 from megatron_slm.training.options import add_dynamics_options, add_options, add_scoring_options
 
@@ -58,6 +55,8 @@ def first_check(command: Sequence[str], job: Job) -> str:
         description=f"{job.about}\n\nAll of Megatron's options: {HELP_MEGATRON}.",
         formatter_class=RawDescriptionHelpFormatter,
     )
+    if {"-h", "--help", HELP_MEGATRON} & set(command) and os.getenv("RANK", "0") != "0":
+        sys.exit()  # the first rank prints it
     if HELP_MEGATRON in command:  # for its parser
         return ""
     add_options(parser)
@@ -72,7 +71,7 @@ def first_check(command: Sequence[str], job: Job) -> str:
 
 
 def options_in(command: Sequence[str]) -> set[str]:
-    """Return the options that a command line gives, of its own accord."""
+    """Return the options that are on a command line."""
     return {word.partition("=")[0] for word in command if word.startswith("--")}
 
 

@@ -94,9 +94,10 @@ def check_needed(args: Namespace, given: Collection[str], needs: Collection[str]
 
 def _missing(args: Namespace, given: Collection[str], needs: Collection[str]) -> Iterator[str]:
     starts = [load for load in (args.load, args.pretrained_checkpoint) if load is not None]
-    trackers = [Path(load) / TRACKER for load in starts if args.use_checkpoint_args]
+    takes = args.use_checkpoint_args and "num_layers" in needs  # scoring takes nothing
+    trackers = [Path(load) / TRACKER for load in starts if takes]
     begun = [read_bounded(tracker).strip() for tracker in trackers if tracker.is_file()]
-    if "--non-persistent-ckpt-type" in given:  # elsewhere
+    if takes and "--non-persistent-ckpt-type" in given:  # elsewhere
         begun.append(b"")
     from_checkpoint = set(OF_THE_MODEL if begun else ())
     if any(iteration != b"release" for iteration in begun):
@@ -116,7 +117,7 @@ def _missing(args: Namespace, given: Collection[str], needs: Collection[str]) ->
     for name in needs:
         if getattr(args, name) is None and not stands_in.get(name) and name not in from_checkpoint:
             yield names.get(name, f"--{name.replace('_', '-')}")
-    if args.use_checkpoint_args and not begun:
+    if takes and not begun:
         where = " or ".join(starts) or "--load or --pretrained-checkpoint, which are not given"
         yield f"a checkpoint for --use-checkpoint-args (there is none in {where})"
     if args.tokenizer_type in OF_A_FILE and args.tokenizer_model is None and not begun:

@@ -29,7 +29,7 @@ def ratio(text: str) -> float:
     """A part of the tokens."""
     value = _number(float, text)
     if not 0.0 < value <= 1.0:
-        raise ArgumentTypeError(f"{text}: must be in (0, 1]; 0.6 is 60% of the tokens")
+        raise ArgumentTypeError(f"must be in (0, 1], not {text}; 0.6 is 60% of the tokens")
     return value
 
 
@@ -37,7 +37,7 @@ def count(text: str) -> int:
     """A number of things of which there is one at least."""
     value = _number(int, text)
     if value < 1:
-        raise ArgumentTypeError(f"{text}: must be at least 1")
+        raise ArgumentTypeError(f"must be at least 1, not {text}")
     return value
 
 
@@ -45,7 +45,7 @@ def whole(text: str) -> int:
     """A number of things of which there may be none."""
     value = _number(int, text)
     if value < 0:
-        raise ArgumentTypeError(f"{text}: must not be negative")
+        raise ArgumentTypeError(f"must not be negative, as {text} is")
     return value
 
 
@@ -53,7 +53,7 @@ def weight(text: str) -> float:
     """A factor that is not negative."""
     value = _number(float, text)
     if not 0.0 <= value < math.inf:
-        raise ArgumentTypeError(f"{text}: must not be negative, and finite")
+        raise ArgumentTypeError(f"must be finite and not negative, not {text}")
     return value
 
 
@@ -61,7 +61,7 @@ def temperature(text: str) -> float:
     """A positive number."""
     value = _number(float, text)
     if not 0.0 < value < math.inf:
-        raise ArgumentTypeError(f"{text}: must be above 0, and finite")
+        raise ArgumentTypeError(f"must be finite and above 0, not {text}")
     return value
 
 

@@ -33,6 +33,7 @@ def test_full_ratio_is_bitwise_causal_language_modeling(
         *f"--train-iters 5 --micro-batch-size 3 --eval-interval 2 {flags}".split(),
     ]
     reference = ["--slm-reference-load", str(untied.reference), "--slm-head", "dense"]
+    reference += ["--slm-token-ratio", "1"]
     megatron = pretrain(
         ranks, common, tmp_path / "megatron", module="distributed.megatron_pretrain"
     )

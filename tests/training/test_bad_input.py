@@ -181,6 +181,19 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         "must be at least 1",
     ),
     "multi-token prediction": (lambda _: ["--mtp-num-layers", "1"], "--mtp-num-layers"),
+    "positions that rope does not read": (
+        lambda _: ["--reset-position-ids"],
+        "--reset-position-ids does not reach --position-embedding-type rope",
+    ),
+    "fp8 that would be float32": (
+        lambda _: ["--fp8-format", "hybrid", "--bf16"],
+        "--fp8-format needs Transformer Engine",
+    ),
+    "misspelt option of Megatron's": (
+        lambda _: ["--nun-workers", "2"],
+        "unrecognized arguments: --nun-workers 2; did you mean --num-workers?",
+    ),
+    "a number that is none": (lambda _: ["--seed", "x"], "--seed: invalid int value: 'x'"),
     "reset attention mask": (lambda _: ["--reset-attention-mask"], "--reset-attention-mask"),
 }
 
