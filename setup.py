@@ -59,6 +59,7 @@ setup(
         ],
         "evaluation": ["lm_eval[hf,math]>=0.4.13,<0.5"],
         "sft": ["datasets"],  # Megatron's SFT dataset reads with it
-        "cuda": ["transformer-engine[pytorch]"],
+        # einops: for groups in two levels (--num-distributed-optimizer-instances).
+        "cuda": ["einops", "transformer-engine[pytorch]"],
     },
 )

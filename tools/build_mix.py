@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> None:
                 )
             print(f"train on --train-samples {recipe.budget // length}")
         write_mix(recipe, shares, args.output_prefix)
-        print(f"--data-args-path {args.output_prefix}.data-args.txt --split 100,0,0")
+        print(f"--data-args-path {args.output_prefix}.data-args.txt --split 100,0,0 --eval-iters 0")
 
 
 if __name__ == "__main__":

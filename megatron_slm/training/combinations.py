@@ -83,7 +83,7 @@ def _check_data(args: Namespace) -> None:
     if args.data_args_path and args.split is None:
         raise UserError(
             f"--data-args-path {args.data_args_path} needs --split, the shares of training, "
-            "validation and test: --split 969,30,1 say"
+            "validation and test, such as --split 969,30,1"
         )
     if args.split is not None and (own or args.per_split_data_args_path):
         raise UserError(
@@ -104,7 +104,8 @@ def _check_formats(args: Namespace) -> None:
         )
     loads = [("--load", args.load), ("--pretrained-checkpoint", args.pretrained_checkpoint)]
     for load in args.slm_reference_load or []:
-        loads.append(("--slm-reference-load", load if Path(load).is_dir() else load.split("=")[-1]))
+        named = load if Path(load).is_dir() else load.partition("=")[2]
+        loads.append(("--slm-reference-load", named or None))
     for flag, load in loads:
         if load is not None and _is_hugging_face(Path(load)):
             raise UserError(
@@ -116,7 +117,7 @@ def _check_formats(args: Namespace) -> None:
 def _is_hugging_face(directory: Path) -> bool:
     if (directory / TRACKER).exists() or not (directory / "config.json").is_file():
         return False
-    return any(any(directory.glob(f"*.{suffix}")) for suffix in ("safetensors", "bin", "json"))
+    return any(any(directory.glob(name)) for name in ("*.safetensors*", "pytorch_model*.bin*"))
 
 
 def _check_shapes(args: Namespace) -> None:
@@ -149,7 +150,7 @@ def _check_shapes(args: Namespace) -> None:
 
 
 def _check_needs(args: Namespace) -> None:
-    """Of options that need another, of which Megatron says nothing but a TypeError."""
+    """Refuse options that need another, of which Megatron says nothing but a TypeError."""
     if args.attention_backend.name == "local":
         raise UserError(
             "--attention-backend local needs --spec local, which is not for this model: leave it "
@@ -174,10 +175,11 @@ def _check_batches(args: Namespace) -> None:
             f"--global-batch-size {batch} is not a multiple of --micro-batch-size {micro} x "
             f"{replicas} data-parallel ranks"
         )
-    virtual = (
-        args.num_layers_per_virtual_pipeline_stage or args.num_virtual_stages_per_pipeline_rank
-    )
-    if virtual and args.microbatch_group_size_per_vp_stage is None and number % stages:
+    layers = args.num_layers_per_virtual_pipeline_stage
+    virtual = args.num_virtual_stages_per_pipeline_rank or 1
+    if layers and args.num_layers:
+        virtual = args.num_layers // (layers * stages)
+    if virtual > 1 and args.microbatch_group_size_per_vp_stage is None and number % stages:
         raise UserError(
             f"--global-batch-size {batch} makes {number} micro-batches of each data-parallel rank, "
             f"which virtual pipeline stages need to be a multiple of {stages} "
@@ -228,7 +230,7 @@ def _check_saving(args: Namespace) -> None:
 
 
 def _check_validation(args: Namespace) -> None:
-    """Of what Megatron finds at the first evaluation, when steps have been trained."""
+    """Refuse what Megatron would find at the first evaluation, with the steps before it lost."""
     if args.eval_interval is None and not args.skip_train:
         raise UserError("--eval-interval N is missing, which Megatron needs without validation too")
     if args.multiple_validation_sets and not args.full_validation:
@@ -243,7 +245,8 @@ def _check_validation(args: Namespace) -> None:
 
 
 def _check_has_data(args: Namespace) -> None:
-    """Without training data Megatron trains nothing, without a word."""
+    """Refuse a run without the data that it asks for; without training data Megatron would train
+    nothing, without a word."""
     if args.mock_data:
         return
     blend, per_split = get_blend_and_blend_per_split(args)

@@ -43,8 +43,8 @@ def data_faults(args: Namespace, kept: str | None = None) -> Iterator[None]:
 
 
 def _changed(args: Namespace) -> str | None:
-    """Which dataset is no longer what it was at the start, whatever the failure that this led to:
-    ids beyond the vocabulary, say, or a rank that waits for another."""
+    """Say which dataset is no longer what it was at the start, whatever failure that led to: ids
+    beyond the vocabulary, or a rank that waits for another."""
     try:
         check_files(args, draws=False)
     except UserError as found:
@@ -53,7 +53,7 @@ def _changed(args: Namespace) -> str | None:
 
 
 def _cause(error: Exception) -> str | None:
-    """What failed where data is read; None for what is none of that."""
+    """Say what failed where data is read; None for another failure."""
     text = str(error).strip() or repr(error)
     killed = re.search(r"\(pid \d+\) is killed by signal: ([\w ]+)", text)
     if WORKER in text and killed is not None:
@@ -68,7 +68,7 @@ def _cause(error: Exception) -> str | None:
 
 
 def _kept(args: Namespace) -> str:
-    """What a run leaves that ends here."""
+    """Say what remains of a run that ends here."""
     if args.save is None:
         return "nothing was saved, as there is no --save"
     with suppress(OSError, ValueError):

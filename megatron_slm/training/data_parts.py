@@ -43,7 +43,7 @@ class Part:
 
     @classmethod
     def of(cls, prefix: str, index: Index, span: Span) -> Part:
-        """The part that Megatron cuts out, by its own rounding."""
+        """Cut out what Megatron does, by its own rounding."""
         documents = len(index.lengths)
         first, end = (round(edge * float(documents)) for edge in span)
         tokens = 0
@@ -74,7 +74,7 @@ def check_parts(args: Namespace, indices: Mapping[str, Index]) -> None:
 
 
 def split_spans(split: str) -> list[Span | None]:
-    """The training, validation and test part of --split, from 0 to 1; None for one of share 0.
+    """Return the training, validation and test part of --split, from 0 to 1; None for share 0.
 
     Raises:
         UserError: not such a list.
@@ -92,7 +92,7 @@ def split_spans(split: str) -> list[Span | None]:
 
 
 def drawn_samples(args: Namespace) -> tuple[int, int | None, int]:
-    """Samples of each split that Megatron asks for; None for all there are, once."""
+    """Return the samples of each split that Megatron asks for; None for all there are, once."""
     batch = args.global_batch_size
     train = args.train_samples or (args.train_iters or 0) * batch
     if args.phase_transition_iterations:  # only those of the current phase, in a resumed run
@@ -139,7 +139,7 @@ def _check_split(
 
 
 def _empty(args: Namespace, split: str, part: Part, of_its_own: bool) -> str:
-    """What to say of a part without tokens."""
+    """Say which part of the documents it is that has no tokens."""
     number = f"{part.prefix} has {part.documents} document{'s' * (part.documents != 1)}"
     if of_its_own:
         return f"{number}, none of which has a token"
@@ -170,7 +170,7 @@ def _check_weights(
 
 
 def _check_read_once(args: Namespace, split: str, parts: Sequence[Part], wanted: int) -> None:
-    """A blend without weights ends with its datasets, in the middle of a run."""
+    """Refuse a blend without weights that would end in the middle of the run."""
     ends_early = split == "train" and (args.exit_interval or args.exit_duration_in_mins)
     available = sum((part.tokens - 1) // args.seq_length for part in parts)
     if available < wanted and args.dataloader_type != "cyclic" and not ends_early:

@@ -53,8 +53,8 @@ def in_one_line(begun: Callable[[], bool] = lambda: False) -> Iterator[None]:
 
 
 def _refusing_frame(error: Exception) -> traceback.FrameSummary | None:
-    """The frame of Megatron's that raised the error, or called what raised it; None for what is no
-    refusal, but an error of ours or of the machine."""
+    """Find the frame of Megatron's that raised the error, or called what raised it; None for what
+    is no refusal, but an error of ours or of the machine."""
     frames = traceback.extract_tb(error.__traceback__)
     # The platform stands in for functions of torch that Megatron calls.
     known = [
@@ -76,7 +76,7 @@ def _is_in(frame: traceback.FrameSummary, directories: tuple[Path, ...]) -> bool
 
 
 def _words(error: Exception, frame: traceback.FrameSummary) -> str:
-    """The message in one line, or the source that failed, and where."""
+    """Put the message, or else the source that failed, into one line, with the place."""
     words = " ".join(str(error).split())
     if not words:
         first = frame.lineno or 1
