@@ -285,7 +285,7 @@ def _latest(load: Path, flag: str, step_flag: str) -> str:
         return text
     if not re.fullmatch("[0-9]{1,15}", text):
         raise UserError(
-            f"{tracker}: {text[:40]!r} is not an iteration; name one with {step_flag}, or write the "
-            "latest that is whole into that file"
+            f"{tracker}: {text[:40]!r} is not an iteration; name one with {step_flag}, or write "
+            "the latest that is whole into that file"
         )
     return f"iter_{int(text):07d}"
