@@ -98,7 +98,7 @@ def test_training(
     kind: str, corpus: Corpus, untied: Checkpoints, server: Server, tmp_path: Path
 ) -> None:
     """Weights, optimizer and average at the end, bit for bit."""
-    ranks, steps = 2, 2 * KILLS + 4
+    ranks, steps = 2, 4 * KILLS + 4  # more than are made until the last is killed
     options = f"--train-iters {steps} --micro-batch-size 3 --global-batch-size {GLOBAL_BATCH // 2}"
     options += f" --num-workers 1 --eval-iters 0 --save-interval 1 {KINDS[kind]}"
     model = untied.without_reference[: untied.without_reference.index("--load")]
@@ -114,7 +114,7 @@ def test_training(
         again,
         tmp_path / "killed",
         lambda: sum(1 for _ in saved.rglob("*.distcp")) + sum(1 for _ in saved.rglob(".metadata")),
-        4,
+        2,
     )
     server.run("train", ranks, again, tmp_path / "killed")
     last = f"iter_{steps:07d}"
@@ -139,7 +139,7 @@ def test_scoring(corpus: Corpus, untied: Checkpoints, server: Server, tmp_path: 
     that have something to save."""
     arguments = [
         *corpus.arguments,
-        *f"--train-iters {2 * KILLS} --global-batch-size 2 --eval-iters 1".split(),
+        *f"--train-iters {3 * KILLS} --global-batch-size 2 --eval-iters 1".split(),
         *"--eval-interval 1000 --micro-batch-size 1 --num-workers 1 --shard-samples 1".split(),
         *f"--exit-signal-handler --slm-reference-load {untied.reference}".split(),
     ]
