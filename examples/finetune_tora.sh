@@ -35,10 +35,11 @@ source "$(dirname "$slm_recipe")/launch.sh"
 INPUTS="$DATA $HF $BASE" # read by launch.sh's checks
 
 TRAINING=(
-    --tensor-model-parallel-size "$TP" --use-distributed-optimizer --overlap-grad-reduce
-    --overlap-param-gather --bf16 --seq-length "$SEQUENCE" --micro-batch-size "$MICRO_BATCH"
-    --global-batch-size "$BATCH" --train-samples "$((SAMPLES * EPOCHS))" --lr "$LR" --min-lr 0
-    --lr-decay-style cosine --lr-warmup-fraction 0.03 --weight-decay 0 --clip-grad 1.0
+    --tensor-model-parallel-size "$TP" --use-distributed-optimizer
+    --dist-ckpt-optim-fully-reshardable --overlap-grad-reduce --overlap-param-gather --bf16
+    --seq-length "$SEQUENCE" --micro-batch-size "$MICRO_BATCH" --global-batch-size "$BATCH"
+    --train-samples "$((SAMPLES * EPOCHS))" --lr "$LR" --min-lr 0 --lr-decay-style cosine
+    --lr-warmup-fraction 0.03 --weight-decay 0 --clip-grad 1.0
 )
 if [ "$TP" -gt 1 ]; then TRAINING+=(--sequence-parallel); fi
 FILES=(

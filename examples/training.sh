@@ -64,8 +64,9 @@ fi
 # The split: validation is of the corpus, which has that much less of each dataset for training.
 training=(
     "${model[@]}" "${llama[@]}" "${layout[@]}" "${data[@]}"
-    --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --bf16
-    --seq-length "$SEQUENCE" --micro-batch-size "$MICRO_BATCH" --global-batch-size "$BATCH"
+    --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable --overlap-grad-reduce
+    --overlap-param-gather --bf16 --seq-length "$SEQUENCE" --micro-batch-size "$MICRO_BATCH"
+    --global-batch-size "$BATCH"
     --train-samples "$((TOKENS * EPOCHS / SEQUENCE))" --lr "$LR" --min-lr 0
     --lr-decay-style cosine --lr-warmup-fraction 0.01 --weight-decay 0.1 --adam-beta2 0.95
     --clip-grad 1.0 --split 998,2,0 --tokenizer-type SentencePieceTokenizer

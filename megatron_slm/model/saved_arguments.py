@@ -18,10 +18,15 @@ Number = Annotated[float, Meta(ge=-1e12, le=1e12)]
 Positive = Annotated[float, Meta(gt=0.0, le=1e12)]
 Text = Annotated[str, Meta(max_length=10_000)]
 
+NEWEST = 3.0  # version of checkpoints that Megatron 0.19 knows
+
 # Every checkpoint of a GPT has them, whatever version of Megatron wrote it.
 REQUIRED: list[tuple[Any, str]] = [
     (Layers, "num_layers"),
-    (Size, "hidden_size ffn_hidden_size num_attention_heads padded_vocab_size"),
+    (
+        Size,
+        "hidden_size ffn_hidden_size num_attention_heads max_position_embeddings padded_vocab_size",
+    ),
     (bool, "untie_embeddings_and_output_weights"),
 ]
 # Some have them.
@@ -40,7 +45,7 @@ KNOWN: list[tuple[Any, str]] = [
     (
         Size | None,
         """
-        num_query_groups kv_channels max_position_embeddings yarn_original_max_position_embeddings
+        num_query_groups kv_channels yarn_original_max_position_embeddings
         tensor_model_parallel_size pipeline_model_parallel_size
         virtual_pipeline_model_parallel_size seq_length slm_vocab_size slm_model_vocab_size
         vocab_size global_batch_size
@@ -77,14 +82,24 @@ CHECKED = msgspec.defstruct(
 )
 
 
-def check_arguments(arguments: Any) -> Namespace:
-    """Return what a checkpoint has as arguments if all that is used has the right type.
+class CommonState(msgspec.Struct):
+    """What a checkpoint has beside tensors, as far as it is used."""
+
+    args: Any
+    iteration: Count
+    checkpoint_version: Annotated[float, Meta(ge=0.0, le=NEWEST)] = NEWEST
+    content_metadata: dict[str, Any] | None = None
+
+
+def check_common_state(found: Any) -> None:
+    """Check what a checkpoint has beside tensors, the arguments above all.
 
     Raises:
-        ValueError: naming the argument that has not, or is missing.
+        ValueError: naming what is missing, or not of its type or range.
     """
+    arguments = msgspec.convert(found, CommonState).args
     if not isinstance(arguments, Namespace):
         raise ValueError(f"{type(arguments).__name__} instead of arguments")
-    saved = {name: value for name, value in vars(arguments).items() if isinstance(name, str)}
-    msgspec.convert(saved, CHECKED)
-    return arguments
+    msgspec.convert(
+        {name: value for name, value in vars(arguments).items() if isinstance(name, str)}, CHECKED
+    )

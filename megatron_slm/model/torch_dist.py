@@ -40,13 +40,12 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from megatron_slm.errors import UserError
 from megatron_slm.files import open_regular, read_bounded
 from megatron_slm.model.checkpoint_table import FORMAT, read_table
-from megatron_slm.model.saved_arguments import check_arguments
+from megatron_slm.model.saved_arguments import check_common_state
 from megatron_slm.model.unpickling import check_object, in_words, load_object
 
 TRACKER = "latest_checkpointed_iteration.txt"
 ARGUMENTS = "common_state/shard_0_1"
 NO_EXTRA_STATE = torch.empty(0, dtype=torch.uint8)  # as Transformer Engine has it without fp8
-CHECKPOINT_VERSION = 3.0  # the newest that Megatron 0.19 knows
 TRACKER_LIMIT = 1000  # bytes
 OBJECT_LIMIT = 1 << 30  # bytes of what is not a tensor
 
@@ -77,10 +76,7 @@ class TorchDistReader:
                 found = load_object(io.BytesIO(read_bounded(legacy, OBJECT_LIMIT)))
             else:
                 found = load_object(self._object(ARGUMENTS))[0]
-            check_arguments(found["args"])
-            version = found.get("checkpoint_version", CHECKPOINT_VERSION)
-            if not isinstance(version, int | float) or not 0 <= version <= CHECKPOINT_VERSION:
-                raise ValueError(f"their version is {version!r}, and the newest known is 3.0")
+            check_common_state(found)
         except Exception as error:  # whatever a damaged file makes torch.load raise
             raise UserError(
                 f"the checkpoint {self.directory} has no readable arguments ({in_words(error)}); "
@@ -285,7 +281,7 @@ def _latest(load: Path, flag: str, step_flag: str) -> str:
         return text
     if not re.fullmatch("[0-9]{1,15}", text):
         raise UserError(
-            f"{tracker}: {text[:40]!r} is not an iteration; name one with {step_flag}, or write the "
-            "latest that is whole into that file"
+            f"{tracker}: {text[:40]!r} is not an iteration; name one with {step_flag}, or write "
+            "the latest that is whole into that file"
         )
     return f"iter_{int(text):07d}"

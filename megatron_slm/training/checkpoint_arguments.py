@@ -8,6 +8,7 @@ base, window or activation load into a model of another without a word.
 from __future__ import annotations
 
 import os
+import tempfile
 from argparse import ArgumentParser, Namespace
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -93,6 +94,8 @@ def check_start(args: Namespace) -> Namespace:
         UserError: naming every option that differs; a damaged checkpoint, one that would run code,
             or one that this run cannot go on with.
     """
+    if args.save is not None:
+        _check_save(Path(args.save))
     args.slm_model_vocab_size = args.slm_vocab_size
     unknown = set(args.slm_changed) - {*ARCHITECTURE, "vocab_size", *CHANGES}
     if unknown:
@@ -141,6 +144,21 @@ def differences(
     if own > rows or -(-min(tokens, own) // PADDING) * PADDING < tokens:
         found.append(("vocab_size", tokens, f"{own} (the tokenizer)"))
     return [one for one in found if one[0] not in allowed]
+
+
+def _check_save(save: Path) -> None:
+    """Find out before the first step, and not when hours of them are to be saved.
+
+    Raises:
+        UserError: there can be no checkpoints.
+    """
+    try:
+        save.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=save).close()
+    except OSError as error:
+        raise UserError(f"--save {save} cannot be written to: {error.strerror}") from error
+    if (save / TRACKER).is_dir():
+        raise UserError(f"--save {save}: {TRACKER} is a directory")
 
 
 def _start(args: Namespace) -> Start | None:

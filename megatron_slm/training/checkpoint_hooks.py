@@ -7,9 +7,11 @@ kept, on all ranks; the tracker file names a checkpoint that is whole, at any mo
 
 from __future__ import annotations
 
+import errno
 import functools
 import io
 import multiprocessing
+import os
 import queue
 import re
 import signal
@@ -36,6 +38,7 @@ from megatron_slm.training import helper_processes
 from megatron_slm.training.nan import check_weights
 
 POLL_SECONDS = 0.05
+ROOM = 1 << 20  # bytes, below which a disk counts as full
 
 
 def install(before_save: Callable[[int], None]) -> None:
@@ -95,6 +98,8 @@ def install(before_save: Callable[[int], None]) -> None:
     training.maybe_finalize_async_save = finalize_save
     initialize.init_persistent_async_worker = start
     checkpointing.maybe_msc = _WholeTrackers()
+    writer = filesystem_async.FileSystemWriterAsync
+    writer.write_preloaded_data = staticmethod(_naming_the_file(writer.write_preloaded_data))
     PersistentAsyncCaller.is_current_async_call_done = _unless_it_ended(
         PersistentAsyncCaller.is_current_async_call_done
     )
@@ -132,7 +137,7 @@ def _saving(what: str) -> Iterator[None]:
     """Say in a line what has failed."""
     try:
         yield
-    except (CheckpointException, CheckpointingException, OSError) as error:
+    except (CheckpointException, CheckpointingException, OSError, UserError) as error:
         raise UserError(_failed(what, _cause(error))) from error
     except RuntimeError as error:
         if not re.search("[Cc]onnection (closed|reset)", str(error)):
@@ -152,15 +157,32 @@ def _failed(what: str, cause: str) -> str:
 
 def _cause(error: BaseException) -> str:
     """The innermost failure, in a line."""
-    failures = list(getattr(error, "failures", {}).items())
-    if not failures:
-        if isinstance(error, CheckpointException):
-            return "another rank failed; see what it says"
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+    if not isinstance(error, CheckpointException):
         return " ".join(str(error).split())
-    rank, (cause, _) = failures[0]
-    text = " ".join(str(cause).split()) or type(cause).__name__
-    system = re.search(r"\[Errno \d+\] (.*)", text)
-    return f"rank {rank}: {system[1] if system else text}"
+    for rank, (failure, _) in error.failures.items():
+        text = " ".join(str(failure).split()) or type(failure).__name__
+        return f"rank {rank}: {text.rpartition(' error: ')[2]}"
+    return "another rank failed; see what it says"
+
+
+def _naming_the_file(write: Callable[..., Any]) -> Callable[..., Any]:
+    """Megatron keeps of a thread's failure the name of its class alone."""
+
+    @functools.wraps(write)
+    def written(*args: Any, **kwargs: Any) -> Any:
+        result = write(*args, **kwargs)
+        if kwargs.get("results_queue") is None and isinstance(result[1], Exception):
+            file, failure = Path(kwargs["write_bucket"][0]), result[1]
+            said = getattr(failure, "strerror", None) or " ".join(str(failure).split())
+            disk = os.statvfs(file.parent)
+            if disk.f_bavail * disk.f_frsize < ROOM:  # which torch does not always tell
+                said = os.strerror(errno.ENOSPC)
+            raise RuntimeError(f"{file}: {said}")
+        return result
+
+    return written
 
 
 def _unless_it_ended(is_done: Callable[..., bool]) -> Callable[..., bool]:

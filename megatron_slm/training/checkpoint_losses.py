@@ -55,7 +55,7 @@ def parse_arguments(add_own: Callable[[ArgumentParser], ArgumentParser]) -> Name
     args: Namespace = parse_args(add_own)
     if args.ckpt_steps is None:
         named = Path(args.load).glob("iter_*")
-        args.ckpt_steps = sorted(int(path.name[5:]) for path in named if path.name[5:].isdigit())
+        args.ckpt_steps = sorted(int(path.name[5:]) for path in named if path.name[5:].isdecimal())
     if len(args.ckpt_steps) < 2:
         raise UserError(f"--load {args.load}: dynamics need two checkpoints at least")
     saved = open_checkpoint(args.load, args.ckpt_steps[-1], FLAGS).arguments

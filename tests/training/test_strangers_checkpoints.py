@@ -290,8 +290,17 @@ BAD: dict[str, tuple[Spoil, str]] = {
         "dict instead of arguments",
     ),
     "a list for everything": (common(lambda _: [1]), "no readable arguments"),
-    "a newer Megatron": (common(lambda found: found.update(checkpoint_version=4.0)), "is 4.0"),
-    "a version of a text": (common(lambda found: found.update(checkpoint_version="3")), "is '3'"),
+    "a newer Megatron": (common(lambda found: found.update(checkpoint_version=4.0)), "<= 3.0"),
+    "a version of a text": (
+        common(lambda found: found.update(checkpoint_version="3")),
+        "checkpoint_version",
+    ),
+    "an iteration of a text": (common(lambda found: found.update(iteration="2")), "iteration"),
+    "no iteration": (common(lambda found: found.pop("iteration") and None), "`iteration`"),
+    "a text for what is in it": (
+        common(lambda found: found.update(content_metadata="x")),
+        "content_metadata",
+    ),
     "arguments of no bytes": (stored(ARGUMENTS, lambda _: b""), "no readable arguments"),
     "arguments of noise": (stored(ARGUMENTS, lambda _: os.urandom(999)), "no readable arguments"),
     "arguments that run code": (

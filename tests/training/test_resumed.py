@@ -1,0 +1,90 @@
+"""What a run that goes on must have in common with the run before."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+import pytest
+
+from megatron_slm.errors import UserError
+from megatron_slm.training.resumed import check_resumed
+
+MATH, WEB = '[{"files": "abc", "iteration": "iter_0000010"}]', '[{"files": "def"}]'
+
+
+def arguments(**changes: Any) -> Namespace:
+    """Of a run that selects by a reference, on four ranks."""
+    known = {
+        "slm_selects": True,
+        "slm_reference_identity": MATH,
+        "slm_reference_ckpt_step": None,
+        "slm_changed": [],
+        "use_distributed_optimizer": True,
+        "no_load_optim": False,
+        "tensor_model_parallel_size": 2,
+        "pipeline_model_parallel_size": 2,
+        "virtual_pipeline_model_parallel_size": None,
+    }
+    return Namespace(**known | changes)
+
+
+def check(args: Namespace, saved: Namespace, kind: str = "dp_reshardable") -> None:
+    content = {"distrib_optim_sharding_type": kind}
+    check_resumed(args, {"args": saved, "content_metadata": content}, "--load X")
+
+
+CLM: dict[str, Any] = {"slm_selects": False, "slm_reference_identity": None}
+NONE: dict[str, Any] = {"slm_reference_identity": None}
+
+
+def old(**values: Any) -> Namespace:
+    """As version 0.1 saved it."""
+    saved = arguments(**values)
+    del saved.slm_selects
+    return saved
+
+
+@pytest.mark.parametrize(
+    ("saved", "args", "message"),
+    [
+        (arguments(), arguments(**CLM), "--slm-changed selection"),
+        (old(), arguments(**CLM), "--slm-changed selection"),
+        (arguments(**NONE), arguments(**CLM), "--slm-changed selection"),  # random tokens
+        (arguments(), arguments(**NONE), "this one has none: give the reference again"),
+        (arguments(), arguments(slm_reference_identity=WEB), "of the reference so far, and now"),
+        (arguments(), arguments(slm_reference_identity="ema:0.9"), "of the reference so far"),
+    ],
+)
+def test_another_selection(saved: Namespace, args: Namespace, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check(args, saved)
+    changed = "selection" if "selection" in message else "reference"
+    args.slm_changed = [changed]
+    check(args, saved)
+
+
+def test_the_same_selection() -> None:
+    check(arguments(), arguments())
+    check(arguments(), arguments(**CLM))  # selection begins
+    check(arguments(), old(**NONE))
+    check(arguments(**CLM), arguments(**CLM))
+    # A later checkpoint of the reference, asked for.
+    check(arguments(slm_reference_identity=WEB, slm_reference_ckpt_step=7), arguments())
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        {"tensor_model_parallel_size": 1},
+        {"pipeline_model_parallel_size": 4},
+        {"virtual_pipeline_model_parallel_size": 2},
+    ],
+)
+def test_another_layout(size: dict[str, int]) -> None:
+    with pytest.raises(UserError, match="without --dist-ckpt-optim-fully-reshardable"):
+        check(arguments(**size), arguments())
+    check(arguments(**size), arguments(), "fully_reshardable")
+    check(arguments(no_load_optim=True, **size), arguments())
+    check(arguments(**size), arguments(no_save_optim=True))
+    check(arguments(use_distributed_optimizer=False, **size), arguments())
