@@ -5,6 +5,7 @@
     rank 0         the table of all blocks, Megatron's arguments
 
 Everything is checked from the files' headers, by every rank, before the first byte is written.
+Where keys or files disagree, what transformers 5 takes is taken, or the import is refused.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from megatron_slm.model.torch_dist import (
     write_table,
 )
 
-CONFIG = "config.json"
+CONFIG, ADAPTER = "config.json", "adapter_config.json"
 CONFIG_LIMIT = 1 << 20  # bytes
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -90,6 +91,11 @@ def import_hugging_face(source: Path, save: Path, vocabulary_multiple: int) -> d
 
 def _plan(source: Path, vocabulary_multiple: int) -> _Plan:
     config = read_config(source)
+    if (source / ADAPTER).exists():
+        raise UserError(
+            f"{source} has an {ADAPTER}, which transformers would put over the weights; merge the "
+            "adapter into them, or remove it"
+        )
     architecture = from_hugging_face(config, str(source / CONFIG))
     tensors = find_tensors(source)
     notes = []

@@ -258,6 +258,10 @@ def copied_head(directory: Path, tensors: Tensors) -> None:
     write(directory, SINGLE, tensors | {HEAD: tensors[EMBEDDING].clone()})
 
 
+def adapted(directory: Path, tensors: Tensors) -> None:
+    (directory / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+
+
 TIED = {"tie_word_embeddings": True}
 # Change of config.json, of the files, and what a refusal says; None for what is imported.
 FILES: dict[str, tuple[Change, Callable[[Path, Tensors], object], tuple[str, ...] | None]] = {
@@ -273,6 +277,7 @@ FILES: dict[str, tuple[Change, Callable[[Path, Tensors], object], tuple[str, ...
     "tied, and the head alone": (TIED, without(EMBEDDING), (EMBEDDING,)),
     "untied, and one tensor": ({}, without(HEAD), (HEAD, "tie_word_embeddings")),
     "a model without a head": (TIED, base_alone, (EMBEDDING,)),
+    "an adapter": ({}, adapted, ("adapter_config.json",)),
     "old buffers": (
         {},
         with_more(**{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}),
