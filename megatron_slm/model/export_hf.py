@@ -37,6 +37,7 @@ from megatron_slm.model.destination import (
     this_rank,
     together,
 )
+from megatron_slm.model.hugging_face_config import SPECIAL_IDS
 from megatron_slm.model.import_hf import CONFIG, read_config
 from megatron_slm.model.safetensors_files import (
     NAMES,
@@ -48,7 +49,6 @@ from megatron_slm.model.safetensors_files import (
 )
 from megatron_slm.model.tensors import Block, blocks, hugging_face_shapes, split
 from megatron_slm.model.tokenizer_files import (
-    SPECIAL_IDS,
     copy_tokenizer,
     fingerprint_of_files,
     has_tokenizer,
@@ -200,13 +200,14 @@ def _check_size(reader: TorchDistReader, entries: list[Entry]) -> None:
 
 def _config(plan: _Plan, ids: dict[str, int | None]) -> dict[str, Any]:
     """Return the config.json of --like, with what this project knows put over it; without it, the
-    ids of special tokens are those of the tokenizer, since transformers takes 1 and 2 for none."""
+    ids of special tokens are those of the tokenizer, or else those that the run or the import
+    recorded, or none: transformers takes 1 and 2 where config.json is silent."""
     (first, *_), *_ = plan.files.values()
     own = to_hugging_face(plan.architecture, str(first.dtype).removeprefix("torch."))
     if plan.original is None:
         recorded = getattr(plan.reader.arguments, "slm_special_ids", None) or {}
         try:
-            known = msgspec.convert(recorded, dict[str, int | None])
+            known = msgspec.convert(recorded, dict[str, int | list[int] | None])
         except msgspec.ValidationError as error:
             raise UserError(
                 f"{plan.reader.directory}: its argument slm_special_ids: {error}"

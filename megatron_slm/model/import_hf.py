@@ -31,6 +31,7 @@ from megatron_slm.model.destination import (
     this_rank,
     together,
 )
+from megatron_slm.model.hugging_face_config import SPECIAL_IDS
 from megatron_slm.model.safetensors_files import StoredTensor, find_tensors
 from megatron_slm.model.tensors import Block, blocks, extra_states, fuse, hugging_face_shapes
 from megatron_slm.model.torch_dist import (
@@ -113,6 +114,7 @@ def _plan(source: Path, vocabulary_multiple: int) -> _Plan:
     notes += _left_out(config, source, set(dtypes.values()))
     parts = [_part(block, architecture, tensors, dtypes[block.key]) for block in wanted]
     arguments = _arguments(architecture, padded, vocabulary_multiple)
+    arguments["slm_special_ids"] = {name: config.get(name, at) for name, at in SPECIAL_IDS.items()}
     return _Plan(architecture, arguments, parts, notes)
 
 

@@ -69,6 +69,7 @@ class Conversions:
             stdout=subprocess.PIPE,
             env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
         )
+        assert self.run() == []  # it has imported
 
     def run(self, *jobs: tuple[str, Path, Path], kill_after: float | None = None) -> list[int]:
         """Exit codes of conversions that run at once."""
@@ -112,10 +113,11 @@ def test_killed_at_any_moment(conversions: Conversions, tmp_path: Path) -> None:
         target = tmp_path / command / "out"
         killed = 0
         while killed < KILLS:
-            (code,) = conversions.run(
-                (command, origin, target), kill_after=moments.uniform(0, lasts)
-            )
+            began, moment = time.monotonic(), moments.uniform(0, lasts)
+            (code,) = conversions.run((command, origin, target), kill_after=moment)
             assert code in (0, -signal.SIGKILL)
+            if code == 0:
+                lasts = time.monotonic() - began
             killed += code != 0
             if target.exists():
                 assert content(target) == expected

@@ -11,10 +11,6 @@ import numpy
 import pytest
 import torch
 
-from megatron_slm import platform
-
-platform.install()
-
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from megatron.core.datasets.utils import Split
