@@ -162,7 +162,7 @@ def test_configurations(model: Path, tmp_path: Path) -> None:
     """Every one, and two at a time."""
     cases = list(CONFIGS.items())
     pairs = random.Random(0)
-    for _ in range(40):
+    for _ in range(20):
         (one, a), (other, b) = pairs.sample(cases, 2)
         cases.append((f"{one}, {other}", a | b))
     wrong, imported = [], 0
@@ -180,7 +180,7 @@ def test_configurations(model: Path, tmp_path: Path) -> None:
         elif not torch.allclose(found, expected, atol=1e-5):
             wrong.append(f"{name}: other logits than transformers'")
     assert not wrong
-    assert imported > 30
+    assert imported > 25
 
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
