@@ -135,6 +135,8 @@ def _write_settings(plan: _Plan, like: Path | None, directory: Path, target: Pat
     """Write all but the tensors."""
     with saying_where(target):
         tokenizer = like or _own_tokenizer(plan.reader.arguments)
+        if like is not None:
+            _say_if_another(like, plan.reader.arguments)
         ids = {} if tokenizer is None else copy_tokenizer(tokenizer, directory)
         config = _config(plan, ids)
         (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
@@ -245,6 +247,26 @@ def _own_tokenizer(arguments: Namespace) -> Path | None:
                 "directory that has the right one with --like"
             )
     return path
+
+
+def _say_if_another(like: Path, arguments: Namespace) -> None:
+    """Compare the tokenizer of --like with the run's, as far as it has a file of that kind."""
+    known = getattr(arguments, "slm_tokenizer", None)
+    if known is None:
+        return
+    single = like / "tokenizer.model"
+    try:
+        of_one_file = single.is_file() and Path(arguments.tokenizer_model).is_file()
+        own = vars(arguments) | {"tokenizer_model": str(single if of_one_file else like)}
+        found = fingerprint_of_files(Namespace(**own))
+    except Exception:  # another kind, or no tokenizer
+        return
+    if found != known:
+        print(
+            f"--like {like} has another tokenizer than the run read text with "
+            f"({arguments.tokenizer_type} {arguments.tokenizer_model})",
+            file=sys.stderr,
+        )
 
 
 def _vocabulary(arguments: Namespace) -> int:
