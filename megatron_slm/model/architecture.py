@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from dataclasses import dataclass
+from reprlib import repr as brief
 from typing import Any, Literal
 
 import msgspec
@@ -74,7 +75,7 @@ class MegatronArguments(msgspec.Struct):
     kv_channels: Size
     max_position_embeddings: Size
     layernorm_epsilon: Positive
-    rotary_base: float
+    rotary_base: Positive
     untie_embeddings_and_output_weights: bool
     group_query_attention: bool = False
     num_query_groups: Size | None = None
@@ -252,7 +253,7 @@ def from_megatron(arguments: Namespace, vocabulary: int, where: str) -> Architec
         plain = value is None or isinstance(value, bool | int | float | str | list | tuple)
         if not plain or (value != only and (value or only)):  # None, False and 0 mean the same
             raise UserError(
-                f"{where}: {name} {value!r} has no counterpart in Hugging Face's Llama and "
+                f"{where}: {name} {brief(value)} has no counterpart in Hugging Face's Llama and "
                 f"Mistral, which have {only!r}"
             )
     try:

@@ -37,6 +37,7 @@ from megatron_slm.model.destination import (
     this_rank,
     together,
 )
+from megatron_slm.model.hugging_face_config import SPECIAL_IDS
 from megatron_slm.model.import_hf import CONFIG, read_config
 from megatron_slm.model.safetensors_files import (
     NAMES,
@@ -48,7 +49,6 @@ from megatron_slm.model.safetensors_files import (
 )
 from megatron_slm.model.tensors import Block, blocks, hugging_face_shapes, split
 from megatron_slm.model.tokenizer_files import (
-    SPECIAL_IDS,
     copy_tokenizer,
     fingerprint_of_files,
     has_tokenizer,
@@ -135,6 +135,8 @@ def _write_settings(plan: _Plan, like: Path | None, directory: Path, target: Pat
     """Write all but the tensors."""
     with saying_where(target):
         tokenizer = like or _own_tokenizer(plan.reader.arguments)
+        if like is not None:
+            _say_if_another(like, plan.reader.arguments)
         ids = {} if tokenizer is None else copy_tokenizer(tokenizer, directory)
         config = _config(plan, ids)
         (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
@@ -200,13 +202,14 @@ def _check_size(reader: TorchDistReader, entries: list[Entry]) -> None:
 
 def _config(plan: _Plan, ids: dict[str, int | None]) -> dict[str, Any]:
     """Return the config.json of --like, with what this project knows put over it; without it, the
-    ids of special tokens are those of the tokenizer, since transformers takes 1 and 2 for none."""
+    ids of special tokens are those of the tokenizer, or else those that the run or the import
+    recorded, or none: transformers takes 1 and 2 where config.json is silent."""
     (first, *_), *_ = plan.files.values()
     own = to_hugging_face(plan.architecture, str(first.dtype).removeprefix("torch."))
     if plan.original is None:
         recorded = getattr(plan.reader.arguments, "slm_special_ids", None) or {}
         try:
-            known = msgspec.convert(recorded, dict[str, int | None])
+            known = msgspec.convert(recorded, dict[str, int | list[int] | None])
         except msgspec.ValidationError as error:
             raise UserError(
                 f"{plan.reader.directory}: its argument slm_special_ids: {error}"
@@ -244,6 +247,26 @@ def _own_tokenizer(arguments: Namespace) -> Path | None:
                 "directory that has the right one with --like"
             )
     return path
+
+
+def _say_if_another(like: Path, arguments: Namespace) -> None:
+    """Compare the tokenizer of --like with the run's, as far as it has a file of that kind."""
+    known = getattr(arguments, "slm_tokenizer", None)
+    if known is None:
+        return
+    single = like / "tokenizer.model"
+    try:
+        of_one_file = single.is_file() and Path(arguments.tokenizer_model).is_file()
+        own = vars(arguments) | {"tokenizer_model": str(single if of_one_file else like)}
+        found = fingerprint_of_files(Namespace(**own))
+    except Exception:  # another kind, or no tokenizer
+        return
+    if found != known:
+        print(
+            f"--like {like} has another tokenizer than the run read text with "
+            f"({arguments.tokenizer_type} {arguments.tokenizer_model})",
+            file=sys.stderr,
+        )
 
 
 def _vocabulary(arguments: Namespace) -> int:

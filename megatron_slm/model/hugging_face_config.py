@@ -28,6 +28,9 @@ FIXED_KEYS: dict[str, Any] = {
     "transformers_weights": None,
 }
 
+# Special tokens, with the ids that transformers takes where config.json is silent.
+SPECIAL_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+
 # Megatron's rotary embedding has these built in.
 LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
@@ -50,6 +53,9 @@ class LlamaConfig(msgspec.Struct):
     max_position_embeddings: Size = 2048
     rms_norm_eps: Positive = 1e-6
     tie_word_embeddings: bool = False
+    bos_token_id: int | None = SPECIAL_IDS["bos_token_id"]
+    eos_token_id: int | list[int] | None = SPECIAL_IDS["eos_token_id"]
+    pad_token_id: int | None = SPECIAL_IDS["pad_token_id"]
     layer_types: list[str] | None = None
     rope_parameters: dict[str, Any] | None = None
     rope_scaling: dict[str, Any] | None = None

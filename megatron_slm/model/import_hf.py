@@ -5,6 +5,7 @@
     rank 0         the table of all blocks, Megatron's arguments
 
 Everything is checked from the files' headers, by every rank, before the first byte is written.
+Where keys or files disagree, what transformers 5 takes is taken, or the import is refused.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from megatron_slm.model.destination import (
     this_rank,
     together,
 )
+from megatron_slm.model.hugging_face_config import SPECIAL_IDS
 from megatron_slm.model.safetensors_files import StoredTensor, find_tensors
 from megatron_slm.model.tensors import Block, blocks, extra_states, fuse, hugging_face_shapes
 from megatron_slm.model.torch_dist import (
@@ -42,7 +44,7 @@ from megatron_slm.model.torch_dist import (
     write_table,
 )
 
-CONFIG = "config.json"
+CONFIG, ADAPTER = "config.json", "adapter_config.json"
 CONFIG_LIMIT = 1 << 20  # bytes
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -90,6 +92,11 @@ def import_hugging_face(source: Path, save: Path, vocabulary_multiple: int) -> d
 
 def _plan(source: Path, vocabulary_multiple: int) -> _Plan:
     config = read_config(source)
+    if (source / ADAPTER).exists():
+        raise UserError(
+            f"{source} has an {ADAPTER}, which transformers would put over the weights; merge the "
+            "adapter into them, or remove it"
+        )
     architecture = from_hugging_face(config, str(source / CONFIG))
     tensors = find_tensors(source)
     notes = []
@@ -107,6 +114,7 @@ def _plan(source: Path, vocabulary_multiple: int) -> _Plan:
     notes += _left_out(config, source, set(dtypes.values()))
     parts = [_part(block, architecture, tensors, dtypes[block.key]) for block in wanted]
     arguments = _arguments(architecture, padded, vocabulary_multiple)
+    arguments["slm_special_ids"] = {name: config.get(name, at) for name, at in SPECIAL_IDS.items()}
     return _Plan(architecture, arguments, parts, notes)
 
 

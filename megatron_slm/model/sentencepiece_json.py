@@ -71,7 +71,11 @@ def write_tokenizer_json(pieces: SentencePieceProcessor, directory: Path, name: 
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,  # "<s>" in a text is letters, as in training
     }
-    _as_tokenizer(model).save(str(directory / "tokenizer.json"))
+    try:
+        definition = _as_tokenizer(model).to_str()
+    except Exception as error:  # all that the library raises
+        raise UserError(f"the tokenizer {name} cannot be exported: {error}; use --like") from error
+    (directory / "tokenizer.json").write_text(definition)
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     _compare(pieces, model, directory, name)
 

@@ -24,7 +24,6 @@ FILES = """
     added_tokens.json vocab.json merges.txt chat_template.jinja generation_config.json
 """.split()
 SETTINGS = ("tokenizer.json", "tokenizer_config.json")  # how to read a vocabulary
-SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of config.json
 TOKENIZER_LIMIT = 256 << 20  # bytes of a tokenizer.json; Gemma's has 33 million
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -109,7 +108,7 @@ def _special_ids(directory: Path) -> dict[str, int | None]:
     try:
         tokenizer = Tokenizer.from_str(read_bounded(definition, TOKENIZER_LIMIT).decode())
     except Exception as error:  # all that the library raises
-        raise UserError(f"{definition.name} of the tokenizer cannot be read: {error}") from error
+        raise UserError(f"{definition} cannot be read: {error}") from error
     ids = {}
     for name, token in named.items():
         content = token.content if isinstance(token, _Token) else token

@@ -9,6 +9,8 @@ import os
 import sys
 from pathlib import Path
 
+import megatron.core  # noqa: F401  which a checkpoint's arguments are read with
+
 from megatron_slm.errors import exit_on_user_error
 from megatron_slm.model.export_hf import export_hugging_face
 from megatron_slm.model.import_hf import import_hugging_face

@@ -16,8 +16,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from runpy import run_path
 
 import pytest
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from launch import REPOSITORY, launch
@@ -30,8 +32,6 @@ KILLS = 30
 
 
 def llama(directory: Path, hidden: int, seed: int = 0) -> Path:
-    import torch
-
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=2000,
@@ -69,6 +69,7 @@ class Conversions:
             stdout=subprocess.PIPE,
             env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
         )
+        assert self.run() == []  # it has imported
 
     def run(self, *jobs: tuple[str, Path, Path], kill_after: float | None = None) -> list[int]:
         """Exit codes of conversions that run at once."""
@@ -112,10 +113,11 @@ def test_killed_at_any_moment(conversions: Conversions, tmp_path: Path) -> None:
         target = tmp_path / command / "out"
         killed = 0
         while killed < KILLS:
-            (code,) = conversions.run(
-                (command, origin, target), kill_after=moments.uniform(0, lasts)
-            )
+            began, moment = time.monotonic(), moments.uniform(0, lasts)
+            (code,) = conversions.run((command, origin, target), kill_after=moment)
             assert code in (0, -signal.SIGKILL)
+            if code == 0:
+                lasts = time.monotonic() - began
             killed += code != 0
             if target.exists():
                 assert content(target) == expected
@@ -228,6 +230,21 @@ def test_full_disk(most: int, small: Path, tmp_path: Path) -> None:
     with full_disk(most), pytest.raises(UserError, match=said.format(hf)):
         export_hugging_face(megatron / "release", hf, None, None, 10**9)
     assert list(tmp_path.iterdir()) == [megatron]
+
+
+def test_scores(tmp_path: Path) -> None:
+    """tools/evaluate.py's file: whole, beside what others have there."""
+    write = run_path(str(REPOSITORY / "tools" / "evaluate.py"))["write"]
+    output, other = tmp_path / "scores.json", tmp_path / "scores.json.partial"
+    other.write_text("precious")
+    write(output, tmp_path, [])
+    before = json.loads(output.read_text())
+    assert before["scores"] == []
+    with full_disk(5), pytest.raises(UserError, match=f"^cannot write {output}: "):
+        write(output, tmp_path / "another", [])
+    assert json.loads(output.read_text()) == before
+    assert other.read_text() == "precious"
+    assert sorted(tmp_path.iterdir()) == [output, other]
 
 
 def test_full_disk_of_one_rank(small: Path, tmp_path: Path) -> None:

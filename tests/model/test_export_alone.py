@@ -77,6 +77,13 @@ def test_vocabulary_and_tokenizer_come_along(
         assert ids == pieces.encode(text)
         assert tokenizer.decode(ids) == text
 
+    # With another directory's tokenizer, and with the same.
+    for content, says in ((unigram(tmp_path), True), (SENTENCEPIECE.read_bytes(), False)):
+        (tmp_path / "hf" / "tokenizer.model").write_bytes(content)
+        export_hugging_face(checkpoint, tmp_path / f"like {says}", tmp_path / "hf", None, 10**9)
+        said = capsys.readouterr().err
+        assert (f"--like {tmp_path / 'hf'} has another tokenizer than the run" in said) == says
+
     # From another directory, where the run's relative name is of nothing, or of something else.
     monkeypatch.chdir(tmp_path)
     common = TorchDistReader(checkpoint).common_state

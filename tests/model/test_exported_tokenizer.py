@@ -128,7 +128,7 @@ def test_sentencepiece(kind: str, tmp_path: Path) -> None:
     ids = [at if at >= 0 else None for at in (pieces.bos_id(), pieces.eos_id(), pieces.pad_id())]
     assert list(special_ids(target)) == ids
     assert [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id] == ids
-    text = "def f(x): return x  # naïve"
+    text = "def f(x): return x"
     if "normalization_rule_name" in MODELS.get(kind, PLAIN):
         assert tokenizer.decode(pieces.encode(text)) == text
 
@@ -162,8 +162,24 @@ def test_special_tokens_of_a_run_whose_tokenizer_is_gone(tmp_path: Path) -> None
     assert special_ids(export(release, tmp_path)) == (None, 99, 5)
 
 
-def test_special_tokens_of_no_tokenizer(tmp_path: Path) -> None:
-    assert special_ids(export(checkpoint_of(tmp_path, 100), tmp_path)) == (None, None, None)
+def test_special_tokens_of_what_was_imported(tmp_path: Path) -> None:
+    """Without a run."""
+    assert special_ids(export(checkpoint_of(tmp_path, 100), tmp_path)) == (1, 2, None)
+
+
+def test_special_tokens_of_a_run_that_recorded_none(tmp_path: Path) -> None:
+    release = checkpoint_of(tmp_path, 100, slm_special_ids=None)
+    assert special_ids(export(release, tmp_path)) == (None, None, None)
+
+
+@pytest.mark.parametrize("eos", [[128001, 9], 0, None])
+def test_special_tokens_of_a_config(eos: Any, tmp_path: Path) -> None:
+    """Through import and export."""
+    release = checkpoint_of(tmp_path, 100)
+    config = tmp_path / "hf" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": eos}))
+    import_hugging_face(tmp_path / "hf", tmp_path / "again", 8)
+    assert special_ids(export(tmp_path / "again" / release.name, tmp_path)) == (1, eos, None)
 
 
 def test_special_tokens_of_a_directory(tmp_path: Path) -> None:

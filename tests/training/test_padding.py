@@ -10,11 +10,6 @@ from typing import Any
 import numpy
 import pytest
 import torch
-
-from megatron_slm import platform
-
-platform.install()
-
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from megatron.core.datasets.utils import Split
