@@ -62,7 +62,7 @@ def write(directory: Path, text: str, name: str = "recipe.yaml") -> Path:
         (SMALLEST + 'arguments: "--load \'x"', "arguments: No closing quotation"),
         (
             "seeds: [1]\narms: {clm: --lr 1}",
-            "arm clm: Expected `object`, got `str`; known: description, arguments",
+            "arm clm: Expected `object`, got `str`; known: desc",
         ),
         ("extends: recipe.yaml", "it extends itself"),
         ("extends: none.yaml", "none.yaml"),
