@@ -324,6 +324,10 @@ TABLES: dict[str, Case] = {
         table(loss_0000000=pa.array([1.0, 2.0], pa.float32())),
         "do not rise",
     ),
+    "texts missing": (
+        table(text=pa.DictionaryArray.from_arrays(pa.array([0, 1], pa.int32()), ["a", None])),
+        "are missing",
+    ),
     "classes of its own": (table(**{"class": strange_classes()}), "other classes"),
     "too many values": (
         table(**{f"loss_{at:07d}": columns()["delta"] for at in range(3, 99)}),
@@ -393,6 +397,7 @@ CACHES: dict[str, Case] = {
         cache(source={"tokenizer": "t", "vocabulary": 9, "datasets": {}}),
         "no blends",
     ),
+    "losses of a dataset without a name": (cache(kind="document"), "has not the datasets"),
     "blends of numbers": (cache(source=SOURCE | {"blends": {"all": [1, 2]}}), "got `int`"),
     "samples of 2^40 tokens": (cache(sequence_length=1 << 40), "at `$.sequence_length`"),
     "samples of true tokens": (cache(sequence_length=True), "got `bool`"),
