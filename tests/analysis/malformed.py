@@ -324,10 +324,6 @@ TABLES: dict[str, Case] = {
         table(loss_0000000=pa.array([1.0, 2.0], pa.float32())),
         "do not rise",
     ),
-    "texts missing": (
-        table(text=pa.DictionaryArray.from_arrays(pa.array([0, 1], pa.int32()), ["a", None])),
-        "are missing",
-    ),
     "classes of its own": (table(**{"class": strange_classes()}), "other classes"),
     "too many values": (
         table(**{f"loss_{at:07d}": columns()["delta"] for at in range(3, 99)}),
