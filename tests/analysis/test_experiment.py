@@ -30,6 +30,7 @@ from megatron_slm.analysis.experiment_results import (
 from megatron_slm.analysis.experiment_table import table
 from megatron_slm.entry import add_arguments
 from megatron_slm.errors import UserError
+from megatron_slm.files import temporary
 
 SMALLEST = """
 seeds: [1]
@@ -221,6 +222,29 @@ def test_summary_of_seeds() -> None:
     barely = [(at, tokens, loss - 0.001) for at, tokens, loss in CURVE]
     runs["slm"][2] = result(barely)  # lower by 0.5 and 0.001: not more than the spread
     assert "slm cannot be told from CLM" in summary(runs)["arms"]["slm"]["verdict"]
+
+
+def test_a_task_begins(tmp_path: Path) -> None:
+    """On what an earlier start of the same left, or anew; a start that was killed leaves nothing."""
+
+    def prepared(lr: int) -> Path:
+        recipe = read_recipe(write(tmp_path, f"arguments: --lr {lr}{SMALLEST}"))
+        (one,) = plan(recipe, None, None)
+        one.prepare(tmp_path)
+        return tmp_path / one.directory
+
+    directory = prepared(1)
+    killed = temporary(directory)
+    (killed / "checkpoints").mkdir(parents=True)
+    (directory / "log").write_text("begun")
+    assert (prepared(1) / "log").read_text() == "begun"
+    assert [path.name for path in prepared(2).iterdir()] == ["begun.json"]
+    assert [path.name for path in directory.parent.iterdir()] == ["clm-seed1"]
+    (directory / "begun.json").unlink()
+    (directory / "theirs").write_text("of another")
+    with pytest.raises(UserError, match="clm-seed1 has no begun.json"):
+        prepared(3)
+    assert (directory / "theirs").read_text() == "of another"
 
 
 STUDY = """
