@@ -225,7 +225,7 @@ def test_summary_of_seeds() -> None:
 
 
 def test_a_task_begins(tmp_path: Path) -> None:
-    """On what an earlier start of the same left, or anew; a start that was killed leaves nothing."""
+    """On what an earlier start of the same left, or anew; one that was killed leaves nothing."""
 
     def prepared(lr: int) -> Path:
         recipe = read_recipe(write(tmp_path, f"arguments: --lr {lr}{SMALLEST}"))
@@ -242,7 +242,7 @@ def test_a_task_begins(tmp_path: Path) -> None:
     assert [path.name for path in directory.parent.iterdir()] == ["clm-seed1"]
     (directory / "begun.json").unlink()
     (directory / "theirs").write_text("of another")
-    with pytest.raises(UserError, match="clm-seed1 has no begun.json"):
+    with pytest.raises(UserError, match=r"clm-seed1 has no begun\.json"):
         prepared(3)
     assert (directory / "theirs").read_text() == "of another"
 
