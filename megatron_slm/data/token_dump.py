@@ -182,10 +182,7 @@ def read_dumps(
 
 def _is_of_the_same_run(dump: TokenDump, other: TokenDump) -> bool:
     """Whether both have the same parts of the same samples."""
-    parts = [(getattr(dump, name), getattr(other, name)) for name in ARRAYS]
-    if any((one is None) != (two is None) for one, two in parts):
-        return False
+    fixed = ("tokens", "valid", "samples")
     return all(
-        np.array_equal(getattr(dump, name), getattr(other, name))
-        for name in ("tokens", "valid", "samples")
-    )
+        (getattr(dump, name) is None) == (getattr(other, name) is None) for name in OPTIONAL
+    ) and all(np.array_equal(getattr(dump, name), getattr(other, name)) for name in fixed)
