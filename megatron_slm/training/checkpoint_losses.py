@@ -7,6 +7,7 @@ layout; a run's own losses have it in.
 
 from __future__ import annotations
 
+import re
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,6 @@ import numpy as np
 import torch
 from megatron.core import mpu
 from megatron.training import get_tokenizer
-from megatron.training.arguments import parse_args
 from megatron.training.initialize import initialize_megatron
 from megatron.training.training import get_train_valid_test_num_samples
 from megatron.training.utils import print_rank_0
@@ -35,6 +35,7 @@ from megatron_slm.training.fixed_samples import (
 )
 from megatron_slm.training.job_arguments import settle_arguments
 from megatron_slm.training.micro_batch import MicroBatch
+from megatron_slm.training.parsing import parse_job
 from megatron_slm.training.scoring import on_first_rank
 from megatron_slm.training.sources import open_reference
 from megatron_slm.training.tokenizer import record_tokenizer
@@ -44,6 +45,7 @@ NUMBERS = """
     global_batch_size eval_global_batch_size train_iters train_samples eval_interval
 """.split()
 FLAGS = ("--load", "--ckpt-steps")
+NUMBER = re.compile(r"[0-9]{1,18}")
 
 
 def parse_arguments(add_own: Callable[[ArgumentParser], ArgumentParser]) -> Namespace:
@@ -52,10 +54,13 @@ def parse_arguments(add_own: Callable[[ArgumentParser], ArgumentParser]) -> Name
     Raises:
         UserError: the directory has fewer than two checkpoints.
     """
-    args: Namespace = parse_args(add_own)
+    args = parse_job(add_own)
     if args.ckpt_steps is None:
         named = Path(args.load).glob("iter_*")
-        args.ckpt_steps = sorted(int(path.name[5:]) for path in named if path.name[5:].isdecimal())
+        args.ckpt_steps = [int(path.name[5:]) for path in named if NUMBER.fullmatch(path.name[5:])]
+    args.ckpt_steps = sorted(set(args.ckpt_steps))
+    if args.dynamics_tokens < 1:
+        raise UserError("--dynamics-tokens must be at least 1")
     if len(args.ckpt_steps) < 2:
         raise UserError(f"--load {args.load}: dynamics need two checkpoints at least")
     saved = open_checkpoint(args.load, args.ckpt_steps[-1], FLAGS).arguments
