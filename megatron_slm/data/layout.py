@@ -13,7 +13,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,6 +88,10 @@ class Layout:
         with alone_at(self.shards, "--output-prefix", LOCK_WAIT) if alone else nullcontext():
             self._make()
             yield
+
+    def alone_on(self, path: Path) -> AbstractContextManager[None]:
+        """Be the only process of this machine that writes a part, also among stages and ranks."""
+        return alone_at(path, "--output-prefix", LOCK_WAIT)
 
     def _make(self) -> None:
         for key in self.keys:

@@ -19,6 +19,9 @@ BATCH_BYTES = 1 << 20
 LONGEST_LINE = 1 << 26
 
 Advance = Callable[[int], None]
+# None stands for a line of more than LONGEST_LINE bytes, a number for so many blank lines: a few
+# kilobytes can unpack to billions of these.
+Lines = list[bytes | None] | int
 
 
 class InputHash:
@@ -33,9 +36,8 @@ class InputHash:
         self.advance(len(data))
 
 
-def read_lines(piece: Piece, seen: InputHash) -> Iterator[list[bytes | None]]:
-    """Lines that begin in the piece, in batches of about BATCH_BYTES, without their line ends.
-    None stands for a line of more than LONGEST_LINE bytes.
+def read_lines(piece: Piece, seen: InputHash) -> Iterator[Lines]:
+    """Yield the lines that begin in the piece, in batches of about BATCH_BYTES, without their ends.
 
     Raises:
         UserError: the file cannot be read, is truncated, or is damaged.
@@ -71,12 +73,18 @@ def hash_piece(piece: Piece) -> str:
     return seen.digest.hexdigest()
 
 
-def _split(chunks: Iterator[bytes]) -> Iterator[list[bytes | None]]:
+def _split(chunks: Iterator[bytes]) -> Iterator[Lines]:
     lines: list[bytes | None] = []
     size = 0
     partial: list[bytes] = []  # of the line that the chunks so far have not ended
     partial_size = 0
     for chunk in _cut(chunks):
+        if not partial_size and chunk.isspace() and chunk.endswith(b"\n"):
+            if lines:
+                yield lines
+                lines, size = [], 0
+            yield chunk.count(b"\n")
+            continue
         *ended, rest = chunk.split(b"\n")
         if ended:
             if partial_size + len(chunk) > LONGEST_LINE:

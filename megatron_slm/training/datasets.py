@@ -17,7 +17,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 
 from megatron_slm.data.scored_dataset import SampleScored, document_scored
 from megatron_slm.data.tokenizer import TYPES
-from megatron_slm.data.verify import check_quickly, whole_manifest
+from megatron_slm.data.verify import check_quickly
 from megatron_slm.training.caches import SPLITS, Caches, data_prefixes
 
 
@@ -46,8 +46,7 @@ def check_files(args: Any) -> None:
     model = args.tokenizer_model if args.tokenizer_type in TYPES else None  # others read no file
     for prefix in data_prefixes(args):
         if not is_object_storage_path(prefix):
-            with whole_manifest(prefix):
-                check_quickly(prefix, args.slm_vocab_size, tokenizer_model=model)
+            check_quickly(prefix, args.slm_vocab_size, tokenizer_model=model)
 
 
 class DatasetProvider:
