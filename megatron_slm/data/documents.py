@@ -176,6 +176,13 @@ def _read_parquet(piece: Piece, wanted: Wanted, seen: InputHash) -> Iterator[Bat
         number += len(rows)
 
 
+def _as_text(row: Row) -> str:
+    try:
+        return orjson.dumps(row, default=str).decode(errors="replace")
+    except orjson.JSONEncodeError:  # too deep, or a number beyond JSON's
+        return repr(row)
+
+
 def _parse_rows(path: str, number: int, rows: list[Row], wanted: Wanted) -> Batch:
     batch = Batch([])
     for at, row in enumerate(rows, number):
@@ -186,6 +193,6 @@ def _parse_rows(path: str, number: int, rows: list[Row], wanted: Wanted) -> Batc
                 raise BadRecord(f"has a value that cannot be read: {row}")
             _add(batch, wanted.texts(row))
         except BadRecord as error:
-            content = repr(row)[:QUARANTINED]
+            content = _as_text(row)[:QUARANTINED]
             batch.rejects.append(_reject(path, at, error, content))
     return batch

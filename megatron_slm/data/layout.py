@@ -28,6 +28,11 @@ DECIDED = "datasets.next"
 TASK = r".+-[0-9a-f]{12}-\d{13,}"
 OURS = re.compile(rf"{TASK}[._]|duplicates\.verdicts|{re.escape(STDIN)}|{DECIDED}", re.DOTALL)
 
+OUTPUT = re.compile(
+    r"_document\.(bin|idx|bin\.next|idx\.next|manifest\.json)$|\.data-args\.txt$"
+    r"|-[0-9a-f]{8}-\d+\.partial$"
+)
+
 
 def is_ours(path: Path) -> bool:
     """Whether a file in one of the directories has a name that only this program gives."""
@@ -35,15 +40,12 @@ def is_ours(path: Path) -> bool:
 
 
 def is_output(path: str) -> bool:
-    """Return whether a file has a name that only this program gives, in whatever run: of a shard, a
-    list of rejects, or a manifest."""
+    """Return whether a file has a name that only this program gives, in whatever run."""
     directory, name = os.path.split(os.path.abspath(path))
     if directory.endswith(("_shards", "_rejects")) and OURS.match(name):
         return True
     of_a_mix = os.path.exists(f"{path.removesuffix('.manifest.json')}.data-args.txt")
-    return name.endswith("_document.manifest.json") or (
-        name.endswith(".manifest.json") and of_a_mix
-    )
+    return OUTPUT.search(name) is not None or (name.endswith(".manifest.json") and of_a_mix)
 
 
 @dataclass(frozen=True)

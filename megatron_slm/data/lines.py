@@ -180,15 +180,15 @@ def _decompressed(
                     stream = new_stream()
                 try:
                     chunk = stream.decompress(compressed)
-                except MemoryError as error:
+                except (*damaged, MemoryError) as error:
+                    where = f"before byte {file.tell()}"
+                    if isinstance(error, MemoryError) or "memory" in str(error):
+                        raise UserError(
+                            f"{piece.path} takes more memory to unpack than there is, {where}: run "
+                            "with fewer --workers"
+                        ) from error
                     raise UserError(
-                        f"{piece.path} takes more memory to unpack than there is, before byte "
-                        f"{file.tell()}: use fewer --workers"
-                    ) from error
-                except damaged as error:
-                    raise UserError(
-                        f"{piece.path} is damaged, before byte {file.tell()}: {error}; "
-                        "fetch it again"
+                        f"{piece.path} is damaged, {where}: {error}; fetch it again"
                     ) from error
                 compressed = b""
                 if stream.eof:

@@ -86,7 +86,7 @@ def _dictionary_bytes(chunk: Any, headers: BinaryIO) -> int:
         min(chunk.dictionary_page_offset or chunk.data_page_offset, chunk.data_page_offset)
     )
     header = iter(headers.read(16))
-    values = []
+    values: list[int] = []
     while next(header, None) == 0x15 and len(values) < 2:  # the next field, an i32
         zigzag = shift = 0
         for byte in header:
