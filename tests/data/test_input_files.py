@@ -17,6 +17,7 @@ from corpus import MODEL, Result, ids_of, preprocess, read_dataset, run_tool, te
 
 from megatron_slm.data import inputs
 from megatron_slm.errors import UserError
+from megatron_slm.files import alone_at
 
 
 def read(directory: Path, *sources: object, more: tuple[object, ...] = ()) -> Result:
@@ -252,6 +253,11 @@ def test_a_mix_takes_no_datasets_name(tmp_path: Path) -> None:
     result = run_tool("build_mix", recipe, "--output-prefix", prefix)
     assert result.code == 2 and "a dataset has that name" in result.err
     assert path.read_bytes() == before
+    (tmp_path / "new").mkdir()
+    with alone_at(tmp_path / "new" / "mix.manifest.json", "a test"):
+        result = run_tool("build_mix", recipe, "--output-prefix", tmp_path / "new" / "mix")
+        assert result.code == 2 and "another run on this machine is writing" in result.err
+    (tmp_path / "new").rmdir()
     result = run_tool("build_mix", recipe, "--output-prefix", tmp_path / "new" / "mix")
     assert result.code == 0, result.err
     assert json.loads((tmp_path / "new" / "mix.manifest.json").read_text())["budget"] == 5
