@@ -177,10 +177,17 @@ def _read_parquet(piece: Piece, wanted: Wanted, seen: InputHash) -> Iterator[Bat
 
 
 def _as_text(row: Row) -> str:
+    """Return a row as JSON, without the ends of what is long."""
+    short = row
+    if isinstance(row, dict):
+        short = {
+            name: value[:QUARANTINED] if isinstance(value, str | bytes) else value
+            for name, value in row.items()
+        }
     try:
-        return orjson.dumps(row, default=str).decode(errors="replace")
+        return orjson.dumps(short, default=str).decode(errors="replace")
     except orjson.JSONEncodeError:  # too deep, or a number beyond JSON's
-        return repr(row)
+        return repr(short)
 
 
 def _parse_rows(path: str, number: int, rows: list[Row], wanted: Wanted) -> Batch:

@@ -79,11 +79,17 @@ def _split(chunks: Iterator[bytes]) -> Iterator[Lines]:
     partial: list[bytes] = []  # of the line that the chunks so far have not ended
     partial_size = 0
     for chunk in _cut(chunks):
-        if not partial_size and chunk.isspace() and chunk.endswith(b"\n"):
+        if partial_size < BATCH_BYTES and chunk.isspace() and not b"".join(partial).strip():
             if lines:
                 yield lines
                 lines, size = [], 0
-            yield chunk.count(b"\n")
+            blank = chunk.count(b"\n")
+            if blank:
+                yield blank
+                partial, partial_size = [], 0
+            rest = chunk[chunk.rfind(b"\n") + 1 :]
+            partial.append(rest)
+            partial_size += len(rest)
             continue
         *ended, rest = chunk.split(b"\n")
         if ended:
@@ -126,12 +132,12 @@ def _chunks(piece: Piece, seen: InputHash) -> Iterator[bytes]:
     if piece.kind == "jsonl":
         yield from _range(piece, seen)
     elif piece.kind == "gzip":
-        yield from _decompressed(piece, seen, lambda: zlib.decompressobj(31), (zlib.error,))
+        yield from _decompressed(piece, seen, lambda: zlib.decompressobj(31), zlib.error)
     else:
         import zstandard
 
         window = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-        yield from _decompressed(piece, seen, window.decompressobj, (zstandard.ZstdError,))
+        yield from _decompressed(piece, seen, window.decompressobj, zstandard.ZstdError)
 
 
 def _range(piece: Piece, seen: InputHash) -> Iterator[bytes]:
@@ -165,7 +171,7 @@ def _decompressed(
     piece: Piece,
     seen: InputHash,
     new_stream: Callable[[], Any],
-    damaged: tuple[type[Exception], ...],
+    damaged: type[Exception],
 ) -> Iterator[bytes]:
     """All members or frames of a file."""
     stream: Any = None
@@ -180,7 +186,7 @@ def _decompressed(
                     stream = new_stream()
                 try:
                     chunk = stream.decompress(compressed)
-                except (*damaged, MemoryError) as error:
+                except (damaged, MemoryError) as error:
                     where = f"before byte {file.tell()}"
                     if isinstance(error, MemoryError) or "memory" in str(error):
                         raise UserError(

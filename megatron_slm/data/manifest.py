@@ -86,22 +86,23 @@ def dataset_manifest(prefix: Path | str) -> dict[str, Any] | None:
 
 
 def check_dataset(path: Path, manifest: dict[str, Any]) -> None:
-    """Raises: UserError: what a dataset's manifest says of its shards is not what it says of it."""
-    outputs = [output for shard in manifest["shards"] for output in shard["outputs"].values()]
+    """Refuse a dataset's manifest whose shards do not make up what it says of the dataset.
+
+    Raises:
+        UserError: they do not; says how.
+    """
+    shards = manifest["shards"]
+    outputs = [output for shard in shards for output in shard["outputs"].values()]
+    keys = {key for shard in shards for key in shard["outputs"]}
     sizes = sum(output["bin"]["size"] for output in outputs)
     totals = {name: sum(output[name] for output in outputs) for name in manifest["counts"]}
     fault = None
     if manifest["merged"] and not manifest.keys() >= {"bin", "idx"}:
-        lacks = "bin" if "bin" not in manifest else "idx"
-        fault = f"Object missing required field `{lacks}`"
-    elif len({key for shard in manifest["shards"] for key in shard["outputs"]}) > 1:
-        fault = "its shards are of several keys"
-    elif any(
-        key not in shard["options"]["json_keys"]
-        for shard in manifest["shards"]
-        for key in shard["outputs"]
-    ):
-        fault = "its shards are of another key than its json_keys"
+        fault = f"Object missing required field `{'idx' if 'bin' in manifest else 'bin'}`"
+    elif len(keys) > 1 or not all(keys <= set(shard["options"]["json_keys"]) for shard in shards):
+        fault = f"its shards are of other keys: {', '.join(sorted(keys))}"
+    elif any(part["start"] > part["end"] for shard in shards for part in shard["inputs"]):
+        fault = "a part of its inputs begins behind its end"
     elif totals != manifest["counts"] or totals["documents"] == 0:
         fault = f"its counts are {manifest['counts']}, but its shards have {totals}"
     elif manifest["merged"] and sizes != manifest["bin"]["size"]:

@@ -92,11 +92,13 @@ class _Shard:
         ]
         if gaps or any(piece.kind != "jsonl" for piece in pieces):
             return self._check_first(self._texts(pieces, render, encode), gaps, draw)
-        start = draw.randrange(1 + sum(max(0, piece.end - piece.start) for piece in pieces))
+        start = draw.randrange(1 + sum(piece.end - piece.start for piece in pieces))
         for part in (_behind(pieces, start), pieces):  # all, if no text begins behind it
             texts = list(islice(self._texts(part, render, encode), DOCUMENTS))
             if texts:
                 return self._check_consecutive(texts)
+        if self.documents:
+            raise UserError(f"{self.dataset.prefix}: {self.manifest['name']} has no text any more")
         return 0
 
     def _check_first(self, texts: Iterator[_Text], gaps: bool, draw: random.Random) -> int:

@@ -13,7 +13,7 @@ from corpus import run_tool
 
 from megatron_slm.data import chat, retokenize
 
-MEMORY = 3 << 29  # bytes, on top of what the imports take
+MEMORY = 5 << 29  # bytes, on top of what the imports take
 SECONDS = 60  # of a core
 assert retokenize  # all of the package is loaded once, before the forks
 
