@@ -27,7 +27,7 @@ DECIDED = "datasets.next"
 # Names of this program's files begin so: a task's (inputs.py), the verdicts, and these.
 TASK = r".+-[0-9a-f]{12}-\d{13,}"
 OURS = re.compile(rf"{TASK}[._]|duplicates\.verdicts|{re.escape(STDIN)}|{DECIDED}", re.DOTALL)
-
+# And elsewhere its files end so.
 OUTPUT = re.compile(
     r"_document\.(bin|idx|bin\.next|idx\.next|manifest\.json)$|\.data-args\.txt$"
     r"|-[0-9a-f]{8}-\d+\.partial$"
@@ -44,8 +44,10 @@ def is_output(path: str) -> bool:
     directory, name = os.path.split(os.path.abspath(path))
     if directory.endswith(("_shards", "_rejects")) and OURS.match(name):
         return True
-    of_a_mix = os.path.exists(f"{path.removesuffix('.manifest.json')}.data-args.txt")
-    return OUTPUT.search(name) is not None or (name.endswith(".manifest.json") and of_a_mix)
+    if OUTPUT.search(name):
+        return True
+    mix = path.removesuffix(".manifest.json")
+    return mix != path and os.path.exists(f"{mix}.data-args.txt")
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def test_hidden_directories(tmp_path: Path) -> None:
     for pattern in ("**/*.jsonl", "*/**/*.jsonl", "*"):
         assert read(tmp_path, f"{tmp_path}/in/{pattern}").code == 0
         assert not set(documents(tmp_path)) & set(ids(*names[5:])), pattern
-    for name in (".e.jsonl", "_temporary", ".cache", "_temporary/0/*/*.jsonl"):
+    for name in (".e.jsonl", "_temporary", ".cache", "_temporary/0/*/*.jsonl", "_t*/0/*/*.jsonl"):
         assert read(tmp_path, tmp_path / "in" / name).code == 0
         assert len(documents(tmp_path)) == 1, name
 
@@ -160,7 +160,7 @@ def test_what_another_option_names_is_no_input(tmp_path: Path) -> None:
     assert result.code == 0 and "2 named by another option" in result.err
     assert documents(tmp_path) == ids("a.jsonl")
     result = read(tmp_path, evaluation, more=more)
-    assert result.code == 2 and "another option names it, too" in result.err
+    assert result.code == 2 and "which another option names, too" in result.err
 
 
 def test_pipes(tmp_path: Path) -> None:

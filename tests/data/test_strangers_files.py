@@ -57,11 +57,17 @@ def repeated(piece: bytes, times: int) -> Callable[[], bytes]:
     return make
 
 
-def parquet(values: list[str], **options: Any) -> Callable[[], bytes]:
+def parquet(size: int, rows: int) -> Callable[[], bytes]:
+    """Rows of one text of so many MiB: as a dictionary of it if there are several."""
+
     def make() -> bytes:
         sink = pyarrow.BufferOutputStream()
-        table = pyarrow.table({"text": values})
-        pyarrow.parquet.write_table(table, sink, compression="zstd", **options)
+        values: Any = pyarrow.array(["x" * (size << 20)])
+        if rows > 1:
+            values = pyarrow.DictionaryArray.from_arrays([0] * rows, values)
+        options: Any = {"dictionary_pagesize_limit": 1 << 30, "store_schema": False}
+        options |= {"compression": "zstd", "use_dictionary": rows > 1}
+        pyarrow.parquet.write_table(pyarrow.table({"text": values}), sink, **options)
         return bytes(sink.getvalue().to_pybytes())
 
     return make
@@ -90,12 +96,12 @@ INPUTS: dict[str, tuple[str, Callable[[], bytes], str]] = {
     ),
     "a dictionary of one long value": (
         "in.parquet",
-        parquet(["x" * (65 << 20)] * 100),
+        parquet(65, 20),
         "in.parquet:1: 'text' is longer than",
     ),
     "a page of one long value": (
         "in.parquet",
-        parquet(["x" * (200 << 20)], use_dictionary=False),
+        parquet(130, 1),
         "in.parquet:1: 'text' is longer than",
     ),
     "parquet without a footer": (
