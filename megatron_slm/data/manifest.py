@@ -67,8 +67,8 @@ def manifest_of_pair(prefix: Path) -> dict[str, Any] | None:
 def no_pair(prefix: Path | str) -> UserError:
     """Return what to say of a dataset that was not merged, or a mix."""
     return UserError(
-        f"{prefix} is no pair of files but a list of several: give "
-        f"--data-args-path {prefix}.data-args.txt"
+        f"{prefix} is no pair of files but a list of several: train with --data-args-path "
+        f"{prefix}.data-args.txt, or verify the datasets in it"
     )
 
 

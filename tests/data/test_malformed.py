@@ -183,10 +183,6 @@ COMMANDS = {
     "engine of another kind": (["--engine", "hf"], "--engine hf cannot read"),
     "ids of special tokens": (["--special-tokens-in-text", "ids"], "always reads them as text"),
     "a key with a slash": (["--json-keys", "a/b"], "--json-keys a/b: "),
-    "a filter that leaves nothing": (
-        ["--filter", "lang=de"],
-        "--filter lang=de leaves none of 1 documents",
-    ),
     "a key twice": (["--json-keys", "text", "text"], "names a key twice"),
     "no workers": (["--workers", "0"], "at least 1"),
     "no such template": (["--chat-template", "absent.jinja"], "absent.jinja"),

@@ -108,7 +108,7 @@ def test_a_dataset_without_a_manifest(tmp_path: Path, corpora: dict[str, int]) -
     assert line.startswith(f"> {tmp_path / 'math_text_document'} has no manifest")
     path.write_text(json.dumps({"format": 1, "merged": True, "shards": []}))
     result = build(tmp_path, write_recipe(tmp_path, 1000))
-    assert result.code == 2 and "missing required field `options`" in result.err
+    assert result.code == 2 and "Expected `array` of length >= 1 - at `$.shards`" in result.err
 
 
 def shares_drawn(weights: list[tuple[str, int]], samples: int) -> dict[str, float]:
