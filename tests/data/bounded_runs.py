@@ -25,7 +25,7 @@ def run(tool: str, arguments: list[str]) -> list[object]:
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     chat.SECONDS = 0.3
     found = run_tool(tool, *arguments)
-    return [found.code, found.err]
+    return [found.code, found.err[-20_000:]]
 
 
 if __name__ == "__main__":
@@ -33,7 +33,7 @@ if __name__ == "__main__":
         reading, writing = os.pipe()
         child = os.fork()
         if child == 0:
-            os.write(writing, json.dumps(run(tool, arguments)).encode()[-60_000:])
+            os.write(writing, json.dumps(run(tool, arguments)).encode())
             sys.exit(0)  # not at once: what a library frees at the end counts, too
         os.close(writing)
         with open(reading, "rb") as pipe:
