@@ -37,8 +37,11 @@ def main(arguments: list[str]) -> None:
         print(table(recipe, shares))
         length = args.check_sequence_length
         if length is not None:
-            if length < 1:
-                raise UserError(f"--check-sequence-length {length}: tokens of a sample")
+            if not 1 <= length <= recipe.budget:
+                raise UserError(
+                    f"--check-sequence-length {length}: tokens of a sample, from 1 to the budget's "
+                    f"{recipe.budget}"
+                )
             parts = check_draws(recipe, shares, length)
             for share, part in zip(shares, parts, strict=True):
                 more = part - share.tokens / recipe.budget

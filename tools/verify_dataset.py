@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_slm.data.retokenize import check_deeply
 from megatron_slm.data.tokenizer import open_tokenizer
-from megatron_slm.data.verify import check_quickly, check_wholly, pairs_of, whole_manifest
+from megatron_slm.data.verify import check_quickly, check_wholly, pairs_of
 from megatron_slm.errors import UserError, exit_on_user_error
 
 
@@ -34,13 +34,14 @@ def main(arguments: list[str]) -> None:
     with exit_on_user_error():
         if args.deep and args.tokenizer_model is None:
             raise UserError("--deep needs --tokenizer-model")
+        if min(args.workers, args.shards) < 1:
+            raise UserError("--workers and --shards must be at least 1")
         vocab_size = args.vocab_size
         if vocab_size is None and args.tokenizer_model is not None:
             vocab_size = open_tokenizer(args.tokenizer_model).vocab_size
         for given in args.prefix:
-            with whole_manifest(given):
-                for prefix, manifest in pairs_of(given):
-                    print(_checked(args, prefix, manifest, vocab_size))
+            for prefix, manifest in pairs_of(given):
+                print(_checked(args, prefix, manifest, vocab_size))
 
 
 def _checked(

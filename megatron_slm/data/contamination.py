@@ -14,7 +14,7 @@ import orjson
 from numpy.typing import NDArray
 
 from megatron_slm.data.inputs import open_piece
-from megatron_slm.data.lines import InputHash, read_lines
+from megatron_slm.data.lines import LONGEST_LINE, InputHash, read_lines
 from megatron_slm.data.shingles import shingles
 from megatron_slm.errors import UserError
 
@@ -64,22 +64,29 @@ def _strings(path: str) -> Iterator[str]:
         raise UserError(f"--decontaminate {path}: give evaluation sets as jsonl")
     number = 0
     for lines in read_lines(piece, InputHash(lambda _: None)):
+        if isinstance(lines, int):
+            number += lines
+            continue
         for line in lines:
             number += 1
-            if line is not None and not line.strip():
+            if line is None:
+                raise UserError(f"{Path(path)}:{number}: longer than {LONGEST_LINE} bytes")
+            if not line.strip():
                 continue
             try:
-                yield from _leaves(orjson.loads(line or b""))
+                yield from _leaves(orjson.loads(line))
             except orjson.JSONDecodeError as error:
                 raise UserError(f"{Path(path)}:{number}: not JSON: {error.msg}") from error
 
 
-def _leaves(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for inner in value.values():
-            yield from _leaves(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _leaves(inner)
+def _leaves(record: Any) -> Iterator[str]:
+    """Yield all strings but keys, in order, without a call for each level of a deep record."""
+    left = [record]
+    while left:
+        value = left.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict):
+            left += reversed(value.values())
+        elif isinstance(value, list):
+            left += reversed(value)

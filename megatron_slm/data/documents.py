@@ -14,16 +14,13 @@ import orjson
 
 from megatron_slm.data.inputs import Piece
 from megatron_slm.data.lines import (
-    BATCH_BYTES,
     LONGEST_LINE,
     InputHash,
     first_line_number,
     read_lines,
 )
-from megatron_slm.errors import UserError
+from megatron_slm.data.parquet import Row, read_rows
 
-ROWS = 256  # of a parquet file at a time
-COLUMN_BYTES = 1 << 20  # of a column that are read at a time
 QUARANTINED = 4096  # bytes of a bad line that are kept
 
 Render = Callable[[Any], str]
@@ -69,6 +66,8 @@ class Wanted:
             raise BadRecord(f"{key!r} is null")
         if not isinstance(text, str):
             raise BadRecord(f"{key!r} is not a string but a {type(text).__name__}")
+        if len(text) > LONGEST_LINE:
+            raise BadRecord(f"{key!r} is longer than {LONGEST_LINE} characters")
         return text
 
 
@@ -113,6 +112,10 @@ def _read_json(piece: Piece, wanted: Wanted, seen: InputHash) -> Iterator[Batch]
     before = 0
     first: int | None = None
     for lines in read_lines(piece, seen):
+        if isinstance(lines, int):
+            before += lines
+            yield Batch([], blank_lines=lines)
+            continue
         batch = _parse_at_once(lines, wanted)
         if batch is None:
             batch = _parse_each(piece.path, before, lines, wanted)
@@ -135,8 +138,6 @@ def _parse_at_once(lines: list[bytes | None], wanted: Wanted) -> Batch | None:
 
 
 def _parse_each(path: str, number: int, lines: list[bytes | None], wanted: Wanted) -> Batch:
-    if None not in lines and not b"".join(lines).strip():  # type: ignore[arg-type]
-        return Batch([], blank_lines=len(lines))  # a bomb has them by the billion
     batch = Batch([])
     for at, line in enumerate(lines, number):
         if line is not None and not line.strip():
@@ -168,66 +169,37 @@ def _reject(path: str, line: int, error: Exception, content: str) -> dict[str, A
 
 
 def _read_parquet(piece: Piece, wanted: Wanted, seen: InputHash) -> Iterator[Batch]:
-    """Rows count as lines, from 1.  The file is hashed by the way, in step with its row groups."""
-    import pyarrow
-    import pyarrow.parquet
-
+    """Rows count as lines, from 1."""
     number = 1
-    # Neither a whole row group nor a whole column of one is held.
-    reading = {"memory_map": False, "pre_buffer": False, "buffer_size": COLUMN_BYTES}
+    for rows in read_rows(piece, wanted.keys, [path for path, _ in wanted.filters], seen):
+        yield _parse_rows(piece.path, number, rows, wanted)
+        number += len(rows)
+
+
+def _as_text(row: Row) -> str:
+    """Return a row as JSON, without the ends of what is long."""
+    short = row
+    if isinstance(row, dict):
+        short = {
+            name: value[:QUARANTINED] if isinstance(value, str | bytes) else value
+            for name, value in row.items()
+        }
     try:
-        with (
-            open(piece.path, "rb") as raw,
-            pyarrow.parquet.ParquetFile(piece.path, **reading) as file,
-        ):
-            present = file.schema_arrow.names
-            paths = [path for path, _ in wanted.filters]
-            roots = [path if path in present else path.split(".")[0] for path in paths]
-            roots = list(dict.fromkeys([*wanted.keys, *roots]))
-            for key in roots:
-                if key not in present:
-                    raise UserError(
-                        f"{piece.path} has no column {key!r}, but {present}; see --json-keys"
-                    )
-            groups = file.num_row_groups
-            for group in range(groups):
-                for table in file.iter_batches(ROWS, row_groups=[group], columns=roots):
-                    yield _parse_rows(piece.path, number, _rows(table), wanted)
-                    number += table.num_rows
-                end = piece.size * (group + 1) // groups
-                while raw.tell() < end and (chunk := raw.read(BATCH_BYTES)):
-                    seen.update(chunk)
-            while chunk := raw.read(BATCH_BYTES):
-                seen.update(chunk)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(
-            f"{piece.path} cannot be read as parquet, at row {number} or after: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
+        return orjson.dumps(short, default=str).decode(errors="replace")
+    except orjson.JSONEncodeError:  # too deep, or a number beyond JSON's
+        return repr(short)
 
 
-def _rows(table: Any) -> list[Any]:
-    """Rows as dictionaries; UnicodeDecodeError in the place of one that is not UTF-8."""
-    try:
-        return table.to_pylist()
-    except UnicodeDecodeError:
-        rows: list[Any] = []
-        for at in range(table.num_rows):
-            try:
-                rows += table.slice(at, 1).to_pylist()
-            except UnicodeDecodeError as error:
-                rows.append(error)
-        return rows
-
-
-def _parse_rows(path: str, number: int, rows: list[Any], wanted: Wanted) -> Batch:
+def _parse_rows(path: str, number: int, rows: list[Row], wanted: Wanted) -> Batch:
     batch = Batch([])
     for at, row in enumerate(rows, number):
         try:
             if isinstance(row, UnicodeDecodeError):
                 raise BadRecord(f"not UTF-8: {row.reason} at byte {row.start + 1}")
+            if isinstance(row, Exception):
+                raise BadRecord(f"has a value that cannot be read: {row}")
             _add(batch, wanted.texts(row))
         except BadRecord as error:
-            content = orjson.dumps(row, default=str).decode(errors="replace")[:QUARANTINED]
+            content = _as_text(row)[:QUARANTINED]
             batch.rejects.append(_reject(path, at, error, content))
     return batch

@@ -11,6 +11,7 @@ from megatron_slm.data.duplicates import Verdicts, find_duplicates, fingerprint,
 from megatron_slm.data.inputs import Task
 from megatron_slm.data.layout import Layout
 from megatron_slm.data.manifest import manifest_path, read_manifest, what_changed, write_manifest
+from megatron_slm.data.manifest_types import Fingerprints, VerdictsManifest
 from megatron_slm.data.pool import over_all_cores
 from megatron_slm.data.progress import Progress
 from megatron_slm.data.settings import Setup, reading_options, wanted_of
@@ -28,12 +29,13 @@ def make_fingerprints(setup: Setup) -> None:
     wanted, options = wanted_of(setup.settings), reading_options(setup.settings)
     missing = []
     for task in setup.own:
-        manifest = read_manifest(fingerprint_path(directory, task, "json"))
+        manifest = read_manifest(fingerprint_path(directory, task, "json"), Fingerprints)
         if manifest is None or what_changed(task, options, manifest) is not None:
             missing.append(task)
 
     def work(task: Task, progress: Progress) -> dict[str, Any]:
-        return fingerprint(task, directory, wanted, options, progress)
+        with setup.layout.alone_on(fingerprint_path(directory, task, "json")):
+            return fingerprint(task, directory, wanted, options, progress)
 
     for _ in over_all_cores("fingerprint", missing, work, setup.settings.workers):
         pass
@@ -48,7 +50,7 @@ def all_fingerprints(setup: Setup) -> list[dict[str, Any]]:
     options = reading_options(setup.settings)
     found = []
     for task in setup.tasks:
-        manifest = read_manifest(fingerprint_path(setup.layout.shards, task, "json"))
+        manifest = read_manifest(fingerprint_path(setup.layout.shards, task, "json"), Fingerprints)
         if manifest is None or what_changed(task, options, manifest) is not None:
             raise UserError(f"{task.name} has no fingerprints yet: run --stage fingerprint first")
         found.append(manifest)
@@ -60,14 +62,15 @@ def make_verdicts(setup: Setup) -> None:
     fingerprints = all_fingerprints(setup)
     path = verdicts_path(setup.layout)
     content = {"fingerprints": fingerprints}
-    before = read_manifest(manifest_path(path))
+    before = read_manifest(manifest_path(path), VerdictsManifest)
     if before is not None and before["fingerprints"] == fingerprints:
         return
-    manifest_path(path).unlink(missing_ok=True)
     counts = [manifest["documents"] for manifest in fingerprints]
     near = setup.settings.dedup == "near"
-    find_duplicates(setup.tasks, setup.layout.shards, counts, near, path)
-    write_manifest(manifest_path(path), content)
+    with setup.layout.alone_on(path):
+        manifest_path(path).unlink(missing_ok=True)
+        find_duplicates(setup.tasks, setup.layout.shards, counts, near, path)
+        write_manifest(manifest_path(path), content)
 
 
 def slices_of_verdicts(setup: Setup) -> dict[str, tuple[slice, list[str]]]:
@@ -75,7 +78,7 @@ def slices_of_verdicts(setup: Setup) -> dict[str, tuple[slice, list[str]]]:
     if setup.settings.dedup is None:
         return {}
     fingerprints = all_fingerprints(setup)
-    before = read_manifest(manifest_path(verdicts_path(setup.layout)))
+    before = read_manifest(manifest_path(verdicts_path(setup.layout)), VerdictsManifest)
     if before is None or before["fingerprints"] != fingerprints:
         raise UserError("the duplicates are not known yet: run --stage duplicates first")
     ends = np.cumsum([0, *(manifest["documents"] for manifest in fingerprints)]).tolist()

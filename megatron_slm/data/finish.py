@@ -16,23 +16,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from megatron_slm.data.indexed_format import token_dtype
 from megatron_slm.data.inputs import Task
 from megatron_slm.data.layout import Layout, is_ours
 from megatron_slm.data.manifest import (
+    check_dataset,
+    dataset_manifest,
     manifest_path,
     read_manifest,
     what_changed,
     write_data_args,
     write_manifest,
 )
+from megatron_slm.data.manifest_types import Decided, Reject, Shard
 from megatron_slm.data.merge import Part, merge, settle
 from megatron_slm.data.shard import COUNTS, remove_shard, shard_prefix
 from megatron_slm.errors import UserError
+from megatron_slm.files import decode_json, open_regular
 
 MOST_IN_A_BLEND = 32766
+LONGEST_REJECT = 1 << 20  # bytes of a line of a list of rejects
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,13 @@ class Summary:
 
 def shard_manifest(layout: Layout, task: Task) -> dict[str, Any] | None:
     """A finished shard's manifest."""
-    manifest = read_manifest(layout.shards / f"{task.name}.json")
+    path = layout.shards / f"{task.name}.json"
+    manifest = read_manifest(path, Shard)
     if manifest is None:
         return None
+    keys = set(manifest["options"]["json_keys"])
+    if manifest["name"] != task.name or manifest["outputs"].keys() != keys:
+        raise UserError(f"{path} is damaged: it is of another shard; delete it and run again")
     for key, output in manifest["outputs"].items():
         if not has_sizes(shard_prefix(layout.shards, task.name, key), output):
             return None
@@ -75,12 +82,14 @@ def has_sizes(prefix: Path, output: dict[str, Any]) -> bool:
 
 def datasets(layout: Layout) -> dict[str, dict[str, Any]] | None:
     """Manifests of the datasets that are there, or are about to be, if all keys have theirs."""
-    decided = read_manifest(layout.decided)
+    decided = read_manifest(layout.decided, Decided)
     if decided is not None:
+        for manifest in decided["datasets"].values():
+            check_dataset(layout.decided, manifest)
         return decided["datasets"]
     found = {}
     for key in layout.keys:
-        manifest = read_manifest(manifest_path(layout.dataset(key)))
+        manifest = dataset_manifest(layout.dataset(key))
         if manifest is None or (
             manifest["merged"] and not has_sizes(layout.dataset(key), manifest)
         ):
@@ -106,7 +115,7 @@ def remove_lists(layout: Layout) -> None:
     """Remove what makes datasets of shards that are not merged, before any of these changes."""
     for key in layout.keys:
         path = manifest_path(layout.dataset(key))
-        manifest = read_manifest(path)
+        manifest = dataset_manifest(layout.dataset(key))
         if manifest is None or not manifest["merged"]:
             path.unlink(missing_ok=True)
             Path(f"{layout.dataset(key)}.data-args.txt").unlink(missing_ok=True)
@@ -162,8 +171,8 @@ def check_rejects(layout: Layout, shards: Sequence[dict[str, Any]], most: float)
         first = next(filter(Path.exists, lists), None)
         if first is None:
             raise UserError(f"{what}; their list in {layout.rejects} was removed. Allow more")
-        with first.open("rb") as file:
-            reject = orjson.loads(file.readline())
+        with open_regular(first) as file:
+            reject = decode_json(file.readline(LONGEST_REJECT), Reject, first)
         raise UserError(
             f"{what}: {reject['file']}:{reject['line']}: "
             f"{reject['reason']}; all are in {layout.rejects}. Mend them and run again, which "
@@ -196,7 +205,7 @@ def finish(
         outputs = [shard["outputs"][key] for shard in shards]
         totals = {name: sum(output[name] for output in outputs) for name in ("documents", "tokens")}
         if totals["documents"] == 0:
-            raise UserError(f"no document has any text under {key!r}: nothing to write")
+            raise UserError(f"{_why_nothing(key, shards, options)}: nothing to write")
         found[key] = {"options": options, "merged": merging, "counts": totals, "shards": own}
     if merging:
         _merge_all(layout, found, shards, merged_before, workers)
@@ -205,6 +214,19 @@ def finish(
     remove_strangers(layout, {shard["name"] for shard in shards})
     layout.clear(merging)
     return Summary(layout, found)
+
+
+def _why_nothing(key: str, shards: Sequence[dict[str, Any]], options: dict[str, Any]) -> str:
+    """Return why no document of any shard has a token under a key."""
+    counts = total_counts(shards)
+    if counts["filtered"] and not counts["read"]:
+        filters = " ".join(f"--filter {name}={value}" for name, value in options["filters"])
+        return f"{filters} leaves none of {counts['filtered']:,} documents"
+    names = ("filtered", "rejects", "exact_duplicates", "near_duplicates", "contaminated")
+    left_out = [f"{counts[name]:,} {name.replace('_', ' ')}" for name in names if counts[name]]
+    if left_out and not counts["empty"]:
+        return f"no document is left under {key!r} ({', '.join(left_out)})"
+    return f"no document has any text under {key!r}"
 
 
 def _merge_all(
@@ -245,7 +267,7 @@ def _parts(
 ) -> list[Part]:
     """Where each shard's documents are now."""
     old: dict[str, Part] = {}
-    before = read_manifest(manifest_path(layout.dataset(key))) if merged_before else None
+    before = dataset_manifest(layout.dataset(key)) if merged_before else None
     first = offset = 0
     for shard in [] if before is None else before["shards"]:
         output = shard["outputs"][key]

@@ -10,6 +10,7 @@ when read, so neither takes memory in proportion to the data.
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_slm.errors import UserError
-from megatron_slm.files import sync
+from megatron_slm.files import open_regular, sync
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -76,12 +77,9 @@ def open_index(path: Path) -> Index:
     Raises:
         UserError: not such a file, truncated, or with something behind its end.
     """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            header = file.read(HEADER.size)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        header = file.read(HEADER.size)
     if len(header) < HEADER.size or header[: len(MAGIC)] != MAGIC:
         raise UserError(f"{path} is not the index of a Megatron dataset: its first bytes differ")
     _, version, code, sequences, ends = HEADER.unpack(header)

@@ -12,6 +12,7 @@ import glob
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from megatron_slm.data.inputs import KINDS, NOT_READ
@@ -70,9 +71,10 @@ def find_files(
                 passed.add("other paths of files that are read", path)
             elif identity in not_input and not is_file:
                 passed.add("named by another option", path)
-            elif identity in found or identity in not_input:
-                what = "twice" if identity in found else "and another option names it, too"
-                raise UserError(f"--input names {path} {what}; its documents would count double")
+            elif identity in not_input:
+                raise UserError(f"--input names {path}, which another option names, too")
+            elif identity in found:
+                raise UserError(f"--input names {path} twice; its documents would count double")
             else:
                 own[identity] = path
         passed.tell(name)
@@ -151,8 +153,9 @@ def _is_hidden_match(path: str, pattern: str) -> bool:
     parts = Path(path).parts
     if not os.path.isdir(path):
         parts = parts[:-1]
-    written = Path(pattern).parts
-    return any(_is_hidden(part) and part not in written for part in parts)
+    own = [part for part in Path(pattern).parts if _is_hidden(part)]
+    wild = (part for part in parts if _is_hidden(part))
+    return not all(any(fnmatchcase(part, written) for written in own) for part in wild)
 
 
 def _is_hidden(directory: str) -> bool:

@@ -13,7 +13,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,11 @@ DECIDED = "datasets.next"
 # Names of this program's files begin so: a task's (inputs.py), the verdicts, and these.
 TASK = r".+-[0-9a-f]{12}-\d{13,}"
 OURS = re.compile(rf"{TASK}[._]|duplicates\.verdicts|{re.escape(STDIN)}|{DECIDED}", re.DOTALL)
+# And elsewhere its files end so.
+OUTPUT = re.compile(
+    r"_document\.(bin|idx|bin\.next|idx\.next|manifest\.json)$|\.data-args\.txt$"
+    r"|-[0-9a-f]{8}-\d+\.partial$"
+)
 
 
 def is_ours(path: Path) -> bool:
@@ -35,15 +40,14 @@ def is_ours(path: Path) -> bool:
 
 
 def is_output(path: str) -> bool:
-    """Return whether a file has a name that only this program gives, in whatever run: of a shard, a
-    list of rejects, or a manifest."""
+    """Return whether a file has a name that only this program gives, in whatever run."""
     directory, name = os.path.split(os.path.abspath(path))
     if directory.endswith(("_shards", "_rejects")) and OURS.match(name):
         return True
-    of_a_mix = os.path.exists(f"{path.removesuffix('.manifest.json')}.data-args.txt")
-    return name.endswith("_document.manifest.json") or (
-        name.endswith(".manifest.json") and of_a_mix
-    )
+    if OUTPUT.search(name):
+        return True
+    mix = path.removesuffix(".manifest.json")
+    return mix != path and os.path.exists(f"{mix}.data-args.txt")
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,10 @@ class Layout:
         with alone_at(self.shards, "--output-prefix", LOCK_WAIT) if alone else nullcontext():
             self._make()
             yield
+
+    def alone_on(self, path: Path) -> AbstractContextManager[None]:
+        """Be the only process of this machine that writes a part, also among stages and ranks."""
+        return alone_at(path, "--output-prefix", LOCK_WAIT)
 
     def _make(self) -> None:
         for key in self.keys:

@@ -19,6 +19,9 @@ BATCH_BYTES = 1 << 20
 LONGEST_LINE = 1 << 26
 
 Advance = Callable[[int], None]
+# None stands for a line of more than LONGEST_LINE bytes, a number for so many blank lines: a few
+# kilobytes can unpack to billions of these.
+Lines = list[bytes | None] | int
 
 
 class InputHash:
@@ -33,9 +36,8 @@ class InputHash:
         self.advance(len(data))
 
 
-def read_lines(piece: Piece, seen: InputHash) -> Iterator[list[bytes | None]]:
-    """Lines that begin in the piece, in batches of about BATCH_BYTES, without their line ends.
-    None stands for a line of more than LONGEST_LINE bytes.
+def read_lines(piece: Piece, seen: InputHash) -> Iterator[Lines]:
+    """Yield the lines that begin in the piece, in batches of about BATCH_BYTES, without their ends.
 
     Raises:
         UserError: the file cannot be read, is truncated, or is damaged.
@@ -71,12 +73,24 @@ def hash_piece(piece: Piece) -> str:
     return seen.digest.hexdigest()
 
 
-def _split(chunks: Iterator[bytes]) -> Iterator[list[bytes | None]]:
+def _split(chunks: Iterator[bytes]) -> Iterator[Lines]:
     lines: list[bytes | None] = []
     size = 0
     partial: list[bytes] = []  # of the line that the chunks so far have not ended
     partial_size = 0
     for chunk in _cut(chunks):
+        if partial_size < BATCH_BYTES and chunk.isspace() and not b"".join(partial).strip():
+            if lines:
+                yield lines
+                lines, size = [], 0
+            blank = chunk.count(b"\n")
+            if blank:
+                yield blank
+                partial, partial_size = [], 0
+            rest = chunk[chunk.rfind(b"\n") + 1 :]
+            partial.append(rest)
+            partial_size += len(rest)
+            continue
         *ended, rest = chunk.split(b"\n")
         if ended:
             if partial_size + len(chunk) > LONGEST_LINE:
@@ -118,12 +132,12 @@ def _chunks(piece: Piece, seen: InputHash) -> Iterator[bytes]:
     if piece.kind == "jsonl":
         yield from _range(piece, seen)
     elif piece.kind == "gzip":
-        yield from _decompressed(piece, seen, lambda: zlib.decompressobj(31), (zlib.error,))
+        yield from _decompressed(piece, seen, lambda: zlib.decompressobj(31), zlib.error)
     else:
         import zstandard
 
         window = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-        yield from _decompressed(piece, seen, window.decompressobj, (zstandard.ZstdError,))
+        yield from _decompressed(piece, seen, window.decompressobj, zstandard.ZstdError)
 
 
 def _range(piece: Piece, seen: InputHash) -> Iterator[bytes]:
@@ -157,7 +171,7 @@ def _decompressed(
     piece: Piece,
     seen: InputHash,
     new_stream: Callable[[], Any],
-    damaged: tuple[type[Exception], ...],
+    damaged: type[Exception],
 ) -> Iterator[bytes]:
     """All members or frames of a file."""
     stream: Any = None
@@ -172,15 +186,15 @@ def _decompressed(
                     stream = new_stream()
                 try:
                     chunk = stream.decompress(compressed)
-                except MemoryError as error:
+                except (damaged, MemoryError) as error:
+                    where = f"before byte {file.tell()}"
+                    if isinstance(error, MemoryError) or "memory" in str(error):
+                        raise UserError(
+                            f"{piece.path} takes more memory to unpack than there is, {where}: run "
+                            "with fewer --workers"
+                        ) from error
                     raise UserError(
-                        f"{piece.path} takes more memory to unpack than there is, before byte "
-                        f"{file.tell()}: use fewer --workers"
-                    ) from error
-                except damaged as error:
-                    raise UserError(
-                        f"{piece.path} is damaged, before byte {file.tell()}: {error}; "
-                        "fetch it again"
+                        f"{piece.path} is damaged, {where}: {error}; fetch it again"
                     ) from error
                 compressed = b""
                 if stream.eof:

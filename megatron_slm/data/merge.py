@@ -20,6 +20,7 @@ import numpy as np
 from megatron_slm.data.indexed_format import Lengths, length_blocks, open_index, write_index
 from megatron_slm.data.layout import Layout
 from megatron_slm.data.manifest import manifest_path, read_manifest, write_manifest
+from megatron_slm.data.manifest_types import Decided
 from megatron_slm.errors import UserError
 from megatron_slm.files import publish, sha256_of, sync, temporary
 
@@ -73,7 +74,7 @@ def merge(prefix: Path, parts: Sequence[Part], dtype: np.dtype, workers: int) ->
 def settle(layout: Layout) -> None:
     """Put the datasets that are decided on in the place of the old ones, from wherever an earlier
     run was cut off; remove those that are not."""
-    decided = read_manifest(layout.decided)
+    decided = read_manifest(layout.decided, Decided)
     for key in layout.keys if decided is None else decided["datasets"]:
         prefix = layout.dataset(key)
         data, index = (Path(f"{prefix}.{suffix}") for suffix in ("bin", "idx"))

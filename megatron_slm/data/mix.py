@@ -19,25 +19,54 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import yaml
+import msgspec
+from msgspec import Meta
 
+from megatron_slm.data.input_files import Identity, identity_of
 from megatron_slm.data.manifest import (
     manifest_of_pair,
     manifest_path,
     write_data_args,
     write_manifest,
+    written_manifest,
 )
 from megatron_slm.data.progress import say
 from megatron_slm.data.verify import (
     check_quickly,
     pairs_of,
     shard_outputs,
-    whole_manifest,
 )
 from megatron_slm.errors import UserError
-from megatron_slm.files import sha256_of
+from megatron_slm.files import alone_at, read_yaml, sha256_of
+
+Text = Annotated[str, Meta(min_length=1, pattern=r"^[^\x00-\x1f\x7f\ud800-\udfff]+$")]
+MOST = 10**15  # a larger ratio, or exponent of one, would take all memory
+
+
+Texts = Annotated[list[Text], Meta(min_length=1)]
+
+
+class SourceEntry(msgspec.Struct, forbid_unknown_fields=True):
+    """A source as a recipe file has it.  A ratio may be text: YAML reads 1/3 and 1e3 as strings."""
+
+    name: Text | int
+    data: str | list[str]  # as Texts; msgspec 0.22 frees such a union of them twice
+    ratio: (
+        Annotated[int, Meta(gt=0, le=MOST)]
+        | Annotated[float, Meta(gt=0, le=MOST)]
+        | Annotated[str, Meta(pattern=r"^[0-9]{1,15}([./][0-9]{1,15})?([eE][+-]?[0-9]{1,2})?$")]
+    ) = 1
+    domain: Text | None = None
+
+
+class RecipeFile(msgspec.Struct, forbid_unknown_fields=True):
+    """What a recipe file holds."""
+
+    budget: Annotated[int, Meta(gt=0, le=10**18)]
+    sources: Annotated[list[SourceEntry], Meta(min_length=1)]
+    max_epochs: Annotated[float, Meta(gt=0)] = 1
 
 
 @dataclass(frozen=True)
@@ -93,45 +122,33 @@ def apportion(total: int, ratios: Sequence[Fraction | int]) -> list[int]:
 
 
 def read_recipe(path: str) -> Recipe:
-    """Raises: UserError: no such file, or not a recipe; what is wrong with which source."""
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: {error}".replace("\n", " ")) from error
-    known = {"budget", "sources", "max_epochs"}
-    if not isinstance(content, dict) or not {"budget", "sources"} <= set(content) <= known:
-        raise UserError(f"{path}: a recipe has budget, sources and perhaps max_epochs, no other")
-    budget, listed = content["budget"], content["sources"]
-    if not isinstance(budget, int) or isinstance(budget, bool) or budget < 1:
-        raise UserError(f"{path}: budget is a whole number of tokens, not {budget!r}")
-    if not isinstance(listed, list) or not listed:
-        raise UserError(f"{path}: sources is a list of at least one")
-    epochs = content.get("max_epochs", 1)
-    if not isinstance(epochs, int | float) or epochs <= 0:
-        raise UserError(f"{path}: max_epochs is a number above 0, not {epochs!r}")
-    sources = tuple(_source(path, number, entry) for number, entry in enumerate(listed, 1))
+    """Read a recipe.
+
+    Raises:
+        UserError: no such file, or not a recipe; what is wrong with which source.
+    """
+    content = read_yaml(Path(path), RecipeFile)
+    sources = tuple(_source(path, at, entry) for at, entry in enumerate(content.sources))
     names = [source.name for source in sources]
     if len(set(names)) < len(names):
         raise UserError(f"{path}: two sources have the same name")
-    return Recipe(path, budget, sources, epochs)
+    return Recipe(path, content.budget, sources, content.max_epochs)
 
 
-def _source(path: str, number: int, entry: Any) -> Source:
-    where = f"{path}: source {number}"
-    if not isinstance(entry, dict) or not {"name", "data"} <= set(entry) <= {
-        *("name", "data", "ratio", "domain")
-    }:
-        raise UserError(f"{where}: it has name, data, and perhaps ratio and domain, no other")
+def _source(path: str, at: int, entry: SourceEntry) -> Source:
     try:
-        ratio = Fraction(str(entry.get("ratio", 1)))
+        ratio = Fraction(str(entry.ratio))
     except (ValueError, ZeroDivisionError) as error:
-        raise UserError(f"{where}: ratio is a number, not {entry['ratio']!r}") from error
+        raise UserError(
+            f"{path} cannot be read: {entry.ratio!r} is no number - at `$.sources[{at}].ratio`"
+        ) from error
     if ratio <= 0:
-        raise UserError(f"{where}: its ratio is not above 0")
-    data = entry["data"] if isinstance(entry["data"], list) else [entry["data"]]
-    if not data or not all(isinstance(prefix, str) for prefix in data):
-        raise UserError(f"{where}: data is the prefix of a dataset, or a list of such")
-    return Source(str(entry["name"]), ratio, tuple(data), entry.get("domain"))
+        raise UserError(f"{path}: the ratio of {entry.name} is not above 0")
+    try:
+        data = msgspec.convert(entry.data if isinstance(entry.data, list) else [entry.data], Texts)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{path} cannot be read: {error} of `$.sources[{at}].data`") from error
+    return Source(str(entry.name), ratio, tuple(data), entry.domain)
 
 
 def build_mix(recipe: Recipe, root: Path) -> list[Share]:
@@ -145,30 +162,30 @@ def build_mix(recipe: Recipe, root: Path) -> list[Share]:
             twice, or is too short for its share.
     """
     tokens = apportion(recipe.budget, [source.ratio for source in recipe.sources])
-    shares, seen, tokenizers = [], set[Path](), dict[str, str]()
+    shares, seen, tokenizers = [], set[Identity](), dict[str, str]()
     for source, share in zip(recipe.sources, tokens, strict=True):
         available: dict[str, int] = {}
         for name in source.data:
-            with whole_manifest(root / name):
-                for prefix, manifest in pairs_of(str(root / name)):
-                    if manifest is None:
-                        say(f"{prefix} has no manifest: its tokenizer and domain are not checked")
-                    else:
-                        _check_domain(recipe, source, prefix, manifest)
-                        tokenizers.setdefault(manifest["options"]["tokenizer"]["sha256"], prefix)
-                    file = Path(f"{prefix}.bin").resolve()  # which a recipe can spell in many ways
-                    if file in seen:
-                        raise UserError(f"{recipe.path}: {prefix} is named twice")
-                    seen.add(file)
-                    available[prefix] = check_quickly(prefix, manifest=manifest).tokens
+            for prefix, manifest in pairs_of(str(root / name)):
+                if manifest is None:
+                    say(f"{prefix} has no manifest: its tokenizer and domain are not checked")
+                else:
+                    _check_domain(recipe, source, prefix, manifest)
+                    tokenizers.setdefault(manifest["options"]["tokenizer"]["sha256"], prefix)
+                found = check_quickly(prefix, manifest=manifest)
+                file = identity_of(f"{prefix}.bin")  # which a recipe can spell in many ways
+                if file in seen:
+                    raise UserError(f"{recipe.path}: {prefix} is named twice")
+                seen.add(file)
+                available[prefix] = found.tokens
         shares.append(Share(source, share, available))
     if len(tokenizers) > 1:
         raise UserError(f"{recipe.path}: other tokenizers: {' and '.join(tokenizers.values())}")
-    for found in shares:
-        if found.epochs > recipe.max_epochs:
+    for part in shares:
+        if part.epochs > recipe.max_epochs:
             raise UserError(
-                f"{recipe.path}: {found.source.name} has {sum(found.available.values()):,} tokens "
-                f"for a share of {found.tokens:,}, which takes {found.epochs:.2f} epochs, more "
+                f"{recipe.path}: {part.source.name} has {sum(part.available.values()):,} tokens "
+                f"for a share of {part.tokens:,}, which takes {part.epochs:.2f} epochs, more "
                 f"than max_epochs {recipe.max_epochs:g}; add data, or allow as many"
             )
     return shares
@@ -195,10 +212,11 @@ def table(recipe: Recipe, shares: Sequence[Share]) -> str:
 
 
 def write_mix(recipe: Recipe, shares: Sequence[Share], prefix: str) -> None:
-    """Write PREFIX.data-args.txt and PREFIX.manifest.json.
+    """Write PREFIX.data-args.txt and PREFIX.manifest.json, in a directory that is made if need be.
 
     Raises:
-        UserError: they cannot be written, or a path has a space, which Megatron would split.
+        UserError: they cannot be written, a path has a space, which Megatron would split, a dataset
+            has this name, or another run is writing it.
     """
     weights = {path: weight for share in shares for path, weight in share.weights.items()}
     for path in weights:
@@ -222,11 +240,18 @@ def write_mix(recipe: Recipe, shares: Sequence[Share], prefix: str) -> None:
             for share in shares
         ],
     }
+    final = manifest_path(prefix)
     try:
-        # A list never stands beside the manifest of another.
-        manifest_path(prefix).unlink(missing_ok=True)
-        write_data_args(prefix, {path: weight for path, weight in weights.items() if weight})
-        write_manifest(manifest_path(prefix), manifest)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with alone_at(final, "--output-prefix"):
+            if "recipe" not in (written_manifest(final) or {"recipe": None}):
+                raise UserError(
+                    f"--output-prefix {prefix}: a dataset has that name; choose another"
+                )
+            # A list never stands beside the manifest of another.
+            final.unlink(missing_ok=True)
+            write_data_args(prefix, {path: weight for path, weight in weights.items() if weight})
+            write_manifest(final, manifest)
     except OSError as error:
         raise UserError(f"--output-prefix {prefix}: {error.strerror}") from error
 
@@ -236,7 +261,6 @@ def _identity(prefix: str) -> dict[str, Any]:
     found: dict[str, Any] = {"idx_sha256": sha256_of(Path(f"{prefix}.idx"))}
     manifest = manifest_of_pair(Path(prefix))
     if manifest is not None:
-        with whole_manifest(prefix):
-            found["bin_sha256"] = [output["bin"]["sha256"] for _, output in shard_outputs(manifest)]
-            found["tokenizer_sha256"] = manifest["options"]["tokenizer"]["sha256"]
+        found["bin_sha256"] = [output["bin"]["sha256"] for _, output in shard_outputs(manifest)]
+        found["tokenizer_sha256"] = manifest["options"]["tokenizer"]["sha256"]
     return found

@@ -62,6 +62,11 @@ def preprocess(settings: Settings) -> Summary | None:
         raise UserError(
             f"{layout.prefix}: {error}; run again when this is mended: finished shards are kept"
         ) from error
+    except MemoryError as error:
+        raise UserError(
+            f"{layout.prefix}: there is not enough memory; run again, with fewer --workers: "
+            "finished shards are kept"
+        ) from error
     finally:
         layout.remove_leftovers()
 
@@ -134,7 +139,8 @@ def tokenize(setup: Setup) -> tuple[dict[str, dict[str, Any]], set[str]]:
 
         def work(task: Task, progress: Progress) -> dict[str, Any]:
             verdicts = verdicts_of(task, setup.layout, slices)
-            return make_shard(task, setup.layout, recipe, verdicts, progress)
+            with setup.layout.alone_on(setup.layout.shards / f"{task.name}.json"):
+                return make_shard(task, setup.layout, recipe, verdicts, progress)
 
         for task, manifest in over_all_cores("tokenize", missing, work, setup.settings.workers):
             shards[task.name] = manifest

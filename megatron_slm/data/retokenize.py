@@ -97,6 +97,8 @@ class _Shard:
             texts = list(islice(self._texts(part, render, encode), DOCUMENTS))
             if texts:
                 return self._check_consecutive(texts)
+        if self.documents:
+            raise UserError(f"{self.dataset.prefix}: {self.manifest['name']} has no text any more")
         return 0
 
     def _check_first(self, texts: Iterator[_Text], gaps: bool, draw: random.Random) -> int:

@@ -29,14 +29,13 @@ from megatron_slm.data.inputs import Task
 from megatron_slm.data.layout import Layout
 from megatron_slm.data.lines import InputHash
 from megatron_slm.data.manifest import describe_input, write_manifest
+from megatron_slm.data.manifest_types import Counts
 from megatron_slm.data.progress import Progress
 from megatron_slm.errors import UserError
 from megatron_slm.files import publish, sha256_of, sync, temporary
 
-COUNTS = (
-    *("read", "documents", "tokens", "empty", "blank_lines", "filtered", "rejects"),
-    *("exact_duplicates", "near_duplicates", "contaminated"),
-)
+COUNTS = tuple(Counts.__annotations__)
+LISTED = 100_000  # rejects of a shard; a bomb has them by the billion
 
 
 @dataclass(frozen=True)
@@ -184,12 +183,12 @@ def _write_shard(
             for batch in read_documents(piece, recipe.wanted, seen):
                 counts["blank_lines"] += batch.blank_lines
                 counts["filtered"] += batch.filtered
-                counts["rejects"] += len(batch.rejects)
-                for reject in batch.rejects:
+                for reject in batch.rejects[: max(0, LISTED - counts["rejects"])]:
                     rejects_file.write(orjson.dumps(reject, option=orjson.OPT_APPEND_NEWLINE))
+                counts["rejects"] += len(batch.rejects)
                 kept = list(_kept(batch, recipe, verdicts, counts))
                 counts["read"] += len(batch.texts)
-                _write_batch(kept, recipe, writers, counts, progress)
+                _write_batch(kept, recipe, writers, counts, progress, piece.path)
             digest = seen.digest.hexdigest()
             if verdicts is not None and digest != verdicts.inputs[at]:
                 raise UserError(
@@ -243,11 +242,12 @@ def _write_batch(
     writers: list[PairWriter],
     counts: dict[str, int],
     progress: Progress,
+    path: str,
 ) -> None:
     before, after = recipe.before, recipe.after
     for column, writer in enumerate(writers):
         texts = [texts[column] for texts in kept]
-        ids, lengths = recipe.encode(texts)
+        ids, lengths = _encode(texts, recipe, path)
         empty = lengths == 0
         lengths = lengths[~empty]
         if before or after:
@@ -258,6 +258,16 @@ def _write_batch(
         counts["documents"] += len(lengths)
         counts["tokens"] += ids.size
         progress(0, len(lengths), ids.size, sum(map(len, texts)))
+
+
+def _encode(texts: list[str], recipe: Recipe, path: str) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    try:
+        return recipe.encode(texts)
+    except MemoryError:
+        raise
+    except Exception as error:  # every tokenizer library has its own
+        what = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"the tokenizer cannot read a document of {path}: {what}") from error
 
 
 def surround(

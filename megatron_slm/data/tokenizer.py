@@ -7,15 +7,16 @@ in manifests.
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
 
 from megatron_slm.errors import UserError
-from megatron_slm.files import read_bounded
-
-MOST_BYTES = 1 << 28
+from megatron_slm.files import decode_json, open_regular, read_bounded, read_json
 
 # Megatron's names for the kinds that it has.
 TYPES = {
@@ -24,6 +25,37 @@ TYPES = {
     "Llama2Tokenizer": "sentencepiece",
     "HuggingFaceTokenizer": "hugging-face",
 }
+
+
+LARGEST = 1 << 28  # bytes of a file; the largest vocabularies take a seventh
+MOST_TOKENS = 1 << 26
+
+
+class AddedToken(msgspec.Struct):
+    """A token of tokenizer_config.json."""
+
+    content: str
+
+
+class Config(msgspec.Struct):
+    """What is read of a tokenizer_config.json."""
+
+    bos_token: AddedToken | str | None = None
+    eos_token: AddedToken | str | None = None
+
+
+class TekkenConfig(msgspec.Struct):
+    """Sizes in a tekken.json, for which Mistral's library makes lists."""
+
+    default_vocab_size: Annotated[int, Meta(ge=1, le=MOST_TOKENS)]
+    default_num_special_tokens: Annotated[int, Meta(ge=0, le=1 << 20)]
+
+
+class Tekken(msgspec.Struct):
+    """What is checked of a tekken.json before Mistral's library reads it."""
+
+    config: TekkenConfig
+    vocab: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -53,38 +85,36 @@ def open_tokenizer(path: str, megatron_type: str | None = None) -> TokenizerFile
     where = Path(path)
     try:
         found = _open_directory(where) if where.is_dir() else _open_file(where)
-    except OSError as error:
-        raise UserError(f"--tokenizer-model {path}: {error.strerror}") from error
-    except UserError:
-        raise
-    except Exception as error:  # every tokenizer library has its own
+    except UserError as error:
+        raise UserError(f"--tokenizer-model {path}: {error}") from error
+    except BaseException as error:  # every tokenizer library has its own
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        what = " ".join(str(error).split())[:500] or type(error).__name__
         raise UserError(
-            f"--tokenizer-model {path} is no tokenizer that can be read: "
-            f"{error or type(error).__name__}"
+            f"--tokenizer-model {path} is no tokenizer that can be read: {what}"
         ) from error
+    if not 0 < found.vocab_size <= MOST_TOKENS:
+        raise UserError(f"--tokenizer-model {path} has a vocabulary of {found.vocab_size} tokens")
     if megatron_type is not None and TYPES[megatron_type] != found.kind:
         raise UserError(f"--tokenizer-type {megatron_type}, but {path} is a {found.kind} tokenizer")
     return found
 
 
 def _open_file(path: Path) -> TokenizerFile:
-    try:
-        content = read_bounded(path, MOST_BYTES)
-    except UserError as error:
-        raise UserError(f"--tokenizer-model {path}: {error}") from error
+    content = read_bounded(path, LARGEST)
     if not content.lstrip().startswith(b"{"):
         return _sentencepiece(path, content)
-    definition = json.loads(content)
+    definition = decode_json(content, dict[str, Any], path)
     if "model" in definition:
         config = path.with_name("tokenizer_config.json")
         return _hugging_face(
-            path, content, json.loads(config.read_text()) if config.exists() else {}
+            path, content, read_json(config, Config) if config.exists() else Config()
         )
     if "vocab" in definition and "config" in definition:
+        decode_json(content, Tekken, path)
         return _tekken(path, content)
-    raise UserError(
-        f"--tokenizer-model {path} is JSON, but neither a tokenizer.json nor a tekken.json"
-    )
+    raise UserError("it is JSON, but neither a tokenizer.json nor a tekken.json")
 
 
 def _sentencepiece(path: Path, content: bytes) -> TokenizerFile:
@@ -97,33 +127,39 @@ def _sentencepiece(path: Path, content: bytes) -> TokenizerFile:
     return TokenizerFile(str(path), "sentencepiece", content, size, bos, eod, special)
 
 
-def _hugging_face(path: Path, content: bytes, config: dict[str, Any]) -> TokenizerFile:
+def _hugging_face(path: Path, content: bytes, config: Config) -> TokenizerFile:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str(content.decode())
 
-    def token_id(name: str) -> int | None:
-        token = config.get(name)
-        text = token.get("content") if isinstance(token, dict) else token
+    def token_id(token: AddedToken | str | None) -> int | None:
+        text = token.content if isinstance(token, AddedToken) else token
         return None if text is None else tokenizer.token_to_id(text)
 
     added = tokenizer.get_added_tokens_decoder()
     size = max((*added, tokenizer.get_vocab_size() - 1)) + 1
     special = tuple(token.content for token in added.values() if token.special)
-    bos, eod = token_id("bos_token"), token_id("eos_token")
+    bos, eod = token_id(config.bos_token), token_id(config.eos_token)
     return TokenizerFile(str(path), "hugging-face", content, size, bos, eod, special)
 
 
 def _open_directory(path: Path) -> TokenizerFile:
     """As transformers loads it, which is what training does."""
+    for inner in path.iterdir():
+        if inner.suffix in (".json", ".model", ".txt") and not inner.is_dir():
+            with open_regular(inner) as file:  # transformers would wait for a pipe
+                if os.fstat(file.fileno()).st_size > LARGEST:
+                    raise UserError(f"{inner} has more than {LARGEST} bytes")
     if (path / "tekken.json").exists() and not (path / "tokenizer.json").exists():
         return _open_file(path / "tekken.json")
     from transformers import AutoTokenizer
 
-    loaded = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    loaded = AutoTokenizer.from_pretrained(
+        str(path), local_files_only=True, trust_remote_code=False
+    )
     if not loaded.is_fast:
-        raise UserError(f"--tokenizer-model {path} has no fast tokenizer (tokenizer.json)")
-    config = {"bos_token": loaded.bos_token, "eos_token": loaded.eos_token}
+        raise UserError("it has no fast tokenizer (tokenizer.json)")
+    config = Config(loaded.bos_token, loaded.eos_token)
     return _hugging_face(path, loaded.backend_tokenizer.to_str().encode(), config)
 
 

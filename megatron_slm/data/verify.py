@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from megatron_slm.data.indexed_format import BLOCK, Index, open_index, token_dtype
-from megatron_slm.data.manifest import manifest_of_pair, manifest_path, read_manifest
+from megatron_slm.data.manifest import dataset_manifest, manifest_of_pair, manifest_path
 from megatron_slm.errors import UserError
-from megatron_slm.files import sha256_of
+from megatron_slm.files import inside, sha256_of
 
 PROBED = 512  # offsets that the quick check looks at
 READ_BYTES = 1 << 24
@@ -64,11 +63,6 @@ def check_quickly(
     prefix = Path(prefix)
     if manifest is None:
         manifest = manifest_of_pair(prefix)
-        if manifest is not None and ("recipe" in manifest or not manifest["merged"]):
-            raise UserError(
-                f"{prefix} is no pair of files but a list of several: give "
-                f"--data-args-path {prefix}.data-args.txt"
-            )
     index = open_index(Path(f"{prefix}.idx"))
     data = Path(f"{prefix}.bin")
     try:
@@ -79,13 +73,13 @@ def check_quickly(
         raise UserError(f"{prefix}.idx says ids are of type {index.dtype}; they are whole numbers")
     _check_ends(prefix, index, size)
     if manifest is not None:
-        _check_manifest(prefix, index.dtype, manifest, vocab_size, tokenizer_model)
+        _check_manifest(prefix, index, manifest, vocab_size, tokenizer_model)
     return Dataset(prefix, index, manifest)
 
 
 def _check_manifest(
     prefix: Path,
-    dtype: np.dtype,
+    index: Index,
     manifest: dict[str, Any],
     vocab_size: int | None,
     tokenizer_model: str | None,
@@ -97,7 +91,18 @@ def _check_manifest(
         actual, recorded = path.stat().st_size, manifest[suffix]["size"]
         if actual != recorded:
             raise UserError(f"{path} has {actual} bytes, its manifest {recorded}; {AGAIN}")
-    made_with = tokenizer["vocab_size"]
+    made_with, dtype, sequences = tokenizer["vocab_size"], index.dtype, 0
+    for name, output in shard_outputs(manifest):
+        sequences += output["documents"]
+        if output["bin"]["size"] != output["tokens"] * dtype.itemsize:
+            raise UserError(
+                f"{prefix}: by its manifest {name} has {output['tokens']} tokens in "
+                f"{output['bin']['size']} bytes; {AGAIN}"
+            )
+    if sequences != len(index.lengths):
+        raise UserError(
+            f"{prefix}.idx has {len(index.lengths)} sequences, its manifest {sequences}; {AGAIN}"
+        )
     if dtype != token_dtype(made_with):
         raise UserError(
             f"{prefix}.idx says ids are of type {dtype}, but by its manifest they are "
@@ -131,15 +136,6 @@ def _same_kind(model: Path, name: str) -> Path | None:
 _tokenizer_hash = cache(sha256_of)  # once for all datasets of a run
 
 
-@contextmanager
-def whole_manifest(prefix: str | Path) -> Iterator[None]:
-    """Raises: UserError: what is done lacks a field of the dataset's manifest."""
-    try:
-        yield
-    except KeyError as error:
-        raise UserError(f"{prefix}: its manifest has no {error}; {AGAIN}") from error
-
-
 def _check_ends(prefix: Path, index: Index, size: int) -> None:
     """In a bounded number of reads."""
     count, width = len(index.lengths), index.dtype.itemsize
@@ -171,18 +167,16 @@ def _refuse_offsets(prefix: Path, at: Any, offsets: Any, expected: Any) -> None:
 
 def pairs_of(prefix: str) -> Iterator[tuple[str, dict[str, Any] | None]]:
     """Prefixes and manifests of a dataset's pairs of files: several if it was not merged."""
-    manifest = read_manifest(manifest_path(prefix))
-    if manifest is not None and "recipe" in manifest:
-        raise UserError(f"{prefix} is a mix: verify the datasets in {prefix}.data-args.txt")
+    manifest = dataset_manifest(prefix)
     if manifest is None or manifest["merged"]:
         yield prefix, manifest
         return
     for shard in manifest["shards"]:
         ((key, output),) = shard["outputs"].items()
         if output["documents"]:
-            directory = prefix.removesuffix(f"_{key}_document") + "_shards"
+            directory = Path(prefix.removesuffix(f"_{key}_document") + "_shards")
             own = manifest | output | {"shards": [shard]}
-            yield f"{directory}/{shard['name']}_{key}_document", own
+            yield str(inside(directory, f"{shard['name']}_{key}_document")), own
 
 
 def check_wholly(dataset: Dataset, vocab_size: int | None, workers: int) -> None:
@@ -255,6 +249,8 @@ def _check_ids(dataset: Dataset, start: int, end: int, vocab_size: int | None) -
         file.seek(start)
         for at in range(start, end, READ_BYTES):
             data = file.read(min(READ_BYTES, end - at))
+            if len(data) < min(READ_BYTES, end - at):
+                raise UserError(f"{path} became shorter while it was read")
             digest.update(data)
             ids = np.frombuffer(data, dtype)
             low, high = int(ids.min()), int(ids.max())

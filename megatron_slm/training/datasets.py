@@ -17,7 +17,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 
 from megatron_slm.data.scored_dataset import SampleScored, document_scored
 from megatron_slm.data.tokenizer import TYPES
-from megatron_slm.data.verify import check_quickly, whole_manifest
+from megatron_slm.data.verify import check_quickly
 from megatron_slm.errors import UserError
 from megatron_slm.training.caches import SPLITS, Caches, data_prefixes
 from megatron_slm.training.data_parts import check_parts
@@ -52,8 +52,7 @@ def check_files(args: Any, draws: bool = True) -> None:
     indices = {}
     for prefix in data_prefixes(args):
         if not is_object_storage_path(prefix):
-            with whole_manifest(prefix):
-                found = check_quickly(prefix, args.slm_vocab_size, tokenizer_model=model)
+            found = check_quickly(prefix, args.slm_vocab_size, tokenizer_model=model)
             indices[prefix] = found.index
     if draws:
         check_parts(args, indices)

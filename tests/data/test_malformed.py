@@ -170,7 +170,10 @@ COMMANDS = {
     "no such input": (["--input", "absent.jsonl"], "--input absent.jsonl: no such file"),
     "a pattern without matches": (["--input", "*.gz"], "--input *.gz: no such file"),
     "an input twice": (["--input", "in.jsonl", "in.jsonl"], "names in.jsonl twice"),
-    "nowhere to write": (["--output-prefix", "absent/out"], "absent is not a directory"),
+    "nowhere to write": (
+        ["--output-prefix", "in.jsonl/out"],
+        "in.jsonl cannot be made a directory",
+    ),
     "no such tokenizer": (["--tokenizer-model", "absent.model"], "absent.model: No such file"),
     "no tokenizer": (["--tokenizer-model", __file__], "no tokenizer that can be read"),
     "tokenizer of another type": (
@@ -179,6 +182,7 @@ COMMANDS = {
     ),
     "engine of another kind": (["--engine", "hf"], "--engine hf cannot read"),
     "ids of special tokens": (["--special-tokens-in-text", "ids"], "always reads them as text"),
+    "a key with a slash": (["--json-keys", "a/b"], "--json-keys a/b: "),
     "a key twice": (["--json-keys", "text", "text"], "names a key twice"),
     "no workers": (["--workers", "0"], "at least 1"),
     "no such template": (["--chat-template", "absent.jinja"], "absent.jinja"),

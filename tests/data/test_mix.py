@@ -108,7 +108,7 @@ def test_a_dataset_without_a_manifest(tmp_path: Path, corpora: dict[str, int]) -
     assert line.startswith(f"> {tmp_path / 'math_text_document'} has no manifest")
     path.write_text(json.dumps({"format": 1, "merged": True, "shards": []}))
     result = build(tmp_path, write_recipe(tmp_path, 1000))
-    assert result.code == 2 and "its manifest has no 'options'" in result.err
+    assert result.code == 2 and "Expected `array` of length >= 1 - at `$.shards`" in result.err
 
 
 def shares_drawn(weights: list[tuple[str, int]], samples: int) -> dict[str, float]:
@@ -141,14 +141,17 @@ def test_a_source_that_is_short(tmp_path: Path, corpora: dict[str, int]) -> None
 
 
 MISTAKES = {
-    "no budget": ({"budget": None}, "budget is a whole number"),
-    "budget in words": ({"budget": "80B"}, "budget is a whole number"),
-    "unknown field": ({"sequence": 1}, "no other"),
-    "no sources": ({"sources": []}, "sources is a list of at least one"),
-    "source without data": ({"sources": [{"name": "a"}]}, "source 1: it has name, data"),
+    "no budget": ({"budget": None}, "Expected `int`, got `null` - at `$.budget`"),
+    "budget in words": ({"budget": "80B"}, "Expected `int`, got `str` - at `$.budget`"),
+    "unknown field": ({"sequence": 1}, "unknown field `sequence`"),
+    "no sources": ({"sources": []}, "Expected `array` of length >= 1 - at `$.sources`"),
+    "source without data": (
+        {"sources": [{"name": "a"}]},
+        "missing required field `data` - at `$.sources[0]`",
+    ),
     "negative ratio": (
         {"sources": [{"name": "a", "ratio": -1, "data": "math_text_document"}]},
-        "not above 0",
+        "Expected `int` >= 1 - at `$.sources[0].ratio`",
     ),
     "absent data": ({"sources": [{"name": "a", "data": "absent"}]}, "cannot read"),
     "another domain": (
@@ -173,7 +176,7 @@ MISTAKES = {
         },
         "named twice",
     ),
-    "no epochs": ({"max_epochs": 0}, "above 0"),
+    "no epochs": ({"max_epochs": 0}, "Expected `float` > 0.0 - at `$.max_epochs`"),
 }
 
 

@@ -374,6 +374,31 @@ def test_another_run_at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "engine" not in preprocess(source, tmp_path / "out").err
 
 
+@pytest.mark.parametrize("stage", ["fingerprint", "duplicates", "tokenize"])
+def test_another_rank_at_the_same_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """Of other options: files of two runs would be taken for those of one."""
+    monkeypatch.setattr(layout, "LOCK_WAIT", 0.2)
+    source = write_jsonl(tmp_path / "in.jsonl", TEXTS)
+    options = ("--dedup", "exact", "--stage")
+    for name in ("fingerprint", "duplicates", "tokenize"):
+        preprocess(source, tmp_path / "out", *options, name)
+    endings = {"fingerprint": ".fingerprints.json", "duplicates": "verdicts.manifest.json"}
+    (done,) = (
+        path
+        for path in (tmp_path / "out_shards").glob("*.json")
+        if path.name.endswith(endings.get(stage, "0.json"))
+    )
+    done.unlink()
+    part = Path(str(done).removesuffix(".manifest.json"))
+    with layout.Layout(str(tmp_path / "out"), ("text",)).alone_on(part):
+        result = preprocess(source, tmp_path / "out", *options, stage, check=False)
+        assert result.code == 2 and f"another run on this machine is writing {part}" in result.err
+    preprocess(source, tmp_path / "out", *options, stage)
+    assert done.exists()
+
+
 def test_ranks_know_a_dataset_that_is_not_in_its_place_yet(plain: Path, tmp_path: Path) -> None:
     """As a merge leaves it that is killed when all is written."""
     preprocess(plain, tmp_path / "out")

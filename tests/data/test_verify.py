@@ -270,7 +270,7 @@ def test_a_manifest_that_lacks_something(prefix: Path, field: str) -> None:
     path.write_text(json.dumps(manifest))
     deep = ("--deep", "--shards", 99, "--tokenizer-model", MODEL)
     result = run_tool("verify_dataset", prefix, *deep)
-    assert result.code == 2 and f"its manifest has no '{last}'" in result.err
+    assert result.code == 2 and f"missing required field `{last}`" in result.err
 
 
 def test_several_keys_deeply(tmp_path: Path) -> None:

@@ -1,0 +1,145 @@
+"""What manifests hold, by which they are checked when they are read (manifest.py)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, NotRequired, TypedDict
+
+from msgspec import Meta
+
+Count = Annotated[int, Meta(ge=0, le=1 << 62)]
+Path = Annotated[str, Meta(pattern=r"^[^\x00]+$")]
+
+
+class Size(TypedDict):
+    """Of a file, in bytes."""
+
+    size: Count
+
+
+class Content(Size):
+    """Size and SHA-256 of a file."""
+
+    sha256: str
+
+
+class Output(TypedDict):
+    """What a shard is in the dataset of a key."""
+
+    documents: Count
+    tokens: Count
+    bin: Content
+    idx: Content
+
+
+class InputPart(TypedDict):
+    """Bytes start to end of an input file of `size` bytes; modified: in nanoseconds."""
+
+    path: Path
+    size: Count
+    modified: int
+    start: Count
+    end: Count
+    sha256: str
+
+
+class Tokenizer(TypedDict):
+    """The tokenizer's file, without its directory."""
+
+    name: str
+    sha256: str
+    vocab_size: Annotated[int, Meta(ge=1, le=1 << 31)]
+
+
+class ReadingOptions(TypedDict):
+    """Options that decide which texts are read."""
+
+    json_keys: list[str]
+    filters: list[tuple[str, str]]
+    chat_template: str | None
+    dedup: Literal["exact", "near"] | None
+    words: int | None
+
+
+class Options(ReadingOptions):
+    """Options of the command line, as ids and hashes.  A shard with other ones is made again."""
+
+    tokenizer: Tokenizer
+    domain: str | None
+    append_eod: Count | None
+    prepend_bos: Count | None
+    special_tokens_in_text: Literal["text", "ids"]
+    decontaminate: str | None
+
+
+class Counts(TypedDict):
+    """What became of a task's documents."""
+
+    read: Count
+    documents: Count
+    tokens: Count
+    empty: Count
+    blank_lines: Count
+    filtered: Count
+    rejects: Count
+    exact_duplicates: Count
+    near_duplicates: Count
+    contaminated: Count
+
+
+class Shard(TypedDict):
+    """A shard, with its part of the dataset of each key."""
+
+    name: Path
+    inputs: list[InputPart]
+    options: Options
+    engine: str
+    engine_version: str
+    dropped: str | None
+    counts: Counts
+    outputs: Annotated[dict[str, Output], Meta(min_length=1)]
+
+
+class Totals(TypedDict):
+    """Of a dataset."""
+
+    documents: Count
+    tokens: Count
+
+
+class Dataset(TypedDict):
+    """The dataset of one key.  bin, idx: if its shards are merged."""
+
+    options: Options
+    merged: bool
+    counts: Totals
+    shards: Annotated[list[Shard], Meta(min_length=1)]
+    bin: NotRequired[Size]
+    idx: NotRequired[Content]
+
+
+class Decided(TypedDict):
+    """Datasets that are whole, by key, and not yet in the place of the old ones."""
+
+    datasets: dict[str, Dataset]
+
+
+class Fingerprints(TypedDict):
+    """A task's documents, among which duplicates are looked for."""
+
+    inputs: list[InputPart]
+    options: ReadingOptions
+    documents: Count
+
+
+class VerdictsManifest(TypedDict):
+    """What the duplicates were found among."""
+
+    fingerprints: list[Fingerprints]
+
+
+class Reject(TypedDict):
+    """A line of a list of rejects."""
+
+    file: str
+    line: int
+    reason: str
