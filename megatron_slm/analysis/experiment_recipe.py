@@ -196,7 +196,7 @@ def _over(parent: RecipeFile, own: RecipeFile) -> RecipeFile:
     return merged
 
 
-def _entries[T](
+def _entries[T: msgspec.Struct](
     path: Path, what: str, entries: dict[str, Any] | None, kind: type[T]
 ) -> Iterator[tuple[str, T]]:
     for name, entry in (entries or {}).items():
@@ -205,7 +205,8 @@ def _entries[T](
         try:
             yield name, msgspec.convert(entry, kind)
         except msgspec.ValidationError as error:
-            raise UserError(f"{path}: {what} {name}: {error}") from error
+            known = ", ".join(kind.__struct_fields__)
+            raise UserError(f"{path}: {what} {name}: {error}; known: {known}") from error
 
 
 def _stage(

@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_slm.errors import UserError
+from megatron_slm.files import read_bounded
+
+MOST_BYTES = 1 << 28
 
 # Megatron's names for the kinds that it has.
 TYPES = {
@@ -65,7 +68,7 @@ def open_tokenizer(path: str, megatron_type: str | None = None) -> TokenizerFile
 
 
 def _open_file(path: Path) -> TokenizerFile:
-    content = path.read_bytes()
+    content = read_bounded(path, MOST_BYTES)
     if not content.lstrip().startswith(b"{"):
         return _sentencepiece(path, content)
     definition = json.loads(content)

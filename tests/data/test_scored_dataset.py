@@ -26,6 +26,7 @@ from megatron_slm.errors import UserError
 
 TOKENS, EOD = 5000, 60000
 SCORED_LENGTH, LENGTH = 48, 32
+SOURCE: Any = {"tokenizer": "t", "vocabulary": EOD + 1, "datasets": {}, "blends": {}}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def write_cache(directory: Path, kind: Any, name: str, records: int, rows: np.ndarray) -> Section:
     """Loss of a label: a thousandth of its id."""
-    manifest = Manifest(kind, "float32", rows.shape[1], 7, {name: records}, {}, {})
+    manifest = Manifest(kind, "float32", rows.shape[1], 7, {name: records}, SOURCE, {})
     manifest.write(directory)
     for shard in range(manifest.shards(name)):
         part = rows[manifest.records_of(name, shard)]
@@ -128,8 +129,101 @@ def test_damage_is_named(prefix: str, tmp_path: Path) -> None:
         Section(tmp_path, section.manifest, "train")
 
 
+def read_all(section: Section) -> list[str]:
+    """What is said of each record."""
+    score_cache._open_shard.cache_clear()  # as in a process that has not read it yet
+    found = []
+    for number in range(len(section)):
+        try:
+            section.losses(number, None)
+            found.append("")
+        except UserError as error:
+            found.append(str(error))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["sample", "document"])
+def test_a_record_holds_in_its_place_alone(kind: str, tmp_path: Path) -> None:
+    """Not in another shard, section or record, nor under another manifest, nor of other domains."""
+    rows = np.arange(14 * 5, dtype=np.int32).reshape(14, 5)
+    section = write_cache(tmp_path / "cache", kind, "web", 14, rows)
+    other = write_cache(tmp_path / "other", kind, "code", 14, rows)
+    assert not any(read_all(section))
+    files = [tmp_path / "cache" / "web" / f"0000{at}.losses" for at in range(2)]
+    whole = [file.read_bytes() for file in files]
+    (theirs,) = (tmp_path / "other" / "code").glob("00000.losses")
+    size = len(whole[0]) // 7
+    in_reverse = b"".join(whole[0][at * size : (at + 1) * size] for at in reversed(range(7)))
+    other_domain = bytearray(whole[0])
+    other_domain[size - 12] ^= 1
+    for first, second, wrong in (
+        (whole[1], whole[0], set(range(14))),
+        (theirs.read_bytes(), whole[1], set(range(7))),
+        (in_reverse, whole[1], {0, 1, 2, 4, 5, 6}),  # but for the one in the middle
+        (bytes(other_domain), whole[1], {0}),
+    ):
+        files[0].write_bytes(first)
+        files[1].write_bytes(second)
+        found = read_all(section)
+        assert {at for at, said in enumerate(found) if said} == wrong
+        assert all("or is another shard: delete it and run" in found[at] for at in wrong)
+    assert not any(read_all(other))
+
+
+@pytest.mark.parametrize("loss", [np.inf, -np.inf, np.nan, -5.0])
+def test_losses_that_no_model_has(
+    loss: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither written nor, from another writer, read."""
+    rows = np.arange(14 * 5, dtype=np.int32).reshape(14, 5)
+    manifest = Manifest("document", "float32", 5, 7, {"web": 7}, SOURCE, {})
+    manifest.write(tmp_path)
+    losses = np.ones((7, 5), np.float32)
+    losses[3, 2] = loss
+    losses[2, 2] = -1e-7  # by rounding
+    part = (losses, rows[:7], np.zeros(7, np.int64))
+    with pytest.raises(UserError, match="loss of sample 3 of web is not a finite number from 0 on"):
+        write_shard(tmp_path, manifest, "web", 0, *part)
+    with monkeypatch.context() as patched:
+        patched.setattr(score_cache, "_possible", lambda losses: np.ones(losses.shape, bool))
+        write_shard(tmp_path, manifest, "web", 0, *part)
+    said = read_all(Section(tmp_path, manifest, "web"))
+    assert [at for at, each in enumerate(said) if each] == [3]
+    assert "00000.losses has a loss that is not a finite number from 0 on in record 3" in said[3]
+
+
+def test_a_shard_that_goes_while_it_is_read(tmp_path: Path) -> None:
+    """Cut, it is no bus error; deleted, it can be read to the end of the process, or is missing."""
+    rows = np.arange(14 * 5, dtype=np.int32).reshape(14, 5)
+    section = write_cache(tmp_path, "document", "web", 14, rows)
+    assert not any(read_all(section))
+    files = [tmp_path / "web" / f"0000{at}.losses" for at in range(2)]
+    with files[0].open("r+b") as file:
+        file.truncate(100)
+    files[1].unlink()
+    section.losses(0, None)
+    with pytest.raises(UserError, match=r"00000.losses is damaged at record 6 \(sample 6\)"):
+        section.losses(6, None)
+    section.losses(13, None)
+    said = read_all(section)
+    assert "00000.losses is damaged: it has 100 bytes, not" in said[0]
+    assert "00001.losses is missing: finish the cache with the command that began it" in said[13]
+
+
+def test_two_jobs_begin_a_cache(tmp_path: Path) -> None:
+    """The same goes on; another is told."""
+    one, same, other = (
+        Manifest("sample", "uint16", length, 2, {"train": 3}, SOURCE, {}) for length in (4, 4, 8)
+    )
+    one.write(tmp_path)
+    same.write(tmp_path)
+    with pytest.raises(UserError, match="sequence_length is 8 here, 4 there"):
+        other.write(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
 def test_a_loss_that_is_no_number_is_not_written(tmp_path: Path) -> None:
-    manifest = Manifest("sample", "uint16", 4, 2, {"train": 3}, {}, {})
+    manifest = Manifest("sample", "uint16", 4, 2, {"train": 3}, SOURCE, {})
     manifest.write(tmp_path)
     losses = np.ones((2, 4), np.float32)
     losses[1, 2] = np.nan

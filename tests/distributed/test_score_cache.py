@@ -335,7 +335,7 @@ def test_inspect(by_document: Path, exact: Path, tmp_path: Path) -> None:
     shard.write_bytes(content)
     run = launch(1, [TOOL, "inspect", str(broken)], tmp_path / "run", check=False)
     assert run.codes == [2]
-    assert f"{shard} is damaged at records [0]" in run.outputs[0]
+    assert f"{shard} is damaged at record 0" in run.outputs[0]
 
 
 def test_encoding() -> None:
