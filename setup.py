@@ -29,7 +29,7 @@ setup(
     package_data={"megatron_slm.analysis.report": ["*.css", "*.html", "*.js"]},
     install_requires=[
         "megatron-core[training]>=0.19.2,<0.20",
-        "torch",
+        "torch>=2.11.0a0,<2.16",  # a0: NVIDIA's containers have builds of before the release
         "sentencepiece",
         "safetensors",
         "numpy",

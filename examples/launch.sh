@@ -93,33 +93,34 @@ _check_names() {
     for name in $(tr , ' ' <<< "${value#=}"); do
         ! compgen -G "$2/${name%%:*}$rest" >/dev/null || return 0
     done
-    _refuse "$1 names no $3: $value"
+    wrong+=("$1 names no $3: $value")
 }
 
-# What goes wrong most often, before minutes are spent on it.
+# What goes wrong most often, before minutes are spent on it, and all of it at once.
 _check_node() {
-    local found name path
+    local found name path wrong=()
     [ "$GPUS_PER_NODE" = 0 ] || {
         found="$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)"
         [ "$found" -ge "$GPUS_PER_NODE" ] ||
-            _refuse "$found GPUs, and GPUS_PER_NODE is $GPUS_PER_NODE"
+            wrong+=("$found GPUs, and GPUS_PER_NODE is $GPUS_PER_NODE")
         found="$( (nvidia-smi --query-gpu=ecc.errors.uncorrected.volatile.total \
             --format=csv,noheader,nounits 2>/dev/null || true) | grep -cE '^[1-9]' || true)"
-        [ "$found" = 0 ] || _refuse "$found GPUs have uncorrected memory errors; drain this node"
+        [ "$found" = 0 ] || wrong+=("$found GPUs have uncorrected memory errors; drain this node")
     }
     for name in "$MASTER_ADDR" $NODE_ADDR; do
-        [ -n "$(getent ahosts "$name" || true)" ] || _refuse "$name has no address here"
+        [ -n "$(getent ahosts "$name" || true)" ] || wrong+=("$name has no address here")
     done
     if [ "$NODE_RANK" = 0 ] && (exec 3<>"/dev/tcp/$MASTER_ADDR/$MASTER_PORT") 2>/dev/null; then
-        _refuse "port $MASTER_PORT is taken; set MASTER_PORT"
+        wrong+=("port $MASTER_PORT is taken; set MASTER_PORT")
     fi
     _check_names NCCL_SOCKET_IFNAME /sys/class/net interface
     _check_names NCCL_IB_HCA /sys/class/infiniband adapter
     for path in ${INPUTS:-}; do
-        [ -e "$path" ] || _refuse "$path is not there (or not mounted on this node)"
+        [ -e "$path" ] || wrong+=("$path is not there (or not mounted on this node)")
     done
-    [ -z "${SAVE:-}" ] || { mkdir -p "$SAVE" && [ -w "$SAVE" ]; } || _refuse "cannot write to $SAVE"
-    _has_megatron_slm || _refuse "Python has no megatron_slm; see PYTHON_ENV"
+    [ -z "${SAVE:-}" ] || { mkdir -p "$SAVE" && [ -w "$SAVE" ]; } || wrong+=("cannot write to $SAVE")
+    _has_megatron_slm || wrong+=("Python has no megatron_slm; see PYTHON_ENV")
+    if [ ${#wrong[@]} -gt 0 ]; then _refuse "$(printf '; %s' "${wrong[@]}" | cut -c3-)"; fi
 }
 
 _command() {
@@ -186,6 +187,10 @@ _run_node() {
 _run_step() {
     export MASTER_ADDR
     _read_words SRUN
+    # Since Slurm 22.05 srun does not take it from the job, and binds all ranks of a node to one core.
+    if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
+        export SRUN_CPUS_PER_TASK="${SRUN_CPUS_PER_TASK:-$SLURM_CPUS_PER_TASK}"
+    fi
     SLM_STEP_OF="$SLURM_JOB_ID" srun --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 \
         --kill-on-bad-exit=1 "${words[@]}" bash "$slm_recipe" &
     started=$!

@@ -56,6 +56,10 @@ data=(--data-path $DATA)
 if [[ "$DATA" == *.txt ]]; then
     INPUTS+=" $DATA"
     data=(--data-args-path "$DATA")
+else
+    for word in $DATA; do
+        [[ "$word" =~ ^[0-9.]+$ ]] || INPUTS+=" $word.idx" # a weight
+    done
 fi
 # The split: validation is of the corpus, which has that much less of each dataset for training.
 training=(

@@ -17,6 +17,7 @@ import warnings
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
+from itertools import islice
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a plan needs no GPU, and takes none
@@ -69,6 +70,7 @@ def build_parser() -> ArgumentParser:
         "--gpu-tflops", type=float, default=989, metavar="N", help="Peak, bf16. Default: an H100's."
     )
     add("--efficiency", type=float, default=0.5, help="What products reach of it. Default: 0.5.")
+    add("--memory-bandwidth", type=float, default=3350, metavar="GB/s", help="Default: an H100's.")
     add("--node-bandwidth", type=float, default=450, metavar="GB/s", help="Of a GPU. Default: 450.")
     add("--network-bandwidth", type=float, default=50, metavar="GB/s", help="Default: 50.")
     add(
@@ -102,17 +104,27 @@ def report(args: Namespace, recipe: Recipe) -> str:
         memory=args.gpu_memory * 1e9,
         flops=args.gpu_tflops * 1e12,
         efficiency=args.efficiency,
+        memory_bandwidth=args.memory_bandwidth * 1e9,
         node_bandwidth=args.node_bandwidth * 1e9,
         network_bandwidth=args.network_bandwidth * 1e9,
     )
+    own = plan(model, references, layout, work, cluster)
+    best = (
+        one
+        for one in best_plans(model, references, work, layout.cp, cluster)
+        if shape(one) != shape(own)
+    )
+    tokens = (megatron.train_samples or megatron.train_iters * work.global_batch) * work.sequence
     text = [
+        *assumptions(args, cluster),
+        "",
         line("parameters, billions", f"{parameters(model, work.padded_vocabulary) / 1e9:.3f}"),
         *(
             line(
                 "reference, billions",
                 f"{parameters(one.architecture, work.padded_vocabulary) / 1e9:.3f}",
-                one.where,
             )
+            + f"\n  {one.where}"
             for one in references
         ),
         line("FLOPs of a step, 1e15", f"{step_flops(model, scoring, work) / 1e15:.1f}"),
@@ -120,11 +132,32 @@ def report(args: Namespace, recipe: Recipe) -> str:
         "",
         *memory_by_stage(model, references, layout, work),
         "",
-        line("layout", "GiB", "bubble", "s a step", "Gtok a day"),
-        described(plan(model, references, layout, work, cluster)) + "  the recipe's",
-        *map(described, best_plans(model, references, work, layout.cp, cluster)[: args.layouts]),
+        row(
+            f"{tokens / 1e9:.2f}B tokens",
+            ("GiB", "bubble", "s a step", "Gtok/day", "days", "GPU hours"),
+        ),
+        described(own, tokens, cluster) + "  recipe",
+        *(described(one, tokens, cluster) for one in islice(best, args.layouts)),
     ]
     return "\n".join(text)
+
+
+def assumptions(args: Namespace, cluster: Cluster) -> Iterator[str]:
+    """What the figures rest on."""
+    yield (
+        f"{args.recipe.name} on {cluster.gpus} GPUs, {cluster.gpus_per_node} a node, of "
+        f"{args.gpu_memory:g} GB; formulas, not measurements."
+    )
+    yield (
+        f"A GPU: {args.gpu_tflops:g} TFLOP/s at peak, of which products reach "
+        f"{args.efficiency:.0%}; {args.memory_bandwidth:g} GB/s to its memory,"
+    )
+    yield (
+        f"{args.node_bandwidth:g} GB/s within a node, {args.network_bandwidth:g} GB/s between "
+        f"nodes; {cluster.latency * 1e6:g} us a collective."
+    )
+    layers = "Transformer Engine's, with Apex" if args.kernels == "te" else "of plain torch"
+    yield f"Layers: {layers}.  --help lists the flags that change these."
 
 
 def line(name: str, *values: object) -> str:
@@ -159,13 +192,33 @@ def memory_by_stage(
     yield line("  total", *(f"{m.total / GIB:.2f}" for m in held))
 
 
-def described(one: Plan) -> str:
+def shape(one: Plan) -> tuple[Layout, int, int]:
+    """What tells layouts apart: their groups, micro-batch and recomputation."""
+    groups = replace(one.layout, sequence_parallel=False, distributed_optimizer=False)
+    return groups, one.work.micro_batch, one.work.recompute
+
+
+def described(one: Plan, tokens: int, cluster: Cluster) -> str:
     """A layout's row."""
-    parts = one.layout
+    parts, days = one.layout, one.days(tokens)
     what = f"TP{parts.tp} PP{parts.pp} VP{parts.vp} CP{parts.cp} DP{parts.dp}"
-    what += f" micro-batch {one.work.micro_batch}" + " recompute" * (one.work.recompute > 0)
-    idle, day = f"{bubble(parts, one.work):.1%}", f"{one.tokens_per_day / 1e9:.2f}"
-    return line(what, f"{one.memory.total / GIB:.1f}", idle, f"{one.seconds:.2f}", day)
+    what += f" MB{one.work.micro_batch}" + " recompute" * (one.work.recompute > 0)
+    figures = (
+        f"{one.memory.total / GIB:.1f}",
+        f"{bubble(parts, one.work):.1%}",
+        f"{one.seconds:.2f}",
+        f"{one.tokens_per_day / 1e9:.2f}",
+        f"{days:.2f}",
+        f"{days * 24 * cluster.gpus:,.0f}",
+    )
+    return row(what, figures)
+
+
+def row(name: str, figures: Sequence[str]) -> str:
+    """A row of the table of layouts."""
+    widths = (8, 8, 9, 9, 8, 11)
+    columns = zip(figures, widths, strict=True)
+    return f"{name:<38}" + "".join(f"{figure:>{width}}" for figure, width in columns)
 
 
 def build_ranks(args: Namespace, recipe: Recipe) -> Iterator[str]:

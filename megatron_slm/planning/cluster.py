@@ -1,12 +1,14 @@
 """How long a step takes on a cluster, roughly, and which layouts are worth trying.
 
     step = sum over policy and references of
-               (compute + tensor-parallel traffic + pipeline traffic) x (1 + bubble)
+               (compute + gradient accumulation + tensor-parallel traffic + pipeline traffic)
+                   x (1 + bubble)
            + what of the data-parallel traffic half of the policy's compute does not hide
 
 References have no virtual stages, and so the longer bubble.  Collectives are counted as in
 Korthikanti et al. 2022 (arXiv 2205.05198), section 4.2.2: two gathers and two scatters of [n, h] a
-layer forward and as many backward.
+layer forward and as many backward.  Each takes a latency beside its bytes, and each micro-batch
+reads and writes the policy's gradients once: both are why larger micro-batches take less time.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ USABLE = 0.92  # of a GPU's memory: the rest is the driver's, NCCL's, and lost b
 @dataclass(frozen=True)
 class Cluster:
     """memory in bytes, flops a second at peak, efficiency: what matrix products reach of it.
-    node_bandwidth, network_bandwidth: bytes a second of a GPU within a node and between nodes.
+    memory_bandwidth: bytes a second.  node_bandwidth, network_bandwidth: bytes a second of a GPU
+    within a node and between nodes.  latency: seconds that a collective takes whatever its size.
     """
 
     gpus: int
@@ -40,8 +43,10 @@ class Cluster:
     memory: float = 80e9
     flops: float = 989e12
     efficiency: float = 0.5
+    memory_bandwidth: float = 3.35e12
     node_bandwidth: float = 450e9
     network_bandwidth: float = 50e9
+    latency: float = 20e-6
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,10 @@ class Plan:
     @property
     def tokens_per_day(self) -> float:
         return self.work.global_batch * self.work.sequence / self.seconds * 86400
+
+    def days(self, tokens: int) -> float:
+        """Return what so many tokens take."""
+        return tokens / self.tokens_per_day
 
 
 def step_seconds(
@@ -73,20 +82,26 @@ def step_seconds(
 
     def traffic(model: Architecture, gathers: int, sends: int) -> float:
         """Of a model's passes: gathers and scatters of a layer, sends of a stage."""
-        tensor = gathers * model.layers / layout.pp * n * model.hidden * e
-        tensor *= (layout.tp - 1) / layout.tp / _bandwidth(layout.tp, cluster)
-        sent = sends * n * model.hidden * e / layout.tp / _bandwidth(layout.ranks, cluster)
-        return micro_batches * (tensor + (sent if layout.pp > 1 else 0))
+        tensor = n * model.hidden * e * (layout.tp - 1) / layout.tp
+        tensor = gathers * model.layers / layout.pp * taking(tensor, layout.tp)
+        sent = sends * taking(n * model.hidden * e / layout.tp, layout.ranks)
+        return micro_batches * ((tensor if layout.tp > 1 else 0) + (sent if layout.pp > 1 else 0))
 
+    def taking(size: float, span: int) -> float:
+        """Of a collective of so many bytes, or a send."""
+        return cluster.latency + size / _bandwidth(span, cluster)
+
+    count = stage_parameters(a, work.padded_vocabulary, layout, 0)
+    accumulating = 2 * work.gradient_bytes * count / cluster.memory_bandwidth
     compute = seconds(step_flops(a, [], work))
-    total = compute + traffic(a, 12 if work.recompute else 8, 2 * layout.vp)
+    total = compute + micro_batches * accumulating
+    total += traffic(a, 12 if work.recompute else 8, 2 * layout.vp)
     total *= 1 + bubble(layout, work)
     for one in references:
         model = one.architecture
         scoring = seconds(step_flops(a, [model], work)) - compute
         total += (scoring + traffic(model, 4, 1)) * (1 + bubble(replace(layout, vp=1), work))
     shared = layout.dp * layout.cp
-    count = stage_parameters(a, work.padded_vocabulary, layout, 0)
     data = count * (work.gradient_bytes + e) * (shared - 1) / shared
     data /= _bandwidth(layout.tp * shared, cluster)
     return total + max(0.0, data - compute / 2)

@@ -7,8 +7,10 @@ there, neither data nor tokenizer; a base only where the recipe takes the model'
 
 from __future__ import annotations
 
+import difflib
 import io
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -26,6 +28,7 @@ from megatron_slm.planning.formulas import FLOAT32, Layout, Reference, Work
 from megatron_slm.reference.checkpoint import ReferenceCheckpoint, open_checkpoint
 
 MODULE = "megatron_slm.pretrain"
+LIBRARIES = ("CUDA_", "GLOO_", "NCCL_", "OMP_", "PET_", "PYTORCH_", "TORCH_", "UCX_")
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,12 @@ def read_recipe(script: Path, settings: dict[str, str]) -> Recipe:
     Raises:
         UserError: it fails, or prints no command that trains.
     """
+    known = _variables(script)
+    for name in settings:
+        if known and name not in known and not name.startswith(LIBRARIES):
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {close[0]}?" if close else "its head, and launch.sh's, list them"
+            raise UserError(f"{script} has no variable {name}: {hint}")
     # The cluster is the one that was asked for, not the job in which this runs.
     own = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     done = subprocess.run(
@@ -69,6 +78,22 @@ def read_recipe(script: Path, settings: dict[str, str]) -> Recipe:
                 "needs less than training with it: leave SCORE out, and CACHE"
             )
     raise UserError(f"DRY_RUN=1 bash {script} prints no command that runs {MODULE}")
+
+
+def _variables(script: Path) -> set[str]:
+    """Return the variables that a script, and those it sources from beside it, read."""
+    found: set[str] = set()
+    unread, read = [script], set[Path]()
+    while unread:
+        path = unread.pop()
+        if path in read or not path.is_file():
+            continue
+        read.add(path)
+        text = path.read_text(errors="replace")
+        found |= set(re.findall(r"\$\{([A-Z][A-Z0-9_]*):?[-=?]", text))
+        found |= set(re.findall(r'"\$\{?([A-Z][A-Z0-9_]*)', text))
+        unread += [script.parent / name for name in re.findall(r"source .*?([\w.-]+\.sh)", text)]
+    return {name for name in found if not name.startswith(("SLURM_", "BASH_", "SLM_"))}
 
 
 def parse(recipe: Recipe, rank: int, vocabulary: int, cpu: bool) -> Namespace:
@@ -96,6 +121,7 @@ def parse(recipe: Recipe, rank: int, vocabulary: int, cpu: bool) -> Namespace:
         with redirect_stdout(io.StringIO()):  # all arguments, on rank 0
             args: Namespace = parse_args(partial(add_arguments, cpu=cpu))
             if args.use_checkpoint_args:
+                _check_shape_is_here(args)
                 load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
                 load_args_from_checkpoint(args)
             if args.data_args_path is not None and not Path(args.data_args_path).exists():
@@ -115,6 +141,20 @@ def parse(recipe: Recipe, rank: int, vocabulary: int, cpu: bool) -> Namespace:
     if args.padded_vocab_size is None:
         args.padded_vocab_size = vocab_size_with_padding(vocabulary, args, logging_enabled=False)
     return args
+
+
+def _check_shape_is_here(args: Namespace) -> None:
+    """
+    Raises:
+        UserError: the model's shape is to come from a checkpoint that is not here.
+    """
+    places = [place for place in (args.pretrained_checkpoint, args.load) if place is not None]
+    if not any((Path(place) / TRACKER).is_file() for place in places):
+        raise UserError(
+            "the recipe takes the model's shape from its base (--use-checkpoint-args), and there "
+            f"is no checkpoint in {' or '.join(places) or 'any directory it names'}: import one "
+            "with tools/convert_checkpoint.py, or name it with BASE=DIR"
+        )
 
 
 def architecture_of(args: Namespace, vocabulary: int) -> Architecture:

@@ -223,6 +223,12 @@ def test_nodes_are_checked(base: Path, tmp_path: Path) -> None:
         assert "NCCL_IB_HCA names no adapter" in refused(**there, **nccl)
     assert "PYTHON_ENV fails: false" in refused(PYTHON_ENV="false", **there)
     assert "cannot write" in refused(**there | {"SAVE": "/proc/save"})
+    # All that is missing, in one line.
+    missing = {"DATA": "0.3 no/web 0.7 no/books", "BASE": "no/base", "REFERENCE": "no/reference"}
+    said = refused(**there | missing)
+    assert said.count("error: ") == 1
+    for path in ("no/web.idx", "no/books.idx", "no/base", "no/reference"):
+        assert f"{path} is not there" in said
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -312,11 +318,12 @@ def test_slurm(tmp_path: Path) -> None:
     """One step with a task on every node, which runs the recipe again; its node is the step's."""
     for name, text in {
         "scontrol": "echo node7; echo node8",
-        "srun": 'printf "%s\\n" "$@"; echo "master $MASTER_ADDR"',
+        "srun": 'printf "%s\\n" "$@"; echo "master $MASTER_ADDR" "$SRUN_CPUS_PER_TASK"',
     }.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
     slurm = {"SLURM_JOB_ID": 11, "SLURM_JOB_NUM_NODES": 2, "SLURM_JOB_NODELIST": "node[7-8]"}
+    slurm |= {"SLURM_CPUS_PER_TASK": 96}
     path = f"{tmp_path}:{os.environ['PATH']}"
     env = recipe_environment(2, PATH=path, SRUN="--container-image x", **slurm)
     batch = subprocess.run(
@@ -324,7 +331,7 @@ def test_slurm(tmp_path: Path) -> None:
     )
     said = batch.stdout.splitlines()
     assert said[:3] == ["--nodes=2", "--ntasks=2", "--ntasks-per-node=1"]
-    assert said[4:] == ["--container-image", "x", "bash", str(RECIPE), "master node7"]
+    assert said[4:] == ["--container-image", "x", "bash", str(RECIPE), "master node7 96"]
     dry = subprocess.run(
         ["bash", str(RECIPE)],
         env=env | {"DRY_RUN": "1"},

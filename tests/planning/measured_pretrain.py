@@ -30,7 +30,25 @@ def addmm_flops(out: Any, a: list[int], b: list[int], *args: Any, **kwargs: Any)
     return 2 * a[0] * a[1] * b[1]
 
 
-IN_PLACE = {torch.ops.aten.addmm_: addmm_flops}  # torch's counter leaves it out
+def attention_flops(query: list[int], key: list[int], *args: Any, **kwargs: Any) -> int:
+    """Return those of two products; query, key: [b, heads, s, d]."""
+    b, heads, s, d = query
+    return 2 * 2 * b * heads * s * key[-2] * d
+
+
+def attention_backward_flops(
+    grad: list[int], query: list[int], key: list[int], *args: Any, **kwargs: Any
+) -> int:
+    """Return those of five products: scores are not kept."""
+    return 5 * attention_flops(query, key) // 2
+
+
+# What torch's counter leaves out, in some or all releases.
+MORE = {
+    torch.ops.aten.addmm_: addmm_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
+}
 
 
 def tensors_of(model: list[Any], optimizer: Any, reference: Any) -> Iterator[torch.Tensor]:
@@ -66,7 +84,7 @@ def train_measured(args: Namespace) -> None:
 
     def step_measured(*args: Any, **kwargs: Any) -> Any:
         if not measured:
-            with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
+            with FlopCounterMode(display=False, custom_mapping=MORE) as counter:
                 result = step(*args, **kwargs)
             measured["flops"] = counter.get_total_flops()
             return result

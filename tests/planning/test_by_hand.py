@@ -91,9 +91,10 @@ def test_bytes_of_a_parameter() -> None:
 
 def test_references_wait_longer_for_their_pipeline() -> None:
     """They have no virtual stages.  Without traffic: each model's compute, and its bubble."""
+    free = {"node_bandwidth": math.inf, "memory_bandwidth": math.inf, "latency": 0.0}
     a = Architecture(16, 1024, 2816, 8, 8, 128, 32000, 2048, **SHAPE)
     work, layout = Work(2048, 1, 8, 32000, ratio=0.6), Layout(pp=4, vp=2)
-    still = Cluster(4, flops=1e15, efficiency=0.5, node_bandwidth=math.inf)
+    still = Cluster(4, flops=1e15, efficiency=0.5, **free)
     policy, both = (step_flops(a, scoring, work) / (4 * 0.5e15) for scoring in ([], [a]))
     found = step_seconds(a, [Reference(a, 2)], layout, work, still)
     assert found == pytest.approx(policy * (1 + 3 / 16) + (both - policy) * (1 + 3 / 8))
@@ -103,3 +104,16 @@ def test_references_wait_longer_for_their_pipeline() -> None:
     sent = 8 * 2048 * 1024 * 2
     found = step_seconds(a, [Reference(a, 2)], layout, work, slow)
     assert found == pytest.approx(sent * (4 * (1 + 3 / 16) + (1 + 3 / 8)), rel=1e-3)
+
+
+def test_small_micro_batches_take_longer() -> None:
+    """Each reads and writes 4 bytes a parameter, at a byte a second, and under tensor parallelism
+    waits for 8 collectives a layer, a second each."""
+    a = Architecture(16, 1024, 2816, 8, 8, 128, 32000, 2048, **SHAPE)
+    still = Cluster(2, flops=1e30, node_bandwidth=math.inf, memory_bandwidth=math.inf, latency=0.0)
+    for micro_batch in (1, 4):
+        work = Work(2048, micro_batch, 8, 32000)
+        found = step_seconds(a, [], Layout(), work, replace(still, memory_bandwidth=1.0))
+        assert found == pytest.approx(8 / micro_batch * 2 * 4 * parameters(a, 32000))
+        found = step_seconds(a, [], Layout(tp=2), work, replace(still, latency=1.0))
+        assert found == pytest.approx(8 / micro_batch * 8 * 16)

@@ -56,17 +56,28 @@ def test_a_recipe_fits_and_better_layouts_are_proposed(
     assert re.search(r"^parameters, billions +68\.977$", output, re.MULTILINE)
     found = [line for line in lines if re.match(r"TP\d", line)]
     assert "TP8 PP4 VP4 CP1 DP4 " in found[0]
-    assert found[0].endswith("the recipe's")
-    sizes = [float(line.split()[-4 if "recipe's" not in line else -6]) for line in found]
-    assert all(size < 80 for size in sizes)
-    seconds = [float(line.split()[-2]) for line in found[1:]]
-    assert len(seconds) == 3
-    assert seconds == sorted(seconds)
+    assert found[0].endswith("recipe")
+    assert max(map(len, lines)) <= 100
+    assert lines[0].startswith("pretrain_slm_70b.sh on 128 GPUs, 8 a node, of 80 GB")
+    rows = [re.split(r"  +", line.removesuffix("recipe").rstrip()) for line in found]
+    layouts = [row[0] for row in rows]
+    assert len(set(layouts)) == 4  # the recipe's once
+    figures = [[float(word.strip("%").replace(",", "")) for word in row[1:]] for row in rows]
+    seconds = [row[2] for row in figures]
+    assert len(seconds) == 4
+    assert seconds[1:] == sorted(seconds[1:])
+    for size, _, second, billions, days, hours in figures:
+        assert size < 80
+        # 15B tokens in steps of 256 x 4096, on 128 GPUs.
+        assert days == pytest.approx(15e9 / (256 * 4096) * second / 86400, rel=0.01)
+        assert billions * days == pytest.approx(15, rel=0.01)
+        assert hours == pytest.approx(days * 24 * 128, rel=0.01)
     assert costs(output) == pytest.approx(COSTS_OF_70B, abs=0.006)
     # The parts of every stage add up.
-    columns = [[float(x) for x in line.split()[1:]] for line in lines if line.startswith("  ")]
-    for *parts, total in zip(*columns, strict=True):
-        assert sum(parts) == pytest.approx(total, abs=0.04)
+    parts = [line for line in lines if re.match(r"  \w+ +[\d.]", line)]
+    columns = [[float(x) for x in line.split()[1:]] for line in parts]
+    for *summands, total in zip(*columns, strict=True):
+        assert sum(summands) == pytest.approx(total, abs=0.04)
 
 
 def test_refused(tmp_path: Path) -> None:
@@ -77,3 +88,9 @@ def test_refused(tmp_path: Path) -> None:
     code, output = plan(tmp_path, "no_such_recipe.sh")
     assert code == 2
     assert "no_such_recipe.sh failed" in output.splitlines()[-1]
+    code, output = plan(tmp_path, "pretrain_slm_7b.sh", "TOKENZ=5")
+    assert code == 2
+    assert output.splitlines()[-1].endswith("has no variable TOKENZ: did you mean TOKENS?")
+    code, output = plan(tmp_path, "finetune_tora.sh", "BASE=nowhere")
+    assert code == 2
+    assert "no checkpoint in nowhere or checkpoints/tora-1b" in output.splitlines()[-1]
