@@ -82,7 +82,8 @@ class Watched:
             self.validations += 1
             self.validated += float(found[1]) / 1000
             self.iteration = 0
-        self.scored = int((SCORED.findall(new) or [self.scored])[-1])
+        if self.one.instance.task.kind == "score":
+            self.scored = int((SCORED.findall(new) or [self.scored])[-1])
 
     def told(self) -> str:
         """Where the task is, in words."""
@@ -184,18 +185,20 @@ class Progress:
 
     def _rest(self, watched: Watched) -> float:
         """What is left of a task that runs."""
-        instance, options, gone = watched.one.instance, watched.options, watched.one.threads
-        if watched.start is None or instance.task.kind in ("run", "score"):
-            jobs = 1 if instance.seed is None else self.jobs
-            return max(0.0, self._whole(instance, jobs) - (time.monotonic() - watched.began))
-        step = watched.step_seconds or self._step(options, gone)
-        count = 0
+        instance, options, threads = watched.one.instance, watched.options, watched.one.threads
+        gone = time.monotonic() - watched.began
+        if watched.scored:
+            return gone * (100 - watched.scored) / watched.scored
+        if watched.start is None:
+            return max(0.0, self._whole(instance, 1 if instance.seed is None else self.jobs) - gone)
+        step = watched.step_seconds or self._step(options, threads)
+        rest = (options.train_iters - watched.step) * step
         if options.eval_interval:
-            before = (watched.begun_at - 1) // options.eval_interval
+            before = (watched.begun_at - 1) // options.eval_interval  # by an earlier start
             count = options.train_iters // options.eval_interval - before - watched.validations
-        whole = self._validation(options, gone, step, watched)
-        part = watched.iteration / watched.each if watched.each else 0.0
-        return (options.train_iters - watched.step) * step + max(0.0, count - part) * whole
+            part = watched.iteration / watched.each if watched.each else 0.0
+            rest += max(0.0, count - part) * self._validation(options, threads, step, watched)
+        return rest
 
     def _step(self, options: Namespace, threads: int) -> float:
         """Seconds of a step, by steps with as many threads if there are any, else by others."""
