@@ -1,8 +1,8 @@
 """How far an experiment is, and how long the rest will take, from what its tasks log as they run.
 
 Megatron logs what its steps and validations take.  What has not run yet is expected to take as long
-as the same with as many threads did, or, before there is such, as if threads helped in full; a step
-that a reference scores in, a forward pass more.  Until a task trains, nothing is known.
+as the same with as many threads did, or, before there is such, as if half of the threads helped; a
+step that a reference scores in, a forward pass more.  Until a task trains, nothing is known.
 """
 
 from __future__ import annotations
@@ -224,15 +224,15 @@ class Progress:
         threads: int,
         share: Callable[[Watched], float] = lambda _: 1.0,
     ) -> float | None:
-        """The mean of what was measured with as many threads, or else with others, as if threads
-        helped in full."""
+        """The mean of what was measured with as many threads, or else with others, as if half of
+        the difference helped."""
         known = [
             (each.one.threads, found * share(each))
             for each in self.watched.values()
             if (found := seconds(each)) is not None
         ]
         same = [found for count, found in known if count == threads]
-        found = same or [found * count / threads for count, found in known]
+        found = same or [found * (1 + count / threads) / 2 for count, found in known]
         return mean(found) if found else None
 
 

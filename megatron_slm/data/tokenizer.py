@@ -68,7 +68,10 @@ def open_tokenizer(path: str, megatron_type: str | None = None) -> TokenizerFile
 
 
 def _open_file(path: Path) -> TokenizerFile:
-    content = read_bounded(path, MOST_BYTES)
+    try:
+        content = read_bounded(path, MOST_BYTES)
+    except UserError as error:
+        raise UserError(f"--tokenizer-model {path}: {error}") from error
     if not content.lstrip().startswith(b"{"):
         return _sentencepiece(path, content)
     definition = json.loads(content)

@@ -56,15 +56,15 @@ def test_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert look(began + step(1, 9000.0), reference) is None
         # 50 steps of 0.4 s and a validation, whose iterations are taken for a 16th of a step.
         rest = 50 * 0.4 + 250 * 0.4 / 16
-        # With a core each CLM and random take 0.8 s for a step, SLM a third more, and all validate
-        # six times; random begins when CLM ends.
-        clm = 60 * 0.8 + 6 * 250 * 0.8 / 16
+        # With one thread for two CLM and random take half more, 0.6 s for a step, SLM a third more
+        # than they, and all validate six times; random begins when CLM ends.
+        clm = 60 * 0.6 + 6 * 250 * 0.6 / 16
         assert look(step(5, 400.0) + step(10, 400.0), reference) == pytest.approx(
             rest + 2 * clm, abs=1
         )
-        # A validation has been measured: 0.01 s an iteration, twice that with a core.
+        # A validation has been measured: 0.01 s an iteration, half more with one thread.
         text = step(60, 400.0) + validation(2500.0)
-        clm = 60 * 0.8 + 6 * 250 * 0.02
+        clm = 60 * 0.6 + 6 * 250 * 0.015
         assert look(text, reference) == pytest.approx(2 * clm, abs=1)
         progress.ended(reference, whole=True)
         clm_run, slm_run = (
@@ -76,9 +76,9 @@ def test_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         look(step(1, 1000.0) + step(30, 500.0), clm_run, slm_run)
         left = look(step(1, 1000.0) + step(30, 900.0), slm_run, clm_run)
         # By its own pace: 30 steps, and all validations, of which its log tells none yet.
-        slm = 30 * 0.9 + 6 * 250 * 0.02
-        clm = 30 * 0.5 + 6 * 250 * 0.02
-        random = 60 * (0.5 / 3 + 0.9 / 4) / 2 * 3 + 6 * 250 * 0.02
+        slm = 30 * 0.9 + 6 * 250 * 0.015
+        clm = 30 * 0.5 + 6 * 250 * 0.015
+        random = 60 * (0.5 / 3 + 0.9 / 4) / 2 * 3 + 6 * 250 * 0.015
         assert left == pytest.approx(max(clm + random, slm), abs=1)
         progress.looked = 0.0
         assert "slm-seed1 step 30 of 60" in progress.watched["slm-seed1"].told()
