@@ -62,6 +62,9 @@ function showDynamics(dynamics) {
       row.forEach((value, at) => line.append(element(at ? "td" : "th", value, at ? "number" : "")));
     }
     const scrolls = element("div", undefined, "scrolls");
+    scrolls.tabIndex = 0;
+    scrolls.setAttribute("role", "region");
+    scrolls.setAttribute("aria-label", table.title);
     scrolls.append(made);
     content.append(scrolls);
   }
