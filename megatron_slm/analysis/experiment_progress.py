@@ -27,7 +27,7 @@ VALIDATED = re.compile(rb" evaluate \.+: \([\d.]+, ([\d.]+)\)")
 VALID_SAMPLES = re.compile(rb"GPTDataset valid indices\n.*total number of samples: (\d+)")
 SCORED = re.compile(rb"(\d+)%\|")  # tqdm's
 # An iteration of validation, in steps, before one has run: a full one's samples come one at a time.
-FULL_VALIDATION, VALIDATION = 1 / 16, 1 / 3
+FULL_VALIDATION, VALIDATION = 1 / 12, 1 / 3
 
 
 class Watched:

@@ -54,11 +54,11 @@ def test_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         )
         assert look("", reference) is None
         assert look(began + step(1, 9000.0), reference) is None
-        # 50 steps of 0.4 s and a validation, whose iterations are taken for a 16th of a step.
-        rest = 50 * 0.4 + 250 * 0.4 / 16
+        # 50 steps of 0.4 s and a validation, whose iterations are taken for a twelfth of a step.
+        rest = 50 * 0.4 + 250 * 0.4 / 12
         # With one thread for two CLM and random take half more, 0.6 s for a step, SLM a third more
         # than they, and all validate six times; random begins when CLM ends.
-        clm = 60 * 0.6 + 6 * 250 * 0.6 / 16
+        clm = 60 * 0.6 + 6 * 250 * 0.6 / 12
         assert look(step(5, 400.0) + step(10, 400.0), reference) == pytest.approx(
             rest + 2 * clm, abs=1
         )
