@@ -31,35 +31,28 @@ FULL_VALIDATION, VALIDATION = 1 / 12, 1 / 3
 
 
 class Watched:
-    """What the log of a task says since its start here; seconds are None until they are known."""
+    """What the log of a task has said since its start here; None stands for what it has not yet."""
 
     def __init__(self, one: Running, options: Namespace) -> None:
         self.one, self.options = one, options
         self.began = time.monotonic()
         self.start: float | None = None  # seconds until the first step was made
-        self.step = self.steps = 0  # where it is; of which the time is known
-        self.seconds = 0.0
+        self.first = self.step = 0  # the first step made here, and where it is
+        self.step_seconds: float | None = None
         self.validations = self.iteration = 0  # ended here; within one, its iteration
         self.each: int | None = None  # iterations of a validation
-        self.validated = 0.0  # seconds
+        self.validation_seconds: float | None = None  # of an iteration
         self.scored = 0  # percent
-        self.read = _size(one.log)  # what an earlier start logged is left out
-        self.begun_at = 0
+        self.read = self.size  # what an earlier start logged is left out
 
     @property
-    def step_seconds(self) -> float | None:
-        return self.seconds / self.steps if self.steps else None
-
-    @property
-    def validation_seconds(self) -> float | None:
-        """Of an iteration."""
-        if not self.validations or not self.each:
-            return None
-        return self.validated / (self.validations * self.each)
+    def size(self) -> int:
+        """Of the log."""
+        return self.one.log.stat().st_size if self.one.log.exists() else 0
 
     def look(self) -> None:
         """Read what the log has since the last look."""
-        if not self.one.log.exists():
+        if self.size == self.read:
             return
         with self.one.log.open("rb") as file:
             file.seek(self.read)
@@ -69,10 +62,10 @@ class Watched:
         for found in STEP.finditer(new):
             step, seconds = int(found[1]), float(found[2]) / 1000
             if self.start is None:  # which is slower than others
-                self.start, self.begun_at = time.monotonic() - self.began, step
-            else:
-                self.seconds += (step - self.step) * seconds
-                self.steps += step - self.step
+                self.start, self.first = time.monotonic() - self.began, step
+            else:  # other work on the machine comes and goes: the last steps count most
+                before = self.step_seconds
+                self.step_seconds = seconds if before is None else (before + seconds) / 2
             self.step = step
         if samples := VALID_SAMPLES.search(new):
             self.each = int(samples[1]) if self.options.full_validation else None
@@ -80,8 +73,9 @@ class Watched:
             self.iteration, self.each = int(found[1]), int(found[2])
         for found in VALIDATED.finditer(new):
             self.validations += 1
-            self.validated += float(found[1]) / 1000
             self.iteration = 0
+            if self.each:
+                self.validation_seconds = float(found[1]) / 1000 / self.each
         if self.one.instance.task.kind == "score":
             self.scored = int((SCORED.findall(new) or [self.scored])[-1])
 
@@ -157,7 +151,7 @@ class Progress:
 
     def left(self, running: list[Watched]) -> float | None:
         """Return the seconds until all is done; None before any task has trained."""
-        if not any(each.steps for each in self.watched.values()):
+        if all(each.step_seconds is None for each in self.watched.values()):
             return None
         names = [each.one.instance.name for each in running]
         waiting = [one for one in self.todo if one.name not in names]
@@ -194,7 +188,7 @@ class Progress:
         step = watched.step_seconds or self._step(options, threads)
         rest = (options.train_iters - watched.step) * step
         if options.eval_interval:
-            before = (watched.begun_at - 1) // options.eval_interval  # by an earlier start
+            before = (watched.first - 1) // options.eval_interval  # by an earlier start
             count = options.train_iters // options.eval_interval - before - watched.validations
             part = watched.iteration / watched.each if watched.each else 0.0
             rest += max(0.0, count - part) * self._validation(options, threads, step, watched)
@@ -232,8 +226,8 @@ class Progress:
             if (found := seconds(each)) is not None
         ]
         same = [found for count, found in known if count == threads]
-        found = same or [found * (1 + count / threads) / 2 for count, found in known]
-        return mean(found) if found else None
+        best = same or [found * (1 + count / threads) / 2 for count, found in known]
+        return mean(best) if best else None
 
 
 def _end(busy: list[float], then: list[float], jobs: int) -> float:
@@ -248,10 +242,6 @@ def _end(busy: list[float], then: list[float], jobs: int) -> float:
 def threads_of(instance: Instance, jobs: int) -> int:
     """Return the threads of each of a task's ranks, where `jobs` tasks share the cores."""
     return max(1, len(os.sched_getaffinity(0)) // (jobs * instance.recipe.ranks))
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
 
 
 def _options(instance: Instance, study: Path) -> Namespace:
