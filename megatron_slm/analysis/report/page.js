@@ -11,11 +11,10 @@ function element(tag, text, className) {
 }
 
 function showFigures(parent, figures) {
-  parent.replaceChildren(...figures.map((figure) => {
-    const box = element("figure");
-    new Chart(figure, box);
-    return box;
-  }));
+  const boxes = figures.map(() => element("figure"));
+  const charts = figures.map((figure, at) => new Chart(figure, boxes[at]));
+  parent.replaceChildren(...boxes);
+  for (const chart of charts) chart.draw(); // now that it has a width
 }
 
 function pairs(list, facts) {
