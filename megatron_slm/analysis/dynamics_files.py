@@ -99,7 +99,7 @@ def read_table(path: Path) -> tuple[TokenDynamics, list[str]]:
             kinds |= dict.fromkeys(("delta", *losses), pa.float32())
             own = dict(zip(names, file.schema_arrow.types, strict=True))
             if own != kinds or len(names) != len(own) or len(losses) < 2:
-                raise UserError(f"{path} is not a table of token dynamics: {own}")
+                raise UserError(f"{path} is not a table of token dynamics: {names[:12]}")
             table = file.read()
     except (OSError, ArrowException, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
@@ -109,13 +109,14 @@ def read_table(path: Path) -> tuple[TokenDynamics, list[str]]:
 def _dynamics(path: Path, table: Any, names: list[str]) -> tuple[TokenDynamics, list[str]]:
     """Take a table of the right columns apart."""
     column = {name: table[name].combine_chunks() for name in table.column_names}
-    if any(values.null_count for values in column.values()) or not len(table):
-        raise UserError(f"{path} has no values, or some that are missing")
     classes, texts = (column.pop(name) for name in ("class", "text"))
-    names_of_classes = classes.dictionary.to_pylist()
-    if not set(names_of_classes) <= set(CLASSES):
+    parts = [*column.values(), classes, texts, texts.dictionary]
+    if any(part.null_count for part in parts) or not len(table):
+        raise UserError(f"{path} has no values, or some that are missing")
+    known_classes, known_texts = (part.dictionary.to_pylist() for part in (classes, texts))
+    if not set(known_classes) <= set(CLASSES):
         raise UserError(f"{path} has other classes than {', '.join(CLASSES)}")
-    codes = np.array([CLASSES.index(name) for name in names_of_classes], np.int8)
+    codes = np.array([CLASSES.index(name) for name in known_classes], np.int8)
     iterations = [int(name.removeprefix("loss_")) for name in names]
     numbers = {name: values.to_numpy() for name, values in column.items()}
     if iterations != sorted(set(iterations)) or not all(
@@ -131,8 +132,7 @@ def _dynamics(path: Path, table: Any, names: list[str]) -> tuple[TokenDynamics, 
         positions=numbers["position"],
         tokens=numbers["token"],
     )
-    known = texts.dictionary.to_pylist()
-    return dynamics, [known[at] for at in texts.indices.to_pylist()]
+    return dynamics, [known_texts[at] for at in texts.indices.to_pylist()]
 
 
 def plot(directory: Path, dynamics: TokenDynamics) -> list[Path]:

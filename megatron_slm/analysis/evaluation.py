@@ -18,19 +18,31 @@ from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
-from safetensors import SafetensorError
 
 from megatron_slm.analysis.benchmarks import Benchmark
 from megatron_slm.errors import UserError
+from megatron_slm.files import read_json
 from megatron_slm.model.export_hf import export_hugging_face
 from megatron_slm.model.tokenizer_files import SETTINGS, has_tokenizer
 from megatron_slm.model.torch_dist import TRACKER, iteration_directory
 
 FEW_SHOT_SEED = 1234  # lm-eval's own
 SHARD_BYTES = 5 * 10**9
+
+Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
+
+
+class Sizes(msgspec.Struct):
+    """What in a config.json decides how much memory a model takes before its weights are read."""
+
+    num_hidden_layers: Annotated[int, msgspec.Meta(ge=1, le=10_000)] | None = None
+    hidden_size: Size | None = None
+    intermediate_size: Size | None = None
+    vocab_size: Size | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,7 @@ def hugging_face_directory(model: Path, step: int | None, like: Path | None) -> 
         UserError: `model` is neither, cannot be exported, or has no tokenizer.
     """
     if (model / "config.json").is_file():
+        read_json(model / "config.json", Sizes)
         _check_tokenizer(model, "copy the tokenizer's files there")
         yield model
         return
@@ -192,7 +205,9 @@ def evaluate(
             # One process spreads the layers over its GPUs: 70B do not fit on one.
             parallelize=device is None and ranks == 1 and gpus > 1,
         )
-    except (OSError, SafetensorError, ValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # transformers trusts what is in the files
         raise UserError(f"{directory} cannot be read by transformers: {_line(error)}") from error
     for benchmark, loaded in tasks.items():
         # load_tasks has asked about code already.
@@ -231,6 +246,8 @@ def _scores(benchmark: Benchmark, results: dict[str, Any]) -> list[Score]:
     for name in names:
         result = by_task[name]
         for metric in _metrics(result, benchmark):
+            if not isinstance(result[metric], int | float):
+                raise UserError(f"--tasks {name}: {metric} is no number but {result[metric]!r}")
             stderr = result.get(metric.replace(",", "_stderr,"))
             found.append(
                 Score(

@@ -34,6 +34,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PRETRAIN = "-m megatron_slm.pretrain".split()
 SCORE = [str(REPOSITORY / "tools" / "score_reference.py")]
 LOGGED = "--tensorboard-log-interval 1 --log-timers-to-tensorboard".split()
+LAST_BYTES = 1 << 16  # of a log, where the reason of a failure is looked for
 MADE = {"pretrain": "checkpoints", "arm": "checkpoints", "score": "cache", "run": ""}
 
 
@@ -227,8 +228,10 @@ class Running:
 
     def last_words(self) -> str:
         """The line of its log that says most about a failure."""
-        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
-        lines = [line.strip() for line in lines[-200:] if line.strip()]
+        with self.log.open("rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - LAST_BYTES))
+            lines = log.read().decode(errors="replace").splitlines()
+        lines = [line.strip() for line in lines if line.strip()]
         errors = [line for line in lines if "error:" in line.lower()]
         return (errors or lines or ["it printed nothing"])[-1]
 

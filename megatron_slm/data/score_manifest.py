@@ -61,6 +61,8 @@ class Manifest(msgspec.Struct, frozen=True, dict=True):
     def __post_init__(self) -> None:
         if self.kind == "sample" and "blends" not in self.source:
             raise ValueError("its source has no blends")
+        if self.kind == "document" and not self.sections.keys() <= self.source["datasets"].keys():
+            raise ValueError("its source has not the datasets of its sections")
         for section in self.sections:
             if self.shards(section) > MOST_SHARDS:
                 raise ValueError(

@@ -172,9 +172,17 @@ def read_dumps(
         raise UserError(f"the token dumps in {directory} have more than {MOST_BYTES_OF_ALL} bytes")
     dumps = [read_dump(path) for path in paths]
     for path, dump in zip(paths, dumps, strict=True):
-        if not np.array_equal(dump.tokens, dumps[0].tokens):
+        if not _is_of_the_same_run(dump, dumps[0]):
             raise UserError(
-                f"{path} has other samples than {paths[0]}: they are of different runs; keep each "
-                "run's in a directory of its own"
+                f"{path} has other samples or other parts than {paths[0]}: they are of different "
+                "runs; keep each run's in a directory of its own"
             )
     return dumps
+
+
+def _is_of_the_same_run(dump: TokenDump, other: TokenDump) -> bool:
+    """Whether both have the same parts of the same samples."""
+    fixed = ("tokens", "valid", "samples")
+    return all(
+        (getattr(dump, name) is None) == (getattr(other, name) is None) for name in OPTIONAL
+    ) and all(np.array_equal(getattr(dump, name), getattr(other, name)) for name in fixed)

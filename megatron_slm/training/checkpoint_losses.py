@@ -7,6 +7,7 @@ layout; a run's own losses have it in.
 
 from __future__ import annotations
 
+import re
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,7 @@ NUMBERS = """
     global_batch_size eval_global_batch_size train_iters train_samples eval_interval
 """.split()
 FLAGS = ("--load", "--ckpt-steps")
+NUMBER = re.compile(r"[0-9]{1,18}")
 
 
 def parse_arguments(add_own: Callable[[ArgumentParser], ArgumentParser]) -> Namespace:
@@ -58,7 +60,10 @@ def parse_arguments(add_own: Callable[[ArgumentParser], ArgumentParser]) -> Name
         raise UserError("--load: name the directory that the run saved its checkpoints to")
     if args.ckpt_steps is None:
         named = Path(args.load).glob("iter_*")
-        args.ckpt_steps = sorted(int(path.name[5:]) for path in named if path.name[5:].isdigit())
+        args.ckpt_steps = [int(path.name[5:]) for path in named if NUMBER.fullmatch(path.name[5:])]
+    args.ckpt_steps = sorted(set(args.ckpt_steps))
+    if args.dynamics_tokens < 1:
+        raise UserError("--dynamics-tokens must be at least 1")
     if len(args.ckpt_steps) < 2:
         raise UserError(f"--load {args.load}: dynamics need two checkpoints at least")
     saved = open_checkpoint(args.load, args.ckpt_steps[-1], FLAGS).arguments

@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,8 @@ def score(args: Namespace, layer_spec: Callable[..., Any] | None) -> None:
         for section, shard in mine:
             _score_shard(args, reference, batches, directory, manifest, section, shard, progress)
     except UserError as error:
-        store.set(FAILED, str(error))
+        with suppress(RuntimeError):  # the first rank, whose store it is, may have ended
+            store.set(FAILED, str(error))
         raise
     progress.close()
     # Others may need longer than a collective may wait.  The first rank stays: it is the job's

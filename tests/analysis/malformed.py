@@ -102,6 +102,14 @@ def two_dumps(directory: Path) -> None:
     dump("iter_0000001-copy")(directory)
 
 
+def of_two_runs(**others: Any) -> Callable[[Path], None]:
+    def make(directory: Path) -> None:
+        dump()(directory)
+        dump("iter_0000002", iteration="2", **others)(directory)
+
+    return make
+
+
 ITERATION = "dump/iter_0000001.safetensors"
 DUMPS: dict[str, Case] = {
     "about is not JSON": (dump(about="{"), "cannot be read"),
@@ -123,6 +131,8 @@ DUMPS: dict[str, Case] = {
     "iteration beyond all numbers": (dump(iteration="9" * 5000), "out of range"),
     "iteration of another name": (dump(iteration="2"), "which its name does not say"),
     "two of one iteration": (two_dumps, "which its name does not say"),
+    "other samples": (of_two_runs(samples=np.ones(1, np.int64)), "are of different runs"),
+    "other parts": (of_two_runs(selected=np.ones((1, 4), bool)), "are of different runs"),
     "no losses": (dump(losses=None), "it has the arrays"),
     "an array more": (dump(x=np.ones(1)), "it has the arrays"),
     "losses of another shape": (dump(losses=np.ones((1, 2), np.float32)), "not int32 [1, 3]"),
@@ -383,6 +393,7 @@ CACHES: dict[str, Case] = {
         cache(source={"tokenizer": "t", "vocabulary": 9, "datasets": {}}),
         "no blends",
     ),
+    "losses of a dataset without a name": (cache(kind="document"), "has not the datasets"),
     "blends of numbers": (cache(source=SOURCE | {"blends": {"all": [1, 2]}}), "got `int`"),
     "samples of 2^40 tokens": (cache(sequence_length=1 << 40), "at `$.sequence_length`"),
     "samples of true tokens": (cache(sequence_length=True), "got `bool`"),

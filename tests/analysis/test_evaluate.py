@@ -268,6 +268,21 @@ def test_what_is_refused(
     save_file({k: v for k, v in tensors.items() if k != gone}, torn / "model.safetensors")
     assert f"lacks weights of its model: {gone}; copy" in refused(capsys, "--model", torn, *local)
 
+    odd = tmp_path / "odd"
+    shutil.copytree(llama, odd)
+    config = json.loads((odd / "config.json").read_text())
+    for changed, message in (
+        ({"num_hidden_layers": 10**9}, "Expected `int` <= 10000 - at `$.num_hidden_layers`"),
+        ({"hidden_size": "64"}, "got `str` - at `$.hidden_size`"),
+        ({"vocab_size": [257]}, "got `array` - at `$.vocab_size`"),
+        ({"num_attention_heads": [4]}, "cannot be read by transformers"),
+        ({"model_type": {"a": 1}}, "cannot be read by transformers"),
+    ):
+        (odd / "config.json").write_text(json.dumps(config | changed))
+        assert message in refused(capsys, "--model", odd, *local)
+    (odd / "config.json").write_text('{"x": ' + "[" * 100_000)
+    assert "nested too deeply" in refused(capsys, "--model", odd, *local)
+
     with monkeypatch.context() as change:
         change.setenv("WORLD_SIZE", "2")
         change.setattr(torch.cuda, "device_count", lambda: 1)

@@ -30,6 +30,7 @@ from megatron_slm.analysis.experiment_results import (
 from megatron_slm.analysis.experiment_table import table
 from megatron_slm.entry import add_arguments
 from megatron_slm.errors import UserError
+from megatron_slm.files import temporary
 
 SMALLEST = """
 seeds: [1]
@@ -62,7 +63,7 @@ def write(directory: Path, text: str, name: str = "recipe.yaml") -> Path:
         (SMALLEST + 'arguments: "--load \'x"', "arguments: No closing quotation"),
         (
             "seeds: [1]\narms: {clm: --lr 1}",
-            "arm clm: Expected `object`, got `str`; known: description, arguments",
+            "arm clm: Expected `object`, got `str`; known: desc",
         ),
         ("extends: recipe.yaml", "it extends itself"),
         ("extends: none.yaml", "none.yaml"),
@@ -225,6 +226,29 @@ def test_summary_of_seeds() -> None:
     told = {arm: of["verdict"] for arm, of in summary(single)["arms"].items()}
     assert "slm ends 0.5000 nats below CLM, with 1 seed: perhaps by chance" in told["slm"]
     assert "random ends 0.2500 nats above CLM, with 1 seed: perhaps" in told["random"]
+
+
+def test_a_task_begins(tmp_path: Path) -> None:
+    """On what an earlier start of the same left, or anew; one that was killed leaves nothing."""
+
+    def prepared(lr: int) -> Path:
+        recipe = read_recipe(write(tmp_path, f"arguments: --lr {lr}{SMALLEST}"))
+        (one,) = plan(recipe, None, None)
+        one.prepare(tmp_path)
+        return tmp_path / one.directory
+
+    directory = prepared(1)
+    killed = temporary(directory)
+    (killed / "checkpoints").mkdir(parents=True)
+    (directory / "log").write_text("begun")
+    assert (prepared(1) / "log").read_text() == "begun"
+    assert [path.name for path in prepared(2).iterdir()] == ["begun.json"]
+    assert [path.name for path in directory.parent.iterdir()] == ["clm-seed1"]
+    (directory / "begun.json").unlink()
+    (directory / "theirs").write_text("of another")
+    with pytest.raises(UserError, match=r"clm-seed1 has no begun\.json"):
+        prepared(3)
+    assert (directory / "theirs").read_text() == "of another"
 
 
 STUDY = """

@@ -48,7 +48,7 @@ def build(prefix: str, kind: Any) -> Any:
 
 def write_cache(directory: Path, kind: Any, name: str, labels: np.ndarray) -> Section:
     """Losses that mean nothing, for these labels [records, s]."""
-    source: Any = {"blends": {}}
+    source: Any = {"datasets": {"random": {}}, "blends": {}}
     manifest = Manifest(kind, "uint16", LENGTH, 2048, {name: len(labels)}, source, {})
     manifest.write(directory)
     for shard in range(manifest.shards(name)):

@@ -26,7 +26,8 @@ from megatron_slm.errors import UserError
 
 TOKENS, EOD = 5000, 60000
 SCORED_LENGTH, LENGTH = 48, 32
-SOURCE: Any = {"tokenizer": "t", "vocabulary": EOD + 1, "datasets": {}, "blends": {}}
+DATASETS: dict[str, dict[str, str]] = {"positions": {}, "web": {}, "code": {}}
+SOURCE: Any = {"tokenizer": "t", "vocabulary": EOD + 1, "datasets": DATASETS, "blends": {}}
 
 
 @pytest.fixture(scope="module")

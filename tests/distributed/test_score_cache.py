@@ -269,6 +269,23 @@ def test_killed_jobs_go_on(corpus: Corpus, untied: Checkpoints, tmp_path: Path) 
     assert contents(cache) == whole
 
 
+def test_a_shard_that_cannot_be_written(
+    corpus: Corpus, untied: Checkpoints, tmp_path: Path
+) -> None:
+    """By the second of two ranks: the first does not wait for it for ever, and the rest is kept."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / "valid").write_text("no directory")
+    extra = f"--shard-samples {GLOBAL_BATCH}"  # five of training, and the last
+    run = launch(2, job(corpus, untied, cache, extra), tmp_path / "job", check=False, timeout=200)
+    assert run.codes == [2, 2]
+    for output in run.outputs:
+        (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
+        assert f"{cache}/valid" in error and "the same command goes on" in error
+        assert "Traceback" not in output
+    assert len(list((cache / "train").iterdir())) == STEPS
+
+
 @pytest.fixture(scope="module")
 def by_document(
     corpus: Corpus, untied: Checkpoints, tmp_path_factory: pytest.TempPathFactory
