@@ -20,6 +20,9 @@ use_environment analysis
 python "$root/tools/run_experiment.py" "$root/examples/experiments/quick.yaml" \
     --output "$runs" --jobs 2
 slm="$runs/runs/slm-seed1"
-python "$root/tools/token_dynamics.py" classify "$slm/checkpoints/dump" --dynamics "$slm/dynamics"
+python "$root/tools/token_dynamics.py" classify "$slm/checkpoints/dump" --dynamics "$slm/dynamics" \
+    > "$slm/dynamics.txt"
 echo
 python "$root/tools/report.py" "$runs"
+echo "> open it in a browser: which way of choosing tokens ended lowest and what that cost, the curves," \
+    "and every token of a few samples with what was learnt of it"

@@ -8,12 +8,73 @@
 #                               Engine and Apex, of which nothing is replaced
 #
 # Installs this package in place with its dependencies, and again only when setup.py has changed.
+# Without a GPU it takes a torch for the CPU, if pip's index offers one, and saves gigabytes.
 # PYTHON names an interpreter to use instead of the first suitable one.
 
 APEX="git+https://github.com/NVIDIA/apex@4bdecd06b3c4b2c0a8fb6603829a8f9f05a42b49" # 25.09
 
+# Says what pip is at, a line that changes on a terminal, and now and then elsewhere.
+_show_pip() {
+    local line status started=$SECONDS told=$SECONDS packages=0 what="looking for packages" words
+    while true; do
+        status=0
+        IFS= read -r -t 1 line || status=$?
+        [ "$status" = 0 ] || [ "$status" -gt 128 ] || break # the end; above 128: no line yet
+        read -ra words <<< "$line"
+        case "${words[0]:-}" in
+            Collecting)
+                packages=$((packages + 1))
+                what="package $packages: ${words[1]}"
+                ;;
+            Downloading | Using) what="package $packages: ${line#"${line%%[![:space:]]*}"}" ;;
+            Installing) what="unpacking $packages packages, which takes a while" ;;
+            Building | Preparing) what="$line" ;;
+        esac
+        if [ -t 2 ]; then
+            line="  $((SECONDS - started)) s  $what"
+            printf '\r\033[K%s' "${line:0:${COLUMNS:-80}-1}" >&2
+        elif [ $((SECONDS - told)) -ge 20 ]; then
+            told=$SECONDS
+            echo "  $((SECONDS - started)) s  $what" >&2
+        fi
+    done
+    [ ! -t 2 ] || printf '\r\033[K' >&2
+}
+
+# pip install ARGUMENTS, with what it says in a log, and the end of that where it fails.
+_install() {
+    local log="$VIRTUAL_ENV/install.log" status
+    python -m pip install --disable-pip-version-check "$@" 2>&1 | tee "$log" | _show_pip
+    status="${PIPESTATUS[0]}"
+    [ "$status" = 0 ] || {
+        tail -n 15 "$log" >&2
+        echo "error: pip could not install all of this; $log has all it said" >&2
+    }
+    return "$status"
+}
+
+# The newest torch for the CPU that pip's index or links offer within setup.py's range, if there is no
+# GPU and no torch yet; nothing else.
+_cpu_torch() {
+    if [ -e /dev/nvidiactl ] || [ -e /dev/kfd ] || command -v nvidia-smi > /dev/null ||
+        python -c 'import sys; from importlib.util import find_spec; sys.exit(not find_spec("torch"))'; then
+        return
+    fi
+    python -m pip index versions torch --disable-pip-version-check --retries 1 --timeout 15 \
+        2> /dev/null | python -c '
+import re, sys
+from pip._vendor.packaging.requirements import Requirement
+from pip._vendor.packaging.version import Version
+text = re.search(r"\"(torch\b[^\"]*)\"", open(sys.argv[1]).read())[1]
+wanted = Requirement(text).specifier
+offered = map(Version, re.findall(r"[0-9][\w.]*\+cpu(?![\w.])", sys.stdin.read()))
+fit = sorted(each for each in offered if each in wanted)
+print(*(f"torch=={each}" for each in fit[-1:]))
+' "$1/setup.py" 2> /dev/null || true
+}
+
 use_environment() {
-    local extra="${1:-}" root python candidate wanted stamp install
+    local extra="${1:-}" root python candidate wanted stamp torch
     local needs="venv ensurepip" options=() hint="apt install python3.12-venv, conda create -n slm \
 python=3.12, or pyenv install 3.12"
     root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -49,29 +110,37 @@ sys.exit(not ((3, 12) <= sys.version_info < (3, 14) and all(map(find_spec, sys.a
     wanted="$extra $(cksum < "$root/setup.py")"
     stamp="$root/.venv/installed${extra:+-$extra}"
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
-        install=(python -m pip install --quiet --disable-pip-version-check)
         if [ "$extra" = container ]; then
             echo "> installing megatron-slm and what the image lacks into .venv"
             # Where a dependency would replace one of these, pip fails.
             python -m pip list --format=freeze --disable-pip-version-check |
                 grep -iE '^(torch|transformer[-_]engine|apex|(pytorch-)?triton|flash)' \
                     > "$root/.venv/image.txt"
-            "${install[@]}" --constraint "$root/.venv/image.txt" --editable "$root" || return 1
+            _install --constraint "$root/.venv/image.txt" --editable "$root" || return 1
             # The image's torchrun would start the image's Python.
             printf '#!/bin/sh\nexec "%s" -m torch.distributed.run "$@"\n' \
                 "$root/.venv/bin/python" > "$root/.venv/bin/torchrun"
             chmod +x "$root/.venv/bin/torchrun"
-        else
+        elif [ "$extra" = cuda ]; then # what is built, is built against the torch that is there
             echo "> installing megatron-slm and what it needs into .venv (torch and CUDA: 5 GB)"
-            if [ "$extra" = cuda ]; then # what is built, is built against the torch that is there
-                "${install[@]}" --editable "$root" ninja || return 1
-                install+=(--no-build-isolation)
-            fi
-            "${install[@]}" --editable "$root${extra:+[$extra]}" || return 1
-            if [ "$extra" = cuda ] && command -v nvcc > /dev/null; then
+            _install --editable "$root" ninja || return 1
+            _install --no-build-isolation --editable "$root[cuda]" || return 1
+            if command -v nvcc > /dev/null; then
                 echo "> building Apex, which takes a while"
-                APEX_CPP_EXT=1 APEX_CUDA_EXT=1 "${install[@]}" "$APEX" || return 1
+                APEX_CPP_EXT=1 APEX_CUDA_EXT=1 _install --no-build-isolation "$APEX" || return 1
             fi
+        else
+            torch="$(_cpu_torch "$root")"
+            if [ -n "$torch" ]; then
+                echo "> installing $torch into .venv: there is no GPU here"
+                _install "$torch" || {
+                    echo "> going on with the torch that setup.py asks for" >&2
+                    torch=""
+                }
+            fi
+            echo "> installing megatron-slm and what it needs into .venv" \
+                "$([ -n "$torch" ] || echo "(torch and CUDA: 5 GB)")"
+            _install --editable "$root${extra:+[$extra]}" || return 1
         fi
         echo "$wanted" > "$stamp"
     fi

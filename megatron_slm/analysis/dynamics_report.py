@@ -62,7 +62,7 @@ def dynamics_section(table: Path) -> dict[str, Any]:
     dynamics, texts = read_table(table)
     curves = [
         line(
-            f"{_arrow(name)} ({dynamics.share(name):.0%})",
+            f"{_title(name)} ({dynamics.share(name):.0%})",
             dynamics.iterations,
             dynamics.mean_curve(name).tolist(),
             ROLES[name],

@@ -9,15 +9,13 @@ What is done is not done again (experiment_tasks.py).  A directory serves one co
 from __future__ import annotations
 
 import fcntl
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from tqdm import tqdm
-
+from megatron_slm.analysis.experiment_progress import Progress, threads_of
 from megatron_slm.analysis.experiment_recipe import BASELINE, Recipe, read_recipe
 from megatron_slm.analysis.experiment_results import Runs, cut, summary
 from megatron_slm.analysis.experiment_table import markdown, table
@@ -105,11 +103,13 @@ def _write_results(recipe: Recipe, study: Path, failed: list[str]) -> dict[str, 
 def _run(instances: list[Instance], study: Path, jobs: int, lock: IO[str]) -> list[str]:
     """Make what is not there yet; what failed and why."""
     todo = [one for one in instances if not one.done(study)]
-    bar = tqdm(total=len(instances), initial=len(instances) - len(todo), unit="task")
-    with bar:
-        once = [one for one in todo if one.seed is None]
-        failed = _work(once, study, 1, lock, bar)
-        return failed + _work(todo[len(once) :], study, jobs, lock, bar)
+    once = [one for one in todo if one.seed is None]
+    progress = Progress(todo, len(instances), study, jobs)
+    try:
+        failed = _work(once, study, 1, lock, progress)
+        return failed + _work(todo[len(once) :], study, jobs, lock, progress)
+    finally:
+        progress.end()
 
 
 def plan(recipe: Recipe, arms: Sequence[str] | None, seeds: Sequence[int] | None) -> list[Instance]:
@@ -146,7 +146,9 @@ def _lock(study: Path) -> Iterator[IO[str]]:
         yield lock
 
 
-def _work(todo: list[Instance], study: Path, jobs: int, lock: IO[str], bar: tqdm) -> list[str]:
+def _work(
+    todo: list[Instance], study: Path, jobs: int, lock: IO[str], progress: Progress
+) -> list[str]:
     """Run tasks, at most `jobs` at a time, each when its inputs are done; what failed and why.
     What needs it is left out, all else goes on."""
     waiting, running, failed = list(todo), list[Running](), list[str]()
@@ -156,21 +158,18 @@ def _work(todo: list[Instance], study: Path, jobs: int, lock: IO[str], bar: tqdm
             for instance in ready[: jobs - len(running)]:
                 waiting.remove(instance)
                 instance.prepare(study)
-                cores = len(os.sched_getaffinity(0))
-                threads = max(1, cores // (jobs * instance.recipe.ranks))
-                running.append(Running(instance, study, threads, lock))
+                running.append(Running(instance, study, threads_of(instance, jobs), lock))
             if not running:
                 return failed
-            if (names := ", ".join(one.instance.name for one in running)) != bar.desc:
-                bar.set_description_str(names)
+            progress.show(running)
             for one in list(running):
                 code = one.poll()
                 if code is None:
                     continue
                 running.remove(one)
+                progress.ended(one, whole=code == 0)
                 if code == 0:
                     one.instance.finish(study)
-                    bar.update()
                 else:
                     why = f"{one.instance.name} failed with exit code {code}: {one.last_words()}"
                     failed.append(f"{why} (its log: {one.log})")

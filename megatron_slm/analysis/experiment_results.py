@@ -214,11 +214,12 @@ def verdict(arm: str, found: dict[str, Any]) -> str:
     elif _within_spread(difference):
         parts = [f"{arm} cannot be told from {name} {seeds}"]
     else:
-        size = f"{abs(difference['mean']):.4f} nats {seeds}"
-        if count == 1:  # of which nothing is known but this
-            parts = [f"{arm} ends {size} {'below' if lower else 'above'} {name}, perhaps by chance"]
+        size = f"{abs(difference['mean']):.4f} nats"
+        if count == 1:
+            side = "below" if lower else "above"
+            parts = [f"{arm} ends {size} {side} {name}, {seeds}: perhaps by chance"]
         else:
-            parts = [f"{arm} {'WINS over' if lower else 'LOSES to'} {name} by {size}"]
+            parts = [f"{arm} {'WINS over' if lower else 'LOSES to'} {name} by {size} {seeds}"]
     reached = found["part_of_baseline_tokens"]
     if reached["missing"] == 0:
         parts.append(f"reaches {name}'s final loss with {reached['mean']:.0%} of its tokens")

@@ -179,6 +179,7 @@ class Running:
     def __init__(self, instance: Instance, study: Path, threads: int, lock: IO[str]) -> None:
         self.instance = instance
         self.study = study
+        self.threads = threads
         self.log = study / instance.directory / "log"
         self.environment = os.environ | {
             "OMP_NUM_THREADS": str(threads),

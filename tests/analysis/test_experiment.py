@@ -222,6 +222,10 @@ def test_summary_of_seeds() -> None:
     barely = [(at, tokens, loss - 0.001) for at, tokens, loss in CURVE]
     runs["slm"][2] = result(barely)  # lower by 0.5 and 0.001: not more than the spread
     assert "slm cannot be told from CLM" in summary(runs)["arms"]["slm"]["verdict"]
+    single = {arm: {1: runs[arm][1]} for arm in ("clm", "slm", "random")}
+    told = {arm: of["verdict"] for arm, of in summary(single)["arms"].items()}
+    assert "slm ends 0.5000 nats below CLM, with 1 seed: perhaps by chance" in told["slm"]
+    assert "random ends 0.2500 nats above CLM, with 1 seed: perhaps" in told["random"]
 
 
 def test_a_task_begins(tmp_path: Path) -> None:

@@ -274,7 +274,7 @@ def test_a_study_and_its_runs(browser: Any, tmp_path: Path) -> None:
     assert page.inner_text("h1") == "SLM <i>60%</i>'s loss ends 0.500 nats below CLM's on prose"
     lead = page.inner_text("#headline + .lead")
     assert "39% lower" in lead  # 1 - exp(-0.5)
-    assert "All 2 seeds agree: from -0.550 to -0.450 nats, -0.500 ± 0.071" in lead
+    assert "Both seeds agree: from -0.550 to -0.450 nats, -0.500 ± 0.071" in lead
     assert "1.25 times CLM's compute" in lead
     facts = page.inner_text("#outcome .facts")
     assert "GPT of 2,540 parameters: 2 layers of width 8" in facts

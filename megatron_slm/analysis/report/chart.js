@@ -139,7 +139,7 @@ class Chart {
 
     const drawing = svg("svg", { viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" });
     const clip = `clip-${Chart.count++}`;
-    const area = { x: start, y: MARGIN.top - 2, width: end - start, height: bottom - MARGIN.top + 4 };
+    const area = { x: start - 4, y: MARGIN.top - 4, width: end - start + 8, height: bottom - MARGIN.top + 8 };
     svg("rect", area, svg("clipPath", { id: clip }, drawing));
     steps.forEach((value, at) => {
       svg("path", { class: "grid", d: `M${start} ${this.y(value)}H${end}` }, drawing);

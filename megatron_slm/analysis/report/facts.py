@@ -50,7 +50,9 @@ def headline(run: RunFiles) -> str:
     for tag in (*validation_tags(run), "all-token loss", "lm loss"):
         if (series := run.scalars.get(tag)) is None:
             continue
-        what = f"V{spelt_out(tag)[1:]}" if VALIDATION.fullmatch(tag) else "Training loss"
+        what = "Training loss"
+        if VALIDATION.fullmatch(tag):
+            what = "Validation" + spelt_out(tag).removeprefix("validation")
         end = f"{series.last:.3f} nats a token at iteration {series.iterations[-1]:,}"
         if len(series.values) == 1:
             return f"{what}: {end}"

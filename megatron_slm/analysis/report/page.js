@@ -11,11 +11,10 @@ function element(tag, text, className) {
 }
 
 function showFigures(parent, figures) {
-  parent.replaceChildren(...figures.map((figure) => {
-    const box = element("figure");
-    new Chart(figure, box);
-    return box;
-  }));
+  const boxes = figures.map(() => element("figure"));
+  const charts = figures.map((figure, at) => new Chart(figure, boxes[at]));
+  parent.replaceChildren(...boxes);
+  for (const chart of charts) chart.draw(); // now that it has a width
 }
 
 function pairs(list, facts) {
@@ -62,6 +61,9 @@ function showDynamics(dynamics) {
       row.forEach((value, at) => line.append(element(at ? "td" : "th", value, at ? "number" : "")));
     }
     const scrolls = element("div", undefined, "scrolls");
+    scrolls.tabIndex = 0;
+    scrolls.setAttribute("role", "region");
+    scrolls.setAttribute("aria-label", table.title);
     scrolls.append(made);
     content.append(scrolls);
   }

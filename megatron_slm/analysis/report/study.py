@@ -97,9 +97,10 @@ def _sentences(
             "certainty": f"The difference is {mean:+.3f} nats on average, {ends} over {count} "
             "seeds: no more than chance explains.",
         }
+    seeds = "Both" if count == 2 else f"All {count}"
     return {
         "headline": headline,
-        "certainty": f"{size}All {count} seeds agree: {ends} nats, {mean:+.3f} \u00b1 "
+        "certainty": f"{size}{seeds} seeds agree: {ends} nats, {mean:+.3f} \u00b1 "
         f"{deviation or 0.0:.3f} (mean and standard deviation).",
     }
 

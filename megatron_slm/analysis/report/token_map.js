@@ -181,7 +181,7 @@ function showCard(token) {
   if (reference !== undefined) {
     rows.push(["reference loss", nats(reference)], ["excess loss", excess(token).toFixed(3)]);
   }
-  if (bit(map.valid, token)) rows.push(["rank", rankOf(token)]);
+  if (bit(map.valid, token)) rows.push([map.reference.length ? "rank by excess" : "rank by loss", rankOf(token)]);
   if (map.selected.length) rows.push(["selected", bit(map.selected[map.at], token) ? "yes" : "no"]);
   for (const [name, value] of rows) facts.append(element("dt", name), element("dd", value));
   const text = map.elements[token].textContent;
