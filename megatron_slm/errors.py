@@ -119,10 +119,12 @@ def _say_once(line: str) -> bool:
     whether this one did."""
     if not _first_to_say(line):
         return False
-    with suppress(Exception):  # where this interrupts a print
-        sys.stdout.flush()
-    with suppress(OSError):
-        os.write(2, f"{line}\n".encode())
+    with suppress(OSError):  # nobody reads
+        try:
+            sys.stdout.flush()
+            print(line, file=sys.stderr, flush=True)
+        except RuntimeError:  # this interrupts a print
+            os.write(2, f"{line}\n".encode())
     return True
 
 
