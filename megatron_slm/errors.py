@@ -119,9 +119,11 @@ def _say_once(line: str) -> bool:
     whether this one did."""
     if not _first_to_say(line):
         return False
-    with suppress(Exception):  # where this interrupts a print
+    with suppress(RuntimeError, OSError):  # where this interrupts a print
         sys.stdout.flush()
-    with suppress(OSError):
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except RuntimeError:
         os.write(2, f"{line}\n".encode())
     return True
 
