@@ -86,15 +86,25 @@ def _interrupt(go_on: str, at_once: bool) -> Iterator[None]:
         _say_once(f"interrupted: {go_on}")
         os._exit(INTERRUPTED)
 
+    def ignored(fault: sys.UnraisableHookArgs) -> None:
+        """Raise it again, a moment later, where Python drops it: in a callback of a fork, say."""
+        if fault.exc_type is not KeyboardInterrupt:
+            hook(fault)
+            return
+        signal.signal(signal.SIGALRM, interrupted)
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+
     # Ignored where a script started the command in the background; a thread cannot set it.
     ours = before not in (signal.SIG_IGN, None)
     if not ours or threading.current_thread() is not threading.main_thread():
         yield
         return
+    hook, sys.unraisablehook = sys.unraisablehook, ignored
     signal.signal(signal.SIGINT, interrupted)
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         if signal.getsignal(signal.SIGINT) is interrupted:
             signal.signal(signal.SIGINT, before)
 
@@ -119,12 +129,12 @@ def _say_once(line: str) -> bool:
     whether this one did."""
     if not _first_to_say(line):
         return False
-    with suppress(OSError):  # nobody reads
-        try:
-            sys.stdout.flush()
-            print(line, file=sys.stderr, flush=True)
-        except RuntimeError:  # this interrupts a print
-            os.write(2, f"{line}\n".encode())
+    with suppress(RuntimeError, OSError):  # where this interrupts a print
+        sys.stdout.flush()
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except RuntimeError:
+        os.write(2, f"{line}\n".encode())
     return True
 
 

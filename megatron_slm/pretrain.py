@@ -16,9 +16,18 @@ from megatron_slm.errors import say
 from megatron_slm.training.first_check import TRAINING, options_in
 
 
-def main(cpu: bool | None = None) -> None:
-    """Check the command line and train; `cpu` if it is known that the CPU platform is installed."""
-    start(TRAINING, lambda cpu: _pretrain(_parse_arguments(cpu)), cpu)
+def main() -> None:
+    """Check the command line, and train."""
+    start(TRAINING, _train)
+
+
+def run(cpu: bool) -> None:
+    """Do the same where it is known whether the CPU platform is installed."""
+    start(TRAINING, _train, cpu)
+
+
+def _train(cpu: bool) -> None:
+    _pretrain(_parse_arguments(cpu))
 
 
 def _parse_arguments(cpu: bool) -> Namespace:

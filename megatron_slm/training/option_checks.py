@@ -1,4 +1,4 @@
-"""Which options of ours contradict each other, and which have no effect beside the others."""
+"""Which options of ours contradict each other."""
 
 from __future__ import annotations
 

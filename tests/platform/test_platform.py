@@ -39,7 +39,7 @@ def test_a_gpu_machine_never_imports_the_platform(tmp_path: Path) -> None:
         "import sys, torch\n"
         "torch.cuda.is_available = lambda: True\n"
         "from megatron_slm import pretrain\n"
-        "sys.argv = ['pretrain', '--help']\n"
+        "sys.argv = ['pretrain', '--help-megatron']\n"
         "try:\n    pretrain.main()\nexcept SystemExit as end:\n    assert end.code == 0\n"
         "assert not [name for name in sys.modules if name.startswith('megatron_slm.platform')]\n"
         "assert 'megatron.training.arguments' in sys.modules\n"

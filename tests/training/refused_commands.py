@@ -40,7 +40,7 @@ def begin(arguments: list[str], rank: int) -> tuple[int, Path]:
         sys.argv = ["pretrain", *arguments]
         code = 0
         try:
-            pretrain.main(cpu=True)
+            pretrain.run(cpu=True)
         except SystemExit as end:
             code = end.code
         except BaseException as error:

@@ -240,7 +240,7 @@ CACHES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         _manifest_of(lambda m: m["source"].update(tokenizer="x")),
         "tokenizer is",
     ),
-    "cache of another version": (_manifest_of(lambda m: m.update(format=0)), "another version"),
+    "cache of another version": (_manifest_of(lambda m: m.update(format=0)), "is of format 0"),
     "shard missing": (_shard_missing, "00002.losses is missing"),
     "no cache": (_no_manifest, "is not a score cache"),
     "manifest broken": (_broken_manifest, "manifest.json cannot be read"),

@@ -162,6 +162,24 @@ def test_interrupted_children(tmp_path: Path) -> None:
         os.killpg(process.pid, signal.SIGKILL)  # the child
 
 
+DROPPED = """
+import os, signal, time
+from megatron_slm.errors import exit_on_user_error
+os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGINT))
+with exit_on_user_error("the same command goes on"):
+    if os.fork() == 0:
+        os._exit(0)
+    time.sleep(600)
+"""
+
+
+def test_interrupted_where_python_drops_it(tmp_path: Path) -> None:
+    """Exceptions in callbacks of a fork, and in destructors, go nowhere."""
+    with started(tmp_path, "-c", DROPPED) as (process, output):
+        assert process.wait(PATIENCE) == 130
+    assert output.read_text() == "interrupted: the same command goes on\n"
+
+
 def notes(more: str) -> list[str]:
     """Options that a run says have no effect."""
     command = [*COMPLETE.split(), *more.split()]
