@@ -79,6 +79,7 @@ def serving() -> Iterator[Server]:
             "OMP_NUM_THREADS": "1",
         },
     ) as process:
-        yield Server(process)
-        assert process.stdin is not None
-        process.stdin.close()
+        try:
+            yield Server(process)
+        finally:
+            process.kill()  # and with it ranks that hang

@@ -39,9 +39,8 @@ def score() -> None:
     scoring.score(args, plain_block_spec)
 
 
-def run(rank: int, group: int, job: dict[str, Any]) -> int:
+def run(rank: int, job: dict[str, Any]) -> int:
     """In the forked process: what the tool does."""
-    os.setpgid(0, group)
     with Path(job["directory"], f"rank{rank}.log").open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -65,11 +64,12 @@ if __name__ == "__main__":
             if child == 0:
                 code = 1
                 try:
-                    code = run(rank, children[0] if children else 0, job)
+                    code = run(rank, job)
                 finally:
                     sys.stdout.flush()
                     os._exit(code)
             children.append(child)
+            os.setpgid(child, children[0])
         print(json.dumps(children), flush=True)
         ended = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         print(json.dumps(ended), flush=True)

@@ -56,7 +56,8 @@ def kill_again_and_again(
         sign = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)[number % 3]
         for pid in pids:
             os.kill(pid, sign)
-        assert server.codes() == [-sign] * ranks, (directory / "rank0.log").read_text()[-3000:]
+        codes = server.codes()  # the others may notice that the first is gone before they are
+        assert codes[0] == -sign and 0 not in codes, (directory / "rank0.log").read_text()[-3000:]
         wait_until_none_is_left(pids[0])
         check()
 
