@@ -49,7 +49,9 @@ CASES = {
     ),
     "no validation part": of("--data-path a --split 100,0,0", "--eval-iters 0 for none"),
     "no validation data": of("--train-data-path a", "--eval-iters 0 for none"),
-    "no training data": of("--valid-data-path a", "lacks --data-path (or --data-args-path, --train-data-path"),
+    "no training data": of(
+        "--valid-data-path a", "lacks --data-path (or --data-args-path, --train-data-path"
+    ),
     "no training part": of("--data-path a --split 0,100,0", "there is no training data"),
     "a split that is none": of("--data-path a --split most", "such as 969,30,1"),
     "few documents": of("--data-path few", "few has 9 documents, of which --split 969,30,1 leaves"),
