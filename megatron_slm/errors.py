@@ -117,25 +117,24 @@ def say(line: str) -> None:
 
 def _refuse(message: str) -> NoReturn:
     line = f"error: {message}"
-    if _say_once(line) and (file := os.getenv("TORCHELASTIC_ERROR_FILE")):
+    _say_once(line)
+    if file := os.getenv("TORCHELASTIC_ERROR_FILE"):
         extra = {"py_callstack": line, "timestamp": str(int(time.time()))}
         with suppress(OSError):
             Path(file).write_text(json.dumps({"message": {"message": line, "extraInfo": extra}}))
     sys.exit(EXIT_CODE)
 
 
-def _say_once(line: str) -> bool:
-    """Print a line after all else, unless another rank that torchrun started here has; return
-    whether this one did."""
+def _say_once(line: str) -> None:
+    """Print a line after all else, unless another rank that torchrun started here has."""
     if not _first_to_say(line):
-        return False
+        return
     with suppress(RuntimeError, OSError):  # where this interrupts a print
         sys.stdout.flush()
     try:
         print(line, file=sys.stderr, flush=True)
     except RuntimeError:
         os.write(2, f"{line}\n".encode())
-    return True
 
 
 def _first_to_say(line: str) -> bool:

@@ -61,14 +61,13 @@ def interrupt(process: subprocess.Popen[str], output: Path, when: str) -> tuple[
 
 
 def test_error_once_under_torchrun(tmp_path: Path) -> None:
-    """Two ranks find it; the second mention is the end of torchrun's own report."""
+    """Two ranks find it, one prints it, and torchrun's own report ends with it."""
     command = [*TORCHRUN, *PRETRAIN, *COMPLETE.split(), "--slm-token-ratio", 60]
     with started(tmp_path, *command) as (process, output):
         assert process.wait(PATIENCE) == 1  # torchrun's
     lines = output.read_text().splitlines()
     error = "error: --slm-token-ratio must be in (0, 1], not 60; 0.6 is 60% of the tokens"
     assert lines.count(error) == 1
-    assert [line.strip() for line in lines if error in line][1:] == [f"traceback : {error}"]
     assert error in lines[-2]
 
 
@@ -100,7 +99,7 @@ def test_interrupted_ranks(tmp_path: Path) -> None:
     with started(tmp_path, *TORCHRUN, *PRETRAIN, *line.split()) as (process, output):
         _, said = interrupt(process, output, "iteration        4/")
     ours = f"interrupted: the same command goes on from the last checkpoint in {tmp_path}"
-    assert said.splitlines().count(ours) == 1 and said.count("interrupted") == 1
+    assert said.splitlines().count(ours) == 1 and said.count("interrupted: ") == 1
     assert str(REPOSITORY / "megatron_slm") not in said and "megatron/training" not in said
 
 
