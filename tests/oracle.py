@@ -127,8 +127,8 @@ def train(
 ) -> list[Step]:
     """Train for `steps` on consecutive samples; tokens, labels int64, loss_mask float [N, s].
 
-    vocabulary: number of tokens; logits beyond it are padding, which counts in the loss that is
-        trained and in nothing else.
+    vocabulary: number of tokens; logits beyond it are padding, which counts in the policy's
+        losses that are trained and reported, and not in what tokens are scored by.
     watched: samples whose losses are computed before each step.
     """
     decay = [p for p in policy.parameters() if p.ndim > 1]
@@ -178,9 +178,9 @@ def train(
         done.append(
             Step(
                 lm_loss=loss.item(),
-                selected_loss=losses[selected].mean().item(),
-                unselected_loss=losses[valid & ~selected].mean().item(),
-                all_token_loss=losses[valid].mean().item(),
+                selected_loss=trained[selected].mean().item(),
+                unselected_loss=trained[valid & ~selected].mean().item(),
+                all_token_loss=trained[valid].mean().item(),
                 reference_loss=reference_losses[valid].mean().item(),
                 excess_loss=excess[valid].mean().item(),
                 grad_norm=norm.item(),

@@ -158,12 +158,14 @@ class MicroBatchObjective:
         assert self.losses is not None and self.trained is not None
         assert batch.scores is not None
         valid, selected = batch.valid, choice.selected
+        # The policy's losses are Megatron's, as CLM's are; scores and excess leave padding out.
+        all_tokens = _pair(self.trained, valid)
         report = {
             # In validation lm loss means what it means in every Megatron run: all tokens.
-            "lm loss": objective if self.step.training else _pair(self.trained, valid),
-            "selected loss": _pair(self.losses, selected),
-            "unselected loss": _pair(self.losses, valid & ~selected),
-            "all-token loss": _pair(self.losses, valid),
+            "lm loss": objective if self.step.training else all_tokens,
+            "selected loss": _pair(self.trained, selected),
+            "unselected loss": _pair(self.trained, valid & ~selected),
+            "all-token loss": all_tokens,
             "selected ratio": _ratio(selected, valid),
             # Averaged over micro-batches; of one without valid tokens there is none.
             "threshold": torch.stack(
@@ -176,8 +178,8 @@ class MicroBatchObjective:
         if batch.domains is not None:
             for number, name in enumerate(self.settings.domains):
                 here = valid & (batch.domains == number)[:, None]
-                report[f"selected loss {name}"] = _pair(self.losses, here & selected)
-                report[f"unselected loss {name}"] = _pair(self.losses, here & ~selected)
+                report[f"selected loss {name}"] = _pair(self.trained, here & selected)
+                report[f"unselected loss {name}"] = _pair(self.trained, here & ~selected)
                 report[f"selected ratio {name}"] = _ratio(here & selected, here)
         return {name: _nonzero_denominator(pair) for name, pair in report.items()}
 

@@ -36,8 +36,8 @@ def test_excess_of_a_model_against_itself(
     assert said and all((record["scores"] == 0.0).all() for record in said)
     assert all(record["reference"].std() > 0.1 for record in said)
     assert run.scalars("excess loss") == {1: 0.0}
-    assert run.scalars("reference loss") == run.scalars("all-token loss")
     # What is trained has the padding in its softmax: of random rows, far more than of the tokens.
-    assert run.scalars("lm loss")[1] > run.scalars("selected loss")[1] + 0.3
+    assert run.scalars("all-token loss")[1] > run.scalars("reference loss")[1] + 0.3
+    assert run.scalars("lm loss")[1] == pytest.approx(run.scalars("selected loss")[1], rel=1e-5)
     start = read_dumps(tmp_path / "dump")[0]
     assert start.iteration == 0 and np.array_equal(start.losses, start.reference_losses)
