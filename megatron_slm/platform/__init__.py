@@ -5,6 +5,7 @@ touching Megatron, `install()` makes those names mean the CPU:
 
     devices.py    torch: device="cuda", streams, events, memory statistics, barriers -> CPU
     rng.py        a generator of its own behind "the CUDA RNG"; layer-wise initial weights
+    checkpoints.py  copies of what is written while training goes on
     optimizer.py  Adam with the state layout of Apex's FusedAdam, so that distributed-optimizer
                   checkpoints save, load and reshard as they do on a GPU
 
@@ -46,11 +47,12 @@ def install() -> None:
     # Dynamo tabulates torch's functions by identity when first imported, and Megatron imports it.
     import torch._dynamo  # noqa: F401
 
-    from megatron_slm.platform import devices, optimizer, rng
+    from megatron_slm.platform import checkpoints, devices, optimizer, rng
 
     devices.install()
     rng.install()
     optimizer.install()
+    checkpoints.install()
 
 
 def installed() -> bool:
