@@ -5,7 +5,7 @@ touching Megatron, `install()` makes those names mean the CPU:
 
     devices.py    torch: device="cuda", streams, events, memory statistics, barriers -> CPU
     rng.py        a generator of its own behind "the CUDA RNG"; layer-wise initial weights
-    checkpoints.py  copies of what is written while training goes on
+    checkpoints.py  a writer of asynchronous saves, and copies of what it writes
     optimizer.py  Adam with the state layout of Apex's FusedAdam, so that distributed-optimizer
                   checkpoints save, load and reshard as they do on a GPU
 
@@ -53,8 +53,3 @@ def install() -> None:
     rng.install()
     optimizer.install()
     checkpoints.install()
-
-
-def installed() -> bool:
-    """Whether CUDA is the CPU in this process."""
-    return _installed

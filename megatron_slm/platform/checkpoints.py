@@ -1,8 +1,8 @@
-"""Copies of what an asynchronous save writes.
+"""The process that writes asynchronous saves, and copies of what it writes.
 
-On a GPU the process that writes copies tensors to the host first, and training waits for that
-alone.  Here they are in memory that both share: without a copy training would go on changing them
-while they are written.
+It is forked from this one: started afresh it would know nothing of the platform.  On a GPU it
+copies tensors to the host first, and training waits for that alone; here they are in memory that
+both share, and without a copy training would go on changing them while they are written.
 """
 
 from __future__ import annotations
@@ -14,7 +14,15 @@ from typing import Any
 def install() -> None:
     """Called once, by `platform.install`."""
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+    from megatron.training import initialize
 
+    start_writer = initialize.init_persistent_async_worker
+
+    @functools.wraps(start_writer)
+    def fork_writer(rank: int, mp_mode: str = "fork") -> None:
+        start_writer(rank, "fork")
+
+    initialize.init_persistent_async_worker = fork_writer
     preload = FileSystemWriterAsync.preload_tensors
 
     @functools.wraps(preload)

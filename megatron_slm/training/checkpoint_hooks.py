@@ -29,7 +29,6 @@ from megatron.core.msc_utils import MaybeMultiStorageClient, MultiStorageClientF
 from megatron.training import checkpointing, get_args, initialize, training
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_slm import platform
 from megatron_slm.errors import UserError
 from megatron_slm.files import write_whole
 from megatron_slm.model.layer_spec import extra_states
@@ -80,10 +79,7 @@ def install(before_save: Callable[[int], None]) -> None:
 
     @functools.wraps(start_writer)
     def start(rank: int, mp_mode: str = "spawn") -> None:
-        if platform.installed():
-            mp_mode = "fork"  # a fresh process would know nothing of the platform
-        else:
-            multiprocessing.set_forkserver_preload([helper_processes.__name__])
+        multiprocessing.set_forkserver_preload([helper_processes.__name__])
         try:
             with _without_sigterm():
                 start_writer(rank, mp_mode)

@@ -80,4 +80,14 @@ for adam_w_mode, reference in ((True, torch.optim.AdamW), (False, torch.optim.Ad
     torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
     assert own.param_groups[0]["step"] == 5
     assert set(own.state[mine]) == {"exp_avg", "exp_avg_sq"}
+
+# What another process writes is a copy, which training does not change meanwhile.
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+shared = torch.zeros(3).share_memory_()
+((_, _, (_, [(_, copied)])),) = FileSystemWriterAsync.preload_tensors(
+    [("file", "key", ([], [("item", shared)]))]
+)
+shared += 1.0
+assert not copied.any()
 print("all right")
