@@ -245,7 +245,8 @@ def add_options(parser: ArgumentParser) -> None:
         default=[],
         metavar="NAME",
         help="Arguments of the model, such as rotary_base, in which this run is to differ from the "
-        "checkpoint that it starts from. Any other difference is an error.",
+        "checkpoint that it starts from, and reference or selection for a run that goes on without "
+        "those it had. Any other difference is an error.",
     )
     group.add_argument(
         "--slm-dump-interval",
