@@ -104,7 +104,7 @@ def average_is_a_file(save: Path) -> None:
 @pytest.mark.parametrize(
     ("put", "extra", "message"),
     [
-        (a_file, "", "error: --save {} cannot be written to: File exists"),
+        (a_file, "", "error: --save {} is not a directory"),
         (in_a_file, "", "error: --save {} cannot be written to: Not a directory"),
         (tracker_is_a_directory, ASYNC, f"error: --save {{}}: {TRACKER} is a directory"),
         (iteration_is_a_file, "", f"{OF} {{}}: {{}}/iter_0000002: File exists; the last good"),

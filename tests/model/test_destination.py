@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -80,7 +81,8 @@ class Conversions:
             assert self.forking.stdout is not None
             if not select.select([self.forking.stdout], [], [], kill_after)[0]:
                 for child in children:
-                    os.kill(child, signal.SIGKILL)
+                    with contextlib.suppress(ProcessLookupError):  # it has just ended
+                        os.kill(child, signal.SIGKILL)
         return self.line()
 
     def line(self) -> list[int]:
