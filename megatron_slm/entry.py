@@ -22,49 +22,47 @@ ONE_RANK = {
 }
 
 
-def start(job: Job, work: Callable[[bool], None], cpu: bool | None = None) -> None:
+def start(job: Job, work: Callable[[], None]) -> None:
     """Check the command line, install the CPU platform where there is no GPU, and do the work, as
     one rank where nothing says which.
 
     Args:
-        work: given whether that platform is installed, which comes before Megatron is imported.
-        cpu: if that is known.
+        work: may import Megatron, which must not be imported before the platform is installed.
     """
     with exit_on_user_error("the same command starts again"):
         go_on = first_check(sys.argv[1:], job)
         if "RANK" not in os.environ:
             os.environ |= ONE_RANK
         with exit_on_user_error(go_on, at_once=True):
-            work(use_device() if cpu is None else cpu)
+            use_device()
+            work()
 
 
-def use_device() -> bool:
-    """Install the CPU platform if there is no GPU; True if so.  Before Megatron is imported."""
+def use_device() -> None:
+    """Install the CPU platform if there is no GPU.  Call before Megatron is imported."""
     first_rank = int(os.getenv("RANK", "0")) == 0
     if not first_rank:
         warnings.filterwarnings("ignore")
     import torch
 
-    cpu = not torch.cuda.is_available()
-    if cpu:
+    if not torch.cuda.is_available():  # which the platform, once installed, says it is
         from megatron_slm import platform
 
         if first_rank:
             print("> no CUDA device found: running on the CPU platform (gloo)", flush=True)
         platform.install()
-    return cpu
 
 
-def add_arguments(parser: ArgumentParser, cpu: bool, job: Job = TRAINING) -> ArgumentParser:
-    """Add a job's options, and the CPU's defaults if its platform is installed."""
+def add_arguments(parser: ArgumentParser, job: Job = TRAINING) -> ArgumentParser:
+    """Add a job's options to Megatron's parser, and the CPU platform's defaults if that is
+    installed."""
     from megatron_slm.training.arguments import add_arguments as add_own
     from megatron_slm.training.checkpoint_arguments import take_from_checkpoint
 
     add_own(parser)
     job.add(parser)
-    if cpu:
-        from megatron_slm import platform
-
+    platform = sys.modules.get("megatron_slm.platform")  # which a GPU machine never imports
+    if platform is not None and platform.installed():
         parser.set_defaults(**platform.ARGUMENT_DEFAULTS)
     take_from_checkpoint(parser)
     return parser

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +23,11 @@ import megatron.training.arguments  # noqa: F401
 from megatron_slm import pretrain
 from megatron_slm.entry import add_arguments
 from megatron_slm.errors import exit_on_user_error
-from megatron_slm.model.layer_spec import plain_block_spec
-from megatron_slm.training import scoring, seam, step  # noqa: F401
-from megatron_slm.training.arguments import validate_arguments
-
-
-def train() -> None:
-    pretrain._pretrain(pretrain._parse_arguments(cpu=True))
+from megatron_slm.training import scoring
 
 
 def score() -> None:
-    args = scoring.parse_arguments(partial(add_arguments, cpu=True))
-    validate_arguments(args)
-    scoring.score(args, plain_block_spec)
+    scoring.score(scoring.parse_arguments(add_arguments))
 
 
 def run(rank: int, job: dict[str, Any]) -> int:
@@ -49,7 +40,7 @@ def run(rank: int, job: dict[str, Any]) -> int:
     sys.argv = [job["tool"], *job["arguments"]]
     try:
         with exit_on_user_error():
-            {"train": train, "score": score}[job["tool"]]()
+            {"train": pretrain.train, "score": score}[job["tool"]]()
     except SystemExit as left:
         return int(left.code or 0)
     return 0

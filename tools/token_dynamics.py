@@ -37,22 +37,17 @@ def main() -> None:
     start(DYNAMICS, run)
 
 
-def run(cpu: bool) -> None:
-    """Score; `cpu` if the CPU platform is installed."""
+def run() -> None:
+    """Score, and classify on the first rank."""
     from megatron_slm.analysis.dynamics_files import check_libraries
 
     check_libraries()
     # Megatron may be imported only when the platform is installed.
-    from megatron.core.extensions.transformer_engine import HAVE_TE
-
     from megatron_slm.analysis.dynamics_report import write_dynamics
-    from megatron_slm.model.layer_spec import plain_block_spec
-    from megatron_slm.training.arguments import validate_arguments
     from megatron_slm.training.checkpoint_losses import parse_arguments, score_checkpoints
 
-    args = parse_arguments(partial(add_arguments, cpu=cpu, job=DYNAMICS))
-    validate_arguments(args)
-    losses = score_checkpoints(args, None if HAVE_TE else plain_block_spec)
+    args = parse_arguments(partial(add_arguments, job=DYNAMICS))
+    losses = score_checkpoints(args)
     if args.rank == 0:
         write_dynamics(losses, Path(args.dynamics), None, args.ckpt_steps)
 

@@ -17,7 +17,6 @@ import sys
 from argparse import Namespace
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -96,12 +95,11 @@ def _variables(script: Path) -> set[str]:
     return {name for name in found if not name.startswith(("SLURM_", "BASH_", "SLM_"))}
 
 
-def parse(recipe: Recipe, rank: int, vocabulary: int, cpu: bool) -> Namespace:
+def parse(recipe: Recipe, rank: int, vocabulary: int) -> Namespace:
     """Arguments as rank `rank` has them, after Megatron's own validation.
 
     Args:
         vocabulary: number of tokens, since the tokenizer may not be here.
-        cpu: whether the CPU platform is installed, as it must be where there is no GPU.
 
     Raises:
         UserError: Megatron refuses them.
@@ -121,7 +119,7 @@ def parse(recipe: Recipe, rank: int, vocabulary: int, cpu: bool) -> Namespace:
     sys.argv = [MODULE, *recipe.arguments]
     try:
         with redirect_stdout(io.StringIO()):  # all arguments, on rank 0
-            args: Namespace = parse_args(partial(add_arguments, cpu=cpu))
+            args: Namespace = parse_args(add_arguments)
             check_options(args, options_in(recipe.arguments))
             if args.use_checkpoint_args:
                 _check_shape_is_here(args)

@@ -16,17 +16,17 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core import mpu
-from megatron.training import get_tokenizer
-from megatron.training.initialize import initialize_megatron
 from megatron.training.training import get_train_valid_test_num_samples
 from megatron.training.utils import print_rank_0
 
 from megatron_slm.data.token_dump import TokenDump, dump_path, read_dump, write_dump
 from megatron_slm.errors import UserError
 from megatron_slm.loss import Scoring
+from megatron_slm.model.gpt_config import installed_layers
 from megatron_slm.reference.checkpoint import ReferenceCheckpoint, fingerprint, open_checkpoint
 from megatron_slm.reference.online import OnlineReference, frozen_reference, load_weights
-from megatron_slm.training.datasets import DatasetProvider, check_files, use_prebuilt_helpers
+from megatron_slm.selective import open_for_scoring
+from megatron_slm.training.datasets import DatasetProvider
 from megatron_slm.training.fixed_samples import (
     FixedSamples,
     described_tokenizer,
@@ -37,8 +37,6 @@ from megatron_slm.training.job_arguments import settle_arguments
 from megatron_slm.training.micro_batch import MicroBatch
 from megatron_slm.training.parsing import parse_job
 from megatron_slm.training.scoring import on_first_rank
-from megatron_slm.training.sources import open_reference
-from megatron_slm.training.tokenizer import record_tokenizer
 
 # What the number of a run's validation samples depends on, for those who do not give it.
 NUMBERS = """
@@ -74,17 +72,13 @@ def parse_arguments(add_own: Callable[[ArgumentParser], ArgumentParser]) -> Name
     return args
 
 
-def score_checkpoints(args: Namespace, layer_spec: Callable[..., Any] | None) -> Path:
+def score_checkpoints(args: Namespace) -> Path:
     """Run the job; where the losses are.
 
     Raises:
         UserError: bad input, found on every rank alike.
     """
-    record_tokenizer(args, get_tokenizer())
-    check_files(args)
-    opened = [open_reference(args, args.load, step, FLAGS) for step in args.ckpt_steps]
-    use_prebuilt_helpers()
-    initialize_megatron()
+    opened = open_for_scoring(args, args.load, args.ckpt_steps, FLAGS)
     provider = DatasetProvider()
     _, validation, _ = get_train_valid_test_num_samples()
     provider([1, validation, 0])
@@ -107,7 +101,9 @@ def score_checkpoints(args: Namespace, layer_spec: Callable[..., Any] | None) ->
             print_rank_0(f"> iteration {step}: scored before")
             continue
         if model is None:
-            model = frozen_reference(checkpoint, own, Scoring(args.slm_vocab_size), layer_spec)
+            model = frozen_reference(
+                checkpoint, own, Scoring(args.slm_vocab_size), installed_layers()
+            )
         else:
             load_weights(model.model, checkpoint)
         failed = _score(args, model, micro_batches, samples, count, step, about, directory)

@@ -6,6 +6,7 @@ refusals.py.  All of it is told by the arguments as they were parsed, before Meg
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -150,7 +151,9 @@ def _check_shapes(args: Namespace) -> None:
 
 
 def _check_needs(args: Namespace) -> None:
-    """Refuse options that need another, of which Megatron says nothing but a TypeError."""
+    """Refuse options that need another, of which Megatron says nothing or next to nothing."""
+    if args.use_checkpoint_args and args.load is None and args.pretrained_checkpoint is None:
+        raise UserError("--use-checkpoint-args needs --load or --pretrained-checkpoint")
     if args.attention_backend.name == "local":
         raise UserError(
             "--attention-backend local needs --spec local, which is not for this model: leave it "
@@ -165,7 +168,7 @@ def _check_needs(args: Namespace) -> None:
 def _check_batches(args: Namespace) -> None:
     stages = args.pipeline_model_parallel_size
     ranks = args.tensor_model_parallel_size * stages * args.context_parallel_size
-    replicas, left = divmod(args.world_size, ranks)
+    replicas, left = divmod(int(os.getenv("WORLD_SIZE", "1")), ranks)
     micro, batch = args.micro_batch_size, args.global_batch_size
     if not micro or not batch or left:  # which Megatron refuses, or decides itself
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,18 +22,6 @@ from megatron_slm.data.verify import check_quickly
 from megatron_slm.errors import UserError
 from megatron_slm.training.caches import SPLITS, Caches, data_prefixes
 from megatron_slm.training.data_parts import check_parts
-
-
-def use_prebuilt_helpers() -> None:
-    """Keep Megatron from compiling its dataset helpers, as the wheel has them compiled and no
-    Makefile to compile them by."""
-    try:
-        from megatron.core.datasets import helpers_cpp  # noqa: F401
-    except ImportError:
-        return
-    from megatron.core.datasets import utils
-
-    utils.compile_helpers = lambda: None
 
 
 def check_files(args: Any, draws: bool = True) -> None:
@@ -63,29 +52,32 @@ class DatasetProvider:
 
     Args:
         caches: where samples get their reference losses from; None where they need none.
+        build: a provider whose datasets it takes; None for those of Megatron's pretrain_gpt.py.
+
+    Raises:
+        UserError: losses stored by document, and datasets of another kind than Megatron's.
     """
 
     # Every rank calls the provider; it decides by itself which of them build.
     is_distributed = True
 
-    def __init__(self, caches: Caches | None = None) -> None:
+    def __init__(
+        self, caches: Caches | None = None, build: Callable[..., Any] | None = None
+    ) -> None:
+        if build is not None and caches is not None and caches.kind == "document":
+            raise UserError(
+                "--slm-reference-cache: losses stored by document are for Megatron's own GPT "
+                "datasets, and this script has its own: score --by sample"
+            )
         self.caches = caches
+        self.build = build or self._build
         self.built: list[Any] = [None] * len(SPLITS)  # the datasets, when they are
 
     def __call__(self, samples: list[int | None], vp_stage: int | None = None) -> Any:
         """Training, validation and test datasets of `samples` samples each; None on ranks that read
         no data."""
-        args = get_args()
-        caches = self.caches if mpu.is_pipeline_last_stage() else None
-        print_rank_0("> building train, validation, and test datasets for GPT ...")
-        kind: Any = SFTDataset if args.sft else MockGPTDataset if args.mock_data else GPTDataset
-        if caches is not None and caches.kind == "document":
-            kind = document_scored(caches.sections)
-        builder = BlendedMegatronDatasetBuilder(
-            kind, samples, partial(reads_data, vp_stage), _dataset_config(args)
-        )
-        datasets = _built(builder)
-        print_rank_0("> finished creating GPT datasets ...")
+        datasets = list(self.build(samples, vp_stage=vp_stage))
+        caches = self._caches_here()
         if caches is not None and caches.kind == "sample":
             caches.check_samples(datasets, samples)
             # A split that a run draws nothing from has no section.
@@ -97,6 +89,25 @@ class DatasetProvider:
             ]
         if any(dataset is not None for dataset in datasets):  # one call for each model chunk
             self.built = datasets
+        return datasets
+
+    def _caches_here(self) -> Caches | None:
+        return self.caches if mpu.is_pipeline_last_stage() else None
+
+    def _build(self, samples: list[int | None], vp_stage: int | None = None) -> list[Any]:
+        """Build datasets as pretrain_gpt.py does, of a kind that has its losses if they are stored
+        by document."""
+        args = get_args()
+        caches = self._caches_here()
+        print_rank_0("> building train, validation, and test datasets for GPT ...")
+        kind: Any = SFTDataset if args.sft else MockGPTDataset if args.mock_data else GPTDataset
+        if caches is not None and caches.kind == "document":
+            kind = document_scored(caches.sections)
+        builder = BlendedMegatronDatasetBuilder(
+            kind, samples, partial(reads_data, vp_stage), _dataset_config(args)
+        )
+        datasets = _built(builder)
+        print_rank_0("> finished creating GPT datasets ...")
         return datasets
 
 

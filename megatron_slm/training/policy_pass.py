@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_slm.loss import Scoring, all_losses
-from megatron_slm.training import seam
+from megatron_slm.training.data_iterators import for_model_chunks
 from megatron_slm.training.micro_batch import MicroBatch
 
 Scored = tuple[Tensor, Tensor | None]
@@ -53,7 +53,7 @@ def score_with_policy(
             **arguments
             | {
                 "forward_step_func": score,
-                "data_iterator": seam.for_model_chunks(
+                "data_iterator": for_model_chunks(
                     form, noting(micro_batches, read), arguments["num_microbatches"]
                 ),
                 "forward_only": True,

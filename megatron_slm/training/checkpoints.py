@@ -1,4 +1,5 @@
-"""What is done differently while Megatron saves and loads checkpoints.
+"""What is done differently while Megatron saves and loads checkpoints: wrappers of its functions,
+which megatron_hooks.py puts in their place.
 
 Nothing of a save outlives the run: what this process writes needs no other process, and those of
 --async-save end with it.  A save that fails says in a line what could not be written and what is
@@ -23,10 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 from megatron.core.msc_utils import MaybeMultiStorageClient, MultiStorageClientFeature
-from megatron.training import checkpointing, get_args, initialize, training
+from megatron.training import get_args
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_slm.errors import UserError
@@ -38,34 +37,45 @@ from megatron_slm.training.nan import check_weights
 
 POLL_SECONDS = 0.05
 ROOM = 1 << 20  # bytes, below which a disk counts as full
+_results: list[queue.Queue[Any]] = []  # of a save that this process writes itself
 
 
-def install(before_save: Callable[[int], None]) -> None:
-    """Wrap Megatron's functions.  Call once, before `pretrain()`.
+def wrap_save(
+    save_checkpoint: Callable[..., Any], before_save: Callable[[int], None]
+) -> Callable[..., Any]:
+    """Return Megatron's `save_checkpoint` with checks and remedies.
 
     Args:
         before_save: called with the iteration before a checkpoint is written.
     """
-    save_checkpoint = training.save_checkpoint
-    load_checkpoint = training.load_checkpoint
-    finalize = training.maybe_finalize_async_save
-    start_writer = initialize.init_persistent_async_worker
 
     @functools.wraps(save_checkpoint)
     def save(iteration: int, model: Any, *args: Any, **kwargs: Any) -> Any:
         check_weights(model, iteration)
         with _saving(f"the checkpoint of iteration {iteration}"), extra_states(model):
-            with written_here():
+            with _written_here():
                 before_save(iteration)
             if get_args().async_save:
                 return save_checkpoint(iteration, model, *args, **kwargs)
-            with written_here():
+            with _written_here():
                 return save_checkpoint(iteration, model, *args, **kwargs)
+
+    return save
+
+
+def wrap_finalize(finalize: Callable[..., Any]) -> Callable[..., Any]:
+    """Return Megatron's `maybe_finalize_async_save`, whose failure is one line."""
 
     @functools.wraps(finalize)
     def finalize_save(*args: Any, **kwargs: Any) -> Any:
         with _saving("a checkpoint"):
             return finalize(*args, **kwargs)
+
+    return finalize_save
+
+
+def wrap_load(load_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """Return Megatron's `load_checkpoint`, whose failure is one line."""
 
     @functools.wraps(load_checkpoint)
     def load(*args: Any, **kwargs: Any) -> Any:
@@ -76,6 +86,12 @@ def install(before_save: Callable[[int], None]) -> None:
             raise UserError(
                 f"the checkpoint in {where} cannot be loaded: {_cause(error)}"
             ) from error
+
+    return load
+
+
+def wrap_start_writer(start_writer: Callable[..., None]) -> Callable[..., None]:
+    """Return Megatron's `init_persistent_async_worker`, whose process ends with this one."""
 
     @functools.wraps(start_writer)
     def start(rank: int, mp_mode: str = "spawn") -> None:
@@ -89,31 +105,32 @@ def install(before_save: Callable[[int], None]) -> None:
                 "--async-strategy mcore does without"
             ) from error
 
-    training.save_checkpoint = save
-    training.load_checkpoint = load
-    training.maybe_finalize_async_save = finalize_save
-    initialize.init_persistent_async_worker = start
-    checkpointing.maybe_msc = _WholeTrackers()
-    writer = filesystem_async.FileSystemWriterAsync
-    writer.write_preloaded_data = staticmethod(_naming_the_file(writer.write_preloaded_data))
-    PersistentAsyncCaller.is_current_async_call_done = _unless_it_ended(
-        PersistentAsyncCaller.is_current_async_call_done
-    )
+    return start
+
+
+def wrap_results_queue(get_queue: Callable[..., Any]) -> Callable[..., Any]:
+    """Return Megatron's `get_write_results_queue`, with a queue of threads for a save that this
+    process writes itself.
+
+    Megatron's own, a process of 0.5 GB that outlives this one, is for writers of --async-save;
+    another checkpoint saved meanwhile would take their results for its own.
+    """
+
+    @functools.wraps(get_queue)
+    def get_results_queue(*args: Any, **kwargs: Any) -> Any:
+        return _results[-1] if _results else get_queue(*args, **kwargs)
+
+    return get_results_queue
 
 
 @contextmanager
-def written_here() -> Iterator[None]:
-    """Pass the results of a save from the threads that write on in this process.
-
-    Megatron's own way, a process of 0.5 GB that outlives this one, is for writers of --async-save;
-    another checkpoint saved meanwhile would take their results for its own.
-    """
-    before = filesystem_async._results_queue
-    filesystem_async._results_queue = queue.Queue()
+def _written_here() -> Iterator[None]:
+    """Take the results of what is saved meanwhile from this process's own threads."""
+    _results.append(queue.Queue())
     try:
         yield
     finally:
-        filesystem_async._results_queue = before
+        _results.pop()
 
 
 @contextmanager
@@ -163,8 +180,9 @@ def _cause(error: BaseException) -> str:
     return "another rank failed; see what it says"
 
 
-def _naming_the_file(write: Callable[..., Any]) -> Callable[..., Any]:
-    """Megatron keeps of a thread's failure the name of its class alone."""
+def wrap_write(write: Callable[..., Any]) -> Callable[..., Any]:
+    """Return Megatron's `write_preloaded_data`, whose failure names the file: Megatron keeps of a
+    thread's failure the name of its class alone."""
 
     @functools.wraps(write)
     def written(*args: Any, **kwargs: Any) -> Any:
@@ -181,8 +199,9 @@ def _naming_the_file(write: Callable[..., Any]) -> Callable[..., Any]:
     return written
 
 
-def _unless_it_ended(is_done: Callable[..., bool]) -> Callable[..., bool]:
-    """Megatron waits for ever for the results of a writer that was killed."""
+def wrap_is_done(is_done: Callable[..., bool]) -> Callable[..., bool]:
+    """Return Megatron's `is_current_async_call_done`, which no longer waits for ever for the
+    results of a writer that was killed."""
 
     @functools.wraps(is_done)
     def looked(self: Any, blocking: bool = False, no_dist: bool = False) -> bool:
@@ -202,8 +221,8 @@ def _unless_it_ended(is_done: Callable[..., bool]) -> Callable[..., bool]:
     return looked
 
 
-class _WholeTrackers(MaybeMultiStorageClient):
-    """Megatron's files, of which tracker files are written whole."""
+class WholeTrackers(MaybeMultiStorageClient):
+    """Open files as Megatron's `maybe_msc` does, but write tracker files whole."""
 
     def open(self, path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
         own = Path(path).name == TRACKER and mode == "w"
