@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from megatron_slm.errors import exit_on_user_error
 from megatron_slm.training.first_check import TRAINING, Job, first_check
+from megatron_slm.training.option_groups import add_group
 
 # What torchrun would tell a single rank; its port is any that is free.
 ONE_RANK = {
@@ -60,7 +61,8 @@ def add_arguments(parser: ArgumentParser, job: Job = TRAINING) -> ArgumentParser
     from megatron_slm.training.checkpoint_arguments import take_from_checkpoint
 
     add_own(parser)
-    job.add(parser)
+    for options in job.options:
+        add_group(parser, options)
     platform = sys.modules.get("megatron_slm.platform")  # which a GPU machine never imports
     if platform is not None and platform.installed():
         parser.set_defaults(**platform.ARGUMENT_DEFAULTS)

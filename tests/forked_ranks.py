@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,11 @@ from megatron_slm import pretrain
 from megatron_slm.entry import add_arguments
 from megatron_slm.errors import exit_on_user_error
 from megatron_slm.training import scoring
+from megatron_slm.training.first_check import SCORING
 
 
 def score() -> None:
-    scoring.score(scoring.parse_arguments(add_arguments))
+    scoring.score(scoring.parse_arguments(partial(add_arguments, job=SCORING)))
 
 
 def run(rank: int, job: dict[str, Any]) -> int:

@@ -1,4 +1,5 @@
-"""Every symbol of Megatron's that the plug-in replaces: the only file that does so.
+"""Every symbol of Megatron's that the plug-in replaces: the only file that does so.  (On a machine
+without a GPU the CPU platform replaces more, to stand in for one.)
 
 Megatron looks a schedule up and calls it once a step, on every pipeline rank alike.  The schedule
 is wrapped so that what has to come first (the reference's pass, the ranking of a whole step) comes

@@ -11,11 +11,12 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from typing import Any
 
-from megatron.training.arguments import parse_and_validate_args, parse_args
+from megatron.training.arguments import parse_and_validate_args, parse_args, validate_args
+from megatron.training.checkpointing import load_args_from_checkpoint
 
 from megatron_slm.errors import UserError
 from megatron_slm.training.arguments import UNSUPPORTED, validate_arguments
-from megatron_slm.training.combinations import check_job, check_training
+from megatron_slm.training.combinations import check_job, check_packages, check_training
 from megatron_slm.training.refusals import in_one_line
 
 AddOptions = Callable[[ArgumentParser], ArgumentParser]
@@ -36,6 +37,24 @@ def parse_training(add_options: AddOptions) -> Namespace:
     return args
 
 
+def parse_planned(add_options: AddOptions) -> Namespace:
+    """Parse, check and validate the arguments of a run that is to start elsewhere: neither the
+    packages that it needs nor its tokenizer have to be here, and they do not become Megatron's own.
+
+    Raises:
+        UserError: arguments that we or Megatron refuse.
+    """
+    with in_one_line():
+        args: Namespace = parse_args(
+            lambda parser: check_when_parsed(add_options(parser), check_job, check_training)
+        )
+        if args.use_checkpoint_args:
+            load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
+            load_args_from_checkpoint(args)
+        validate_args(args, DEFAULTS)
+    return args
+
+
 def parse_job(add_options: AddOptions) -> Namespace:
     """Parse a scoring job's arguments, and check what can be told without Megatron's validation.
 
@@ -44,7 +63,7 @@ def parse_job(add_options: AddOptions) -> Namespace:
     """
     with in_one_line():
         args: Namespace = parse_args(
-            lambda parser: check_when_parsed(add_options(parser), check_job)
+            lambda parser: check_when_parsed(add_options(parser), check_job, check_packages)
         )
     return args
 
@@ -78,6 +97,7 @@ def check_run(args: Namespace) -> None:
         UserError: what contradicts itself, and what to do.
     """
     check_job(args)
+    check_packages(args)
     check_training(args)
 
 
