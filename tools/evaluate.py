@@ -19,12 +19,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_slm.analysis.benchmarks import MODELS, benchmarks
+from megatron_slm.analysis.evaluation.benchmarks import MODELS, benchmarks
 from megatron_slm.errors import UserError, exit_on_user_error
 from megatron_slm.files import write_whole
 
 if TYPE_CHECKING:
-    from megatron_slm.analysis.evaluation import Score
+    from megatron_slm.analysis.evaluation.evaluate import Score
 
 
 def build_parser() -> ArgumentParser:
@@ -115,7 +115,11 @@ def run(args: Namespace) -> None:
     if not args.model.is_dir():
         raise UserError(f"--model {args.model}: no such directory")
     # After what needs no torch.
-    from megatron_slm.analysis.evaluation import evaluate, hugging_face_directory, load_tasks
+    from megatron_slm.analysis.evaluation.evaluate import (
+        evaluate,
+        hugging_face_directory,
+        load_tasks,
+    )
 
     wanted = benchmarks(args.tasks)
     tasks = load_tasks(wanted, args.include_path, args.run_generated_code)

@@ -61,9 +61,9 @@ def use_platform() -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)  # Megatron's, for each model built
-    from megatron_slm import platform
+    from megatron_slm import cpu_platform
 
-    platform.install()
+    cpu_platform.install()
 
 
 def main(arguments: list[str]) -> None:

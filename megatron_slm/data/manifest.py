@@ -13,8 +13,6 @@ from typing import Any
 import msgspec
 import orjson
 
-from megatron_slm.data.inputs import Piece, Task
-from megatron_slm.data.lines import hash_piece
 from megatron_slm.data.manifest_types import Dataset, Shard
 from megatron_slm.errors import UserError
 from megatron_slm.files import decode_json, read_bounded, write_whole
@@ -143,43 +141,3 @@ def written_manifest(path: Path) -> dict[str, Any] | None:
     if manifest.pop("format", None) != FORMAT:
         raise UserError(f"{path} is not a manifest of format {FORMAT}; delete it and run again")
     return manifest
-
-
-def describe_input(piece: Piece, sha256: str) -> dict[str, Any]:
-    """A piece in a manifest."""
-    return {
-        "path": piece.path,
-        "size": piece.size,
-        "modified": piece.modified,
-        "start": piece.start,
-        "end": piece.end,
-        "sha256": sha256,
-    }
-
-
-def same_inputs(task: Task, recorded: list[dict[str, Any]]) -> bool:
-    """Whether a manifest's inputs are the task's."""
-    return len(recorded) == len(task.pieces) and all(
-        (before["start"], before["end"]) == (piece.start, piece.end)
-        and (
-            (before["path"], before["size"], before["modified"])
-            == (piece.path, piece.size, piece.modified)
-            or before["sha256"] == hash_piece(piece)
-        )
-        for before, piece in zip(recorded, task.pieces, strict=True)
-    )
-
-
-def what_changed(
-    task: Task, options: dict[str, Any], manifest: dict[str, Any], engine: str = "auto"
-) -> str | None:
-    """Why a shard has to be made again, or None.  engine: that it is to be made by; auto: any."""
-    recorded = manifest["options"]
-    changed = sorted(
-        name for name in {*options, *recorded} if options.get(name) != recorded.get(name)
-    )
-    if changed:
-        return f"other {', '.join(changed).replace('_', ' ')}"
-    if engine != "auto" and engine != manifest["engine"]:
-        return f"made by {manifest['engine']}"
-    return None if same_inputs(task, manifest["inputs"]) else "its input has changed"

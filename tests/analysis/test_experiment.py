@@ -16,9 +16,9 @@ import pytest
 
 from jobs import LLAMA, Corpus
 from launch import REPOSITORY
-from megatron_slm.analysis.experiment import plan
-from megatron_slm.analysis.experiment_recipe import read_recipe
-from megatron_slm.analysis.experiment_results import (
+from megatron_slm.analysis.experiments.experiment import plan
+from megatron_slm.analysis.experiments.recipe import read_recipe
+from megatron_slm.analysis.experiments.results import (
     Point,
     RunResult,
     at_compute,
@@ -27,7 +27,7 @@ from megatron_slm.analysis.experiment_results import (
     summary,
     tokens_to_reach,
 )
-from megatron_slm.analysis.experiment_table import table
+from megatron_slm.analysis.experiments.table import table
 from megatron_slm.entry import add_arguments
 from megatron_slm.errors import UserError
 from megatron_slm.files import temporary

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from launch import REPOSITORY
-from megatron_slm.analysis.experiment import plan
-from megatron_slm.analysis.experiment_progress import Progress, in_words
-from megatron_slm.analysis.experiment_recipe import read_recipe
-from megatron_slm.analysis.experiment_tasks import Running
+from megatron_slm.analysis.experiments.experiment import plan
+from megatron_slm.analysis.experiments.progress import Progress, in_words
+from megatron_slm.analysis.experiments.recipe import read_recipe
+from megatron_slm.analysis.experiments.tasks import Running
 
 QUICK = REPOSITORY / "examples/experiments/quick.yaml"
 

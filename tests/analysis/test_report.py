@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from analysis.report_page import ITERATIONS, LENGTH, SAMPLES, SETTINGS, write_run, write_study
 from launch import REPOSITORY
 from megatron_slm.analysis.report.figures import figure, line
 from megatron_slm.analysis.report.page import build_page, write_report
@@ -24,6 +23,7 @@ from megatron_slm.analysis.report.settings import Settings
 from megatron_slm.analysis.report.study import outcome
 from megatron_slm.data.token_dump import TokenDump, read_dump, write_dump
 from megatron_slm.errors import UserError
+from report_page import ITERATIONS, LENGTH, SAMPLES, SETTINGS, write_run, write_study
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 in_browser = pytest.mark.skipif(

@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from distributed.test_layouts import LAYOUTS
 from pyarrow import parquet
 from torch.nn.functional import cross_entropy
 
 import oracle
-from distributed.test_layouts import LAYOUTS
 from jobs import SEQUENCE, VOCABULARY, Checkpoints, Corpus
 from launch import REPOSITORY, Run, launch, pretrain
-from megatron_slm.analysis.dynamics_files import read_table
-from megatron_slm.analysis.token_dynamics import TokenDynamics, classify
+from megatron_slm.analysis.dynamics.dynamics_files import read_table
+from megatron_slm.analysis.dynamics.token_dynamics import TokenDynamics, classify
 from megatron_slm.data.token_dump import TokenDump, read_dumps
 from megatron_slm.errors import UserError
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from distributed.test_layouts import LAYOUTS
 
 import oracle
-from distributed.test_layouts import LAYOUTS
 from jobs import (
     GLOBAL_BATCH,
     SEQUENCE,
@@ -32,7 +32,7 @@ TOOL = str(REPOSITORY / "tools" / "score_reference.py")
 MICRO_BATCH = 3
 RUN = f"--train-iters {STEPS} --global-batch-size {GLOBAL_BATCH} --eval-iters 1"
 RUN += f" --eval-interval 1000 --micro-batch-size {MICRO_BATCH}"
-RECORDED = "distributed.recorded_pretrain"
+RECORDED = "recorded_pretrain"
 # Scores this close to the threshold may fall on either side of it: two stored losses' error.
 NEAR_TIE = 4e-4
 DUMP = "--slm-dump-interval 2 --slm-dump-dir dump"

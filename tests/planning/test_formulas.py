@@ -94,7 +94,7 @@ def test_memory_and_flops_of_a_run(case: str, reference: Path, tmp_path: Path) -
     if "recompute" in flags:
         work = Work(**vars(work) | {"recompute": 1})
     arguments = [*MODEL.split(), *flags.split()]
-    pretrain(2, arguments, tmp_path, module="planning.measured_pretrain")
+    pretrain(2, arguments, tmp_path, module="measured_pretrain")
     measured = [json.loads((tmp_path / f"measured{rank}.json").read_text()) for rank in (0, 1)]
     for rank, found in enumerate(measured):
         stage = rank if layout.pp > 1 else 0

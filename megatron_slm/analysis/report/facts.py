@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from megatron_slm.analysis.report.run_files import VALIDATION, RunFiles
+from megatron_slm.analysis.event_files import VALIDATION
+from megatron_slm.analysis.report.run_files import RunFiles
 from megatron_slm.analysis.report.settings import Settings
 
 # The tokens that a score selects (megatron_slm/selection/scores.py), and those that compete.

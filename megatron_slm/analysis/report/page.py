@@ -13,8 +13,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
-from megatron_slm.analysis.dynamics_report import dynamics_section
 from megatron_slm.analysis.report.curves import run_figures
+from megatron_slm.analysis.report.dynamics_section import dynamics_section
 from megatron_slm.analysis.report.facts import headline, run_facts, sequence_length
 from megatron_slm.analysis.report.figures import fit
 from megatron_slm.analysis.report.run_files import RunFiles, read_run

@@ -8,7 +8,6 @@ RUN/dynamics/token_dynamics.parquet
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,8 +19,6 @@ from megatron_slm.errors import UserError
 
 DUMPS = "iter_*.safetensors"
 DYNAMICS = Path("dynamics") / "token_dynamics.parquet"
-# Tags of the validation loss: one, or one a set (--multiple-validation-sets); not its perplexity.
-VALIDATION = re.compile("lm loss validation(-.*)?(?<! ppl)(?<! vs samples)")
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_slm.analysis.experiment_table import part, spread
+from megatron_slm.analysis.experiments.study_file import read_results
+from megatron_slm.analysis.experiments.table import part, spread
 from megatron_slm.analysis.report.facts import Facts, data, model
 from megatron_slm.analysis.report.figures import figure, line
 from megatron_slm.analysis.report.run_files import RunFiles
-from megatron_slm.analysis.study_file import read_results
 
 RESULTS = "results.json"
 

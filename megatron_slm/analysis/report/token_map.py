@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from megatron_slm.analysis.report.settings import Settings
 from megatron_slm.analysis.token_text import token_texts
+from megatron_slm.corpus.tokenizers.tokenizer_file import TokenizerFile
 from megatron_slm.data.token_dump import TokenDump
-from megatron_slm.data.tokenizer import TokenizerFile
 
 ROOM = 750_000  # bytes, before base64
 MOST_TOKENS, MOST_DUMPS = 1 << 16, 25
