@@ -7,7 +7,7 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 from megatron_slm.corpus.mixing.blend import check_draws
-from megatron_slm.corpus.mixing.mix import build_mix, read_recipe, table, write_mix
+from megatron_slm.corpus.mixing.mix import build_mix, read_mix, shares_table, write_mix
 from megatron_slm.errors import UserError, exit_on_user_error
 
 
@@ -35,9 +35,9 @@ def main(arguments: list[str]) -> None:
     """Print the table; exit with code 2 if the recipe cannot be met."""
     args = build_parser().parse_args(arguments)
     with exit_on_user_error():
-        recipe = read_recipe(args.recipe)
+        recipe = read_mix(args.recipe)
         shares = build_mix(recipe, args.data_root)
-        print(table(recipe, shares))
+        print(shares_table(recipe, shares))
         length = args.check_sequence_length
         if length is not None:
             if not 1 <= length <= recipe.budget:

@@ -20,7 +20,7 @@ from megatron_slm.jobs.score_reference import main as score
 def main() -> None:
     """Score, or look at what was scored."""
     if sys.argv[1:2] == ["inspect"]:
-        from megatron_slm.analysis.inspect_cache import main as inspect
+        from megatron_slm.analysis.inspect_cache import inspect
 
         with exit_on_user_error():
             inspect(sys.argv[2:])

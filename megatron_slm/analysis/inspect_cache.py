@@ -22,7 +22,7 @@ from megatron_slm.data.score_cache import (
     read_record,
     shard_path,
 )
-from megatron_slm.data.score_manifest import Manifest, read_manifest
+from megatron_slm.data.score_manifest import CacheManifest, read_cache_manifest
 from megatron_slm.errors import UserError
 from megatron_slm.files import writing
 
@@ -33,7 +33,7 @@ MOST_FAULTS = 20  # that are named
 Histograms = dict[str, NDArray[np.int64]]
 
 
-def main(arguments: list[str]) -> None:
+def inspect(arguments: list[str]) -> None:
     """Print a table, and draw it if asked to.
 
     Raises:
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("cache", type=Path)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="PNG, SVG or PDF.")
     args = parser.parse_args(arguments)
-    manifest = read_manifest(args.cache)
+    manifest = read_cache_manifest(args.cache)
     histograms, faults = count_losses(args.cache, manifest)
     print(f"{args.cache}: by {manifest.kind}, {manifest.dtype}, s = {manifest.sequence_length}")
     print(f"reference: {manifest.reference}")
@@ -58,13 +58,13 @@ def main(arguments: list[str]) -> None:
             + "".join(f"{percentile(histogram, p):8.3f}" for p in PERCENTILES)
         )
     if args.plot and histograms:
-        plot(histograms, args.plot)
+        plot_losses(histograms, args.plot)
     if faults:
         more = [f"and {len(faults) - MOST_FAULTS} more"] if len(faults) > MOST_FAULTS else []
         raise UserError("; ".join(faults[:MOST_FAULTS] + more))
 
 
-def count_losses(directory: Path, manifest: Manifest) -> tuple[Histograms, list[str]]:
+def count_losses(directory: Path, manifest: CacheManifest) -> tuple[Histograms, list[str]]:
     """Tokens by loss, int64 [65536], of each domain, and what is wrong with the cache."""
     histograms: Histograms = defaultdict(lambda: np.zeros(CODES, np.int64))
     missing = set(missing_shards(directory, manifest))
@@ -86,7 +86,7 @@ def count_losses(directory: Path, manifest: Manifest) -> tuple[Histograms, list[
     return dict(sorted(histograms.items())), faults
 
 
-def _count_shard(directory: Path, manifest: Manifest, section: str, shard: int) -> Histograms:
+def _count_shard(directory: Path, manifest: CacheManifest, section: str, shard: int) -> Histograms:
     names = _domains(manifest, section)
     histograms: Histograms = defaultdict(lambda: np.zeros(CODES, np.int64))
     for numbers in batched(manifest.records_of(section, shard), RECORDS):
@@ -114,7 +114,7 @@ def percentile(histogram: NDArray[np.int64], percent: float) -> float:
     return float(VALUES[np.searchsorted(below, below[-1] * percent / 100)])
 
 
-def plot(histograms: Histograms, path: Path) -> None:
+def plot_losses(histograms: Histograms, path: Path) -> None:
     """Density of each domain's losses up to the highest 99th percentile.
 
     Raises:
@@ -146,7 +146,7 @@ def plot(histograms: Histograms, path: Path) -> None:
     print(f"> {path}")
 
 
-def _domains(manifest: Manifest, section: str) -> list[str]:
+def _domains(manifest: CacheManifest, section: str) -> list[str]:
     """Name of each domain number in a section."""
     if manifest.kind == "document":
         return [section]

@@ -20,7 +20,7 @@ from megatron_slm.errors import UserError
 from megatron_slm.files import sha256_of
 
 PROBED = 512  # offsets that the quick check looks at
-AGAIN = "write the dataset again"
+REWRITE = "write the dataset again"
 
 # Kinds of tokenizer files by Megatron's names for them.
 TOKENIZER_KINDS = {
@@ -32,7 +32,7 @@ TOKENIZER_KINDS = {
 
 
 @dataclass(frozen=True)
-class Dataset:
+class CheckedDataset:
     """A pair that has passed the quick check, with its manifest if there is one."""
 
     prefix: Path
@@ -50,7 +50,7 @@ def check_quickly(
     vocab_size: int | None = None,
     manifest: dict[str, Any] | None = None,
     tokenizer_model: str | None = None,
-) -> Dataset:
+) -> CheckedDataset:
     """Open a dataset.
 
     Args:
@@ -77,7 +77,7 @@ def check_quickly(
     _check_ends(prefix, index, size)
     if manifest is not None:
         _check_manifest(prefix, index, manifest, vocab_size, tokenizer_model)
-    return Dataset(prefix, index, manifest)
+    return CheckedDataset(prefix, index, manifest)
 
 
 def _check_manifest(
@@ -93,23 +93,23 @@ def _check_manifest(
         path = Path(f"{prefix}.{suffix}")
         actual, recorded = path.stat().st_size, manifest[suffix]["size"]
         if actual != recorded:
-            raise UserError(f"{path} has {actual} bytes, its manifest {recorded}; {AGAIN}")
+            raise UserError(f"{path} has {actual} bytes, its manifest {recorded}; {REWRITE}")
     made_with, dtype, sequences = tokenizer["vocab_size"], index.dtype, 0
     for name, output in shard_outputs(manifest):
         sequences += output["documents"]
         if output["bin"]["size"] != output["tokens"] * dtype.itemsize:
             raise UserError(
                 f"{prefix}: by its manifest {name} has {output['tokens']} tokens in "
-                f"{output['bin']['size']} bytes; {AGAIN}"
+                f"{output['bin']['size']} bytes; {REWRITE}"
             )
     if sequences != len(index.lengths):
         raise UserError(
-            f"{prefix}.idx has {len(index.lengths)} sequences, its manifest {sequences}; {AGAIN}"
+            f"{prefix}.idx has {len(index.lengths)} sequences, its manifest {sequences}; {REWRITE}"
         )
     if dtype != token_dtype(made_with):
         raise UserError(
             f"{prefix}.idx says ids are of type {dtype}, but by its manifest they are "
-            f"{token_dtype(made_with)}; {AGAIN}"
+            f"{token_dtype(made_with)}; {REWRITE}"
         )
     if vocab_size is not None and made_with > vocab_size:
         raise UserError(
@@ -148,7 +148,7 @@ def _check_ends(prefix: Path, index: Index, size: int) -> None:
     if end != size:
         raise UserError(
             f"{prefix}.bin has {size} bytes, but by {prefix}.idx it has {end}: it is truncated, or "
-            f"the two are not of the same dataset; {AGAIN}"
+            f"the two are not of the same dataset; {REWRITE}"
         )
     ends = index.document_ends
     if not len(ends) or ends[0] != 0 or ends[-1] != count:
@@ -165,7 +165,7 @@ def refuse_offsets(prefix: Path, at: Any, offsets: Any, expected: Any) -> None:
         first = wrong[0]
         raise UserError(
             f"{prefix}.idx: sequence {at[first]} begins at byte {offsets[first]}, but the one "
-            f"before it ends at {expected[first]}; {AGAIN}"
+            f"before it ends at {expected[first]}; {REWRITE}"
         )
 
 

@@ -10,13 +10,13 @@ Count = Annotated[int, Meta(ge=0, le=1 << 62)]
 Path = Annotated[str, Meta(pattern=r"^[^\x00]+$")]
 
 
-class Size(TypedDict):
+class FileSize(TypedDict):
     """Of a file, in bytes."""
 
     size: Count
 
 
-class Content(Size):
+class Content(FileSize):
     """Size and SHA-256 of a file."""
 
     sha256: str
@@ -86,7 +86,7 @@ class Counts(TypedDict):
     contaminated: Count
 
 
-class Shard(TypedDict):
+class ShardManifest(TypedDict):
     """A shard, with its part of the dataset of each key."""
 
     name: Path
@@ -106,21 +106,21 @@ class Totals(TypedDict):
     tokens: Count
 
 
-class Dataset(TypedDict):
+class DatasetManifest(TypedDict):
     """The dataset of one key.  bin, idx: if its shards are merged."""
 
     options: Options
     merged: bool
     counts: Totals
-    shards: Annotated[list[Shard], Meta(min_length=1)]
-    bin: NotRequired[Size]
+    shards: Annotated[list[ShardManifest], Meta(min_length=1)]
+    bin: NotRequired[FileSize]
     idx: NotRequired[Content]
 
 
 class Decided(TypedDict):
     """Datasets that are whole, by key, and not yet in the place of the old ones."""
 
-    datasets: dict[str, Dataset]
+    datasets: dict[str, DatasetManifest]
 
 
 class Fingerprints(TypedDict):

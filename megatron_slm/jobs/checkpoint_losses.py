@@ -24,9 +24,13 @@ from megatron.training.utils import print_rank_0
 from megatron_slm.data.token_dump import TokenDump, dump_path, read_dump, write_dump
 from megatron_slm.errors import UserError
 from megatron_slm.jobs.job_arguments import settle_arguments
-from megatron_slm.jobs.scoring import on_first_rank
+from megatron_slm.jobs.scoring import from_first_rank
 from megatron_slm.loss import Scoring
-from megatron_slm.reference.checkpoint import ReferenceCheckpoint, fingerprint, open_checkpoint
+from megatron_slm.reference.checkpoint import (
+    ReferenceCheckpoint,
+    checkpoint_fingerprint,
+    open_checkpoint,
+)
 from megatron_slm.reference.online import OnlineReference, frozen_reference, load_weights
 from megatron_slm.training.datasets import DatasetProvider, check_files, use_prebuilt_helpers
 from megatron_slm.training.fixed_samples import (
@@ -44,11 +48,11 @@ from megatron_slm.training.tokenizer import record_tokenizer
 NUMBERS = """
     global_batch_size eval_global_batch_size train_iters train_samples eval_interval
 """.split()
-FLAGS = ("--load", "--ckpt-steps")
+CHECKPOINT_FLAGS = ("--load", "--ckpt-steps")
 NUMBER = re.compile(r"[0-9]{1,18}")
 
 
-def parse_arguments(add_own: Callable[[ArgumentParser], ArgumentParser]) -> Namespace:
+def parse_dynamics_arguments(add_own: Callable[[ArgumentParser], ArgumentParser]) -> Namespace:
     """The run's arguments, some of which mean nothing to this job, and its own.
 
     Raises:
@@ -63,7 +67,7 @@ def parse_arguments(add_own: Callable[[ArgumentParser], ArgumentParser]) -> Name
         raise UserError("--dynamics-tokens must be at least 1")
     if len(args.ckpt_steps) < 2:
         raise UserError(f"--load {args.load}: dynamics need two checkpoints at least")
-    saved = open_checkpoint(args.load, args.ckpt_steps[-1], FLAGS).arguments
+    saved = open_checkpoint(args.load, args.ckpt_steps[-1], CHECKPOINT_FLAGS).arguments
     settle_arguments(args, saved)
     for name in NUMBERS:
         if getattr(args, name) is None:
@@ -82,14 +86,14 @@ def score_checkpoints(args: Namespace, layer_spec: Callable[..., Any] | None) ->
     """
     record_tokenizer(args, get_tokenizer())
     check_files(args)
-    opened = [open_reference(args, args.load, step, FLAGS) for step in args.ckpt_steps]
+    opened = [open_reference(args, args.load, step, CHECKPOINT_FLAGS) for step in args.ckpt_steps]
     use_prebuilt_helpers()
     initialize_megatron()
     provider = DatasetProvider()
     _, validation, _ = get_train_valid_test_num_samples()
     provider([1, validation, 0])
     samples = FixedSamples(provider)
-    count = on_first_rank(
+    count = from_first_rank(
         lambda: min(samples.available, -(-args.dynamics_tokens // args.seq_length))
     )
     if count == 0:
@@ -101,7 +105,7 @@ def score_checkpoints(args: Namespace, layer_spec: Callable[..., Any] | None) ->
     for step, (checkpoint, own) in zip(args.ckpt_steps, opened, strict=True):
         about = described_tokenizer() | {
             "split": samples.split,
-            "checkpoint": fingerprint(checkpoint),
+            "checkpoint": checkpoint_fingerprint(checkpoint),
         }
         if _is_there(directory, step, checkpoint, samples, count):
             print_rank_0(f"> iteration {step}: scored before")
@@ -132,10 +136,10 @@ def _is_there(
         if not path.exists():
             return False
         dump = read_dump(path)
-        same = dump.about.get("checkpoint") == fingerprint(checkpoint)
+        same = dump.about.get("checkpoint") == checkpoint_fingerprint(checkpoint)
         return same and np.array_equal(dump.tokens, samples.tokens(count)[0])
 
-    found: bool = on_first_rank(look)
+    found: bool = from_first_rank(look)
     return found
 
 

@@ -31,12 +31,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_slm.data.score_cache import missing_shards, write_shard
-from megatron_slm.data.score_manifest import Manifest
+from megatron_slm.data.score_manifest import CacheManifest
 from megatron_slm.data.scored_dataset import DocumentWindows, dataset_name
 from megatron_slm.errors import UserError
 from megatron_slm.jobs.job_arguments import settle_arguments
 from megatron_slm.loss import Scoring
-from megatron_slm.reference.checkpoint import ReferenceCheckpoint, fingerprint, open_checkpoint
+from megatron_slm.reference.checkpoint import (
+    ReferenceCheckpoint,
+    checkpoint_fingerprint,
+    open_checkpoint,
+)
 from megatron_slm.reference.online import OnlineReference, frozen_reference
 from megatron_slm.training.caches import SPLITS, data_prefixes, describe_data
 from megatron_slm.training.datasets import (
@@ -58,11 +62,11 @@ from megatron_slm.training.tokenizer import record_tokenizer
 # A shard is what a kill may cost a replica, what replicas share work by, and what they hold on
 # their devices at a time.
 MOST_TOKENS, LEAST_RECORDS, SHARDS = 1 << 23, 16, 512
-POLL_SECONDS = 5.0
+OTHERS_POLL_SECONDS = 5.0
 FAILED = "megatron-slm: scoring failed"  # by the job's store, what a rank says of it
 
 
-def parse_arguments(add_own: Callable[[ArgumentParser], ArgumentParser]) -> Namespace:
+def parse_scoring_arguments(add_own: Callable[[ArgumentParser], ArgumentParser]) -> Namespace:
     """The training run's arguments, some of which mean nothing to this job, and its own.
 
     Raises:
@@ -98,7 +102,7 @@ def score(args: Namespace, layer_spec: Callable[..., Any] | None) -> None:
         initialize_megatron()
         datasets = _documents(args) if args.by == "document" else _samples()
     directory = Path(args.slm_reference_cache[0])
-    manifest, missing = on_first_rank(lambda: _begin(args, checkpoint, directory, datasets))
+    manifest, missing = from_first_rank(lambda: _begin(args, checkpoint, directory, datasets))
     replicas = mpu.get_data_parallel_world_size()
     mine = missing[mpu.get_data_parallel_rank() :: replicas]
     print_rank_0(
@@ -129,7 +133,7 @@ def score(args: Namespace, layer_spec: Callable[..., Any] | None) -> None:
     while first and missing_shards(directory, manifest):
         if store.check([FAILED]):
             raise UserError(store.get(FAILED).decode())
-        time.sleep(POLL_SECONDS)
+        time.sleep(OTHERS_POLL_SECONDS)
     print_rank_0(f"> {directory} is complete")
 
 
@@ -138,7 +142,7 @@ def _score_shard(
     reference: OnlineReference,
     batches: Any,
     directory: Path,
-    manifest: Manifest,
+    manifest: CacheManifest,
     section: str,
     shard: int,
     progress: tqdm[Any],
@@ -182,7 +186,7 @@ def _whole(parts: list[Tensor | None], records: int) -> Tensor:
 
 def _begin(
     args: Namespace, checkpoint: ReferenceCheckpoint, directory: Path, datasets: dict[str, Any]
-) -> tuple[Manifest, list[tuple[str, int]]]:
+) -> tuple[CacheManifest, list[tuple[str, int]]]:
     """Write the manifest; what remains to be scored."""
     sections = {name: size for name, (_, size) in datasets.items() if size > 0}
     if not sections:
@@ -196,10 +200,10 @@ def _begin(
         "shard_records": records if args.shard_samples is None else args.shard_samples,
         "sections": sections,
         "source": describe_data(args, args.by),
-        "reference": fingerprint(checkpoint),
+        "reference": checkpoint_fingerprint(checkpoint),
     }
     try:
-        manifest = msgspec.convert(what, Manifest)
+        manifest = msgspec.convert(what, CacheManifest)
     except msgspec.ValidationError as error:
         raise UserError(
             f"no score cache can be made of this ({error}); see --shard-samples"
@@ -208,7 +212,7 @@ def _begin(
     return manifest, missing_shards(directory, manifest)
 
 
-def on_first_rank(function: Callable[[], Any]) -> Any:
+def from_first_rank(function: Callable[[], Any]) -> Any:
     """Its result, or its exception, on all ranks."""
     answer: list[Any] = [None]
     if torch.distributed.get_rank() == 0:
@@ -247,7 +251,7 @@ def _documents(args: Namespace) -> dict[str, tuple[Any, int]]:
 def _load(
     args: Namespace,
     datasets: dict[str, tuple[Any, int]],
-    manifest: Manifest,
+    manifest: CacheManifest,
     shards: list[tuple[str, int]],
 ) -> Iterator[Any] | None:
     """Micro-batches of these shards, one after the other; None on ranks that read no data.  The

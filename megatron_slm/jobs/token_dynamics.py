@@ -23,11 +23,11 @@ def _score_and_classify(cpu: bool) -> None:
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
     from megatron_slm.analysis.dynamics.write_dynamics import write_dynamics
-    from megatron_slm.jobs.checkpoint_losses import parse_arguments, score_checkpoints
+    from megatron_slm.jobs.checkpoint_losses import parse_dynamics_arguments, score_checkpoints
     from megatron_slm.model.layer_spec import plain_block_spec
     from megatron_slm.training.arguments import validate_arguments
 
-    args = parse_arguments(partial(add_arguments, cpu=cpu, job=DYNAMICS))
+    args = parse_dynamics_arguments(partial(add_arguments, cpu=cpu, job=DYNAMICS))
     validate_arguments(args)
     losses = score_checkpoints(args, None if HAVE_TE else plain_block_spec)
     if args.rank == 0:

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from launch import REPOSITORY
-from megatron_slm.analysis.evaluation.evaluate import evaluate as evaluation
+from megatron_slm.analysis.evaluation import evaluate as evaluation
 from megatron_slm.model.conversion.import_hf import import_hugging_face
 from real_text import docstrings
 

@@ -136,7 +136,7 @@ def test_what_was_found_with_other_words_is_found_again(
     options = ("--dedup", "near", "--no-merge")
     preprocess(source, tmp_path / "out", *options)
     assert "nothing to do" in preprocess(source, tmp_path / "out", *options).err
-    monkeypatch.setattr(settings, "WORDS", settings.WORDS + 1)
+    monkeypatch.setattr(settings, "SHINGLES_VERSION", settings.SHINGLES_VERSION + 1)
     said = preprocess(source, tmp_path / "out", *options).err
     assert "fingerprint: 100%" in said and "made again: other words" in said
 

@@ -24,7 +24,7 @@ from corpus import (
     write_jsonl,
 )
 from megatron_slm.corpus.preprocessing import executors
-from megatron_slm.corpus.preprocessing.settings import Settings
+from megatron_slm.corpus.preprocessing.settings import PreprocessingSettings
 
 TIMEOUT = 120  # seconds
 TEXTS = texts()
@@ -169,7 +169,7 @@ def test_datatroves_local_tasks_share_the_cores(
         return SimpleNamespace(run=lambda: None)
 
     monkeypatch.setattr(executors, "_executor", lambda _: new)
-    settings = Settings(("in.jsonl",), "out", "model", dedup="near", workers=8)
+    settings = PreprocessingSettings(("in.jsonl",), "out", "model", dedup="near", workers=8)
     executors.run_with_datatrove(settings, "local", tasks, "logs", {})
     shares = [(each["tasks"], each["workers"], each["pipeline"][0].settings) for each in made]
     expected = [(tasks, at_a_time, workers), (1, 1, 8), (tasks, at_a_time, workers)]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from corpus import MODEL, Result, preprocess, run_tool, texts, write_jsonl
 from gpt_datasets import gpt_config
-from megatron_slm.corpus.mixing.mix import apportion, read_recipe
+from megatron_slm.corpus.mixing.mix import apportion, read_mix
 from megatron_slm.corpus.reading.chat import chat_renderer
 
 MIXES = Path(__file__).parents[2] / "examples" / "mixes"
@@ -203,10 +203,10 @@ def test_apportion(total: int, ratios: list[int]) -> None:
 
 
 def test_the_papers_mixes() -> None:
-    general = read_recipe(str(MIXES / "general-80b.yaml"))
+    general = read_mix(str(MIXES / "general-80b.yaml"))
     assert general.budget == 80 * 10**9
     assert [source.ratio for source in general.sources] == [6, 3, 1]
-    budgets = {path.stem: read_recipe(str(path)).budget for path in MIXES.glob("*.yaml")}
+    budgets = {path.stem: read_mix(str(path)).budget for path in MIXES.glob("*.yaml")}
     assert budgets == {
         "general-80b": 80 * 10**9,
         "math-15b": 15 * 10**9,

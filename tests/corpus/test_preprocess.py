@@ -29,7 +29,7 @@ from corpus import (
     texts,
     write_jsonl,
 )
-from megatron_slm.corpus.preprocessing import output_paths as layout
+from megatron_slm.corpus.preprocessing import output_paths
 
 TEXTS = texts()
 WITHOUT_TEXT = [""]  # gives no tokens, so no document
@@ -364,9 +364,9 @@ def test_a_space_in_a_list_of_paths_is_refused(tmp_path: Path, name: str) -> Non
 
 def test_another_run_at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks share the directory; a run that makes datasets of it is alone in it."""
-    monkeypatch.setattr(layout, "LOCK_WAIT", 0.2)
+    monkeypatch.setattr(output_paths, "LOCK_WAIT", 0.2)
     source = write_jsonl(tmp_path / "in.jsonl", TEXTS)
-    with layout.Layout(str(tmp_path / "out"), ("text",)).claim(alone=True):
+    with output_paths.OutputPaths(str(tmp_path / "out"), ("text",)).claim(alone=True):
         result = preprocess(source, tmp_path / "out", check=False)
         assert result.code == 2 and "another run on this machine" in result.err
         preprocess(source, tmp_path / "other")
@@ -379,7 +379,7 @@ def test_another_rank_at_the_same_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     """Of other options: files of two runs would be taken for those of one."""
-    monkeypatch.setattr(layout, "LOCK_WAIT", 0.2)
+    monkeypatch.setattr(output_paths, "LOCK_WAIT", 0.2)
     source = write_jsonl(tmp_path / "in.jsonl", TEXTS)
     options = ("--dedup", "exact", "--stage")
     for name in ("fingerprint", "duplicates", "tokenize"):
@@ -392,7 +392,7 @@ def test_another_rank_at_the_same_part(
     )
     done.unlink()
     part = Path(str(done).removesuffix(".manifest.json"))
-    with layout.Layout(str(tmp_path / "out"), ("text",)).alone_on(part):
+    with output_paths.OutputPaths(str(tmp_path / "out"), ("text",)).alone_on(part):
         result = preprocess(source, tmp_path / "out", *options, stage, check=False)
         assert result.code == 2 and f"another run on this machine is writing {part}" in result.err
     preprocess(source, tmp_path / "out", *options, stage)

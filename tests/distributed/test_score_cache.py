@@ -25,7 +25,7 @@ from jobs import (
 )
 from launch import REPOSITORY, Run, launch, pretrain
 from megatron_slm.data.score_cache import Section, decode, encode
-from megatron_slm.data.score_manifest import read_manifest
+from megatron_slm.data.score_manifest import read_cache_manifest
 from megatron_slm.data.token_dump import read_dumps
 
 TOOL = str(REPOSITORY / "tools" / "score_reference.py")
@@ -84,7 +84,7 @@ def contents(cache: Path) -> dict[str, str]:
 
 
 def losses(cache: Path, section: str) -> np.ndarray:
-    manifest = read_manifest(cache)
+    manifest = read_cache_manifest(cache)
     stored = Section(cache, manifest, section)
     return np.stack([stored.losses(number, None) for number in range(len(stored))])
 

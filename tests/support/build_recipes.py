@@ -28,7 +28,7 @@ SIZES = ("1b", "7b", "13b", "70b")
 
 def built(script: str, settings: dict[str, str], every_stage: bool) -> list[dict[str, Any]]:
     """The last rank, and by choice one of every pipeline stage."""
-    read = recipe.read_recipe(REPOSITORY / "examples" / script, settings)
+    read = recipe.read_launch_recipe(REPOSITORY / "examples" / script, settings)
     args = recipe.parse(read, 0, 32000, cpu=True)
     a, layout = recipe.architecture_of(args, 32000), recipe.layout_of(args)
     per_stage = read.ranks // layout.pp
@@ -44,7 +44,7 @@ def built(script: str, settings: dict[str, str], every_stage: bool) -> list[dict
 
 def largest_rank(script: str, settings: dict[str, str]) -> tuple[int, int]:
     """Ranks of a recipe's job, and bytes of the one that needs most."""
-    read = recipe.read_recipe(REPOSITORY / "examples" / script, settings)
+    read = recipe.read_launch_recipe(REPOSITORY / "examples" / script, settings)
     args = recipe.parse(read, 0, 32000, cpu=True)
     a, work = recipe.architecture_of(args, 32000), recipe.work_of(args, "te", "cuda")
     found = recipe.references_of(args, a, work)
@@ -54,7 +54,7 @@ def largest_rank(script: str, settings: dict[str, str]) -> tuple[int, int]:
 
 def references(extra: str, **settings: str) -> dict[str, Any]:
     """What the 1B recipe's plan counts of its references, and what a rank builds."""
-    read = recipe.read_recipe(
+    read = recipe.read_launch_recipe(
         REPOSITORY / "examples" / "pretrain_slm_1b.sh", {"EXTRA": extra} | settings
     )
     if "ema" in extra:
@@ -70,7 +70,9 @@ def references(extra: str, **settings: str) -> dict[str, Any]:
 
 def refusal(script: str, settings: dict[str, str], rank: int) -> str:
     try:
-        dry_run.dry_run(recipe.read_recipe(REPOSITORY / "examples" / script, settings), rank, 32000)
+        dry_run.dry_run(
+            recipe.read_launch_recipe(REPOSITORY / "examples" / script, settings), rank, 32000
+        )
     except UserError as error:
         return str(error)
     return "not refused"

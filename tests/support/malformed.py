@@ -27,13 +27,13 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from megatron_slm.analysis.dynamics import dynamics_files
 from megatron_slm.analysis.dynamics.write_dynamics import write_dynamics
-from megatron_slm.analysis.experiments.recipe import read_recipe
+from megatron_slm.analysis.experiments.recipe import read_experiment
 from megatron_slm.analysis.experiments.tasks import Instance
-from megatron_slm.analysis.inspect_cache import main as inspect
+from megatron_slm.analysis.inspect_cache import inspect
 from megatron_slm.analysis.report.page import write_report
 from megatron_slm.data import score_cache
 from megatron_slm.data.score_cache import Section, write_shard
-from megatron_slm.data.score_manifest import Manifest, read_manifest
+from megatron_slm.data.score_manifest import CacheManifest, read_cache_manifest
 from megatron_slm.errors import UserError
 
 MEMORY, SECONDS = 1 << 30, 30  # beyond what is there after the imports; for each
@@ -342,7 +342,7 @@ def cache(section: str = "train", **changes: Any) -> Callable[[Path], None]:
     """A cache of four records in two shards, with another manifest."""
 
     def make(directory: Path) -> None:
-        manifest = Manifest("sample", "float32", 3, 2, {section: 4}, SOURCE, {})
+        manifest = CacheManifest("sample", "float32", 3, 2, {section: 4}, SOURCE, {})
         manifest.write(directory)
         for shard in range(2):
             losses = np.full((2, 3), 1.0 + shard, np.float32)
@@ -483,7 +483,7 @@ def look_at_cache(directory: Path) -> None:
 
 
 def train_from_cache(directory: Path) -> None:
-    manifest = read_manifest(directory)
+    manifest = read_cache_manifest(directory)
     for name in manifest.sections:
         section = Section(directory, manifest, name)
         for number in range(len(section)):
@@ -491,12 +491,12 @@ def train_from_cache(directory: Path) -> None:
 
 
 def experiment(directory: Path) -> None:
-    read_recipe(directory / "recipe.yaml")
+    read_experiment(directory / "recipe.yaml")
 
 
 def prepare(directory: Path) -> None:
     recipe(RECIPE)(directory)
-    read = read_recipe(directory / "recipe.yaml")
+    read = read_experiment(directory / "recipe.yaml")
     Instance(read, read.arms["clm"], 1).prepare(directory)
 
 

@@ -14,7 +14,7 @@ import pytest
 from jobs import GLOBAL_BATCH, STEPS, Checkpoints, Corpus, write_dataset
 from launch import REPOSITORY, SUPPORT, launch, pretrain
 from megatron_slm.corpus.preprocessing.preprocess import preprocess
-from megatron_slm.corpus.preprocessing.settings import Settings
+from megatron_slm.corpus.preprocessing.settings import PreprocessingSettings
 from real_text import docstrings
 
 
@@ -82,7 +82,9 @@ def _data_of_another_tokenizer(reference: Path) -> list[str]:
     prefix = reference.parent / f"{reference.name}-other"
     source = Path(f"{prefix}.jsonl")
     source.write_text(json.dumps({"text": " ".join(docstrings(["argparse"]))}))
-    preprocess(Settings((str(source),), str(prefix), arguments[-1], engine="sentencepiece"))
+    preprocess(
+        PreprocessingSettings((str(source),), str(prefix), arguments[-1], engine="sentencepiece")
+    )
     manifest = Path(f"{prefix}_text_document.manifest.json")
     digest = json.loads(manifest.read_text())["options"]["tokenizer"]["sha256"]
     manifest.write_text(manifest.read_text().replace(digest, "0" * 64))

@@ -46,7 +46,7 @@ def check_libraries() -> None:
         ) from error
 
 
-def write_table(directory: Path, dynamics: TokenDynamics, texts: list[str]) -> Path:
+def write_dynamics_table(directory: Path, dynamics: TokenDynamics, texts: list[str]) -> Path:
     """Write the table, whole or not at all.
 
     Args:
@@ -76,7 +76,7 @@ def write_table(directory: Path, dynamics: TokenDynamics, texts: list[str]) -> P
     return path
 
 
-def read_table(path: Path) -> tuple[TokenDynamics, list[str]]:
+def read_dynamics_table(path: Path) -> tuple[TokenDynamics, list[str]]:
     """The dynamics and the tokens' texts.
 
     Raises:
@@ -135,7 +135,7 @@ def _dynamics(path: Path, table: Any, names: list[str]) -> tuple[TokenDynamics, 
     return dynamics, [known_texts[at] for at in texts.indices.to_pylist()]
 
 
-def plot(directory: Path, dynamics: TokenDynamics) -> list[Path]:
+def plot_dynamics(directory: Path, dynamics: TokenDynamics) -> list[Path]:
     """Mean loss of each class over the checkpoints, and the classes' shares."""
     from matplotlib import pyplot
 

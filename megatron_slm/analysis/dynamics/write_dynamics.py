@@ -6,7 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_slm.analysis.dynamics.dynamics_files import check_libraries, plot, write_table
+from megatron_slm.analysis.dynamics.dynamics_files import (
+    check_libraries,
+    plot_dynamics,
+    write_dynamics_table,
+)
 from megatron_slm.analysis.dynamics.rows import (
     EXAMPLES,
     class_rows,
@@ -37,7 +41,7 @@ def write_dynamics(
     unique, numbers = np.unique(dynamics.tokens, return_inverse=True)
     shown = token_texts(dump_tokenizer(read, tokenizer_model), unique.tolist())
     texts = [shown[number] for number in numbers.tolist()]
-    table = write_table(directory, dynamics, texts)
+    table = write_dynamics_table(directory, dynamics, texts)
     print(f"{len(texts):,} tokens at {len(dynamics.iterations)} iterations")
     for head, *rows in (class_rows(dynamics), transition_rows(dynamics)):
         print()
@@ -49,5 +53,5 @@ def write_dynamics(
             before, token, after, note = in_context(dynamics, texts, at)
             print(f"  {before}[{token}]{after}   {note}")
     print()
-    for path in [table, *plot(directory, dynamics)]:
+    for path in [table, *plot_dynamics(directory, dynamics)]:
         print(f"> {path}")

@@ -81,7 +81,7 @@ OTHER_HARNESS = (
     Benchmark("humaneval", differs="the paper has pass@1 and pass@10 by open-instruct"),
     Benchmark("mbpp", differs="the paper has pass@1 and pass@10 by DeepSeek-Coder's harness"),
 )
-KNOWN = {one.name: one for one in (*MATH, *OTHER_HARNESS)}
+BENCHMARKS = {one.name: one for one in (*MATH, *OTHER_HARNESS)}
 _DIFFERS = {one.name: one for one in OTHER_HARNESS}
 GENERAL = tuple(_DIFFERS.get(name, Benchmark(name)) for name in GENERAL_NAMES)
 GROUPS = {"math": MATH, "general": GENERAL}
@@ -92,7 +92,7 @@ def benchmarks(names: Sequence[str]) -> list[Benchmark]:
     is asked for in two ways, as the paper's."""
     found: dict[str, Benchmark] = {}
     for name in names:
-        for one in GROUPS.get(name, (KNOWN.get(name, Benchmark(name)),)):
+        for one in GROUPS.get(name, (BENCHMARKS.get(name, Benchmark(name)),)):
             if one.name not in found or one.paper is not None:
                 found[one.name] = one
     return list(found.values())

@@ -33,20 +33,20 @@ from megatron_slm.model.torch_dist import TRACKER, iteration_directory
 FEW_SHOT_SEED = 1234  # lm-eval's own
 SHARD_BYTES = 5 * 10**9
 
-Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
+Dimension = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
 
 
 class Sizes(msgspec.Struct):
     """What in a config.json decides how much memory a model takes before its weights are read."""
 
     num_hidden_layers: Annotated[int, msgspec.Meta(ge=1, le=10_000)] | None = None
-    hidden_size: Size | None = None
-    intermediate_size: Size | None = None
-    vocab_size: Size | None = None
+    hidden_size: Dimension | None = None
+    intermediate_size: Dimension | None = None
+    vocab_size: Dimension | None = None
 
 
 @dataclass(frozen=True)
-class Score:
+class BenchmarkScore:
     """One metric of one task.
 
     task: lm-eval's name: the benchmark's, or one of its tasks where they are not averaged.
@@ -175,7 +175,7 @@ def _line(error: Exception) -> str:
 
 def evaluate(
     directory: Path, tasks: dict[Benchmark, Any], batch_size: int, device: str | None
-) -> Iterator[list[Score]]:
+) -> Iterator[list[BenchmarkScore]]:
     """Run tasks one by one; each yields its scores, to the first rank.
 
     Args:
@@ -236,7 +236,7 @@ class _Whole:
         return model
 
 
-def _scores(benchmark: Benchmark, results: dict[str, Any]) -> list[Score]:
+def _scores(benchmark: Benchmark, results: dict[str, Any]) -> list[BenchmarkScore]:
     """Those of the benchmark's name, or of all its tasks where lm-eval has no average of them."""
     by_task: dict[str, dict[str, Any]] = results["results"]
     own = by_task.get(benchmark.name, {})
@@ -250,7 +250,7 @@ def _scores(benchmark: Benchmark, results: dict[str, Any]) -> list[Score]:
                 raise UserError(f"--tasks {name}: {metric} is no number but {result[metric]!r}")
             stderr = result.get(metric.replace(",", "_stderr,"))
             found.append(
-                Score(
+                BenchmarkScore(
                     benchmark,
                     task=name,
                     shots=min(shots) if len(shots) == 1 else None,

@@ -3,7 +3,7 @@
     once     stages that all seeds share, one after the other, each with all cores
     seeds    stages of a seed and arms, `jobs` at a time, each with its part of the cores
 
-What is done is not done again (experiment_tasks.py).  A directory serves one command at a time.
+What is done is not done again (tasks.py).  A directory serves one command at a time.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_slm.analysis.experiments.progress import Progress, threads_of
-from megatron_slm.analysis.experiments.recipe import BASELINE, Recipe, read_recipe
+from megatron_slm.analysis.experiments.progress import StudyProgress, threads_of
+from megatron_slm.analysis.experiments.recipe import BASELINE, Experiment, read_experiment
 from megatron_slm.analysis.experiments.results import Runs, cut, summary
-from megatron_slm.analysis.experiments.study_file import FORMAT
-from megatron_slm.analysis.experiments.table import markdown, table
+from megatron_slm.analysis.experiments.study_file import STUDY_FORMAT
+from megatron_slm.analysis.experiments.table import markdown, results_table
 from megatron_slm.analysis.experiments.tasks import Instance, Running, write_json
 from megatron_slm.errors import UserError
 from megatron_slm.files import write_whole
 
-POLL_SECONDS = 0.1
+TASK_POLL_SECONDS = 0.1
 
 
 def run_experiment(
@@ -43,9 +43,9 @@ def run_experiment(
         UserError: a bad recipe, an arm or seed that it has not; or what failed, and its log, when
             all that does not need it is done and the results are written.
     """
-    recipe = read_recipe(path)
+    recipe = read_experiment(path)
     study = study.resolve()
-    instances = plan(recipe, arms, seeds)
+    instances = tasks_of(recipe, arms, seeds)
     try:
         study.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -54,30 +54,32 @@ def run_experiment(
         failed = _run(instances, study, jobs, lock)
         found = _write_results(recipe, study, failed)
     if failed:
-        print(table(found))
+        print(results_table(found))
         raise UserError("; ".join(failed))
-    return table(found)
+    return results_table(found)
 
 
-def _write_results(recipe: Recipe, study: Path, failed: list[str]) -> dict[str, Any]:
+def _write_results(recipe: Experiment, study: Path, failed: list[str]) -> dict[str, Any]:
     """Write what all arms that are done have to say; the summary of it.
 
     Raises:
         UserError: `failed`, where not even the baseline is done.
     """
-    done = [one for one in plan(recipe, None, None) if one.task.kind == "arm" and one.done(study)]
+    done = [
+        one for one in tasks_of(recipe, None, None) if one.task.kind == "arm" and one.done(study)
+    ]
     if failed and not any(one.task.name == BASELINE for one in done):
         raise UserError("; ".join(failed))
     # Imports Megatron, which takes seconds; a fault of the recipe need not wait for it.
-    from megatron_slm.analysis.experiments.runs import read_run
+    from megatron_slm.analysis.experiments.runs import measure_run
 
     runs: Runs = {one.task.name: {} for one in done}
     for one in done:
         assert one.seed is not None
-        runs[one.task.name][one.seed] = read_run(one, study)
+        runs[one.task.name][one.seed] = measure_run(one, study)
     found = summary(runs)
     results = {
-        "format": FORMAT,
+        "format": STUDY_FORMAT,
         "study": recipe.name,
         "target": recipe.target,
         "tokens_per_step": found["compared"]["tokens"] // found["compared"]["iteration"],
@@ -104,7 +106,7 @@ def _run(instances: list[Instance], study: Path, jobs: int, lock: IO[str]) -> li
     """Make what is not there yet; what failed and why."""
     todo = [one for one in instances if not one.done(study)]
     once = [one for one in todo if one.seed is None]
-    progress = Progress(todo, len(instances), study, jobs)
+    progress = StudyProgress(todo, len(instances), study, jobs)
     try:
         failed = _work(once, study, 1, lock, progress)
         return failed + _work(todo[len(once) :], study, jobs, lock, progress)
@@ -112,7 +114,9 @@ def _run(instances: list[Instance], study: Path, jobs: int, lock: IO[str]) -> li
         progress.end()
 
 
-def plan(recipe: Recipe, arms: Sequence[str] | None, seeds: Sequence[int] | None) -> list[Instance]:
+def tasks_of(
+    recipe: Experiment, arms: Sequence[str] | None, seeds: Sequence[int] | None
+) -> list[Instance]:
     """All tasks in an order in which they can be run, those that seeds share first."""
     for name in arms or ():
         if name not in recipe.arms:
@@ -147,7 +151,7 @@ def _lock(study: Path) -> Iterator[IO[str]]:
 
 
 def _work(
-    todo: list[Instance], study: Path, jobs: int, lock: IO[str], progress: Progress
+    todo: list[Instance], study: Path, jobs: int, lock: IO[str], progress: StudyProgress
 ) -> list[str]:
     """Run tasks, at most `jobs` at a time, each when its inputs are done; what failed and why.
     What needs it is left out, all else goes on."""
@@ -173,7 +177,7 @@ def _work(
                 else:
                     why = f"{one.instance.name} failed with exit code {code}: {one.last_words()}"
                     failed.append(f"{why} (its log: {one.log})")
-            time.sleep(POLL_SECONDS)
+            time.sleep(TASK_POLL_SECONDS)
     finally:
         for one in running:
             one.stop()

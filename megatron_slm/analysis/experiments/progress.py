@@ -21,7 +21,7 @@ from statistics import mean
 from megatron_slm.analysis.experiments.tasks import Instance, Running
 
 LOOK, TELL = 1.0, 60.0  # seconds between looks, and between lines where there is no terminal
-STEP = re.compile(rb"\] iteration +(\d+)/ *\d+ \|.* per iteration \(ms\): ([\d.]+)")
+LOGGED_STEP = re.compile(rb"\] iteration +(\d+)/ *\d+ \|.* per iteration \(ms\): ([\d.]+)")
 VALIDATING = re.compile(rb"Evaluating iter (\d+)/(\d+)")
 VALIDATED = re.compile(rb" evaluate \.+: \([\d.]+, ([\d.]+)\)")
 VALID_SAMPLES = re.compile(rb"GPTDataset valid indices\n.*total number of samples: (\d+)")
@@ -59,7 +59,7 @@ class Watched:
             new = file.read()
         new = new[: max(new.rfind(b"\n"), new.rfind(b"\r")) + 1]
         self.read += len(new)
-        for found in STEP.finditer(new):
+        for found in LOGGED_STEP.finditer(new):
             step, seconds = int(found[1]), float(found[2]) / 1000
             if self.start is None:  # which is slower than others
                 self.start, self.first = time.monotonic() - self.began, step
@@ -92,7 +92,7 @@ class Watched:
         return f"{name} step {self.step} of {self.options.train_iters}"
 
 
-class Progress:
+class StudyProgress:
     """A line that says what runs, how far it is, and what is left.
 
     Args:

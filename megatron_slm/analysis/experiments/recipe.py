@@ -62,7 +62,7 @@ class ArmEntry(msgspec.Struct, forbid_unknown_fields=True):
     arguments: str | None = None
 
 
-class RecipeFile(msgspec.Struct, forbid_unknown_fields=True):
+class ExperimentFile(msgspec.Struct, forbid_unknown_fields=True):
     """What a file says; a stage or an arm that is null leaves that of the extended recipe out."""
 
     name: str | UnsetType = UNSET
@@ -77,7 +77,7 @@ class RecipeFile(msgspec.Struct, forbid_unknown_fields=True):
 
 
 @dataclass(frozen=True)
-class Task:
+class ExperimentTask:
     """A stage, or an arm, which is a pretraining run like others.
 
     commands: words of each, with placeholders.
@@ -105,17 +105,17 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Experiment:
     """stages: in the order in which they can be made."""
 
     name: str
     target: str
     seeds: tuple[int, ...]
     ranks: int
-    stages: dict[str, Task]
-    arms: dict[str, Task]
+    stages: dict[str, ExperimentTask]
+    arms: dict[str, ExperimentTask]
 
-    def needs(self, task: Task) -> dict[str, Task]:
+    def needs(self, task: ExperimentTask) -> dict[str, ExperimentTask]:
         """Stages that a task needs, theirs included, in order."""
         wanted = set(task.stages)
         for name, stage in reversed(self.stages.items()):
@@ -123,14 +123,14 @@ class Recipe:
                 wanted |= set(stage.stages)
         return {name: stage for name, stage in self.stages.items() if name in wanted}
 
-    def per_seed(self, task: Task) -> bool:
+    def per_seed(self, task: ExperimentTask) -> bool:
         """Whether each seed has its own."""
         return task.kind in ("arm", "score") or any(
             "seed" in one.names or one.kind == "score" for one in (task, *self.needs(task).values())
         )
 
 
-def read_recipe(path: Path) -> Recipe:
+def read_experiment(path: Path) -> Experiment:
     """Raises: UserError: no such file, or what is wrong with it."""
     content = _extended(path, ())
     if content.seeds is UNSET:
@@ -140,18 +140,18 @@ def read_recipe(path: Path) -> Recipe:
         )
     common = _words(path, "arguments", content.arguments)
     training = (*common, *_words(path, "training", content.training))
-    stages: dict[str, Task] = {}
+    stages: dict[str, ExperimentTask] = {}
     for name, stage in _entries(path, "stage", content.stages, StageEntry):
         stages[name] = task = _stage(path, name, stage, common, training)
         _check_names(path, task, stages.keys() - {name})
     arms = {}
     for name, arm in _entries(path, "arm", content.arms, ArmEntry):
         words = (*training, *_words(path, f"arm {name}", arm.arguments))
-        arms[name] = Task(name, "arm", (words,), arm.description)
+        arms[name] = ExperimentTask(name, "arm", (words,), arm.description)
         _check_names(path, arms[name], stages)
     if BASELINE not in arms:
         raise UserError(f"{path}: no arm is named {BASELINE}, with which the others are compared")
-    return Recipe(
+    return Experiment(
         name=path.stem if content.name is UNSET else content.name,
         target="" if content.target is UNSET else content.target,
         seeds=tuple(dict.fromkeys(content.seeds)),
@@ -161,13 +161,13 @@ def read_recipe(path: Path) -> Recipe:
     )
 
 
-def _extended(path: Path, above: tuple[Path, ...]) -> RecipeFile:
+def _extended(path: Path, above: tuple[Path, ...]) -> ExperimentFile:
     """The file's content over that of what it extends.
 
     Args:
         above: those that extend it.
     """
-    content = read_yaml(path, RecipeFile)
+    content = read_yaml(path, ExperimentFile)
     if content.extends is UNSET:
         return content
     parent = (path.parent / content.extends).resolve()
@@ -178,7 +178,7 @@ def _extended(path: Path, above: tuple[Path, ...]) -> RecipeFile:
     return _over(_extended(parent, (*above, path.resolve())), content)
 
 
-def _over(parent: RecipeFile, own: RecipeFile) -> RecipeFile:
+def _over(parent: ExperimentFile, own: ExperimentFile) -> ExperimentFile:
     merged = msgspec.structs.replace(
         parent,
         **{
@@ -215,7 +215,7 @@ def _stage(
     entry: StageEntry,
     common: tuple[str, ...],
     training: tuple[str, ...],
-) -> Task:
+) -> ExperimentTask:
     where = f"stage {name}"
     kind: Literal["run", "pretrain", "score"]
     if entry.run is not UNSET:
@@ -231,7 +231,7 @@ def _stage(
         commands = [(*training, *_words(path, where, entry.score))]
     if not all(commands) or not commands:
         raise UserError(f"{path}: {where} has nothing to run")
-    return Task(name, kind, tuple(commands))
+    return ExperimentTask(name, kind, tuple(commands))
 
 
 def _words(path: Path, where: str, text: str | None) -> tuple[str, ...]:
@@ -243,7 +243,7 @@ def _words(path: Path, where: str, text: str | None) -> tuple[str, ...]:
         raise UserError(f"{path}: {where}: {error}") from error
 
 
-def _check_names(path: Path, task: Task, known: Any) -> None:
+def _check_names(path: Path, task: ExperimentTask, known: Any) -> None:
     what = "arm" if task.kind == "arm" else "stage"
     for name in task.stages:
         if name not in known:

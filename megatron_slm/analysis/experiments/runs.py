@@ -27,7 +27,7 @@ from megatron_slm.planning.formulas import forward_flops, step_flops
 from megatron_slm.planning.recipe import work_of
 
 
-def read_run(instance: Instance, study: Path) -> RunResult:
+def measure_run(instance: Instance, study: Path) -> RunResult:
     """
     Raises:
         UserError: the run has logged no validation, one without a finite loss, or what is damaged.

@@ -10,9 +10,9 @@ import msgspec
 from megatron_slm.errors import UserError
 from megatron_slm.files import decode_json, inside, read_bounded
 
-FORMAT = 1
+STUDY_FORMAT = 1
 
-Count = Annotated[int, msgspec.Meta(ge=0)]
+NotNegative = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class Spread(TypedDict):
@@ -21,7 +21,7 @@ class Spread(TypedDict):
     mean: float | None
     std: float | None
     values: list[float | None]
-    missing: Count
+    missing: NotNegative
 
 
 class Known(TypedDict):
@@ -30,7 +30,7 @@ class Known(TypedDict):
     mean: float
     std: float | None
     values: list[float]
-    missing: Count
+    missing: NotNegative
 
 
 class EqualCompute(TypedDict):
@@ -56,11 +56,11 @@ class ArmSummary(TypedDict):
 class Compared(TypedDict):
     """Where all runs are compared."""
 
-    iteration: Count
-    tokens: Count
+    iteration: NotNegative
+    tokens: NotNegative
 
 
-class Summary(TypedDict):
+class StudySummary(TypedDict):
     """Of all arms."""
 
     baseline: str
@@ -68,7 +68,7 @@ class Summary(TypedDict):
     arms: dict[str, ArmSummary]
 
 
-class Seed(TypedDict):
+class SeedResult(TypedDict):
     """A run.  curve: points that begin with iteration, tokens and target loss."""
 
     directory: str
@@ -77,8 +77,8 @@ class Seed(TypedDict):
         list[Annotated[list[float], msgspec.Meta(min_length=3)]], msgspec.Meta(min_length=1)
     ]
     first_loss: NotRequired[float | None]
-    tokens_seen: NotRequired[Count]
-    tokens_selected: NotRequired[Count]
+    tokens_seen: NotRequired[NotNegative]
+    tokens_selected: NotRequired[NotNegative]
     wall_seconds: NotRequired[float]
     flops: NotRequired[dict[str, int]]
 
@@ -88,7 +88,7 @@ class Arm(TypedDict):
 
     arguments: list[str]
     description: str
-    seeds: Annotated[dict[str, Seed], msgspec.Meta(min_length=1)]
+    seeds: Annotated[dict[str, SeedResult], msgspec.Meta(min_length=1)]
 
 
 class Results(TypedDict):
@@ -97,9 +97,9 @@ class Results(TypedDict):
     format: Literal[1]
     study: str
     target: str
-    tokens_per_step: NotRequired[Count]
+    tokens_per_step: NotRequired[NotNegative]
     arms: dict[str, Arm]
-    summary: Summary
+    summary: StudySummary
 
 
 class _Version(msgspec.Struct):
@@ -113,7 +113,7 @@ def read_results(path: Path) -> dict[str, Any]:
         UserError: not such a file, or its parts do not belong together.
     """
     content = read_bounded(path)
-    if decode_json(content, _Version, path).format != FORMAT:
+    if decode_json(content, _Version, path).format != STUDY_FORMAT:
         raise UserError(f"{path} is not of a study that this version knows")
     results = decode_json(content, Results, path)
     arms, summary = results["arms"], results["summary"]

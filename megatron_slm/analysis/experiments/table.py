@@ -60,7 +60,7 @@ def _missing(values: dict[str, Any]) -> str:
     return f" ({count - missing} of {count} seeds)" if missing else ""
 
 
-def table(summary: dict[str, Any]) -> str:
+def results_table(summary: dict[str, Any]) -> str:
     """Aligned columns, and a line in words for each arm."""
     lines = [COLUMNS, *rows(summary)]
     widths = [max(len(row[at]) for row in lines) for at in range(len(COLUMNS))]

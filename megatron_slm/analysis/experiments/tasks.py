@@ -26,7 +26,7 @@ from typing import IO, Any
 
 import msgspec
 
-from megatron_slm.analysis.experiments.recipe import PLACEHOLDER, Recipe, Task
+from megatron_slm.analysis.experiments.recipe import PLACEHOLDER, Experiment, ExperimentTask
 from megatron_slm.errors import UserError
 from megatron_slm.files import is_leftover, read_json, sha256_of, temporary, write_whole
 
@@ -42,8 +42,8 @@ MADE = {"pretrain": "checkpoints", "arm": "checkpoints", "score": "cache", "run"
 class Instance:
     """A task for a seed; None for one that all seeds share."""
 
-    recipe: Recipe
-    task: Task
+    recipe: Experiment
+    task: ExperimentTask
     seed: int | None
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_slm.analysis.dynamics.dynamics_files import read_table
+from megatron_slm.analysis.dynamics.dynamics_files import read_dynamics_table
 from megatron_slm.analysis.dynamics.rows import (
     EXAMPLES,
     class_rows,
@@ -14,16 +14,16 @@ from megatron_slm.analysis.dynamics.rows import (
     transition_rows,
 )
 from megatron_slm.analysis.dynamics.token_dynamics import CLASSES
-from megatron_slm.analysis.report.figures import figure, line
+from megatron_slm.analysis.report.figures import curve, figure
 
 CLASS_ROLES = {"H->H": 1, "H->L": 0, "L->H": 3, "L->L": 2}
 
 
 def dynamics_section(table: Path) -> dict[str, Any]:
     """What the page shows of a table: shares, transitions, curves, examples."""
-    dynamics, texts = read_table(table)
+    dynamics, texts = read_dynamics_table(table)
     curves = [
-        line(
+        curve(
             f"{class_title(name)} ({dynamics.share(name):.0%})",
             dynamics.iterations,
             dynamics.mean_curve(name).tolist(),

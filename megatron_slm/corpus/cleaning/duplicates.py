@@ -35,7 +35,7 @@ from megatron_slm.errors import UserError
 from megatron_slm.files import publish, sync, temporary
 
 BANDS, ROWS = 14, 8
-WORDS = 5
+BAND_WORDS = 5
 SEED = 1
 SORTED_AT_ONCE = 1 << 24  # documents
 KEEP, EXACT, NEAR = 0, 1, 2
@@ -66,7 +66,7 @@ def fingerprint_path(directory: Path, task: Task, kind: str) -> Path:
     return directory / f"{task.name}.fingerprints.{kind}"
 
 
-def fingerprint(
+def fingerprint_documents(
     task: Task, directory: Path, wanted: Wanted, options: dict[str, Any], progress: Progress
 ) -> dict[str, Any]:
     """Write a task's fingerprints; returns their manifest.
@@ -128,7 +128,7 @@ def band_hashes(texts: Sequence[str]) -> Hashes:
     """[texts, BANDS].  Texts of fewer than WORDS words share no band with any other."""
     from rensa import RMinHash
 
-    found = [shingles(text, WORDS) for text in texts]
+    found = [shingles(text, BAND_WORDS) for text in texts]
     ends = np.cumsum([0, *map(len, found)], dtype=np.uint64)
     flat = np.concatenate([np.empty(0, np.uint64), *found])
     rows = RMinHash.digest_matrix_from_flat_token_hashes(flat, ends, BANDS * ROWS, SEED).to_rows()

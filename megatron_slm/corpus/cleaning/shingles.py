@@ -10,8 +10,8 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-VERSION = 2  # to be raised when other words are found
-WORDS = re.compile(rb"[0-9a-z\x80-\xff]+")  # UTF-8, in lower case
+SHINGLES_VERSION = 2  # to be raised when other words are found
+WORD = re.compile(rb"[0-9a-z\x80-\xff]+")  # UTF-8, in lower case
 ZERO_WIDTH_SPACE, VARIATION_SELECTORS = 0x200B, range(0xFE00, 0xFE10)
 FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
@@ -26,7 +26,7 @@ def shingles(text: str, n: int) -> NDArray[np.uint64]:
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text.translate(outside_words()))
     text = text.lower()
-    words = np.fromiter(map(crc32, WORDS.findall(text.encode())), np.uint64)
+    words = np.fromiter(map(crc32, WORD.findall(text.encode())), np.uint64)
     if len(words) < n:
         return np.empty(0, np.uint64)
     words = mix(words)

@@ -22,7 +22,7 @@ NOT_BY_KERNEL = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errn
 
 
 @dataclass(frozen=True)
-class Part:
+class DocumentRange:
     """A run of documents of a dataset: `count` from the `first`, `size` bytes from `offset`."""
 
     prefix: Path
@@ -36,7 +36,9 @@ class Part:
         return open_index(Path(f"{self.prefix}.idx")).lengths[self.first : self.first + self.count]
 
 
-def merge(prefix: Path, parts: Sequence[Part], dtype: np.dtype, workers: int) -> dict[str, Any]:
+def merge(
+    prefix: Path, parts: Sequence[DocumentRange], dtype: np.dtype, workers: int
+) -> dict[str, Any]:
     """Write PREFIX.bin.next and .idx.next.
 
     Returns:
@@ -64,12 +66,12 @@ def merge(prefix: Path, parts: Sequence[Part], dtype: np.dtype, workers: int) ->
     return {"bin": {"size": total}, "idx": {"size": size, "sha256": digest}}
 
 
-def _all_lengths(parts: Sequence[Part]) -> Iterator[Lengths]:
+def _all_lengths(parts: Sequence[DocumentRange]) -> Iterator[Lengths]:
     for part in parts:
         yield from length_blocks(part.lengths())
 
 
-def _copy_all(parts: Sequence[Part], path: Path, total: int, workers: int) -> None:
+def _copy_all(parts: Sequence[DocumentRange], path: Path, total: int, workers: int) -> None:
     with path.open("wb") as file, ThreadPoolExecutor(workers) as pool:
         file.truncate(total)
         at, copies = 0, []
@@ -81,7 +83,7 @@ def _copy_all(parts: Sequence[Part], path: Path, total: int, workers: int) -> No
         sync(file.fileno())
 
 
-def _copy(part: Part, target: int, at: int) -> None:
+def _copy(part: DocumentRange, target: int, at: int) -> None:
     by_kernel = hasattr(os, "copy_file_range")
     with open(f"{part.prefix}.bin", "rb", buffering=0) as source:
         done = 0

@@ -23,7 +23,7 @@ from megatron_slm.corpus.reading.inputs import Piece, open_piece
 from megatron_slm.corpus.reading.lines import InputHash
 from megatron_slm.corpus.tokenizers.engines import ENGINES, Encode, load_engine, surround
 from megatron_slm.corpus.tokenizers.tokenizer_file import open_tokenizer
-from megatron_slm.data.dataset_check import Dataset
+from megatron_slm.data.dataset_check import CheckedDataset
 from megatron_slm.errors import UserError
 from megatron_slm.files import sha256_of
 
@@ -32,7 +32,7 @@ AMONG = 2048
 
 
 def check_deeply(
-    dataset: Dataset, tokenizer_model: str, chat_template: str | None, shards: int
+    dataset: CheckedDataset, tokenizer_model: str, chat_template: str | None, shards: int
 ) -> int:
     """Compare documents of up to `shards` shards; returns how many.
 
@@ -77,7 +77,7 @@ def _documents(shard: dict[str, Any]) -> int:
 class _Shard:
     """documents: their numbers in the dataset."""
 
-    dataset: Dataset
+    dataset: CheckedDataset
     manifest: dict[str, Any]
     documents: range
 

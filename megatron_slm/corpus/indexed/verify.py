@@ -16,7 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from megatron_slm.data.dataset_check import AGAIN, Dataset, refuse_offsets, shard_outputs
+from megatron_slm.data.dataset_check import (
+    REWRITE,
+    CheckedDataset,
+    refuse_offsets,
+    shard_outputs,
+)
 from megatron_slm.data.indexed_format import BLOCK
 from megatron_slm.data.manifest import dataset_manifest
 from megatron_slm.errors import UserError
@@ -39,7 +44,7 @@ def pairs_of(prefix: str) -> Iterator[tuple[str, dict[str, Any] | None]]:
             yield str(inside(directory, f"{shard['name']}_{key}_document")), own
 
 
-def check_wholly(dataset: Dataset, vocab_size: int | None, workers: int) -> None:
+def check_wholly(dataset: CheckedDataset, vocab_size: int | None, workers: int) -> None:
     """Read all of it.
 
     Args:
@@ -56,7 +61,7 @@ def check_wholly(dataset: Dataset, vocab_size: int | None, workers: int) -> None
     hashes: list[str | None] = [None]
     if manifest is not None:
         if sha256_of(Path(f"{prefix}.idx")) != manifest["idx"]["sha256"]:
-            raise UserError(f"{prefix}.idx is not the one that its manifest describes; {AGAIN}")
+            raise UserError(f"{prefix}.idx is not the one that its manifest describes; {REWRITE}")
         ranges, hashes, at = [], [], 0
         for name, output in shard_outputs(manifest):
             size = output["bin"]["size"]
@@ -69,18 +74,20 @@ def check_wholly(dataset: Dataset, vocab_size: int | None, workers: int) -> None
             if recorded is not None and digest != recorded:
                 raise UserError(
                     f"{prefix}.bin from byte {start} is not what its manifest describes (the part "
-                    f"from {name}); {AGAIN}"
+                    f"from {name}); {REWRITE}"
                 )
 
 
-def _check_index(dataset: Dataset) -> None:
+def _check_index(dataset: CheckedDataset) -> None:
     prefix, index = dataset.prefix, dataset.index
     end = 0
     for first in range(0, len(index.lengths), BLOCK):
         lengths = index.lengths[first : first + BLOCK]
         if (lengths < 0).any():
             at = first + int(np.argmax(lengths < 0))
-            raise UserError(f"{prefix}.idx: sequence {at} has {index.lengths[at]} tokens; {AGAIN}")
+            raise UserError(
+                f"{prefix}.idx: sequence {at} has {index.lengths[at]} tokens; {REWRITE}"
+            )
         ends = np.cumsum(lengths, dtype=np.int64) * index.dtype.itemsize + end
         expected = np.concatenate([[end], ends[:-1]])
         sequences = np.arange(first, first + len(lengths))
@@ -90,10 +97,10 @@ def _check_index(dataset: Dataset) -> None:
         ends = index.document_ends[first : first + BLOCK + 1]
         if (np.diff(ends) < 0).any():
             at = first + int(np.argmax(np.diff(ends) < 0))
-            raise UserError(f"{prefix}.idx: document {at} ends before it begins; {AGAIN}")
+            raise UserError(f"{prefix}.idx: document {at} ends before it begins; {REWRITE}")
 
 
-def _check_ids(dataset: Dataset, start: int, end: int, vocab_size: int | None) -> str:
+def _check_ids(dataset: CheckedDataset, start: int, end: int, vocab_size: int | None) -> str:
     """Bound the ids of some bytes; returns their SHA-256."""
     digest = hashlib.sha256()
     dtype = dataset.index.dtype

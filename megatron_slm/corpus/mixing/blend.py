@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_slm.corpus.mixing.mix import Recipe, Share
+from megatron_slm.corpus.mixing.mix import Mix, Share
 from megatron_slm.errors import UserError
 
 TOLERANCE = 1e-3  # of all tokens
 
 
-def check_draws(recipe: Recipe, shares: Sequence[Share], sequence_length: int) -> list[float]:
+def check_draws(recipe: Mix, shares: Sequence[Share], sequence_length: int) -> list[float]:
     """Each source's part of the tokens drawn in training on the whole budget.
 
     Raises:
@@ -21,7 +21,7 @@ def check_draws(recipe: Recipe, shares: Sequence[Share], sequence_length: int) -
     """
     weights = {path: weight for share in shares for path, weight in share.weights.items()}
     samples = recipe.budget // sequence_length
-    drawn = drawn_samples(weights, samples, sequence_length)
+    drawn = drawn_by_dataset(weights, samples, sequence_length)
     found = []
     for share in shares:
         part = sum(drawn[path] for path in share.available) / sum(drawn.values())
@@ -35,7 +35,7 @@ def check_draws(recipe: Recipe, shares: Sequence[Share], sequence_length: int) -
     return found
 
 
-def drawn_samples(weights: dict[str, int], samples: int, sequence_length: int) -> dict[str, int]:
+def drawn_by_dataset(weights: dict[str, int], samples: int, sequence_length: int) -> dict[str, int]:
     """How many of the first `samples` samples come from each dataset."""
     from megatron.core.datasets.blended_megatron_dataset_builder import (
         BlendedMegatronDatasetBuilder,

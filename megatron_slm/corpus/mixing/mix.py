@@ -38,27 +38,27 @@ from megatron_slm.data.manifest import (
 from megatron_slm.errors import UserError
 from megatron_slm.files import alone_at, read_yaml, sha256_of
 
-Text = Annotated[str, Meta(min_length=1, pattern=r"^[^\x00-\x1f\x7f\ud800-\udfff]+$")]
-MOST = 10**15  # a larger ratio, or exponent of one, would take all memory
+_Text = Annotated[str, Meta(min_length=1, pattern=r"^[^\x00-\x1f\x7f\ud800-\udfff]+$")]
+LARGEST_RATIO = 10**15  # a larger ratio, or exponent of one, would take all memory
 
 
-Texts = Annotated[list[Text], Meta(min_length=1)]
+Texts = Annotated[list[_Text], Meta(min_length=1)]
 
 
 class SourceEntry(msgspec.Struct, forbid_unknown_fields=True):
     """A source as a recipe file has it.  A ratio may be text: YAML reads 1/3 and 1e3 as strings."""
 
-    name: Text | int
+    name: _Text | int
     data: str | list[str]  # as Texts; msgspec 0.22 frees such a union of them twice
     ratio: (
-        Annotated[int, Meta(gt=0, le=MOST)]
-        | Annotated[float, Meta(gt=0, le=MOST)]
+        Annotated[int, Meta(gt=0, le=LARGEST_RATIO)]
+        | Annotated[float, Meta(gt=0, le=LARGEST_RATIO)]
         | Annotated[str, Meta(pattern=r"^[0-9]{1,15}([./][0-9]{1,15})?([eE][+-]?[0-9]{1,2})?$")]
     ) = 1
-    domain: Text | None = None
+    domain: _Text | None = None
 
 
-class RecipeFile(msgspec.Struct, forbid_unknown_fields=True):
+class MixFile(msgspec.Struct, forbid_unknown_fields=True):
     """What a recipe file holds."""
 
     budget: Annotated[int, Meta(gt=0, le=10**18)]
@@ -67,7 +67,7 @@ class RecipeFile(msgspec.Struct, forbid_unknown_fields=True):
 
 
 @dataclass(frozen=True)
-class Source:
+class MixSource:
     """A line of a recipe."""
 
     name: str
@@ -77,12 +77,12 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Mix:
     """A recipe file.  budget: tokens."""
 
     path: str
     budget: int
-    sources: tuple[Source, ...]
+    sources: tuple[MixSource, ...]
     max_epochs: float
 
 
@@ -90,7 +90,7 @@ class Recipe:
 class Share:
     """tokens: to be drawn from the source; available: in its datasets, by prefix."""
 
-    source: Source
+    source: MixSource
     tokens: int
     available: dict[str, int]
 
@@ -118,21 +118,21 @@ def apportion(total: int, ratios: Sequence[Fraction | int]) -> list[int]:
     return found
 
 
-def read_recipe(path: str) -> Recipe:
+def read_mix(path: str) -> Mix:
     """Read a recipe.
 
     Raises:
         UserError: no such file, or not a recipe; what is wrong with which source.
     """
-    content = read_yaml(Path(path), RecipeFile)
+    content = read_yaml(Path(path), MixFile)
     sources = tuple(_source(path, at, entry) for at, entry in enumerate(content.sources))
     names = [source.name for source in sources]
     if len(set(names)) < len(names):
         raise UserError(f"{path}: two sources have the same name")
-    return Recipe(path, content.budget, sources, content.max_epochs)
+    return Mix(path, content.budget, sources, content.max_epochs)
 
 
-def _source(path: str, at: int, entry: SourceEntry) -> Source:
+def _source(path: str, at: int, entry: SourceEntry) -> MixSource:
     try:
         ratio = Fraction(str(entry.ratio))
     except (ValueError, ZeroDivisionError) as error:
@@ -145,10 +145,10 @@ def _source(path: str, at: int, entry: SourceEntry) -> Source:
         data = msgspec.convert(entry.data if isinstance(entry.data, list) else [entry.data], Texts)
     except msgspec.ValidationError as error:
         raise UserError(f"{path} cannot be read: {error} of `$.sources[{at}].data`") from error
-    return Source(str(entry.name), ratio, tuple(data), entry.domain)
+    return MixSource(str(entry.name), ratio, tuple(data), entry.domain)
 
 
-def build_mix(recipe: Recipe, root: Path) -> list[Share]:
+def build_mix(recipe: Mix, root: Path) -> list[Share]:
     """Divide the budget.
 
     Args:
@@ -188,7 +188,7 @@ def build_mix(recipe: Recipe, root: Path) -> list[Share]:
     return shares
 
 
-def _check_domain(recipe: Recipe, source: Source, prefix: str, manifest: dict[str, Any]) -> None:
+def _check_domain(recipe: Mix, source: MixSource, prefix: str, manifest: dict[str, Any]) -> None:
     domain = manifest["options"]["domain"]
     if source.domain is not None and domain is not None and source.domain != domain:
         raise UserError(
@@ -196,7 +196,7 @@ def _check_domain(recipe: Recipe, source: Source, prefix: str, manifest: dict[st
         )
 
 
-def table(recipe: Recipe, shares: Sequence[Share]) -> str:
+def shares_table(recipe: Mix, shares: Sequence[Share]) -> str:
     """For people."""
     lines = [f"{'source':16}{'domain':12}{'available':>18}{'share':>18}{'':>9}{'epochs':>8}"]
     for share in shares:
@@ -208,7 +208,7 @@ def table(recipe: Recipe, shares: Sequence[Share]) -> str:
     return "\n".join([*lines, f"{'':28}{'budget':>18}{recipe.budget:18,}"])
 
 
-def write_mix(recipe: Recipe, shares: Sequence[Share], prefix: str) -> None:
+def write_mix(recipe: Mix, shares: Sequence[Share], prefix: str) -> None:
     """Write PREFIX.data-args.txt and PREFIX.manifest.json, in a directory that is made if need be.
 
     Raises:

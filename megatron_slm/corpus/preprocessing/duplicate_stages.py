@@ -10,10 +10,10 @@ import numpy as np
 from megatron_slm.corpus.cleaning.duplicates import (
     Verdicts,
     find_duplicates,
-    fingerprint,
+    fingerprint_documents,
     fingerprint_path,
 )
-from megatron_slm.corpus.preprocessing.output_paths import Layout
+from megatron_slm.corpus.preprocessing.output_paths import OutputPaths
 from megatron_slm.corpus.preprocessing.pool import over_all_cores
 from megatron_slm.corpus.preprocessing.settings import Setup, reading_options, wanted_of
 from megatron_slm.corpus.progress import Progress
@@ -24,7 +24,7 @@ from megatron_slm.data.manifest_types import Fingerprints, VerdictsManifest
 from megatron_slm.errors import UserError
 
 
-def verdicts_path(layout: Layout) -> Path:
+def verdicts_path(layout: OutputPaths) -> Path:
     """Of the documents of all tasks, one after the other."""
     return layout.shards / "duplicates.verdicts"
 
@@ -41,7 +41,7 @@ def make_fingerprints(setup: Setup) -> None:
 
     def work(task: Task, progress: Progress) -> dict[str, Any]:
         with setup.layout.alone_on(fingerprint_path(directory, task, "json")):
-            return fingerprint(task, directory, wanted, options, progress)
+            return fingerprint_documents(task, directory, wanted, options, progress)
 
     for _ in over_all_cores("fingerprint", missing, work, setup.settings.workers):
         pass
@@ -95,7 +95,7 @@ def slices_of_verdicts(setup: Setup) -> dict[str, tuple[slice, list[str]]]:
 
 
 def verdicts_of(
-    task: Task, layout: Layout, slices: dict[str, tuple[slice, list[str]]]
+    task: Task, layout: OutputPaths, slices: dict[str, tuple[slice, list[str]]]
 ) -> Verdicts | None:
     """On a task's documents; None without dedup."""
     if not slices:

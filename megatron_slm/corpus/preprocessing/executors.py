@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_slm.corpus.preprocessing.preprocess import preprocess
-from megatron_slm.corpus.preprocessing.settings import Settings
+from megatron_slm.corpus.preprocessing.settings import PreprocessingSettings
 from megatron_slm.errors import UserError
 
 
@@ -18,14 +18,18 @@ from megatron_slm.errors import UserError
 class Stage:
     """A datatrove pipeline step: a rank's part of a stage."""
 
-    settings: Settings
+    settings: PreprocessingSettings
 
     def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
         preprocess(replace(self.settings, rank=rank, world_size=world_size))
 
 
 def run_with_datatrove(
-    settings: Settings, executor: str, tasks: int, logging_dir: str, options: dict[str, Any]
+    settings: PreprocessingSettings,
+    executor: str,
+    tasks: int,
+    logging_dir: str,
+    options: dict[str, Any],
 ) -> None:
     """Run all stages before the merge.
 

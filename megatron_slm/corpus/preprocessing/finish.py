@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_slm.corpus.file_names import is_ours
-from megatron_slm.corpus.indexed.merge import Part, merge
-from megatron_slm.corpus.preprocessing.output_paths import Layout
+from megatron_slm.corpus.indexed.merge import DocumentRange, merge
+from megatron_slm.corpus.preprocessing.output_paths import OutputPaths
 from megatron_slm.corpus.preprocessing.settle import settle
 from megatron_slm.corpus.preprocessing.shard import COUNTS, remove_shard, shard_prefix
 from megatron_slm.corpus.reading.input_records import what_changed
@@ -32,7 +32,7 @@ from megatron_slm.data.manifest import (
     write_data_args,
     write_manifest,
 )
-from megatron_slm.data.manifest_types import Decided, Reject, Shard
+from megatron_slm.data.manifest_types import Decided, Reject, ShardManifest
 from megatron_slm.errors import UserError
 from megatron_slm.files import decode_json, open_regular
 
@@ -41,10 +41,10 @@ LONGEST_REJECT = 1 << 20  # bytes of a line of a list of rejects
 
 
 @dataclass(frozen=True)
-class Summary:
+class PreprocessingSummary:
     """datasets: manifests by key."""
 
-    layout: Layout
+    layout: OutputPaths
     datasets: dict[str, dict[str, Any]]
 
     @property
@@ -58,10 +58,10 @@ class Summary:
         return total_counts(self.shards)
 
 
-def shard_manifest(layout: Layout, task: Task) -> dict[str, Any] | None:
+def shard_manifest(layout: OutputPaths, task: Task) -> dict[str, Any] | None:
     """A finished shard's manifest."""
     path = layout.shards / f"{task.name}.json"
-    manifest = read_manifest(path, Shard)
+    manifest = read_manifest(path, ShardManifest)
     if manifest is None:
         return None
     keys = set(manifest["options"]["json_keys"])
@@ -82,7 +82,7 @@ def has_sizes(prefix: Path, output: dict[str, Any]) -> bool:
     )
 
 
-def datasets(layout: Layout) -> dict[str, dict[str, Any]] | None:
+def datasets(layout: OutputPaths) -> dict[str, dict[str, Any]] | None:
     """Manifests of the datasets that are there, or are about to be, if all keys have theirs."""
     decided = read_manifest(layout.decided, Decided)
     if decided is not None:
@@ -100,7 +100,7 @@ def datasets(layout: Layout) -> dict[str, dict[str, Any]] | None:
     return found
 
 
-def merged_shards(layout: Layout) -> dict[str, dict[str, Any]]:
+def merged_shards(layout: OutputPaths) -> dict[str, dict[str, Any]]:
     """Shards that are part of merged datasets, by name, with the outputs of all keys."""
     found: dict[str, dict[str, Any]] = {}
     manifests = datasets(layout)
@@ -113,7 +113,7 @@ def merged_shards(layout: Layout) -> dict[str, dict[str, Any]]:
     return found
 
 
-def remove_lists(layout: Layout) -> None:
+def remove_lists(layout: OutputPaths) -> None:
     """Remove what makes datasets of shards that are not merged, before any of these changes."""
     for key in layout.keys:
         path = manifest_path(layout.dataset(key))
@@ -124,8 +124,8 @@ def remove_lists(layout: Layout) -> None:
 
 
 def is_complete(
-    layout: Layout, tasks: Sequence[Task], options: dict[str, Any], merged: bool, engine: str
-) -> Summary | None:
+    layout: OutputPaths, tasks: Sequence[Task], options: dict[str, Any], merged: bool, engine: str
+) -> PreprocessingSummary | None:
     """The datasets as they are, if they are what a run would make."""
     manifests = datasets(layout)
     if manifests is None:
@@ -139,7 +139,7 @@ def is_complete(
                 return None
             if not merged and shard_manifest(layout, task) is None:
                 return None
-    return Summary(layout, manifests)
+    return PreprocessingSummary(layout, manifests)
 
 
 def total_counts(shards: Sequence[dict[str, Any]]) -> dict[str, int]:
@@ -147,7 +147,7 @@ def total_counts(shards: Sequence[dict[str, Any]]) -> dict[str, int]:
     return {name: sum(shard["counts"][name] for shard in shards) for name in COUNTS}
 
 
-def remove_strangers(layout: Layout, names: set[str]) -> None:
+def remove_strangers(layout: OutputPaths, names: set[str]) -> None:
     """Remove what earlier inputs have left, of tasks that are none of this run's."""
     for path in layout.shards.glob("*.json"):
         of_a_shard = not path.stem.endswith((".fingerprints", ".manifest"))
@@ -158,7 +158,7 @@ def remove_strangers(layout: Layout, names: set[str]) -> None:
             path.unlink()
 
 
-def check_rejects(layout: Layout, shards: Sequence[dict[str, Any]], most: float) -> None:
+def check_rejects(layout: OutputPaths, shards: Sequence[dict[str, Any]], most: float) -> None:
     """Raises: UserError: too large a part of the shards' documents, also those that a filter leaves
     out, could not be used."""
     counts = total_counts(shards)
@@ -183,14 +183,14 @@ def check_rejects(layout: Layout, shards: Sequence[dict[str, Any]], most: float)
 
 
 def finish(
-    layout: Layout,
+    layout: OutputPaths,
     shards: Sequence[dict[str, Any]],
     merged_before: set[str],
     options: dict[str, Any],
     most_rejects: float,
     merging: bool,
     workers: int,
-) -> Summary:
+) -> PreprocessingSummary:
     """Make datasets of all shards.
 
     Args:
@@ -215,7 +215,7 @@ def finish(
         _list_all(layout, found, shards)
     remove_strangers(layout, {shard["name"] for shard in shards})
     layout.clear(merging)
-    return Summary(layout, found)
+    return PreprocessingSummary(layout, found)
 
 
 def _why_nothing(key: str, shards: Sequence[dict[str, Any]], options: dict[str, Any]) -> str:
@@ -232,7 +232,7 @@ def _why_nothing(key: str, shards: Sequence[dict[str, Any]], options: dict[str, 
 
 
 def _merge_all(
-    layout: Layout,
+    layout: OutputPaths,
     found: dict[str, dict[str, Any]],
     shards: Sequence[dict[str, Any]],
     merged_before: set[str],
@@ -251,7 +251,7 @@ def _merge_all(
 
 
 def _list_all(
-    layout: Layout, found: dict[str, dict[str, Any]], shards: Sequence[dict[str, Any]]
+    layout: OutputPaths, found: dict[str, dict[str, Any]], shards: Sequence[dict[str, Any]]
 ) -> None:
     """Make lists of the shards the datasets, in the place of older ones."""
     weights = {key: _weights(layout, key, shards) for key in found}
@@ -265,21 +265,23 @@ def _list_all(
 
 
 def _parts(
-    layout: Layout, shards: Sequence[dict[str, Any]], merged_before: set[str], key: str
-) -> list[Part]:
+    layout: OutputPaths, shards: Sequence[dict[str, Any]], merged_before: set[str], key: str
+) -> list[DocumentRange]:
     """Where each shard's documents are now."""
-    old: dict[str, Part] = {}
+    old: dict[str, DocumentRange] = {}
     before = dataset_manifest(layout.dataset(key)) if merged_before else None
     first = offset = 0
     for shard in [] if before is None else before["shards"]:
         output = shard["outputs"][key]
         size = output["bin"]["size"]
-        old[shard["name"]] = Part(layout.dataset(key), first, output["documents"], offset, size)
+        old[shard["name"]] = DocumentRange(
+            layout.dataset(key), first, output["documents"], offset, size
+        )
         first, offset = first + output["documents"], offset + size
     return [
         old[shard["name"]]
         if shard["name"] in merged_before
-        else Part(
+        else DocumentRange(
             layout.shards / f"{shard['name']}_{key}_document",
             0,
             shard["outputs"][key]["documents"],
@@ -290,7 +292,7 @@ def _parts(
     ]
 
 
-def _weights(layout: Layout, key: str, shards: Sequence[dict[str, Any]]) -> dict[str, int]:
+def _weights(layout: OutputPaths, key: str, shards: Sequence[dict[str, Any]]) -> dict[str, int]:
     """Of the shards by prefix, for Megatron's --data-args-path."""
     weights = {
         str(shard_prefix(layout.shards, shard["name"], key)): shard["outputs"][key]["tokens"]

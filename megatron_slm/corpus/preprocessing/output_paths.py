@@ -25,7 +25,7 @@ LOCK_WAIT = 10.0  # seconds that the workers of a killed run get to end
 
 
 @dataclass(frozen=True)
-class Layout:
+class OutputPaths:
     """Where a run's files are."""
 
     prefix: str

@@ -21,11 +21,11 @@ from megatron_slm.corpus.progress import POLL, Bar, Counters, Progress
 from megatron_slm.corpus.reading.inputs import Task
 from megatron_slm.errors import UserError
 
-Work = Callable[[Task, Progress], dict[str, Any]]
+TaskWork = Callable[[Task, Progress], dict[str, Any]]
 
 
 def over_all_cores(
-    label: str, tasks: Sequence[Task], work: Work, workers: int
+    label: str, tasks: Sequence[Task], work: TaskWork, workers: int
 ) -> Iterator[tuple[Task, dict[str, Any]]]:
     """Results of tasks as they are done; in this process if one is enough.
 
@@ -53,7 +53,7 @@ def over_all_cores(
 
 
 def _in_processes(
-    tasks: Sequence[Task], work: Work, workers: int, counters: Counters, bar: Bar
+    tasks: Sequence[Task], work: TaskWork, workers: int, counters: Counters, bar: Bar
 ) -> Iterator[tuple[Task, dict[str, Any]]]:
     pool = ProcessPoolExecutor(workers, counters.context, _start_worker, (work, counters))
     try:
@@ -75,11 +75,11 @@ def _in_processes(
         pool.shutdown(cancel_futures=True)
 
 
-_work: Work
+_work: TaskWork
 _counters: Counters
 
 
-def _start_worker(work: Work, counters: Counters) -> None:
+def _start_worker(work: TaskWork, counters: Counters) -> None:
     global _work, _counters
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which stops workers
     threading.Thread(target=_end_with_parent, daemon=True).start()

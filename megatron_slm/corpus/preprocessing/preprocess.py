@@ -23,7 +23,7 @@ from megatron_slm.corpus.preprocessing.duplicate_stages import (
     verdicts_of,
 )
 from megatron_slm.corpus.preprocessing.finish import (
-    Summary,
+    PreprocessingSummary,
     check_rejects,
     finish,
     is_complete,
@@ -31,11 +31,16 @@ from megatron_slm.corpus.preprocessing.finish import (
     remove_lists,
     shard_manifest,
 )
-from megatron_slm.corpus.preprocessing.output_paths import Layout
+from megatron_slm.corpus.preprocessing.output_paths import OutputPaths
 from megatron_slm.corpus.preprocessing.pool import over_all_cores
-from megatron_slm.corpus.preprocessing.settings import Settings, Setup, prepare, wanted_of
+from megatron_slm.corpus.preprocessing.settings import (
+    PreprocessingSettings,
+    Setup,
+    prepare,
+    wanted_of,
+)
 from megatron_slm.corpus.preprocessing.settle import settle
-from megatron_slm.corpus.preprocessing.shard import Recipe, make_shard
+from megatron_slm.corpus.preprocessing.shard import ShardRecipe, make_shard
 from megatron_slm.corpus.progress import Progress, announce
 from megatron_slm.corpus.reading.documents import read_documents
 from megatron_slm.corpus.reading.input_records import what_changed
@@ -47,14 +52,14 @@ from megatron_slm.errors import UserError
 SAMPLED_TASKS, SAMPLED_CHARACTERS = 64, 1 << 20  # for the choice of an engine
 
 
-def preprocess(settings: Settings) -> Summary | None:
+def preprocess(settings: PreprocessingSettings) -> PreprocessingSummary | None:
     """Do what the settings say; None if other ranks or stages have still to do their part.
 
     Raises:
         UserError: bad input or options, or a full disk.  No dataset that could be taken for a good
             one is left then, and finished shards are kept for the next run.
     """
-    layout = Layout(settings.output_prefix, settings.json_keys)
+    layout = OutputPaths(settings.output_prefix, settings.json_keys)
     try:
         with layout.claim(alone=settings.stage == "all"):
             return run_stages(prepare(settings, layout))
@@ -71,7 +76,7 @@ def preprocess(settings: Settings) -> Summary | None:
         layout.remove_leftovers()
 
 
-def run_stages(setup: Setup) -> Summary | None:
+def run_stages(setup: Setup) -> PreprocessingSummary | None:
     """As preprocess."""
     settings = setup.settings
     layout, stage = setup.layout, settings.stage
@@ -147,12 +152,12 @@ def tokenize(setup: Setup) -> tuple[dict[str, dict[str, Any]], set[str]]:
     return shards, merged_before
 
 
-def recipe_of(setup: Setup, tasks: Sequence[Task]) -> Recipe:
+def recipe_of(setup: Setup, tasks: Sequence[Task]) -> ShardRecipe:
     """How the tasks' documents become token ids, by an engine that is right for them."""
     settings, file = setup.settings, setup.file
     engine = choose_engine(settings.engine, file, settings.special_ids, sample(setup, tasks))
     announce(f"engine: {engine.why}")
-    return Recipe(
+    return ShardRecipe(
         wanted=wanted_of(settings),
         encode=engine.encode,
         engine=engine.name,

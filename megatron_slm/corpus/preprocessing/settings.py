@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_slm.corpus.cleaning.contamination import Contamination, read_evaluation_sets
-from megatron_slm.corpus.cleaning.shingles import VERSION as WORDS
-from megatron_slm.corpus.preprocessing.output_paths import Layout
+from megatron_slm.corpus.cleaning.shingles import SHINGLES_VERSION
+from megatron_slm.corpus.preprocessing.output_paths import OutputPaths
 from megatron_slm.corpus.preprocessing.shard import shard_prefix
 from megatron_slm.corpus.progress import announce
 from megatron_slm.corpus.reading.chat import chat_renderer
@@ -25,7 +25,7 @@ STAGES = ("all", "fingerprint", "duplicates", "tokenize")
 
 
 @dataclass(frozen=True)
-class Settings:
+class PreprocessingSettings:
     """The command line of tools/preprocess_data.py, where every option is described."""
 
     inputs: tuple[str, ...]
@@ -79,8 +79,8 @@ class Settings:
 class Setup:
     """What a run knows before it starts.  options: of the manifests."""
 
-    settings: Settings
-    layout: Layout
+    settings: PreprocessingSettings
+    layout: OutputPaths
     tasks: list[Task]
     file: TokenizerFile
     contamination: Contamination | None
@@ -92,7 +92,7 @@ class Setup:
         return self.tasks[self.settings.rank :: self.settings.world_size]
 
 
-def prepare(settings: Settings, layout: Layout) -> Setup:
+def prepare(settings: PreprocessingSettings, layout: OutputPaths) -> Setup:
     """Look at inputs, tokenizer and evaluation sets."""
     layout.remove_leftovers()
     if settings.dedup == "near":
@@ -130,7 +130,7 @@ def prepare(settings: Settings, layout: Layout) -> Setup:
     return Setup(settings, layout, tasks, file, contamination, options)
 
 
-def refuse_spaces(layout: Layout, tasks: Sequence[Task]) -> None:
+def refuse_spaces(layout: OutputPaths, tasks: Sequence[Task]) -> None:
     """In what is to be a list for Megatron, before hours of work make it."""
     for task in tasks:
         for key in layout.keys:
@@ -142,7 +142,7 @@ def refuse_spaces(layout: Layout, tasks: Sequence[Task]) -> None:
                 )
 
 
-def reading_options(settings: Settings) -> dict[str, Any]:
+def reading_options(settings: PreprocessingSettings) -> dict[str, Any]:
     """Those that decide which texts are read."""
     template = settings.chat_template
     wanted_of(settings)  # says what is wrong with the template
@@ -151,11 +151,11 @@ def reading_options(settings: Settings) -> dict[str, Any]:
         "filters": [list(pair) for pair in settings.filters],
         "chat_template": None if template is None else sha256_of(Path(template)),
         "dedup": settings.dedup,
-        "words": WORDS if settings.dedup == "near" or settings.decontaminate else None,
+        "words": SHINGLES_VERSION if settings.dedup == "near" or settings.decontaminate else None,
     }
 
 
-def wanted_of(settings: Settings) -> Wanted:
+def wanted_of(settings: PreprocessingSettings) -> Wanted:
     """What to take of a record."""
     template = settings.chat_template
     render = None if template is None else chat_renderer(template)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_slm.corpus.preprocessing.output_paths import Layout
+from megatron_slm.corpus.preprocessing.output_paths import OutputPaths
 from megatron_slm.data.manifest import manifest_path, read_manifest, write_manifest
 from megatron_slm.data.manifest_types import Decided
 from megatron_slm.files import publish
 
 
-def settle(layout: Layout) -> None:
+def settle(layout: OutputPaths) -> None:
     """Put the datasets that are decided on in the place of the old ones, from wherever an earlier
     run was cut off; remove those that are not."""
     decided = read_manifest(layout.decided, Decided)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from megatron_slm.corpus.cleaning.contamination import Contamination
 from megatron_slm.corpus.cleaning.duplicates import EXACT, KEEP, Verdicts
 from megatron_slm.corpus.indexed.pair_writer import PairWriter
-from megatron_slm.corpus.preprocessing.output_paths import Layout
+from megatron_slm.corpus.preprocessing.output_paths import OutputPaths
 from megatron_slm.corpus.progress import Progress
 from megatron_slm.corpus.reading.documents import Batch, Wanted, read_documents
 from megatron_slm.corpus.reading.input_records import describe_input
@@ -39,7 +39,7 @@ LISTED = 100_000  # rejects of a shard; a bomb has them by the billion
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ShardRecipe:
     """How documents become token ids: what a worker is told once.
 
     Attributes:
@@ -63,7 +63,7 @@ def shard_prefix(directory: Path, name: str, key: str) -> Path:
     return directory / f"{name}_{key}_document"
 
 
-def remove_shard(layout: Layout, name: str) -> None:
+def remove_shard(layout: OutputPaths, name: str) -> None:
     """Remove a shard, in an order that never leaves an index over other data."""
     (layout.shards / f"{name}.json").unlink(missing_ok=True)
     (layout.rejects / f"{name}.jsonl").unlink(missing_ok=True)
@@ -75,8 +75,8 @@ def remove_shard(layout: Layout, name: str) -> None:
 
 def make_shard(
     task: Task,
-    layout: Layout,
-    recipe: Recipe,
+    layout: OutputPaths,
+    recipe: ShardRecipe,
     verdicts: Verdicts | None,
     progress: Progress,
 ) -> dict[str, Any]:
@@ -103,8 +103,8 @@ def make_shard(
 
 def _write_shard(
     task: Task,
-    layout: Layout,
-    recipe: Recipe,
+    layout: OutputPaths,
+    recipe: ShardRecipe,
     verdicts: Verdicts | None,
     writers: list[PairWriter],
     progress: Progress,
@@ -154,7 +154,7 @@ def _write_shard(
 
 
 def _kept(
-    batch: Batch, recipe: Recipe, verdicts: Verdicts | None, counts: dict[str, int]
+    batch: Batch, recipe: ShardRecipe, verdicts: Verdicts | None, counts: dict[str, int]
 ) -> Iterator[tuple[str, ...]]:
     """Documents that are neither duplicates nor contaminated.  Those beyond the verdicts are of a
     file that has changed, which is found out at its end."""
@@ -174,7 +174,7 @@ def _kept(
 
 def _write_batch(
     kept: list[tuple[str, ...]],
-    recipe: Recipe,
+    recipe: ShardRecipe,
     writers: list[PairWriter],
     counts: dict[str, int],
     progress: Progress,
@@ -196,7 +196,9 @@ def _write_batch(
         progress(0, len(lengths), ids.size, sum(map(len, texts)))
 
 
-def _encode(texts: list[str], recipe: Recipe, path: str) -> tuple[NDArray[Any], NDArray[np.int64]]:
+def _encode(
+    texts: list[str], recipe: ShardRecipe, path: str
+) -> tuple[NDArray[Any], NDArray[np.int64]]:
     try:
         return recipe.encode(texts)
     except MemoryError:

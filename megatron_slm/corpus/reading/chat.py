@@ -25,7 +25,7 @@ from megatron_slm.errors import UserError
 from megatron_slm.files import read_bounded
 
 # ShareGPT's names (OpenHermes) to those of templates.
-ROLES = {"human": "user", "gpt": "assistant"}
+CHAT_ROLES = {"human": "user", "gpt": "assistant"}
 LONGEST_TEMPLATE = 1 << 20  # bytes
 SECONDS = 5.0  # of a core, for a conversation that others render in microseconds
 MEMORY = 1 << 30  # bytes, on top of what the process has
@@ -148,4 +148,4 @@ def _message(part: Any) -> dict[str, str]:
     role, content = part.get("role", part.get("from")), part.get("content", part.get("value"))
     if not isinstance(role, str) or not isinstance(content, str):
         raise BadRecord("a message without role and content, or from and value")
-    return {"role": ROLES.get(role, role), "content": content}
+    return {"role": CHAT_ROLES.get(role, role), "content": content}

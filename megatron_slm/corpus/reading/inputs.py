@@ -30,7 +30,7 @@ KINDS = {
 NOT_READ = (".bz2", ".xz", ".lz4")
 SKIPPABLE = tuple(number.to_bytes(4, "little") for number in range(0x184D2A50, 0x184D2A60))
 READERS = {"zstd": "zstandard", "parquet": "pyarrow"}
-MAGIC = {
+FIRST_BYTES = {
     "gzip": (b"\x1f\x8b",),
     "zstd": (b"\x28\xb5\x2f\xfd", *SKIPPABLE),
     "parquet": (b"PAR1",),
@@ -136,7 +136,7 @@ def open_piece(path: str, start: int = 0, end: int | None = None) -> Piece:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     if kind in READERS:
         import_for(path, READERS[kind])
-    seen = next((name for name, magic in MAGIC.items() if first.startswith(magic)), "jsonl")
+    seen = next((name for name, magic in FIRST_BYTES.items() if first.startswith(magic)), "jsonl")
     if kind != seen:
         has = "nothing in it" if not first else f"the contents of {seen}"
         raise UserError(f"{path} is {kind} by its name, but has {has}; was it cut off?")

@@ -14,7 +14,7 @@ from typing import Any
 from megatron_slm.corpus.reading.inputs import Piece
 from megatron_slm.errors import UserError
 
-READ_BYTES = 1 << 12  # compressed; a file of one repeated byte expands them 30,000 times
+COMPRESSED_BYTES = 1 << 12  # compressed; a file of one repeated byte expands them 30,000 times
 BATCH_BYTES = 1 << 20
 LONGEST_LINE = 1 << 26
 
@@ -176,7 +176,7 @@ def _decompressed(
     """All members or frames of a file."""
     stream: Any = None
     with open(piece.path, "rb") as file:
-        while compressed := file.read(READ_BYTES):
+        while compressed := file.read(COMPRESSED_BYTES):
             seen.update(compressed)
             while compressed:
                 if stream is None:

@@ -39,7 +39,7 @@ PROBES = (
 
 
 @dataclass(frozen=True)
-class Choice:
+class EngineChoice:
     """An engine.  why: for people."""
 
     name: str
@@ -184,7 +184,9 @@ def load_engine(name: str, file: TokenizerFile, special: bool) -> Encode:
     return ENGINES[file.kind][name](file, special)
 
 
-def choose_engine(wanted: str, file: TokenizerFile, special: bool, sample: list[str]) -> Choice:
+def choose_engine(
+    wanted: str, file: TokenizerFile, special: bool, sample: list[str]
+) -> EngineChoice:
     """The engine to take: the one that is wanted, or for `auto` the fastest that is exact, which
     nothing but a sample with text can show.
 
@@ -197,7 +199,7 @@ def choose_engine(wanted: str, file: TokenizerFile, special: bool, sample: list[
     exact = load_engine(reference, file, special)
     if wanted == "auto" and not any(sample):
         why = "no document at the beginnings of the input to compare others on"
-        return Choice(reference, exact, f"{version(reference)}, the reference: {why}")
+        return EngineChoice(reference, exact, f"{version(reference)}, the reference: {why}")
     texts = [*PROBES, *(f"a{token}b {token}" for token in file.special_tokens), *sample]
     passed_over: list[str] = []
     others = [name for name in names[:-1] if wanted in ("auto", name)]
@@ -211,11 +213,13 @@ def choose_engine(wanted: str, file: TokenizerFile, special: bool, sample: list[
                 fault = str(error) or type(error).__name__
             if fault is None:
                 same = f"the same ids as {reference} on {len(sample)} documents of this corpus"
-                return Choice(name, encode, f"{version(name)}: {same}{_besides(passed_over)}")
+                return EngineChoice(name, encode, f"{version(name)}: {same}{_besides(passed_over)}")
             if wanted != "auto":
                 raise UserError(f"--engine {name}: {fault}; take another, or auto")
             passed_over.append(f"not {name}: {fault}")
-    return Choice(reference, exact, f"{version(reference)}, the reference{_besides(passed_over)}")
+    return EngineChoice(
+        reference, exact, f"{version(reference)}, the reference{_besides(passed_over)}"
+    )
 
 
 def differs(encode: Encode, texts: list[str], expected: tuple[Any, Any]) -> str | None:

@@ -19,7 +19,7 @@ from megatron_slm.data.dataset_check import TOKENIZER_KINDS
 from megatron_slm.errors import UserError
 from megatron_slm.files import decode_json, open_regular, read_bounded, read_json
 
-LARGEST = 1 << 28  # bytes of a file; the largest vocabularies take a seventh
+LARGEST_TOKENIZER = 1 << 28  # bytes of a file; the largest vocabularies take a seventh
 MOST_TOKENS = 1 << 26
 
 
@@ -94,7 +94,7 @@ def open_tokenizer(path: str, megatron_type: str | None = None) -> TokenizerFile
 
 
 def _open_file(path: Path) -> TokenizerFile:
-    content = read_bounded(path, LARGEST)
+    content = read_bounded(path, LARGEST_TOKENIZER)
     if not content.lstrip().startswith(b"{"):
         return _sentencepiece(path, content)
     definition = decode_json(content, dict[str, Any], path)
@@ -140,8 +140,8 @@ def _open_directory(path: Path) -> TokenizerFile:
     for inner in path.iterdir():
         if inner.suffix in (".json", ".model", ".txt") and not inner.is_dir():
             with open_regular(inner) as file:  # transformers would wait for a pipe
-                if os.fstat(file.fileno()).st_size > LARGEST:
-                    raise UserError(f"{inner} has more than {LARGEST} bytes")
+                if os.fstat(file.fileno()).st_size > LARGEST_TOKENIZER:
+                    raise UserError(f"{inner} has more than {LARGEST_TOKENIZER} bytes")
     if (path / "tekken.json").exists() and not (path / "tokenizer.json").exists():
         return _open_file(path / "tekken.json")
     from transformers import AutoTokenizer

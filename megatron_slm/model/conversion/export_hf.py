@@ -39,12 +39,12 @@ from megatron_slm.model.conversion.destination import (
 )
 from megatron_slm.model.conversion.import_hf import CONFIG, read_config
 from megatron_slm.model.conversion.safetensors_files import (
-    NAMES,
+    TYPE_NAMES,
     Entry,
     shard_names,
     shards,
     write_file,
-    write_index,
+    write_weight_index,
 )
 from megatron_slm.model.conversion.tensors import Block, blocks, hugging_face_shapes, split
 from megatron_slm.model.conversion.tokenizer_files import (
@@ -141,7 +141,7 @@ def _write_settings(plan: _Plan, like: Path | None, directory: Path, target: Pat
         config = _config(plan, ids)
         (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         if len(plan.files) > 1:
-            write_index(directory, plan.files)
+            write_weight_index(directory, plan.files)
 
 
 def _write_tensors(plan: _Plan, directory: Path, target: Path) -> None:
@@ -190,8 +190,10 @@ def _checked_blocks(reader: TorchDistReader, a: Architecture) -> list[Block]:
 def _check_size(reader: TorchDistReader, entries: list[Entry]) -> None:
     """A damaged table may promise more than memory holds."""
     for entry in entries:
-        if entry.dtype not in NAMES:
-            raise UserError(f"{reader.directory}: {entry.name} would be {entry.dtype}, not {NAMES}")
+        if entry.dtype not in TYPE_NAMES:
+            raise UserError(
+                f"{reader.directory}: {entry.name} would be {entry.dtype}, not {TYPE_NAMES}"
+            )
     wanted = sum(entry.bytes for entry in entries)
     have = sum(file.stat().st_size for file in reader.directory.iterdir())
     if wanted > have:

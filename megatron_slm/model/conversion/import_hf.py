@@ -31,11 +31,11 @@ from megatron_slm.model.conversion.destination import (
     this_rank,
     together,
 )
-from megatron_slm.model.conversion.safetensors_files import StoredTensor, find_tensors
+from megatron_slm.model.conversion.safetensors_files import WeightOnDisk, find_tensors
 from megatron_slm.model.conversion.tensors import (
     Block,
     blocks,
-    extra_states,
+    extra_state_keys,
     fuse,
     hugging_face_shapes,
 )
@@ -44,10 +44,10 @@ from megatron_slm.model.torch_dist import (
     ARGUMENTS,
     NO_EXTRA_STATE,
     TRACKER,
-    Part,
     Stored,
+    TensorPart,
+    write_checkpoint_table,
     write_parts,
-    write_table,
 )
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
@@ -64,7 +64,7 @@ class _Plan:
 
     architecture: Architecture
     arguments: dict[str, Any]
-    parts: list[Part]
+    parts: list[TensorPart]
     notes: list[str]
 
 
@@ -137,7 +137,7 @@ def _write(plan: _Plan, directory: Path, save: Path) -> Stored:
 def _complete(plan: _Plan, directory: Path, save: Path, everywhere: list[Stored | None]) -> None:
     with saying_where(save):
         stored = [one for one in everywhere if one is not None]
-        write_table(directory / "release", plan.parts, stored)
+        write_checkpoint_table(directory / "release", plan.parts, stored)
         (directory / TRACKER).write_text("release")
 
 
@@ -165,14 +165,14 @@ def read_config(source: Path) -> dict[str, Any]:
     return read_json(path, dict[str, Any], CONFIG_LIMIT)
 
 
-def _same(one: StoredTensor, other: StoredTensor) -> bool:
+def _same(one: WeightOnDisk, other: WeightOnDisk) -> bool:
     if one.shape != other.shape:
         return False
     rows = zip(one.read().split(4096), other.read().split(4096), strict=True)
     return all(torch.equal(a.float(), b.float()) for a, b in rows)
 
 
-def _check_tensors(source: Path, a: Architecture, found: dict[str, StoredTensor]) -> None:
+def _check_tensors(source: Path, a: Architecture, found: dict[str, WeightOnDisk]) -> None:
     """Compare the model's tensors with what its architecture says."""
     shapes = hugging_face_shapes(a)
     for name, shape in shapes.items():
@@ -212,9 +212,9 @@ def _left_out(config: dict[str, Any], source: Path, dtypes: set[torch.dtype]) ->
     return notes
 
 
-def _dtypes(wanted: list[Block], tensors: dict[str, StoredTensor]) -> dict[str, torch.dtype]:
+def _dtypes(wanted: list[Block], tensors: dict[str, WeightOnDisk]) -> dict[str, torch.dtype]:
     """Of each Megatron tensor, into which those of all layers go."""
-    first: dict[str, StoredTensor] = {}
+    first: dict[str, WeightOnDisk] = {}
     for block in wanted:
         for tensor in (tensors[name] for name in block.names):
             other = first.setdefault(block.key, tensor)
@@ -248,24 +248,24 @@ def _objects(a: Architecture, arguments: dict[str, Any]) -> dict[str, Any]:
         "num_floating_point_operations_so_far": 0,
         "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
     }
-    return {ARGUMENTS: common} | dict.fromkeys(extra_states(a.layers), NO_EXTRA_STATE)
+    return {ARGUMENTS: common} | dict.fromkeys(extra_state_keys(a.layers), NO_EXTRA_STATE)
 
 
 def _part(
-    block: Block, a: Architecture, tensors: dict[str, StoredTensor], dtype: torch.dtype
-) -> Part:
+    block: Block, a: Architecture, tensors: dict[str, WeightOnDisk], dtype: torch.dtype
+) -> TensorPart:
     sources = [tensors[name] for name in block.names]
     make: Callable[[], Tensor] = (
         (lambda: fuse(a, [source.read() for source in sources]))
         if sources
         else partial(torch.zeros, block.size, dtype=dtype)
     )
-    return Part(block.key, block.shape, block.offset, block.size, dtype, make)
+    return TensorPart(block.key, block.shape, block.offset, block.size, dtype, make)
 
 
-def _dealt(parts: list[Part], ranks: int) -> list[list[Part]]:
+def _dealt(parts: list[TensorPart], ranks: int) -> list[list[TensorPart]]:
     """Parts for each rank, of about the same size in all."""
-    hands: list[list[Part]] = [[] for _ in range(ranks)]
+    hands: list[list[TensorPart]] = [[] for _ in range(ranks)]
     sizes = [0] * ranks
     for part in parts:
         least = sizes.index(min(sizes))

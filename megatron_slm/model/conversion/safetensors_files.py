@@ -28,12 +28,12 @@ INDEX_LIMIT = HEADER_LIMIT = (
 )  # bytes; those of a thousand layers have less than one million
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+WEIGHT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TYPE_NAMES = {dtype: name for name, dtype in WEIGHT_TYPES.items()}
 
 
 @dataclass(frozen=True)
-class StoredTensor:
+class WeightOnDisk:
     """A tensor in a file, not read yet."""
 
     name: str
@@ -54,7 +54,7 @@ class _Index(msgspec.Struct):
     weight_map: Annotated[dict[str, str], Meta(min_length=1)]
 
 
-def find_tensors(directory: Path) -> dict[str, StoredTensor]:
+def find_tensors(directory: Path) -> dict[str, WeightOnDisk]:
     """Return all tensors of a model by name, from the files' headers alone.
 
     Raises:
@@ -62,7 +62,7 @@ def find_tensors(directory: Path) -> dict[str, StoredTensor]:
             files that could each be meant.
     """
     named = _files_by_tensor(directory)
-    found: dict[str, StoredTensor] = {}
+    found: dict[str, WeightOnDisk] = {}
     for path in sorted(set(named.values())) or [directory / SINGLE]:
         for tensor in _tensors_in(path):
             other = found.setdefault(tensor.name, tensor)
@@ -98,7 +98,7 @@ def _files_by_tensor(directory: Path) -> dict[str, Path]:
     )
 
 
-def _tensors_in(path: Path) -> Iterator[StoredTensor]:
+def _tensors_in(path: Path) -> Iterator[WeightOnDisk]:
     with open_regular(path) as file:
         header = int.from_bytes(file.read(8), "little")
     if header > HEADER_LIMIT:
@@ -107,12 +107,14 @@ def _tensors_in(path: Path) -> Iterator[StoredTensor]:
         with safe_open(path, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  not a mapping
                 part = tensors.get_slice(name)
-                if part.get_dtype() not in DTYPES:
+                if part.get_dtype() not in WEIGHT_TYPES:
                     raise UserError(
-                        f"{path}: {name} has dtype {part.get_dtype()}, not {', '.join(DTYPES)}; "
-                        "quantized models are not supported"
+                        f"{path}: {name} has dtype {part.get_dtype()}, not "
+                        f"{', '.join(WEIGHT_TYPES)}; quantized models are not supported"
                     )
-                yield StoredTensor(name, path, tuple(part.get_shape()), DTYPES[part.get_dtype()])
+                yield WeightOnDisk(
+                    name, path, tuple(part.get_shape()), WEIGHT_TYPES[part.get_dtype()]
+                )
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged: {' '.join(str(error).split())}") from error
 
@@ -156,7 +158,7 @@ def write_file(path: Path, entries: list[Entry], read: Callable[[str], Tensor]) 
     end = 0
     for entry in entries:
         header[entry.name] = {
-            "dtype": NAMES[entry.dtype],
+            "dtype": TYPE_NAMES[entry.dtype],
             "shape": list(entry.shape),
             "data_offsets": [end, end + entry.bytes],
         }
@@ -171,7 +173,7 @@ def write_file(path: Path, entries: list[Entry], read: Callable[[str], Tensor]) 
             file.write(tensor.view(-1).view(torch.uint8).numpy().data)
 
 
-def write_index(directory: Path, files: dict[str, list[Entry]]) -> None:
+def write_weight_index(directory: Path, files: dict[str, list[Entry]]) -> None:
     """The table of which file has which tensor."""
     size = sum(entry.bytes for entries in files.values() for entry in entries)
     where = {entry.name: name for name, entries in files.items() for entry in entries}

@@ -121,7 +121,7 @@ def _vocabulary_blocks(key: str, name: str, a: Architecture, padded: int) -> lis
     return result
 
 
-def extra_states(layers: int) -> list[str]:
+def extra_state_keys(layers: int) -> list[str]:
     """Names of extra states on disk, a part for each layer."""
     names = [
         f"decoder.layers.{module}._extra_state/shard_{layer}_{layers}"
