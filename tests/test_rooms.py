@@ -36,7 +36,7 @@ SUBROOMS = {
 }
 # One thing in two rooms: what starts a job, what installs itself, and what is told again where
 # torch is not imported yet.
-SHARED_NAMES = "main install add_arguments TRACKER SCORES SCOPES WEIGHTINGS NEED_REFERENCE".split()
+SHARED_NAMES = "main install add_arguments TRACKER Score Scope Weighting NEED_REFERENCE".split()
 
 
 def modules() -> dict[str, ast.Module]:

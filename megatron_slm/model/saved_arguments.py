@@ -14,7 +14,7 @@ from msgspec import UNSET, Meta, UnsetType
 _Size = Annotated[int, Meta(ge=1, lt=1 << 31)]
 _Count = Annotated[int, Meta(ge=0, lt=1 << 62)]
 _Layers = Annotated[int, Meta(ge=1, le=10_000)]
-Number = Annotated[float, Meta(ge=-1e12, le=1e12)]
+_Number = Annotated[float, Meta(ge=-1e12, le=1e12)]
 _Positive = Annotated[float, Meta(gt=0.0, le=1e12)]
 _Text = Annotated[str, Meta(max_length=10_000)]
 
@@ -54,7 +54,7 @@ KNOWN_ARGUMENTS: list[tuple[Any, str]] = [
     (_Count | None, "eval_global_batch_size train_iters train_samples eval_interval"),
     (_Positive | None, "rotary_base rotary_percent layernorm_epsilon norm_epsilon"),
     (
-        Number | None,
+        _Number | None,
         """
         rotary_seq_len_interpolation_factor rope_scaling_factor yarn_beta_fast yarn_beta_slow
         rotary_scaling_factor mscale mscale_all_dim glu_linear_offset activation_func_clamp_value
