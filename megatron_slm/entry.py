@@ -47,11 +47,11 @@ def use_device() -> None:
     import torch
 
     if not torch.cuda.is_available():  # which the platform, once installed, says it is
-        from megatron_slm import platform
+        from megatron_slm import cpu_platform
 
         if first_rank:
             print("> no CUDA device found: running on the CPU platform (gloo)", flush=True)
-        platform.install()
+        cpu_platform.install()
 
 
 def add_arguments(parser: ArgumentParser, job: Job = TRAINING) -> ArgumentParser:
@@ -63,7 +63,7 @@ def add_arguments(parser: ArgumentParser, job: Job = TRAINING) -> ArgumentParser
     add_own(parser)
     for options in job.options:
         add_group(parser, options)
-    platform = sys.modules.get("megatron_slm.platform")  # which a GPU machine never imports
+    platform = sys.modules.get("megatron_slm.cpu_platform")  # which a GPU machine never imports
     if platform is not None and platform.installed():
         parser.set_defaults(**platform.ARGUMENT_DEFAULTS)
     take_from_checkpoint(parser)

@@ -34,7 +34,7 @@ VERSION = "0.19.2"
 MARK = "wrapped_by_megatron_slm"
 """The attribute of what has been put in a symbol's place."""
 
-TRAINING = "megatron.training.training"
+LOOP = "megatron.training.training"
 ASYNC = "megatron.core.dist_checkpointing.strategies"
 
 
@@ -125,14 +125,14 @@ def _wrap_train(train: Callable[..., Any]) -> Callable[..., Any]:
 
 STEP = (
     Hook(
-        TRAINING,
+        LOOP,
         "get_forward_backward_func",
         "pp_size vp_size schedule_pg_collection",
         "reference and ranking come before a step's schedule",
         _wrap_schedule,
     ),
     Hook(
-        TRAINING,
+        LOOP,
         "train",
         "forward_step_func model optimizer opt_param_scheduler train_data_iterator "
         "valid_data_iterator process_non_loss_data_func config checkpointing_context "
@@ -143,7 +143,7 @@ STEP = (
 )
 CHECKPOINTS = (
     Hook(
-        TRAINING,
+        LOOP,
         "save_checkpoint",
         "iteration model optimizer opt_param_scheduler num_floating_point_operations_so_far "
         "checkpointing_context",
@@ -151,14 +151,14 @@ CHECKPOINTS = (
         lambda save: checkpoints.wrap_save(save, _before_save),
     ),
     Hook(
-        TRAINING,
+        LOOP,
         "load_checkpoint",
         "ddp_model optimizer opt_param_scheduler load_arg strict checkpointing_context",
         "a failure is one line",
         checkpoints.wrap_load,
     ),
     Hook(
-        TRAINING,
+        LOOP,
         "maybe_finalize_async_save",
         "blocking terminate",
         "a failure is one line",
@@ -203,7 +203,7 @@ CHECKPOINTS = (
 _validation = report.Validation()
 LOG = (
     Hook(
-        TRAINING,
+        LOOP,
         "training_log",
         "loss_dict total_loss_dict learning_rate iteration loss_scale report_memory_flag "
         "skipped_iter grad_norm params_norm num_zeros_in_grad max_attention_logit",
@@ -211,14 +211,14 @@ LOG = (
         lambda log: report.wrap_log(log, lambda: _run().timed),
     ),
     Hook(
-        TRAINING,
+        LOOP,
         "evaluate",
         "forward_step_func data_iterator model process_non_loss_data_func config verbose",
         "what is no loss has no perplexity",
         _validation.wrap_evaluate,
     ),
     Hook(
-        TRAINING,
+        LOOP,
         "evaluate_and_print_results",
         "prefix forward_step_func data_iterator model iteration process_non_loss_data_func "
         "config verbose write_to_tensorboard",

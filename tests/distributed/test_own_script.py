@@ -11,7 +11,7 @@ from jobs import Checkpoints, Corpus
 from launch import REPOSITORY, Run, launch, pretrain
 
 PAGE = (REPOSITORY / "docs" / "your-own-script.md").read_text()
-PLAIN = REPOSITORY / "tests" / "distributed" / "plain_pretrain.py"  # test_clm.py runs it
+PLAIN = REPOSITORY / "tests" / "support" / "plain_pretrain.py"  # test_clm.py runs it
 OWN = REPOSITORY / "examples" / "your_own_pretrain.py"
 STEPS = 4
 TAGS = ("lm loss", "grad-norm", "selected loss", "reference loss")

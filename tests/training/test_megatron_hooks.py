@@ -14,7 +14,7 @@ from megatron_slm.errors import UserError
 from megatron_slm.training import megatron_hooks as hooks
 
 # Stand-ins for what Megatron does on a GPU, which a machine with one never imports.
-PLATFORM = {f"megatron_slm/platform/{name}.py" for name in ("checkpoints", "optimizer", "rng")}
+PLATFORM = {f"megatron_slm/cpu_platform/{name}.py" for name in ("checkpoints", "optimizer", "rng")}
 HOOKS = "megatron_slm/training/megatron_hooks.py"
 ALL = (*hooks.STEP, *hooks.CHECKPOINTS, *hooks.LOG, *hooks.DATA)
 RUN = hooks.Run(
