@@ -51,7 +51,7 @@ def old(**values: Any) -> Namespace:
         (arguments(), arguments(**CLM), "--slm-changed selection"),
         (old(), arguments(**CLM), "--slm-changed selection"),
         (arguments(**NONE), arguments(**CLM), "--slm-changed selection"),  # random tokens
-        (arguments(), arguments(**NONE), "this one has none: give the reference again"),
+        (arguments(), arguments(**NONE), "this run has none: give the reference again"),
         (arguments(), arguments(slm_reference_identity=WEB), "so far, and now the reference is"),
         (
             arguments(),
