@@ -165,8 +165,9 @@ def is_program(word: str) -> bool:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_options_in_prose(page: Path) -> None:
     jobs = [options_of(job, "") for job in JOBS]
-    tools = [*REPOSITORY.glob("tools/*.py"), *REPOSITORY.glob("tests/benchmarks/*.py")]
-    files = [declared_in(str(file.relative_to(REPOSITORY))) for file in tools]
+    rooms = ("tools", "examples", "tests/benchmarks")
+    scripts = [script for room in rooms for script in (REPOSITORY / room).glob("*.py")]
+    files = [declared_in(str(script.relative_to(REPOSITORY))) for script in scripts]
     known = OTHERS.union(*jobs, *files)
     for text in quoted(page):
         assert not options_in(text) - known, text
@@ -207,6 +208,7 @@ def test_refused_options_are_listed() -> None:
     table = re.search(r"^UNSUPPORTED = \{.*?^\}", source, re.DOTALL | re.MULTILINE)
     assert table is not None
     refused = set(re.findall(r'"(--[\w-]+)"', table[0]))
+    refused &= options_of_a_run()
     assert len(refused) > 15
     assert not refused - options_in(read(REPOSITORY / "docs/troubleshooting.md"))
 
