@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from megatron_slm.errors import exit_on_user_error
 from megatron_slm.training.first_check import TRAINING, Job, first_check
+from megatron_slm.training.option_groups import add_group
 
 # What torchrun would tell a single rank; its port is any that is free.
 ONE_RANK = {
@@ -61,7 +62,8 @@ def add_arguments(parser: ArgumentParser, cpu: bool, job: Job = TRAINING) -> Arg
     from megatron_slm.training.checkpoint_arguments import take_from_checkpoint
 
     add_own(parser)
-    job.add(parser)
+    for options in job.options:
+        add_group(parser, options)
     if cpu:
         from megatron_slm import platform
 

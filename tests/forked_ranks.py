@@ -27,6 +27,7 @@ from megatron_slm.errors import exit_on_user_error
 from megatron_slm.model.layer_spec import plain_block_spec
 from megatron_slm.training import scoring, seam, step  # noqa: F401
 from megatron_slm.training.arguments import validate_arguments
+from megatron_slm.training.first_check import SCORING
 
 
 def train() -> None:
@@ -34,7 +35,7 @@ def train() -> None:
 
 
 def score() -> None:
-    args = scoring.parse_arguments(partial(add_arguments, cpu=True))
+    args = scoring.parse_arguments(partial(add_arguments, cpu=True, job=SCORING))
     validate_arguments(args)
     scoring.score(args, plain_block_spec)
 

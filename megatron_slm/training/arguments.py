@@ -14,7 +14,8 @@ from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available
 from megatron_slm.errors import UserError
 from megatron_slm.parser import refuse
 from megatron_slm.training.first_check import HELP_MEGATRON
-from megatron_slm.training.options import add_options
+from megatron_slm.training.option_groups import add_group
+from megatron_slm.training.options import SelectiveOptions
 
 # Megatron's options that this loss cannot honour, and why.
 UNSUPPORTED = {
@@ -55,7 +56,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     """Add our options and defaults to Megatron's parser, whose errors become one line."""
     parser.add_argument(HELP_MEGATRON, action="help", help="Show all of these options.")
     parser.error = partial(refuse, parser)  # type: ignore[method-assign]
-    add_options(parser)
+    add_group(parser, SelectiveOptions)
     # The loss is a sum over tokens, normalised by their number over the global batch.
     defaults: dict[str, Any] = {
         "calculate_per_token_loss": True,

@@ -54,7 +54,6 @@ def check_job(args: Namespace) -> None:
     _check_data(args)
     _check_formats(args)
     _check_shapes(args)
-    _check_packages(args)
 
 
 def check_training(args: Namespace) -> None:
@@ -187,7 +186,12 @@ def _check_batches(args: Namespace) -> None:
         )
 
 
-def _check_packages(args: Namespace) -> None:
+def check_packages(args: Namespace) -> None:
+    """Check that the packages which some options need are installed.
+
+    Raises:
+        UserError: a package is missing.
+    """
     for name, value in (
         ("num_distributed_optimizer_instances", args.num_distributed_optimizer_instances > 1),
         ("hierarchical_context_parallel_sizes", args.hierarchical_context_parallel_sizes),

@@ -1,17 +1,19 @@
 """Data that can no longer be read in the middle of a run, in one line.
 
 Files that are truncated under a run end a loader's worker by a bus error, as memory that runs out
-does by a kill; torch then raises a RuntimeError wherever the main process is, without the file.
+does by a kill; torch then raises a RuntimeError without the file.
 """
 
 from __future__ import annotations
 
-import re
+import signal
 import traceback
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from torch.utils.data._utils.signal_handling import _set_SIGCHLD_handler
 
 from megatron_slm.errors import UserError
 from megatron_slm.model.torch_dist import TRACKER
@@ -19,6 +21,14 @@ from megatron_slm.training.datasets import check_files
 
 WORKER = "DataLoader worker"
 OF_DATA = ("megatron/core/datasets/", "megatron_slm/data/")  # files of frames
+
+
+def _no_raising_handler() -> None:
+    """Keep torch from raising, in a handler of SIGCHLD, wherever the main process is when a worker
+    ends: a checkpoint is cut off by it, or the report of the fault itself."""
+    before = signal.getsignal(signal.SIGCHLD)
+    _set_SIGCHLD_handler()  # which it does once in a process
+    signal.signal(signal.SIGCHLD, before)
 
 
 @contextmanager
@@ -31,6 +41,7 @@ def data_faults(args: Namespace, kept: str | None = None) -> Iterator[None]:
     Raises:
         UserError: in the place of an exception of reading data, with the file.
     """
+    _no_raising_handler()
     try:
         yield
     except UserError:
@@ -55,14 +66,15 @@ def _changed(args: Namespace) -> str | None:
 def _cause(error: Exception) -> str | None:
     """Say what failed where data is read; None for another failure."""
     text = str(error).strip() or repr(error)
-    killed = re.search(r"\(pid \d+\) is killed by signal: ([\w ]+)", text)
-    if WORKER in text and killed is not None:
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    # torch notices the end of a worker where it waits for data, or where it takes it from a pipe.
+    cut_off = isinstance(error, OSError | EOFError) and any("multiprocessing/" in f for f in files)
+    if cut_off or (WORKER in text and "exited unexpectedly" in text):
         return (
-            f"a worker that loads data was killed ({killed[1]}), though the datasets' files are "
-            "whole: see whether memory or /dev/shm ran out, or take fewer with --num-workers"
+            "a worker that loads data was killed, though the datasets' files are whole: see "
+            "whether memory or /dev/shm ran out, or take fewer with --num-workers"
         )
-    frames = traceback.extract_tb(error.__traceback__)
-    if WORKER in text or any(part in frame.filename for frame in frames for part in OF_DATA):
+    if WORKER in text or any(part in file for file in files for part in OF_DATA):
         return f"reading the data failed: {text.splitlines()[-1 if 'Traceback' in text else 0]}"
     return None
 

@@ -10,34 +10,35 @@ from __future__ import annotations
 import os
 import re
 import sys
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_slm.errors import UserError
 from megatron_slm.parser import Parser, refuse
 from megatron_slm.training.needed import OF_A_RUN, OF_THE_DATA, add_needed, check_needed
 from megatron_slm.training.option_checks import check_options, check_reference
-from megatron_slm.training.options import add_dynamics_options, add_options, add_scoring_options
+from megatron_slm.training.option_groups import add_group
+from megatron_slm.training.options import DynamicsOptions, ScoringOptions, SelectiveOptions
 
 HELP_MEGATRON = "--help-megatron"
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is started by a command line of Megatron's kind.
-
-    usage, about: for --help.
-    add: declares the options that it has beside those of training.
-    check: refuses what contradicts, given the options and which of them are on the command line.
-    go_on: says how to go on after Ctrl-C.
-    """
+    """A command that takes Megatron's options: pretraining, or one that scores for it."""
 
     usage: str
+    """How the command is called, for --help."""
     about: str
-    add: Callable[[ArgumentParser], None]
+    """What the command does, for --help."""
+    options: tuple[type[Any], ...]
+    """Dataclasses with the options that it has beside those of training."""
     check: Callable[[Namespace, Collection[str]], None]
+    """Refuses a faulty command line, given its options and which of them were written out."""
     go_on: Callable[[Namespace], str]
+    """Says how to continue after Ctrl-C."""
 
 
 def first_check(command: Sequence[str], job: Job) -> str:
@@ -59,8 +60,9 @@ def first_check(command: Sequence[str], job: Job) -> str:
         sys.exit()  # the first rank prints it
     if HELP_MEGATRON in command:  # for its parser
         return ""
-    add_options(parser)
-    job.add(parser)
+    groups: tuple[type[Any], ...] = (SelectiveOptions, *job.options)
+    for options in groups:
+        add_group(parser, options)
     add_needed(parser)
     args, rest = parser.parse_known_args(command)
     misspelt = [word for word in rest if re.match(r"--?slm", word, re.IGNORECASE)]
@@ -112,7 +114,7 @@ def _go_on_training(args: Namespace) -> str:
 TRAINING = Job(
     "torchrun [...] -m megatron_slm.pretrain MEGATRON'S OPTIONS [--slm-... ...]",
     "Selective Language Modeling pretraining with Megatron.",
-    lambda parser: None,
+    (),
     _check_training,
     _go_on_training,
 )
@@ -121,7 +123,7 @@ SCORING = Job(
     "           --slm-reference-cache CACHE [--by document] [--cache-dtype float32]\n"
     "       python tools/score_reference.py inspect CACHE [--plot FILE.svg]",
     "Store a reference's losses, so that training runs need no reference model.",
-    add_scoring_options,
+    (ScoringOptions,),
     _check_scoring,
     lambda args: "the same command goes on where this was",
 )
@@ -130,7 +132,7 @@ DYNAMICS = Job(
     "           --dynamics RUN/dynamics [--ckpt-steps 1000 2000 ...]\n"
     "       python tools/token_dynamics.py classify RUN/dump --dynamics RUN/dynamics",
     "How the loss of each validation token changes over a run's checkpoints (Rho-1, appendix B.1).",
-    add_dynamics_options,
+    (DynamicsOptions,),
     _check_dynamics,
     lambda args: "the same command goes on where this was",
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Collection
 
-from megatron_slm.training.option_checks import selects
+from megatron_slm.training.decisions import reference_flags, weighs_tokens
 from megatron_slm.training.options import NEED_REFERENCE
 
 
@@ -33,8 +33,7 @@ def without_effect(
 
 def _ours(args: Namespace) -> list[tuple[str, bool, str]]:
     """Each option, whether it is idle, and why."""
-    selecting, all_alike = selects(args), "all tokens are trained on alike"
-    reference = args.slm_reference_load or args.slm_reference or args.slm_reference_cache
+    selecting, all_alike = weighs_tokens(args), "all tokens are trained on alike"
     no_dumps = args.slm_dump_interval is None, "there is no --slm-dump-interval"
     unranked = (
         args.slm_score not in NEED_REFERENCE,
@@ -74,7 +73,7 @@ def _ours(args: Namespace) -> list[tuple[str, bool, str]]:
             for flag in ("--slm-dump-dir", "--slm-dump-samples", "--slm-dump-train-samples")
         ),
         *(
-            (flag, bool(selecting and reference and unranked[0]), unranked[1])
+            (flag, bool(selecting and reference_flags(args) and unranked[0]), unranked[1])
             for flag in ("--slm-reference-load", "--slm-reference", "--slm-reference-cache")
         ),
     ]

@@ -39,32 +39,45 @@ def add_needed(parser: ArgumentParser) -> None:
     """Declare Megatron's options that a run needs, and those that stand in for them."""
     group = parser.add_argument_group("what every run needs, of Megatron's options")
     add = group.add_argument
-    add("--num-layers", type=int, metavar="N")
-    add("--hidden-size", type=int, metavar="N")
-    add("--num-attention-heads", type=int, metavar="N")
+    add("--num-layers", type=int, metavar="N", help="Layers of the model.")
+    add("--hidden-size", type=int, metavar="N", help="Width of a layer.")
+    add("--num-attention-heads", type=int, metavar="N", help="Attention heads of a layer.")
     add(
         "--max-position-embeddings",
         type=int,
         metavar="N",
-        help="These four also by --use-checkpoint-args with --load or --pretrained-checkpoint.",
+        help="Longest sequence that the model is built for. These four can also be taken from a "
+        "checkpoint: --use-checkpoint-args with --load or --pretrained-checkpoint.",
     )
-    add("--seq-length", type=int, metavar="N", help="Tokens of a sample.")
-    add("--micro-batch-size", type=int, metavar="N", help="Samples of a rank at a time.")
-    add("--tokenizer-type", metavar="TYPE", help="Such as SentencePieceTokenizer.")
-    add("--tokenizer-model", metavar="PATH", help="The tokenizer's file, for most types.")
+    add("--seq-length", type=int, metavar="N", help="Tokens in a sample.")
+    add("--micro-batch-size", type=int, metavar="N", help="Samples that a rank takes at a time.")
+    add("--tokenizer-type", metavar="TYPE", help="For example SentencePieceTokenizer.")
+    add("--tokenizer-model", metavar="PATH", help="File of the tokenizer; most types need one.")
     add(
         "--data-path",
         dest="data",
         nargs="*",
         metavar="PREFIX",
-        help="Datasets, without .bin and .idx; or --data-args-path, --train-data-path with "
-        "--valid-data-path, --per-split-data-args-path, --mock-data.",
+        help="Datasets, by the paths of their files without .bin and .idx. Or give "
+        "--data-args-path, --train-data-path with --valid-data-path, --per-split-data-args-path, "
+        "or --mock-data.",
     )
-    add("--train-iters", dest="length", type=int, metavar="N", help="Or --train-samples.")
-    add("--lr", type=float, metavar="RATE", help="The highest learning rate.")
+    add(
+        "--train-iters",
+        dest="length",
+        type=int,
+        metavar="N",
+        help="Iterations to train for. Or give --train-samples.",
+    )
+    add("--lr", type=float, metavar="RATE", help="Highest learning rate.")
     add("--eval-interval", type=int, metavar="N", help="Iterations between validations.")
-    add("--save", metavar="DIR", help="Where checkpoints go, if they are to be kept.")
-    add("--save-interval", type=int, metavar="N", help="Iterations between them.")
+    add("--save", metavar="DIR", help="Directory for checkpoints. Without it none are kept.")
+    add(
+        "--save-interval",
+        type=int,
+        metavar="N",
+        help="Iterations between checkpoints; --save needs it.",
+    )
     for flag in ("--load", "--pretrained-checkpoint", "--split", "--vocab-size", "--vocab-file"):
         add(flag, help=SUPPRESS)
     for flag, name in STAND_INS.items():
@@ -99,7 +112,7 @@ def _missing(args: Namespace, given: Collection[str], needs: Collection[str]) ->
     begun = [read_bounded(tracker).strip() for tracker in trackers if tracker.is_file()]
     if takes and "--non-persistent-ckpt-type" in given:  # elsewhere
         begun.append(b"")
-    from_checkpoint = set(OF_THE_MODEL if begun else ())
+    from_checkpoint = set(OF_THE_MODEL if takes else ())
     if any(iteration != b"release" for iteration in begun):
         from_checkpoint |= set(OF_TRAINING)
     stands_in = {
@@ -119,7 +132,10 @@ def _missing(args: Namespace, given: Collection[str], needs: Collection[str]) ->
             yield names.get(name, f"--{name.replace('_', '-')}")
     if takes and not begun:
         where = " or ".join(starts) or "--load or --pretrained-checkpoint, which are not given"
-        yield f"a checkpoint for --use-checkpoint-args (there is none in {where})"
+        yield (
+            f"a checkpoint for --use-checkpoint-args (there is none in {where}; "
+            "tools/convert_checkpoint.py makes one of a Hugging Face model)"
+        )
     if args.tokenizer_type in OF_A_FILE and args.tokenizer_model is None and not begun:
         yield f"--tokenizer-model (for {args.tokenizer_type})"
     if args.tokenizer_type == "NullTokenizer" and args.vocab_size is None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_slm.errors import UserError
 from megatron_slm.selection import RatioSchedule, SelectionSettings
 from megatron_slm.selection.top_fraction import MAX_SEGMENTS, segments
-from megatron_slm.training.option_checks import selects
+from megatron_slm.training.decisions import head_of, is_selective
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,9 @@ def settings_from_arguments(args: Namespace) -> SelectiveSettings:
         UserError: a dataset that is not there, or arguments that contradict each other.
     """
     schedule = _schedule(args)
-    has_reference = bool(args.slm_reference_load or args.slm_reference or args.slm_reference_cache)
     domains = _domains(args)
     own_ratios = _domain_ratios(args, domains)
-    selective = has_reference or selects(args)
-    head: Literal["dense", "chunked"] = args.slm_head or ("chunked" if selective else "dense")
+    selective, head = is_selective(args), head_of(args)
     if head == "chunked" and args.logits_save_dir is not None:
         raise UserError(
             "--logits-save-dir needs --slm-head dense: the chunked head keeps no logits"

@@ -34,6 +34,7 @@ from megatron_slm.reference.online import (
 )
 from megatron_slm.reference.several import SeveralReferences
 from megatron_slm.training.caches import Caches, open_caches
+from megatron_slm.training.decisions import reference_flags
 from megatron_slm.training.micro_batch import MicroBatch
 from megatron_slm.training.option_checks import decay_of
 from megatron_slm.training.tokenizer import check_tokenizer
@@ -66,7 +67,7 @@ def open_source(
             contradict each other.
     """
     check_options(args)
-    if not (args.slm_reference_load or args.slm_reference or args.slm_reference_cache):
+    if not reference_flags(args):
         return None
     if args.slm_reference_cache:
         if args.slm_score == "reference-entropy":

@@ -37,8 +37,8 @@ TINYLLAMA = 1_100_048_384  # parameters, as published
 TINYLLAMA_LAYER = (TINYLLAMA - 2 * 32000 * 2048 - 2048) // 22
 REFUSALS = {
     "layers": "Megatron refuses",
-    "heads": "num_attention_heads (60)",
-    "batch": "Megatron refuses",
+    "heads": "--num-attention-heads 60 is not a multiple of",
+    "batch": "--global-batch-size 100 is not a multiple of",
     "ratio": "--slm-token-ratio must be in (0, 1]",
     "option": "--mtp-num-layers",
     "scoring": "pretrain_slm_1b.sh with these settings scores",
