@@ -14,7 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from megatron_slm.analysis.study_file import read_results
+from megatron_slm.analysis.experiments.study_file import read_results
 from megatron_slm.analysis.token_text import dump_tokenizer, token_texts
 from megatron_slm.data.token_dump import TokenDump, read_dumps
 

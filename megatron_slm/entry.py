@@ -48,11 +48,11 @@ def use_device() -> bool:
 
     cpu = not torch.cuda.is_available()
     if cpu:
-        from megatron_slm import platform
+        from megatron_slm import cpu_platform
 
         if first_rank:
             print("> no CUDA device found: running on the CPU platform (gloo)", flush=True)
-        platform.install()
+        cpu_platform.install()
     return cpu
 
 
@@ -65,8 +65,8 @@ def add_arguments(parser: ArgumentParser, cpu: bool, job: Job = TRAINING) -> Arg
     for options in job.options:
         add_group(parser, options)
     if cpu:
-        from megatron_slm import platform
+        from megatron_slm import cpu_platform
 
-        parser.set_defaults(**platform.ARGUMENT_DEFAULTS)
+        parser.set_defaults(**cpu_platform.ARGUMENT_DEFAULTS)
     take_from_checkpoint(parser)
     return parser

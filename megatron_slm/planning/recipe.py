@@ -25,7 +25,7 @@ from typing import Any, Literal
 from megatron_slm.errors import UserError
 from megatron_slm.model.architecture import Architecture, from_megatron
 from megatron_slm.model.torch_dist import TRACKER
-from megatron_slm.planning.formulas import FLOAT32, Layout, Reference, Work
+from megatron_slm.planning.formulas import FLOAT32, Layout, ReferenceModel, Work
 from megatron_slm.reference.checkpoint import ReferenceCheckpoint, open_checkpoint
 from megatron_slm.training.decisions import head_of
 
@@ -34,14 +34,14 @@ LIBRARIES = ("CUDA_", "GLOO_", "NCCL_", "OMP_", "PET_", "PYTORCH_", "TORCH_", "U
 
 
 @dataclass(frozen=True)
-class Recipe:
+class LaunchRecipe:
     """arguments: of megatron_slm.pretrain.  ranks: of the whole job."""
 
     arguments: list[str]
     ranks: int
 
 
-def read_recipe(script: Path, settings: dict[str, str]) -> Recipe:
+def read_launch_recipe(script: Path, settings: dict[str, str]) -> LaunchRecipe:
     """The command of a script under examples/.
 
     Args:
@@ -73,7 +73,7 @@ def read_recipe(script: Path, settings: dict[str, str]) -> Recipe:
             options = dict(word.split("=", 1) for word in words if "=" in word)
             nodes = options.get("--nnodes", "1").split(":")[-1]
             at = words.index(MODULE)
-            return Recipe(words[at + 1 :], int(nodes) * int(options["--nproc-per-node"]))
+            return LaunchRecipe(words[at + 1 :], int(nodes) * int(options["--nproc-per-node"]))
         if any(word.endswith("score_reference.py") for word in words):
             raise UserError(
                 f"{script} with these settings scores, for which it holds the reference alone and "
@@ -98,7 +98,7 @@ def _variables(script: Path) -> set[str]:
     return {name for name in found if not name.startswith(("SLURM_", "BASH_", "SLM_"))}
 
 
-def parse(recipe: Recipe, rank: int, vocabulary: int, cpu: bool) -> Namespace:
+def parse(recipe: LaunchRecipe, rank: int, vocabulary: int, cpu: bool) -> Namespace:
     """Return the arguments as rank `rank` of the recipe's job has them once it has started.
 
     Args:
@@ -173,16 +173,16 @@ def reference_checkpoints(args: Namespace) -> list[ReferenceCheckpoint]:
     return found
 
 
-def references_of(args: Namespace, policy: Architecture, work: Work) -> list[Reference]:
+def references_of(args: Namespace, policy: Architecture, work: Work) -> list[ReferenceModel]:
     """What scores beside the policy: none with a score cache.
 
     Raises:
         UserError: a reference that is no Llama, or as open_checkpoint.
     """
     if args.slm_reference is not None:  # the average in float32, and its copy that computes
-        return [Reference(policy, FLOAT32 + work.weight_bytes, where="moving average")]
+        return [ReferenceModel(policy, FLOAT32 + work.weight_bytes, where="moving average")]
     return [
-        Reference(
+        ReferenceModel(
             from_megatron(
                 Namespace(**vars(args) | checkpoint.architecture()),
                 policy.vocabulary,

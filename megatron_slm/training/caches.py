@@ -13,8 +13,13 @@ import msgspec
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_slm.data.score_cache import Section
-from megatron_slm.data.score_manifest import Manifest, Source, differences, read_manifest
-from megatron_slm.data.scored_dataset import check_names, dataset_name, fingerprint
+from megatron_slm.data.score_manifest import (
+    CacheManifest,
+    ScoredData,
+    cache_differences,
+    read_cache_manifest,
+)
+from megatron_slm.data.scored_dataset import check_names, dataset_fingerprint, dataset_name
 from megatron_slm.errors import UserError
 
 SPLITS = ("train", "valid", "test")
@@ -51,7 +56,7 @@ def data_prefixes(args: Namespace) -> list[str]:
     return list(dict.fromkeys(prefix for prefixes, _ in blends for prefix in prefixes))
 
 
-def describe_data(args: Namespace, kind: str) -> Source:
+def describe_data(args: Namespace, kind: str) -> ScoredData:
     """Fingerprint of what decides the tokens of each record, as a manifest's `source`.
 
     Raises:
@@ -62,7 +67,7 @@ def describe_data(args: Namespace, kind: str) -> Source:
     source: dict[str, Any] = {
         "tokenizer": args.slm_tokenizer,
         "vocabulary": args.slm_vocab_size,
-        "datasets": {dataset_name(prefix): fingerprint(prefix) for prefix in prefixes},
+        "datasets": {dataset_name(prefix): dataset_fingerprint(prefix) for prefix in prefixes},
     }
     if kind == "sample":
         source |= {
@@ -74,7 +79,7 @@ def describe_data(args: Namespace, kind: str) -> Source:
                 for split, (prefixes, weights) in _blends(args).items()
             },
         }
-    return msgspec.convert(source, Source)  # as it is read back
+    return msgspec.convert(source, ScoredData)  # as it is read back
 
 
 def open_caches(args: Namespace) -> Caches:
@@ -86,7 +91,7 @@ def open_caches(args: Namespace) -> Caches:
     if args.full_validation or args.multiple_validation_sets:
         raise UserError("--slm-reference-cache cannot be used with --full-validation")
     directories = [Path(directory) for directory in args.slm_reference_cache]
-    manifests = [read_manifest(directory) for directory in directories]
+    manifests = [read_cache_manifest(directory) for directory in directories]
     kind = manifests[0].kind
     if kind == "sample" and args.dataloader_type != "single":
         raise UserError(
@@ -111,7 +116,7 @@ def open_caches(args: Namespace) -> Caches:
     return Caches(kind, sections, identity)
 
 
-def _check(args: Namespace, own: Source, directory: Path, manifest: Manifest) -> None:
+def _check(args: Namespace, own: ScoredData, directory: Path, manifest: CacheManifest) -> None:
     scored: dict[str, Any] = dict(manifest.source)
     mine: dict[str, Any] = dict(own)
     if manifest.kind == "document":  # of any length, and of more datasets than one run may read
@@ -121,7 +126,7 @@ def _check(args: Namespace, own: Source, directory: Path, manifest: Manifest) ->
     else:
         scored["sequence_length"] = manifest.sequence_length
         mine["sequence_length"] = args.seq_length
-    if found := differences(mine, scored):
+    if found := cache_differences(mine, scored):
         raise UserError(f"the score cache {directory} was made for another run: {found}")
 
 

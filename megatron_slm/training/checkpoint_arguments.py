@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_slm.errors import UserError
 from megatron_slm.model.architecture import NOT_TAKEN_BY_MEGATRON, vocabulary_of
-from megatron_slm.model.checkpoint_table import FORMAT
+from megatron_slm.model.checkpoint_table import FORMAT_FILE
 from megatron_slm.model.torch_dist import TRACKER, TorchDistReader, iteration_directory
 from megatron_slm.model.unpickling import check_file, refuse_code
 from megatron_slm.reference.checkpoint import ARCHITECTURE
@@ -200,7 +200,7 @@ def _is_torch_dist(start: Start, args: Namespace) -> bool:
         UserError: of Megatron's older format and damaged, for which it would leave without a word.
     """
     directory = start.directory
-    if os.path.lexists(directory / FORMAT):
+    if os.path.lexists(directory / FORMAT_FILE):
         return True
     older = sorted(directory.glob("mp_rank_0*"))
     for file in older[:1]:

@@ -32,7 +32,7 @@ Span = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Part:
+class SplitPart:
     """Documents first to end (exclusive) of a dataset, of `documents`, with their tokens."""
 
     prefix: str
@@ -42,7 +42,7 @@ class Part:
     tokens: int
 
     @classmethod
-    def of(cls, prefix: str, index: Index, span: Span) -> Part:
+    def of(cls, prefix: str, index: Index, span: Span) -> SplitPart:
         """Cut out what Megatron does, by its own rounding."""
         documents = len(index.lengths)
         first, end = (round(edge * float(documents)) for edge in span)
@@ -69,7 +69,7 @@ def check_parts(args: Namespace, indices: Mapping[str, Index]) -> None:
     for split, span, each, wanted in zip(SPLITS, spans, blends, drawn_samples(args), strict=True):
         if span is None or each is None or not all(prefix in indices for prefix in each[0]):
             continue
-        parts = [Part.of(prefix, indices[prefix], span) for prefix in each[0]]
+        parts = [SplitPart.of(prefix, indices[prefix], span) for prefix in each[0]]
         _check_split(args, split, parts, each[1], wanted, of_its_own=blend is None)
 
 
@@ -108,7 +108,7 @@ def drawn_samples(args: Namespace) -> tuple[int, int | None, int]:
 def _check_split(
     args: Namespace,
     split: str,
-    parts: Sequence[Part],
+    parts: Sequence[SplitPart],
     weights: Sequence[float] | None,
     wanted: int | None,
     of_its_own: bool,
@@ -138,7 +138,7 @@ def _check_split(
         _check_read_once(args, split, parts, wanted)
 
 
-def _empty(args: Namespace, split: str, part: Part, of_its_own: bool) -> str:
+def _empty(args: Namespace, split: str, part: SplitPart, of_its_own: bool) -> str:
     """Say which part of the documents it is that has no tokens."""
     number = f"{part.prefix} has {part.documents} document{'s' * (part.documents != 1)}"
     if of_its_own:
@@ -154,7 +154,7 @@ def _empty(args: Namespace, split: str, part: Part, of_its_own: bool) -> str:
 
 
 def _check_weights(
-    split: str, parts: Sequence[Part], weights: Sequence[float], wanted: int | None
+    split: str, parts: Sequence[SplitPart], weights: Sequence[float], wanted: int | None
 ) -> None:
     for part, weight in zip(parts, weights, strict=True):
         if not 0.0 < weight < math.inf:
@@ -169,7 +169,7 @@ def _check_weights(
         )
 
 
-def _check_read_once(args: Namespace, split: str, parts: Sequence[Part], wanted: int) -> None:
+def _check_read_once(args: Namespace, split: str, parts: Sequence[SplitPart], wanted: int) -> None:
     """Refuse a blend without weights that would end in the middle of the run."""
     ends_early = split == "train" and (args.exit_interval or args.exit_duration_in_mins)
     available = sum((part.tokens - 1) // args.seq_length for part in parts)

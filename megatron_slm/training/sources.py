@@ -23,7 +23,7 @@ from megatron_slm.reference import Reference
 from megatron_slm.reference.checkpoint import (
     FLAGS,
     ReferenceCheckpoint,
-    fingerprint,
+    checkpoint_fingerprint,
     open_checkpoint,
 )
 from megatron_slm.reference.moving_average import MovingAverage
@@ -128,7 +128,7 @@ def _checkpoints(
         numbers = [domains.index(name) for name in named] if by_domain else None
         return SeveralReferences(references, numbers)
 
-    identity = [fingerprint(checkpoint) for checkpoint, _ in opened]
+    identity = [checkpoint_fingerprint(checkpoint) for checkpoint, _ in opened]
     return Source(build, json.dumps(identity, sort_keys=True), by_domain)
 
 

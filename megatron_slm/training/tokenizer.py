@@ -7,7 +7,7 @@ from argparse import Namespace
 from typing import Any
 
 from megatron_slm.errors import UserError
-from megatron_slm.model.tokenizer_files import fingerprint
+from megatron_slm.model.tokenizer_fingerprint import tokenizer_fingerprint
 from megatron_slm.reference.checkpoint import ReferenceCheckpoint
 
 IN_TEXT = ("bos", "eos", "eod", "unk")  # special tokens that a dataset may contain
@@ -17,7 +17,7 @@ def record_tokenizer(args: Namespace, tokenizer: Any) -> None:
     """Put what identifies the tokenizer into the arguments, which checkpoints carry, and keep its
     padding apart from text."""
     args.slm_vocab_size = int(tokenizer.vocab_size)
-    args.slm_tokenizer = fingerprint(args, tokenizer)
+    args.slm_tokenizer = tokenizer_fingerprint(args, tokenizer)
     bos, eos, pad = (_id(tokenizer, name) for name in ("bos", "eod", "pad"))
     args.slm_special_ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
     if pad is not None:

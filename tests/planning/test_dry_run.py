@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from launch import REPOSITORY, launch
+from launch import REPOSITORY, SUPPORT, launch
 from megatron_slm.model.architecture import Architecture
 from megatron_slm.planning.formulas import Layout, stage_parameters
 from random_llama import small_llama, write_random_llama
@@ -58,7 +58,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ran(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     directory = tmp_path_factory.mktemp("dry-run")
-    script = str(Path(__file__).with_name("build_recipes.py"))
+    script = str(SUPPORT / "build_recipes.py")
     launch(1, [script, str(base), *RECIPES, OF_ANOTHER_SIZE], directory)
     return json.loads((directory / "built.json").read_text())
 
