@@ -1,8 +1,8 @@
-"""The command line as Megatron takes it, with our refusals between its parser and its validation.
+"""Parse and validate a command line as Megatron does, with our checks before Megatron's.
 
-parse      by Megatron's parser, with our options
-check      what we refuse, of which Megatron's validation would refuse some for another reason
-validate   by Megatron, which fills in what the arguments leave open
+parse      by Megatron's parser, with our options added
+check      for what we refuse; Megatron's validation would give another reason for some of it
+validate   by Megatron's validation, which also fills in what the arguments leave open
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def parse_job(add_options: AddOptions) -> Namespace:
 def check_when_parsed(
     parser: ArgumentParser, *checks: Callable[[Namespace], None]
 ) -> ArgumentParser:
-    """Have Megatron's parser refuse what we do as soon as it has parsed: Megatron validates next.
+    """Have Megatron's parser check for what we refuse as soon as it has parsed a command line, as
+    Megatron validates it next.
 
     Args:
         checks: called with the arguments, after those that every job has.
@@ -85,7 +86,7 @@ def check_when_parsed(
         return args
 
     parser.parse_args = parse_and_check  # type: ignore[method-assign,assignment]
-    # Megatron reads this file at once, and takes it for all arguments.
+    # Megatron would read the file right after parsing, and let it replace all arguments.
     next(action for action in parser._actions if action.dest == "yaml_cfg").type = _refuse_yaml
     return parser
 
