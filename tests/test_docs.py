@@ -125,7 +125,7 @@ def options_in(text: str) -> set[str]:
 @cache
 def options_of(program: str, subcommand: str) -> set[str]:
     """What a program takes: a job by its parser, a tool or benchmark by what its file declares."""
-    if program == "megatron_slm.pretrain":
+    if program in ("megatron_slm.pretrain", "examples/your_own_pretrain.py"):
         return options_of_a_run()
     if program in JOBS:
         if subcommand in ("inspect", "classify"):
