@@ -2,7 +2,7 @@
 
     token_losses    for chunk of columns: logits = h W^T; update max, sum exp, target     (no grad)
                     then one all-reduce MAX [n] and one SUM [2, n] over TP make losses [n]
-    (selection)     k of the n rows, perhaps with a weight each
+    (selection)     k of the n rows, perhaps with a weight each, or of weight 0 where fewer count
     selected_loss   forward: sum of the losses already known, nothing is recomputed
                     backward, for chunk of columns, k rows: logits again, softmax - one-hot,
                     dh += dlogits W, this chunk's rows of dW = dlogits^T h

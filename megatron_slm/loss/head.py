@@ -46,11 +46,14 @@ class Selecting:
         losses with padding in the softmax, each float32 [b, s]; returns how much each token
         counts, float32 [b, s], or which, bool [b, s].
     vocabulary: its size without padding; None if there is no need to tell padding from it.
+    most: no more tokens than this count, the same on all tensor-parallel ranks; so many rows are
+        then computed.  None where it is not known, and the host waits to hear how many there are.
     """
 
     weigh: Callable[[Tensor, Tensor | None, Tensor], Tensor]
     vocabulary: int | None = None
     entropies: bool = False
+    most: int | None = None
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,8 @@ def loss_of_selected(
         _sample_by_sample(scored.trained, hidden),
     )
     weights = counting.t().flatten()
-    index = weights.nonzero().squeeze(1)
+    index = _rows_that_count(weights, context.most)
+    all_count = weights.dtype == torch.bool and context.most is None
     return selected_loss(
         rows,
         weight,
@@ -145,11 +149,18 @@ def loss_of_selected(
         scored,
         index,
         group,
-        weights=None if weights.dtype == torch.bool else weights[index],
+        weights=None if all_count else weights[index].float(),
         reduce_hidden_gradient=not output_layer.sequence_parallel,
         scale_logits=scale,
         accumulate_into_main_grad=output_layer.gradient_accumulation_fusion,
     )
+
+
+def _rows_that_count(weights: Tensor, most: int | None) -> Tensor:
+    """Return the rows whose weights, [n], are not 0, in order; then others, up to `most`."""
+    if most is None:
+        return weights.nonzero().squeeze(1)
+    return (weights == 0).argsort(stable=True)[:most]
 
 
 def dense_losses(

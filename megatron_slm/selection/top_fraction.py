@@ -9,8 +9,9 @@ How the k-th largest score is found (a radix select on the bits of float32):
     ties         counts of ties per segment of the token order -> which of the ties fit
 
 That is four all-reduces of 8 + 8 + 4 KiB and 4 bytes a segment, whatever the number of tokens; on
-one rank there are none.  Several sets of tokens (sequences, domains) are selected from at once, in
-the same four all-reduces.  Nothing synchronises with the host.
+one rank there are none, and on a GPU one kernel, top_fraction_triton.py, does it all.  Several sets
+of tokens (sequences, domains) are selected from at once, in the same four all-reduces.  Nothing
+synchronises with the host.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_slm.kernels import triton_kernels
+
 _DIGITS = ((21, 11), (10, 11), (0, 10))  # (shift, width) of the key, most significant first
 _RATIO_UNITS = 1_000_000
 MAX_SEGMENTS = ((64 - 20) << 10) // 4
@@ -32,7 +35,8 @@ class Placement:
     """How the samples of a scope lie over the ranks of a group, and so the order of its tokens:
     sample by sample, position by position.
 
-    samples: int64 [b], the number within the scope of each local sample, ascending.
+    samples: int64 [b], the number within the scope of each local sample, ascending; None where no
+        other rank has any.
     total: samples in the scope.
     run: local samples come in runs of this many with consecutive numbers, the first of which is
         divisible by it.
@@ -41,7 +45,7 @@ class Placement:
     group: the ranks; None if this one has them all.
     """
 
-    samples: Tensor
+    samples: Tensor | None
     total: int
     run: int = 1
     cp_rank: int = 0
@@ -82,7 +86,8 @@ def select_top_fraction(
     Args:
         scores: float32 [b, s], this rank's part of b samples; no NaN where valid.
         valid: bool [b, s], tokens that may be selected.
-        ratios: of each set, in (0, 1].
+        ratios: of each set, in (0, 1].  Numbers that differ are copied to the device, for which
+            the host waits.
         sets: int64 [b], the set each sample belongs to; None if there is one.
         placement: how the samples lie over ranks; None if this rank has all, in order.
 
@@ -90,12 +95,15 @@ def select_top_fraction(
         ValueError: too many ranks and samples for the bound on traffic.
     """
     if placement is None:
-        placement = Placement(torch.arange(len(scores), device=scores.device), len(scores))
+        placement = Placement(None, len(scores))
     if sets is None:
         sets = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
     number_of_sets = len(ratios)
-    exact = torch.as_tensor(ratios, dtype=torch.float64, device=scores.device)
-    units = (exact * _RATIO_UNITS).round().long()
+    units = _in_units(ratios, scores.device)
+    if not placement.shared:
+        kernels = triton_kernels("megatron_slm.selection.top_fraction_triton", scores.device)
+        if kernels is not None:
+            return Selection(*kernels.select(scores, valid, units, sets))
     keys = _descending_keys(scores)
     candidates = valid
     prefix = torch.zeros(number_of_sets, dtype=torch.int64, device=scores.device)
@@ -119,6 +127,22 @@ def select_top_fraction(
     fits = _rank_among_ties(candidates, sets, placement, number_of_sets) < remaining[sets][:, None]
     selected = (valid & (keys < prefix[sets][:, None])) | (candidates & fits)
     return Selection(selected, _score_of(prefix), number_valid, number_selected)
+
+
+def _in_units(ratios: Sequence[float] | Tensor, device: torch.device) -> Tensor:
+    """Return ratios in millionths, int64 [sets]."""
+    if isinstance(ratios, Tensor):
+        return (ratios * _RATIO_UNITS).round().long()
+    units = [round(ratio * _RATIO_UNITS) for ratio in ratios]
+    if len(set(units)) == 1:
+        return torch.full((len(units),), units[0], dtype=torch.int64, device=device)
+    return torch.tensor(units, dtype=torch.int64, device=device)
+
+
+def selected_of(number: int, ratio: float) -> int:
+    """Return how many of `number` valid tokens a ratio selects, as select_top_fraction does."""
+    rounded = (2 * round(ratio * _RATIO_UNITS) * number + _RATIO_UNITS) // (2 * _RATIO_UNITS)
+    return min(max(rounded, 1), number)
 
 
 def _total(counts: Tensor, placement: Placement) -> Tensor:
@@ -166,6 +190,7 @@ def _rank_among_ties(
             f"a scope of {placement.total} samples over {placement.cp_size} context-parallel ranks "
             f"has {number} segments, more than {MAX_SEGMENTS}; use a narrower scope"
         )
+    assert placement.samples is not None
     length = ties.shape[1]
     chunk = torch.zeros(length, dtype=torch.int64, device=ties.device)
     if chunks > 1:
