@@ -6,8 +6,8 @@ import sys
 from argparse import ArgumentParser
 from pathlib import Path
 
-from megatron_slm.data.blend import check_draws
-from megatron_slm.data.mix import build_mix, read_recipe, table, write_mix
+from megatron_slm.corpus.mixing.blend import check_draws
+from megatron_slm.corpus.mixing.mix import build_mix, read_mix, shares_table, write_mix
 from megatron_slm.errors import UserError, exit_on_user_error
 
 
@@ -15,7 +15,10 @@ def build_parser() -> ArgumentParser:
     """The command line."""
     parser = ArgumentParser(description=__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add("recipe", help="YAML; examples/mixes has some, megatron_slm/data/mix.py the format.")
+    add(
+        "recipe",
+        help="YAML; examples/mixes has some, megatron_slm/corpus/mixing/mix.py the format.",
+    )
     add("--data-root", type=Path, default=Path(), metavar="DIR", help="Of relative data paths.")
     add("--output-prefix", required=True, metavar="PREFIX")
     add(
@@ -32,9 +35,9 @@ def main(arguments: list[str]) -> None:
     """Print the table; exit with code 2 if the recipe cannot be met."""
     args = build_parser().parse_args(arguments)
     with exit_on_user_error():
-        recipe = read_recipe(args.recipe)
+        recipe = read_mix(args.recipe)
         shares = build_mix(recipe, args.data_root)
-        print(table(recipe, shares))
+        print(shares_table(recipe, shares))
         length = args.check_sequence_length
         if length is not None:
             if not 1 <= length <= recipe.budget:

@@ -115,9 +115,9 @@ def convert(args: Namespace) -> None:
         UserError: bad input, or a place that cannot be written.
     """
     # After the command line, which needs no torch.
-    from megatron_slm.model.destination import this_rank
-    from megatron_slm.model.export_hf import export_hugging_face
-    from megatron_slm.model.import_hf import import_hugging_face
+    from megatron_slm.model.conversion.destination import this_rank
+    from megatron_slm.model.conversion.export_hf import export_hugging_face
+    from megatron_slm.model.conversion.import_hf import import_hugging_face
     from megatron_slm.model.torch_dist import TRACKER, iteration_directory
 
     first = this_rank()[0] == 0

@@ -19,12 +19,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_slm.analysis.benchmarks import MODELS, benchmarks
+from megatron_slm.analysis.evaluation.benchmarks import MODELS, benchmarks
 from megatron_slm.errors import UserError, exit_on_user_error
 from megatron_slm.files import write_whole
 
 if TYPE_CHECKING:
-    from megatron_slm.analysis.evaluation import Score
+    from megatron_slm.analysis.evaluation.evaluate import BenchmarkScore
 
 
 def build_parser() -> ArgumentParser:
@@ -70,7 +70,7 @@ def line(*cells: object) -> str:
     )
 
 
-def row(score: Score) -> str:
+def row(score: BenchmarkScore) -> str:
     """A score beside the paper's."""
     paper = score.benchmark.paper
     shots = "-" if score.shots is None else str(score.shots)
@@ -85,7 +85,7 @@ def row(score: Score) -> str:
     )
 
 
-def entry(score: Score) -> dict[str, object]:
+def entry(score: BenchmarkScore) -> dict[str, object]:
     """A score as JSON; the paper's as parts of 1, too."""
     written = asdict(score)
     paper = written.pop("benchmark")["paper"]
@@ -96,7 +96,7 @@ def entry(score: Score) -> dict[str, object]:
     return written
 
 
-def write(output: Path, model: Path, scores: list[Score]) -> None:
+def write(output: Path, model: Path, scores: list[BenchmarkScore]) -> None:
     """All scores as JSON, whole or not at all."""
     written = {
         "model": str(model),
@@ -115,11 +115,15 @@ def run(args: Namespace) -> None:
     if not args.model.is_dir():
         raise UserError(f"--model {args.model}: no such directory")
     # After what needs no torch.
-    from megatron_slm.analysis.evaluation import evaluate, hugging_face_directory, load_tasks
+    from megatron_slm.analysis.evaluation.evaluate import (
+        evaluate,
+        hugging_face_directory,
+        load_tasks,
+    )
 
     wanted = benchmarks(args.tasks)
     tasks = load_tasks(wanted, args.include_path, args.run_generated_code)
-    scores: list[Score] = []
+    scores: list[BenchmarkScore] = []
     with hugging_face_directory(args.model, args.ckpt_step, args.like) as directory:
         for some in evaluate(directory, tasks, args.batch_size, args.device):
             if not scores:

@@ -61,9 +61,9 @@ def use_platform() -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)  # Megatron's, for each model built
-    from megatron_slm import platform
+    from megatron_slm import cpu_platform
 
-    platform.install()
+    cpu_platform.install()
 
 
 def main(arguments: list[str]) -> None:
@@ -74,11 +74,11 @@ def main(arguments: list[str]) -> None:
             if "=" not in setting:
                 raise UserError(f"{setting}: give the script's variables as NAME=VALUE")
         use_platform()
-        from megatron_slm.planning.recipe import read_recipe
+        from megatron_slm.planning.recipe import read_launch_recipe
         from megatron_slm.planning.report import build_ranks, report
 
         settings = dict(setting.split("=", 1) for setting in args.settings)
-        recipe = read_recipe(args.recipe, settings)
+        recipe = read_launch_recipe(args.recipe, settings)
         if args.dry_run:
             for built in build_ranks(args, recipe):
                 print(built, flush=True)

@@ -12,11 +12,11 @@ import os
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
 
-from megatron_slm.data.engines import engine_names
-from megatron_slm.data.finish import Summary
-from megatron_slm.data.preprocess import preprocess
-from megatron_slm.data.settings import STAGES, Settings
-from megatron_slm.data.tokenizer import TYPES
+from megatron_slm.corpus.preprocessing.finish import PreprocessingSummary
+from megatron_slm.corpus.preprocessing.preprocess import preprocess
+from megatron_slm.corpus.preprocessing.settings import STAGES, PreprocessingSettings
+from megatron_slm.corpus.tokenizers.engines import engine_names
+from megatron_slm.data.dataset_check import TOKENIZER_KINDS
 from megatron_slm.errors import exit_on_user_error
 
 UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -95,7 +95,9 @@ def add_tokenizer_options(parser: ArgumentParser) -> None:
         help="sentencepiece model, tokenizer.json, tekken.json, or the directory of one.",
     )
     group.add_argument(
-        "--tokenizer-type", choices=TYPES, help="As in training. Default: told from the file."
+        "--tokenizer-type",
+        choices=TOKENIZER_KINDS,
+        help="As in training. Default: told from the file.",
     )
     group.add_argument(
         "--engine",
@@ -171,9 +173,9 @@ def add_run_options(parser: ArgumentParser) -> None:
     group.add_argument("--world-size", type=int, default=1, metavar="N")
 
 
-def settings_of(args: Namespace) -> Settings:
+def settings_of(args: Namespace) -> PreprocessingSettings:
     """The command line's meaning."""
-    return Settings(
+    return PreprocessingSettings(
         inputs=tuple(args.input),
         output_prefix=args.output_prefix,
         tokenizer_model=args.tokenizer_model,
@@ -198,7 +200,7 @@ def settings_of(args: Namespace) -> Settings:
     )
 
 
-def report(summary: Summary) -> str:
+def report(summary: PreprocessingSummary) -> str:
     """What was written, and what was left out."""
     lines = []
     for key, manifest in summary.datasets.items():

@@ -14,8 +14,8 @@ from typing import Any
 
 from preprocess_data import build_parser, report, settings_of
 
-from megatron_slm.data.executors import run_with_datatrove
-from megatron_slm.data.preprocess import preprocess
+from megatron_slm.corpus.preprocessing.executors import run_with_datatrove
+from megatron_slm.corpus.preprocessing.preprocess import preprocess
 from megatron_slm.errors import UserError, exit_on_user_error
 
 

@@ -4,7 +4,7 @@
     python tools/run_experiment.py RECIPE -o DIR --arms slm random --seeds 1
 
 Stopped or killed, it goes on with the same command.  DIR gets results.md, results.json, stages/ and
-runs/ARM-seedN/ with log, tensorboard and checkpoints.  megatron_slm/analysis/experiment_recipe.py
+runs/ARM-seedN/ with log, tensorboard and checkpoints.  megatron_slm/analysis/experiments/recipe.py
 says what a recipe is.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 warnings.filterwarnings("ignore")
 logging.disable(logging.WARNING)  # Megatron's, of what is not installed
 
-from megatron_slm.analysis.experiment import run_experiment
+from megatron_slm.analysis.experiments.experiment import run_experiment
 from megatron_slm.errors import exit_on_user_error
 
 

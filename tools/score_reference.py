@@ -12,38 +12,20 @@ the losses with --slm-reference-cache CACHE in the place of --slm-reference-load
 from __future__ import annotations
 
 import sys
-from functools import partial
 
-from megatron_slm.entry import add_arguments, start
 from megatron_slm.errors import exit_on_user_error
-from megatron_slm.training.first_check import SCORING
+from megatron_slm.jobs.score_reference import main as score
 
 
 def main() -> None:
     """Score, or look at what was scored."""
     if sys.argv[1:2] == ["inspect"]:
-        from megatron_slm.analysis.score_cache import main as inspect
+        from megatron_slm.analysis.inspect_cache import inspect
 
         with exit_on_user_error():
             inspect(sys.argv[2:])
         return
-    start(SCORING, run)
-
-
-def run(cpu: bool) -> None:
-    """Score; `cpu` if the CPU platform is installed."""
-    # Megatron may be imported only when the platform is installed.
-    from megatron.core.extensions.transformer_engine import HAVE_TE
-
-    from megatron_slm.model.layer_spec import plain_block_spec
-    from megatron_slm.training.arguments import validate_arguments
-    from megatron_slm.training.data_faults import data_faults
-    from megatron_slm.training.scoring import parse_arguments, score
-
-    args = parse_arguments(partial(add_arguments, cpu=cpu, job=SCORING))
-    validate_arguments(args)
-    with data_faults(args, kept="the same command goes on with what was scored"):
-        score(args, None if HAVE_TE else plain_block_spec)
+    score()
 
 
 if __name__ == "__main__":

@@ -13,18 +13,16 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser
-from functools import partial
 from pathlib import Path
 
-from megatron_slm.entry import add_arguments, start
 from megatron_slm.errors import exit_on_user_error
-from megatron_slm.training.first_check import DYNAMICS
+from megatron_slm.jobs.token_dynamics import main as score_and_classify
 
 
 def main() -> None:
     """Score and classify, or classify alone."""
     if sys.argv[1:2] == ["classify"]:
-        from megatron_slm.analysis.dynamics_report import write_dynamics
+        from megatron_slm.analysis.dynamics.write_dynamics import write_dynamics
 
         parser = ArgumentParser("token_dynamics.py classify")
         parser.add_argument("dumps", type=Path, metavar="DUMPS")
@@ -34,27 +32,7 @@ def main() -> None:
         with exit_on_user_error():
             write_dynamics(args.dumps, args.dynamics, args.tokenizer_model)
         return
-    start(DYNAMICS, run)
-
-
-def run(cpu: bool) -> None:
-    """Score; `cpu` if the CPU platform is installed."""
-    from megatron_slm.analysis.dynamics_files import check_libraries
-
-    check_libraries()
-    # Megatron may be imported only when the platform is installed.
-    from megatron.core.extensions.transformer_engine import HAVE_TE
-
-    from megatron_slm.analysis.dynamics_report import write_dynamics
-    from megatron_slm.model.layer_spec import plain_block_spec
-    from megatron_slm.training.arguments import validate_arguments
-    from megatron_slm.training.checkpoint_losses import parse_arguments, score_checkpoints
-
-    args = parse_arguments(partial(add_arguments, cpu=cpu, job=DYNAMICS))
-    validate_arguments(args)
-    losses = score_checkpoints(args, None if HAVE_TE else plain_block_spec)
-    if args.rank == 0:
-        write_dynamics(losses, Path(args.dynamics), None, args.ckpt_steps)
+    score_and_classify()
 
 
 if __name__ == "__main__":

@@ -7,9 +7,10 @@ import sys
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from megatron_slm.data.retokenize import check_deeply
-from megatron_slm.data.tokenizer import open_tokenizer
-from megatron_slm.data.verify import check_quickly, check_wholly, pairs_of
+from megatron_slm.corpus.indexed.retokenize import check_deeply
+from megatron_slm.corpus.indexed.verify import check_wholly, pairs_of
+from megatron_slm.corpus.tokenizers.tokenizer_file import open_tokenizer
+from megatron_slm.data.dataset_check import check_quickly
 from megatron_slm.errors import UserError, exit_on_user_error
 
 

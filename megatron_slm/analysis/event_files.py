@@ -8,6 +8,7 @@ on in another file.
 from __future__ import annotations
 
 import os
+import re
 import struct
 from collections import defaultdict
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ LAST_ITERATION = 1 << 50
 MOST_CHARACTERS = 10_000  # of a text
 # Of every scalar there is a second curve, over samples.
 OTHER_AXIS = " vs samples"
+# Tags of the validation loss: one, or one a set (--multiple-validation-sets); not its perplexity.
+VALIDATION = re.compile("lm loss validation(-.*)?(?<! ppl)(?<! vs samples)")
 TEXT = "/text_summary"
 HEAD, CRC = struct.Struct("<QI"), struct.Struct("<I")
 

@@ -10,8 +10,8 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable
 
+from megatron_slm.corpus.tokenizers.tokenizer_file import TokenizerFile, open_tokenizer
 from megatron_slm.data.token_dump import TokenDump
-from megatron_slm.data.tokenizer import TokenizerFile, open_tokenizer
 from megatron_slm.errors import UserError
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"

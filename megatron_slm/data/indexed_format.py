@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from megatron_slm.errors import UserError
 from megatron_slm.files import open_regular, sync
 
-MAGIC = b"MMIDIDX\x00\x00"
-VERSION = 1
+INDEX_MAGIC = b"MMIDIDX\x00\x00"
+INDEX_VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
-DTYPES: dict[int, np.dtype] = {
+ID_TYPES: dict[int, np.dtype] = {
     code: np.dtype(name)
     for code, name in enumerate("u1 i1 <i2 <i4 <i8 <f8 <f4 <u2".split(), start=1)
 }
@@ -56,9 +56,9 @@ def write_index(path: Path, dtype: np.dtype, count: int, blocks: Blocks) -> None
     Args:
         blocks: gives the lengths, in blocks; called twice.
     """
-    code = next(code for code, known in DTYPES.items() if known == dtype)
+    code = next(code for code, known in ID_TYPES.items() if known == dtype)
     with path.open("wb") as file:
-        file.write(HEADER.pack(MAGIC, VERSION, code, count, count + 1))
+        file.write(HEADER.pack(INDEX_MAGIC, INDEX_VERSION, code, count, count + 1))
         for lengths in blocks():
             file.write(np.ascontiguousarray(lengths, "<i4"))
         end = 0
@@ -80,10 +80,10 @@ def open_index(path: Path) -> Index:
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         header = file.read(HEADER.size)
-    if len(header) < HEADER.size or header[: len(MAGIC)] != MAGIC:
+    if len(header) < HEADER.size or header[: len(INDEX_MAGIC)] != INDEX_MAGIC:
         raise UserError(f"{path} is not the index of a Megatron dataset: its first bytes differ")
     _, version, code, sequences, ends = HEADER.unpack(header)
-    if version != VERSION or code not in DTYPES:
+    if version != INDEX_VERSION or code not in ID_TYPES:
         raise UserError(
             f"{path} has version {version} and dtype code {code}, which no reader knows"
         )
@@ -95,7 +95,7 @@ def open_index(path: Path) -> Index:
         )
     content = np.memmap(path, mode="r", dtype=np.uint8)[HEADER.size :]
     return Index(
-        DTYPES[code],
+        ID_TYPES[code],
         content[: 4 * sequences].view("<i4"),
         content[4 * sequences : 12 * sequences].view("<i8"),
         content[12 * sequences : 12 * sequences + 8 * ends].view("<i8"),

@@ -13,14 +13,12 @@ from typing import Any
 import msgspec
 import orjson
 
-from megatron_slm.data.inputs import Piece, Task
-from megatron_slm.data.lines import hash_piece
-from megatron_slm.data.manifest_types import Dataset, Shard
+from megatron_slm.data.manifest_types import DatasetManifest, ShardManifest
 from megatron_slm.errors import UserError
 from megatron_slm.files import decode_json, read_bounded, write_whole
 
-FORMAT = 1
-LARGEST = 1 << 30  # bytes: a million input files
+MANIFEST_FORMAT = 1
+LARGEST_MANIFEST = 1 << 30  # bytes: a million input files
 
 
 def manifest_path(prefix: Path | str) -> Path:
@@ -30,7 +28,9 @@ def manifest_path(prefix: Path | str) -> Path:
 
 def write_manifest(path: Path, content: dict[str, Any]) -> None:
     """Write it whole or not at all."""
-    write_whole(path, orjson.dumps({"format": FORMAT, **content}, option=orjson.OPT_INDENT_2))
+    write_whole(
+        path, orjson.dumps({"format": MANIFEST_FORMAT, **content}, option=orjson.OPT_INDENT_2)
+    )
 
 
 def write_data_args(prefix: Path | str, weights: Mapping[str, int]) -> None:
@@ -57,7 +57,7 @@ def manifest_of_pair(prefix: Path) -> dict[str, Any] | None:
     words = prefix.name.removesuffix("_document").split("_")
     for at in range(1, len(words)):  # NAME_KEY, of which both may have underscores
         name, key = "_".join(words[:at]), "_".join(words[at:])
-        shard = read_manifest(prefix.with_name(f"{name}.json"), Shard)
+        shard = read_manifest(prefix.with_name(f"{name}.json"), ShardManifest)
         if shard is not None and key in shard["outputs"]:
             output = shard["outputs"][key]
             return shard | output | {"merged": True, "shards": [shard | {"outputs": {key: output}}]}
@@ -79,7 +79,7 @@ def dataset_manifest(prefix: Path | str) -> dict[str, Any] | None:
         UserError: it is damaged, or of a mix.
     """
     path = manifest_path(prefix)
-    manifest = read_manifest(path, Dataset)
+    manifest = read_manifest(path, DatasetManifest)
     if manifest is not None:
         check_dataset(path, manifest)
     return manifest
@@ -119,7 +119,7 @@ def read_manifest(path: Path, kind: type[Any]) -> dict[str, Any] | None:
     """
     manifest = written_manifest(path)
     if manifest is not None:
-        if kind is Dataset and "recipe" in manifest:
+        if kind is DatasetManifest and "recipe" in manifest:
             raise no_pair(str(path).removesuffix(".manifest.json"))
         try:
             msgspec.convert(manifest, kind)
@@ -135,51 +135,13 @@ def written_manifest(path: Path) -> dict[str, Any] | None:
         UserError: it is damaged, or of another version of this program.
     """
     try:
-        manifest = decode_json(read_bounded(path, LARGEST), dict[str, Any], path)
+        manifest = decode_json(read_bounded(path, LARGEST_MANIFEST), dict[str, Any], path)
     except UserError as error:
         if isinstance(error.__cause__, FileNotFoundError):
             return None
         raise UserError(f"{error}; it is damaged: delete it and run again") from error
-    if manifest.pop("format", None) != FORMAT:
-        raise UserError(f"{path} is not a manifest of format {FORMAT}; delete it and run again")
-    return manifest
-
-
-def describe_input(piece: Piece, sha256: str) -> dict[str, Any]:
-    """A piece in a manifest."""
-    return {
-        "path": piece.path,
-        "size": piece.size,
-        "modified": piece.modified,
-        "start": piece.start,
-        "end": piece.end,
-        "sha256": sha256,
-    }
-
-
-def same_inputs(task: Task, recorded: list[dict[str, Any]]) -> bool:
-    """Whether a manifest's inputs are the task's."""
-    return len(recorded) == len(task.pieces) and all(
-        (before["start"], before["end"]) == (piece.start, piece.end)
-        and (
-            (before["path"], before["size"], before["modified"])
-            == (piece.path, piece.size, piece.modified)
-            or before["sha256"] == hash_piece(piece)
+    if manifest.pop("format", None) != MANIFEST_FORMAT:
+        raise UserError(
+            f"{path} is not a manifest of format {MANIFEST_FORMAT}; delete it and run again"
         )
-        for before, piece in zip(recorded, task.pieces, strict=True)
-    )
-
-
-def what_changed(
-    task: Task, options: dict[str, Any], manifest: dict[str, Any], engine: str = "auto"
-) -> str | None:
-    """Why a shard has to be made again, or None.  engine: that it is to be made by; auto: any."""
-    recorded = manifest["options"]
-    changed = sorted(
-        name for name in {*options, *recorded} if options.get(name) != recorded.get(name)
-    )
-    if changed:
-        return f"other {', '.join(changed).replace('_', ' ')}"
-    if engine != "auto" and engine != manifest["engine"]:
-        return f"made by {manifest['engine']}"
-    return None if same_inputs(task, manifest["inputs"]) else "its input has changed"
+    return manifest

@@ -6,17 +6,17 @@ from typing import Annotated, Literal, NotRequired, TypedDict
 
 from msgspec import Meta
 
-Count = Annotated[int, Meta(ge=0, le=1 << 62)]
+_Count = Annotated[int, Meta(ge=0, le=1 << 62)]
 Path = Annotated[str, Meta(pattern=r"^[^\x00]+$")]
 
 
-class Size(TypedDict):
+class FileSize(TypedDict):
     """Of a file, in bytes."""
 
-    size: Count
+    size: _Count
 
 
-class Content(Size):
+class Content(FileSize):
     """Size and SHA-256 of a file."""
 
     sha256: str
@@ -25,8 +25,8 @@ class Content(Size):
 class Output(TypedDict):
     """What a shard is in the dataset of a key."""
 
-    documents: Count
-    tokens: Count
+    documents: _Count
+    tokens: _Count
     bin: Content
     idx: Content
 
@@ -35,10 +35,10 @@ class InputPart(TypedDict):
     """Bytes start to end of an input file of `size` bytes; modified: in nanoseconds."""
 
     path: Path
-    size: Count
+    size: _Count
     modified: int
-    start: Count
-    end: Count
+    start: _Count
+    end: _Count
     sha256: str
 
 
@@ -65,8 +65,8 @@ class Options(ReadingOptions):
 
     tokenizer: Tokenizer
     domain: str | None
-    append_eod: Count | None
-    prepend_bos: Count | None
+    append_eod: _Count | None
+    prepend_bos: _Count | None
     special_tokens_in_text: Literal["text", "ids"]
     decontaminate: str | None
 
@@ -74,19 +74,19 @@ class Options(ReadingOptions):
 class Counts(TypedDict):
     """What became of a task's documents."""
 
-    read: Count
-    documents: Count
-    tokens: Count
-    empty: Count
-    blank_lines: Count
-    filtered: Count
-    rejects: Count
-    exact_duplicates: Count
-    near_duplicates: Count
-    contaminated: Count
+    read: _Count
+    documents: _Count
+    tokens: _Count
+    empty: _Count
+    blank_lines: _Count
+    filtered: _Count
+    rejects: _Count
+    exact_duplicates: _Count
+    near_duplicates: _Count
+    contaminated: _Count
 
 
-class Shard(TypedDict):
+class ShardManifest(TypedDict):
     """A shard, with its part of the dataset of each key."""
 
     name: Path
@@ -102,25 +102,25 @@ class Shard(TypedDict):
 class Totals(TypedDict):
     """Of a dataset."""
 
-    documents: Count
-    tokens: Count
+    documents: _Count
+    tokens: _Count
 
 
-class Dataset(TypedDict):
+class DatasetManifest(TypedDict):
     """The dataset of one key.  bin, idx: if its shards are merged."""
 
     options: Options
     merged: bool
     counts: Totals
-    shards: Annotated[list[Shard], Meta(min_length=1)]
-    bin: NotRequired[Size]
+    shards: Annotated[list[ShardManifest], Meta(min_length=1)]
+    bin: NotRequired[FileSize]
     idx: NotRequired[Content]
 
 
 class Decided(TypedDict):
     """Datasets that are whole, by key, and not yet in the place of the old ones."""
 
-    datasets: dict[str, Dataset]
+    datasets: dict[str, DatasetManifest]
 
 
 class Fingerprints(TypedDict):
@@ -128,7 +128,7 @@ class Fingerprints(TypedDict):
 
     inputs: list[InputPart]
     options: ReadingOptions
-    documents: Count
+    documents: _Count
 
 
 class VerdictsManifest(TypedDict):

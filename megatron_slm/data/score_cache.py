@@ -25,24 +25,24 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_slm.data.score_manifest import Manifest
+from megatron_slm.data.score_manifest import CacheManifest
 from megatron_slm.errors import UserError
 from megatron_slm.files import open_regular, write_whole
 
 OPEN_SHARDS = 16  # of each reading process
-AGAIN = "delete it and run tools/score_reference.py again"
+SCORE_AGAIN = "delete it and run tools/score_reference.py again"
 LEAST = -1e-3  # nats: a loss is not negative but for rounding
 
 # uint16 holds round(8192 sqrt(loss)): losses up to 63.99 nats (larger ones are that) within
 # (sqrt(loss) + 0.0001) / 8192: 1.2e-4 at 1 nat, 3.9e-4 at 10.  float16 errs by 4.9e-4 and 3.9e-3.
-STEPS = 8192.0
+SQUARE_ROOT_STEPS = 8192.0
 
 
 def encode(losses: NDArray[np.float32], dtype: str) -> NDArray[Any]:
     """Losses (nats, not negative but for rounding) as they are stored."""
     if dtype == "float32":
         return losses
-    steps = np.sqrt(np.maximum(losses, 0.0), dtype=np.float64) * STEPS
+    steps = np.sqrt(np.maximum(losses, 0.0), dtype=np.float64) * SQUARE_ROOT_STEPS
     return np.minimum(np.rint(steps), np.iinfo(np.uint16).max).astype(np.uint16)
 
 
@@ -50,7 +50,7 @@ def decode(stored: NDArray[Any]) -> NDArray[np.float32]:
     """The reverse of encode, up to what its type can hold."""
     if stored.dtype == np.float32:
         return stored.astype(np.float32)
-    return np.square(stored / STEPS).astype(np.float32)
+    return np.square(stored / SQUARE_ROOT_STEPS).astype(np.float32)
 
 
 def checksum(values: NDArray[Any]) -> int:
@@ -65,7 +65,7 @@ def shard_path(directory: Path, section: str, shard: int) -> Path:
 
 def write_shard(
     directory: Path,
-    manifest: Manifest,
+    manifest: CacheManifest,
     section: str,
     shard: int,
     losses: NDArray[np.float32],
@@ -109,7 +109,7 @@ def _possible(losses: NDArray[np.float32]) -> NDArray[np.bool_]:
     return np.isfinite(losses) & (losses >= LEAST)
 
 
-def missing_shards(directory: Path, manifest: Manifest) -> list[tuple[str, int]]:
+def missing_shards(directory: Path, manifest: CacheManifest) -> list[tuple[str, int]]:
     """(section, shard) of those that are not there."""
     return [
         (section, shard)
@@ -118,7 +118,7 @@ def missing_shards(directory: Path, manifest: Manifest) -> list[tuple[str, int]]
     ]
 
 
-def _missing(directory: Path, manifest: Manifest, section: str) -> Iterator[int]:
+def _missing(directory: Path, manifest: CacheManifest, section: str) -> Iterator[int]:
     """Shards of a section that are not there.  By a listing: a file system that thousands of ranks
     ask answers one more readily than a question for each file."""
     there = set(os.listdir(directory / section)) if (directory / section).is_dir() else set()
@@ -127,7 +127,7 @@ def _missing(directory: Path, manifest: Manifest, section: str) -> Iterator[int]
             yield shard
 
 
-def read_record(directory: Path, manifest: Manifest, section: str, number: int) -> np.void:
+def read_record(directory: Path, manifest: CacheManifest, section: str, number: int) -> np.void:
     """A record of a section, one of those it has.
 
     Raises:
@@ -147,11 +147,11 @@ def read_record(directory: Path, manifest: Manifest, section: str, number: int) 
             if manifest.dtype == "float32" and not _possible(record["losses"]).all():
                 raise UserError(
                     f"{path} has a loss that is not a finite number from 0 on in record {row} "
-                    f"(sample {number}): {AGAIN}"
+                    f"(sample {number}): {SCORE_AGAIN}"
                 )
             return record
     raise UserError(
-        f"{path} is damaged at record {row} (sample {number}), or is another shard: {AGAIN}"
+        f"{path} is damaged at record {row} (sample {number}), or is another shard: {SCORE_AGAIN}"
     )
 
 
@@ -162,7 +162,7 @@ class Section:
         UserError: a shard is missing.
     """
 
-    def __init__(self, directory: Path, manifest: Manifest, name: str) -> None:
+    def __init__(self, directory: Path, manifest: CacheManifest, name: str) -> None:
         self.directory, self.manifest, self.name = directory, manifest, name
         for shard in _missing(directory, manifest, name):
             raise _is_missing(shard_path(directory, name, shard))
@@ -204,7 +204,7 @@ def _open_shard(path: Path, size: int) -> BinaryIO:
         raise _is_missing(path)
     file = open_regular(path)
     if (found := os.fstat(file.fileno()).st_size) != size:
-        raise UserError(f"{path} is damaged: it has {found} bytes, not {size}; {AGAIN}")
+        raise UserError(f"{path} is damaged: it has {found} bytes, not {size}; {SCORE_AGAIN}")
     return file
 
 

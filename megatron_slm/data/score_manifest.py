@@ -19,15 +19,15 @@ from megatron_slm.errors import UserError
 from megatron_slm.files import alone_at, decode_json, read_bounded, write_whole
 
 MANIFEST = "manifest.json"
-FORMAT = 2
+CACHE_FORMAT = 2
 MOST_SHARDS = 1 << 20  # of a section: every start lists them
-DTYPES = {"uint16": np.uint16, "float32": np.float32}
+STORED_TYPES = {"uint16": np.uint16, "float32": np.float32}
 
-Positive = Annotated[int, msgspec.Meta(ge=1, le=1 << 50)]
+_Positive = Annotated[int, msgspec.Meta(ge=1, le=1 << 50)]
 Name = Annotated[str, msgspec.Meta(pattern=r"^(?!\.{1,2}$)[^/\0]+$")]  # of a directory
 
 
-class Source(TypedDict):
+class ScoredData(TypedDict):
     """Fingerprints of what decides the tokens of each record.  The order of samples (the last four)
     is that of kind "sample" alone."""
 
@@ -40,7 +40,7 @@ class Source(TypedDict):
     blends: NotRequired[dict[str, tuple[list[str], list[float] | None]]]
 
 
-class Manifest(msgspec.Struct, frozen=True, dict=True):
+class CacheManifest(msgspec.Struct, frozen=True, dict=True):
     """What a cache holds.
 
     dtype: of stored losses.  sequence_length: s.
@@ -53,9 +53,9 @@ class Manifest(msgspec.Struct, frozen=True, dict=True):
     kind: Literal["sample", "document"]
     dtype: Literal["uint16", "float32"]
     sequence_length: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
-    shard_records: Positive
-    sections: dict[Name, Positive]
-    source: Source
+    shard_records: _Positive
+    sections: dict[Name, _Positive]
+    source: ScoredData
     reference: dict[str, str]
 
     def __post_init__(self) -> None:
@@ -82,8 +82,10 @@ class Manifest(msgspec.Struct, frozen=True, dict=True):
             raise UserError(f"cannot write to {directory}: {error.strerror}") from error
         with alone_at(path, "--slm-reference-cache", wait=60.0):
             if not path.exists():
-                write_whole(path, json.dumps({"format": FORMAT, **self._plain}, indent=1).encode())
-            elif found := differences(self._plain, read_manifest(directory)._plain):
+                write_whole(
+                    path, json.dumps({"format": CACHE_FORMAT, **self._plain}, indent=1).encode()
+                )
+            elif found := cache_differences(self._plain, read_cache_manifest(directory)._plain):
                 raise UserError(
                     f"{path} was begun with other arguments ({found}); give those, or choose "
                     "another directory"
@@ -96,7 +98,7 @@ class Manifest(msgspec.Struct, frozen=True, dict=True):
 
     @cached_property
     def record(self) -> np.dtype[Any]:
-        losses = (DTYPES[self.dtype], (self.sequence_length,))
+        losses = (STORED_TYPES[self.dtype], (self.sequence_length,))
         return np.dtype(
             [("losses", *losses), ("domain", "<u4"), ("labels_crc", "<u4"), ("checksum", "<u4")]
         )
@@ -119,7 +121,7 @@ class Manifest(msgspec.Struct, frozen=True, dict=True):
         return range(first, min(first + self.shard_records, self.sections[section]))
 
 
-def differences(run: dict[str, Any], scored: dict[str, Any]) -> str:
+def cache_differences(run: dict[str, Any], scored: dict[str, Any]) -> str:
     """What a run has other than what was scored; empty if nothing."""
     runs, scoreds = _flat(run), _flat(scored)
     return "; ".join(
@@ -133,7 +135,7 @@ class _Version(msgspec.Struct):
     format: int
 
 
-def read_manifest(directory: Path) -> Manifest:
+def read_cache_manifest(directory: Path) -> CacheManifest:
     """
     Raises:
         UserError: there is none, or none that this version can read.
@@ -146,12 +148,12 @@ def read_manifest(directory: Path) -> Manifest:
         )
     content = read_bounded(path)
     found = decode_json(content, _Version, path).format
-    if found != FORMAT:
+    if found != CACHE_FORMAT:
         raise UserError(
-            f"{path} is of format {found}, and this version reads format {FORMAT}: score again, "
-            "with --slm-reference-cache naming another directory"
+            f"{path} is of format {found}, and this version reads format {CACHE_FORMAT}: score "
+            "again, with --slm-reference-cache naming another directory"
         )
-    return decode_json(content, Manifest, path)
+    return decode_json(content, CacheManifest, path)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

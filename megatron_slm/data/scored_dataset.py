@@ -163,7 +163,7 @@ def dataset_name(prefix: str) -> str:
     return Path(prefix).name
 
 
-def fingerprint(prefix: str) -> dict[str, str]:
+def dataset_fingerprint(prefix: str) -> dict[str, str]:
     """Of a dataset's two files: size, and hash of blocks spread evenly over the file.
 
     Raises:

@@ -27,7 +27,7 @@ from safetensors.numpy import save
 from megatron_slm.errors import UserError
 from megatron_slm.files import decode_json, open_regular, write_whole
 
-FORMAT = "megatron-slm token dump 1"
+DUMP_FORMAT = "megatron-slm token dump 1"
 MOST_BYTES, MOST_BYTES_OF_ALL = 1 << 30, 1 << 32  # of a dump (80 million tokens), of a directory
 # dtype of each array, and its columns: none, s, or s + 1.
 ARRAYS: dict[str, tuple[str, int | None]] = {
@@ -88,7 +88,7 @@ def write_dump(directory: Path, dump: TokenDump) -> Path:
     content = save(
         {name: np.ascontiguousarray(array) for name, array in arrays.items() if array is not None},
         {
-            "format": FORMAT,
+            "format": DUMP_FORMAT,
             "iteration": str(dump.iteration),
             "about": json.dumps(dump.about),
         },
@@ -113,7 +113,7 @@ def read_dump(path: Path) -> TokenDump:
     try:
         with safe_open(path, "numpy") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
+            if metadata.get("format") != DUMP_FORMAT:
                 raise UserError(f"{path} is not a token dump of this version")
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, TypeError, ValueError) as error:

@@ -24,13 +24,13 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_slm.errors import UserError
 from megatron_slm.files import inside, read_bounded, read_json
-from megatron_slm.model.unpickling import TableUnpickler, in_words
+from megatron_slm.model.unpickling import TableUnpickler, reason_of
 
-FORMAT = "metadata.json"  # Megatron's, of one line
+FORMAT_FILE = "metadata.json"  # Megatron's, of one line
 TABLE_LIMIT = 1 << 30  # bytes; of 50,000 blocks it has 12 MB
 
-Count = Annotated[int, Meta(ge=0, lt=1 << 62)]
-Shape = tuple[Count, ...]
+_Count = Annotated[int, Meta(ge=0, lt=1 << 62)]
+Shape = tuple[_Count, ...]
 
 
 class Format(Struct):
@@ -44,8 +44,8 @@ class Place(Struct):
     """Where a block lies."""
 
     relative_path: str
-    offset: Count
-    length: Count
+    offset: _Count
+    length: _Count
     transform_descriptors: None = None
 
 
@@ -63,7 +63,7 @@ class StoredTensor(Struct):
     chunks: list[Chunk]
 
 
-def read_table(directory: Path) -> Metadata:
+def read_checkpoint_table(directory: Path) -> Metadata:
     """Return the table of blocks, checked against itself and the files that hold the blocks.
 
     Raises:
@@ -76,13 +76,13 @@ def read_table(directory: Path) -> Metadata:
             f"the checkpoint {directory} has no .metadata file: it is not in Megatron's "
             "torch_dist format, or its writing was cut short"
         )
-    read_json(directory / FORMAT, Format, 1 << 16)
+    read_json(directory / FORMAT_FILE, Format, 1 << 16)
     content = read_bounded(path, TABLE_LIMIT)
     try:
         table = TableUnpickler(io.BytesIO(content)).load()
         needed = _checked(table)
     except Exception as error:  # whatever a damaged file makes the unpickler raise
-        raise UserError(f"{path} is damaged: {in_words(error)}") from error
+        raise UserError(f"{path} is damaged: {reason_of(error)}") from error
     for name, size in needed.items():
         part = inside(directory, name)
         have = part.stat().st_size if part.is_file() else None

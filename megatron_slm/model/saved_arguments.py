@@ -11,26 +11,26 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-Size = Annotated[int, Meta(ge=1, lt=1 << 31)]
-Count = Annotated[int, Meta(ge=0, lt=1 << 62)]
-Layers = Annotated[int, Meta(ge=1, le=10_000)]
-Number = Annotated[float, Meta(ge=-1e12, le=1e12)]
-Positive = Annotated[float, Meta(gt=0.0, le=1e12)]
-Text = Annotated[str, Meta(max_length=10_000)]
+_Size = Annotated[int, Meta(ge=1, lt=1 << 31)]
+_Count = Annotated[int, Meta(ge=0, lt=1 << 62)]
+_Layers = Annotated[int, Meta(ge=1, le=10_000)]
+_Number = Annotated[float, Meta(ge=-1e12, le=1e12)]
+_Positive = Annotated[float, Meta(gt=0.0, le=1e12)]
+_Text = Annotated[str, Meta(max_length=10_000)]
 
 NEWEST = 3.0  # version of checkpoints that Megatron 0.19 knows
 
 # Every checkpoint of a GPT has them, whatever version of Megatron wrote it.
 REQUIRED: list[tuple[Any, str]] = [
-    (Layers, "num_layers"),
+    (_Layers, "num_layers"),
     (
-        Size,
+        _Size,
         "hidden_size ffn_hidden_size num_attention_heads max_position_embeddings padded_vocab_size",
     ),
     (bool, "untie_embeddings_and_output_weights"),
 ]
 # Some have them.
-KNOWN: list[tuple[Any, str]] = [
+KNOWN_ARGUMENTS: list[tuple[Any, str]] = [
     (
         bool | None,
         """
@@ -43,7 +43,7 @@ KNOWN: list[tuple[Any, str]] = [
         """,
     ),
     (
-        Size | None,
+        _Size | None,
         """
         num_query_groups kv_channels yarn_original_max_position_embeddings
         tensor_model_parallel_size pipeline_model_parallel_size
@@ -51,10 +51,10 @@ KNOWN: list[tuple[Any, str]] = [
         vocab_size global_batch_size
         """,
     ),
-    (Count | None, "eval_global_batch_size train_iters train_samples eval_interval"),
-    (Positive | None, "rotary_base rotary_percent layernorm_epsilon norm_epsilon"),
+    (_Count | None, "eval_global_batch_size train_iters train_samples eval_interval"),
+    (_Positive | None, "rotary_base rotary_percent layernorm_epsilon norm_epsilon"),
     (
-        Number | None,
+        _Number | None,
         """
         rotary_seq_len_interpolation_factor rope_scaling_factor yarn_beta_fast yarn_beta_slow
         rotary_scaling_factor mscale mscale_all_dim glu_linear_offset activation_func_clamp_value
@@ -63,7 +63,7 @@ KNOWN: list[tuple[Any, str]] = [
         """,
     ),
     (
-        Text | None,
+        _Text | None,
         """
         position_embedding_type normalization softmax_type slm_model_type slm_tokenizer
         slm_reference_identity tokenizer_type tokenizer_model
@@ -76,7 +76,11 @@ CHECKED = msgspec.defstruct(
     "CHECKED",
     [
         *((name, kind) for kind, names in REQUIRED for name in names.split()),
-        *((name, kind | UnsetType, UNSET) for kind, names in KNOWN for name in names.split()),
+        *(
+            (name, kind | UnsetType, UNSET)
+            for kind, names in KNOWN_ARGUMENTS
+            for name in names.split()
+        ),
     ],
     kw_only=True,
 )
@@ -86,7 +90,7 @@ class CommonState(msgspec.Struct):
     """What a checkpoint has beside tensors, as far as it is used."""
 
     args: Any
-    iteration: Count
+    iteration: _Count
     checkpoint_version: Annotated[float, Meta(ge=0.0, le=NEWEST)] = NEWEST
     content_metadata: dict[str, Any] | None = None
 

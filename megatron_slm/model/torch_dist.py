@@ -39,9 +39,9 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megatron_slm.errors import UserError
 from megatron_slm.files import open_regular, read_bounded
-from megatron_slm.model.checkpoint_table import FORMAT, read_table
+from megatron_slm.model.checkpoint_table import FORMAT_FILE, read_checkpoint_table
 from megatron_slm.model.saved_arguments import check_common_state
-from megatron_slm.model.unpickling import check_object, in_words, load_object
+from megatron_slm.model.unpickling import check_object, load_object, reason_of
 
 TRACKER = "latest_checkpointed_iteration.txt"
 ARGUMENTS = "common_state/shard_0_1"
@@ -59,7 +59,7 @@ class TorchDistReader:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.table = read_table(directory)
+        self.table = read_checkpoint_table(directory)
         self.reader = FileSystemReader(directory)
         self.reader.set_up_storage_reader(self.table, is_coordinator=True)
 
@@ -79,7 +79,7 @@ class TorchDistReader:
             check_common_state(found)
         except Exception as error:  # whatever a damaged file makes torch.load raise
             raise UserError(
-                f"the checkpoint {self.directory} has no readable arguments ({in_words(error)}); "
+                f"the checkpoint {self.directory} has no readable arguments ({reason_of(error)}); "
                 "save it with Megatron's --ckpt-format torch_dist"
             ) from error
         common: dict[str, Any] = found
@@ -104,7 +104,7 @@ class TorchDistReader:
                 except Exception as error:  # whatever a damaged file makes torch.load raise
                     raise UserError(
                         f"the checkpoint {self.directory} has an object {key} that is damaged or "
-                        f"would run code: {in_words(error)}"
+                        f"would run code: {reason_of(error)}"
                     ) from error
 
     def _object(self, key: str) -> io.BytesIO:
@@ -169,7 +169,7 @@ class _Into(LoadPlanner):
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorPart:
     """A block to write.  make() gives it when its turn comes."""
 
     key: str
@@ -184,7 +184,7 @@ Stored = dict[MetadataIndex, _StorageInfo]
 
 
 def write_parts(
-    directory: Path, name: str, parts: Iterable[Part], objects: dict[str, Any]
+    directory: Path, name: str, parts: Iterable[TensorPart], objects: dict[str, Any]
 ) -> Stored:
     """Write one file, holding one part in memory at a time.
 
@@ -216,7 +216,9 @@ def write_parts(
     return stored
 
 
-def write_table(directory: Path, parts: Iterable[Part], stored: Iterable[Stored]) -> None:
+def write_checkpoint_table(
+    directory: Path, parts: Iterable[TensorPart], stored: Iterable[Stored]
+) -> None:
     """Finish a checkpoint whose ranks have written their files.
 
     Args:
@@ -233,7 +235,7 @@ def write_table(directory: Path, parts: Iterable[Part], stored: Iterable[Stored]
         assert isinstance(tensor, TensorStorageMetadata)
         tensor.chunks.append(ChunkStorageMetadata(torch.Size(part.offset), torch.Size(part.size)))
     table |= {index.fqn: BytesStorageMetadata() for index in lies if index.offset is None}
-    (directory / FORMAT).write_text(
+    (directory / FORMAT_FILE).write_text(
         json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
     )
     _put_table(directory, Metadata(table, storage_data=lies, version="1.0.0"))

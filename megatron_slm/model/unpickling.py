@@ -79,7 +79,7 @@ def load_object(file: IO[bytes]) -> Any:
     return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def in_words(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """Say in a line what kept an object from being loaded; torch tells how to run it after all."""
     refused = re.search(r"GLOBAL (\S+)", str(error))
     if refused is not None:
@@ -100,7 +100,7 @@ def check_file(path: Path) -> None:
 
         torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # whatever a damaged file makes torch.load raise
-        raise UserError(f"{path} is damaged or would run code: {in_words(error)}") from error
+        raise UserError(f"{path} is damaged or would run code: {reason_of(error)}") from error
 
 
 def check_object(key: str, file: IO[bytes]) -> None:

@@ -20,7 +20,7 @@ from megatron_slm.model.architecture import Architecture
 from megatron_slm.planning.formulas import (
     Layout,
     Memory,
-    Reference,
+    ReferenceModel,
     Work,
     bubble,
     memory,
@@ -69,7 +69,7 @@ class Plan:
 
 def step_seconds(
     a: Architecture,
-    references: Sequence[Reference],
+    references: Sequence[ReferenceModel],
     layout: Layout,
     work: Work,
     cluster: Cluster,
@@ -115,7 +115,7 @@ def _bandwidth(span: int, cluster: Cluster) -> float:
 
 def plan(
     a: Architecture,
-    references: Sequence[Reference],
+    references: Sequence[ReferenceModel],
     layout: Layout,
     work: Work,
     cluster: Cluster,
@@ -127,7 +127,7 @@ def plan(
 
 
 def best_plans(
-    a: Architecture, references: Sequence[Reference], work: Work, cp: int, cluster: Cluster
+    a: Architecture, references: Sequence[ReferenceModel], work: Work, cp: int, cluster: Cluster
 ) -> list[Plan]:
     """All layouts that divide everything and fit, the fastest first."""
     plans = [
@@ -139,7 +139,7 @@ def best_plans(
 
 
 def _candidates(
-    a: Architecture, references: Sequence[Reference], work: Work, cp: int, cluster: Cluster
+    a: Architecture, references: Sequence[ReferenceModel], work: Work, cp: int, cluster: Cluster
 ) -> Iterator[tuple[Layout, Work]]:
     models = [a, *(reference.architecture for reference in references)]
     for tp in (1, 2, 4, 8):

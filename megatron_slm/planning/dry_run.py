@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from megatron_slm.errors import UserError
 from megatron_slm.model.gpt_config import gpt_config
 from megatron_slm.model.layer_spec import plain_block_spec
-from megatron_slm.planning.recipe import Recipe, parse, reference_checkpoints
+from megatron_slm.planning.recipe import LaunchRecipe, parse, reference_checkpoints
 from megatron_slm.reference.online import frozen_arguments, reference_arguments
 from megatron_slm.training.settings import settings_from_arguments
 
@@ -47,7 +47,7 @@ class BuiltRank:
     reference: int
 
 
-def dry_run(recipe: Recipe, rank: int, vocabulary: int) -> BuiltRank:
+def dry_run(recipe: LaunchRecipe, rank: int, vocabulary: int) -> BuiltRank:
     """Build the policy and the reference of one rank and pass a micro-batch through each stage.
 
     The CPU platform must be installed.

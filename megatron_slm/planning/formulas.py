@@ -75,7 +75,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Reference:
+class ReferenceModel:
     """A model that scores on the policy's ranks.
 
     parameter_bytes: what a rank holds of a parameter.  streamed: layers stay in the host's memory,
@@ -130,7 +130,7 @@ class Memory:
 
 
 def memory(
-    a: Architecture, references: Sequence[Reference], layout: Layout, work: Work, stage: int
+    a: Architecture, references: Sequence[ReferenceModel], layout: Layout, work: Work, stage: int
 ) -> Memory:
     """At the peak of a step.
 
@@ -150,7 +150,7 @@ def memory(
     )
 
 
-def reference_bytes(reference: Reference, layout: Layout, work: Work, stage: int) -> int:
+def reference_bytes(reference: ReferenceModel, layout: Layout, work: Work, stage: int) -> int:
     """Weights of a reference on a rank."""
     a = reference.architecture
     if reference.streamed:

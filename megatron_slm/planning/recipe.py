@@ -14,8 +14,9 @@ import re
 import shlex
 import subprocess
 import sys
-from argparse import Namespace
-from contextlib import redirect_stdout
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,22 +25,23 @@ from typing import Any, Literal
 from megatron_slm.errors import UserError
 from megatron_slm.model.architecture import Architecture, from_megatron
 from megatron_slm.model.torch_dist import TRACKER
-from megatron_slm.planning.formulas import FLOAT32, Layout, Reference, Work
+from megatron_slm.planning.formulas import FLOAT32, Layout, ReferenceModel, Work
 from megatron_slm.reference.checkpoint import ReferenceCheckpoint, open_checkpoint
+from megatron_slm.training.decisions import head_of
 
 MODULE = "megatron_slm.pretrain"
 LIBRARIES = ("CUDA_", "GLOO_", "NCCL_", "OMP_", "PET_", "PYTORCH_", "TORCH_", "UCX_")
 
 
 @dataclass(frozen=True)
-class Recipe:
+class LaunchRecipe:
     """arguments: of megatron_slm.pretrain.  ranks: of the whole job."""
 
     arguments: list[str]
     ranks: int
 
 
-def read_recipe(script: Path, settings: dict[str, str]) -> Recipe:
+def read_launch_recipe(script: Path, settings: dict[str, str]) -> LaunchRecipe:
     """The command of a script under examples/.
 
     Args:
@@ -71,7 +73,7 @@ def read_recipe(script: Path, settings: dict[str, str]) -> Recipe:
             options = dict(word.split("=", 1) for word in words if "=" in word)
             nodes = options.get("--nnodes", "1").split(":")[-1]
             at = words.index(MODULE)
-            return Recipe(words[at + 1 :], int(nodes) * int(options["--nproc-per-node"]))
+            return LaunchRecipe(words[at + 1 :], int(nodes) * int(options["--nproc-per-node"]))
         if any(word.endswith("score_reference.py") for word in words):
             raise UserError(
                 f"{script} with these settings scores, for which it holds the reference alone and "
@@ -96,68 +98,56 @@ def _variables(script: Path) -> set[str]:
     return {name for name in found if not name.startswith(("SLURM_", "BASH_", "SLM_"))}
 
 
-def parse(recipe: Recipe, rank: int, vocabulary: int, cpu: bool) -> Namespace:
-    """Arguments as rank `rank` has them, after Megatron's own validation.
+def parse(recipe: LaunchRecipe, rank: int, vocabulary: int, cpu: bool) -> Namespace:
+    """Return the arguments as rank `rank` of the recipe's job has them once it has started.
 
     Args:
         vocabulary: number of tokens, since the tokenizer may not be here.
         cpu: whether the CPU platform is installed, as it must be where there is no GPU.
 
     Raises:
-        UserError: Megatron refuses them.
+        UserError: the job would refuse them.
     """
     from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
-    from megatron.training.arguments import parse_args, validate_args
-    from megatron.training.checkpointing import load_args_from_checkpoint
 
     from megatron_slm.entry import add_arguments
     from megatron_slm.training.arguments import validate_arguments
-    from megatron_slm.training.first_check import options_in
-    from megatron_slm.training.option_checks import check_options
+    from megatron_slm.training.first_check import TRAINING, first_check
+    from megatron_slm.training.parsing import parse_training
 
-    world = {"RANK": str(rank), "WORLD_SIZE": str(recipe.ranks)}
-    before, command = {name: os.environ.get(name) for name in world}, sys.argv
-    os.environ |= world
-    sys.argv = [MODULE, *recipe.arguments]
-    try:
-        with redirect_stdout(io.StringIO()):  # all arguments, on rank 0
-            args: Namespace = parse_args(partial(add_arguments, cpu=cpu))
-            check_options(args, options_in(recipe.arguments))
-            if args.use_checkpoint_args:
-                _check_shape_is_here(args)
-                load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
-                load_args_from_checkpoint(args)
-            if args.data_args_path is not None and not Path(args.data_args_path).exists():
-                # A mix that was not made yet, in the place of which any name of a dataset does.
-                args.data_path, args.data_args_path = [args.data_args_path], None
-            validate_args(args, {})
-        validate_arguments(args)
-    except (AssertionError, ValueError) as error:
-        raise UserError(f"Megatron refuses the recipe's arguments: {error}") from error
-    finally:
-        sys.argv = command
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+    words = _without_mix(recipe.arguments)
+    first_check(words, TRAINING)
+    with _started_as(rank, recipe.ranks, words):
+        args = parse_training(partial(add_arguments, cpu=cpu), planned=True)
+    validate_arguments(args)
     if args.padded_vocab_size is None:
         args.padded_vocab_size = vocab_size_with_padding(vocabulary, args, logging_enabled=False)
     return args
 
 
-def _check_shape_is_here(args: Namespace) -> None:
-    """
-    Raises:
-        UserError: the model's shape is to come from a checkpoint that is not here.
-    """
-    places = [place for place in (args.pretrained_checkpoint, args.load) if place is not None]
-    if not any((Path(place) / TRACKER).is_file() for place in places):
-        raise UserError(
-            "the recipe takes the model's shape from its base (--use-checkpoint-args), and there "
-            f"is no checkpoint in {' or '.join(places) or 'any directory it names'}: import one "
-            "with tools/convert_checkpoint.py, or name it with BASE=DIR"
-        )
+def _without_mix(words: Sequence[str]) -> list[str]:
+    """Name a dataset in place of a mix that is not made yet, whose file Megatron would read."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--data-args-path")
+    args, others = parser.parse_known_args(words)
+    mix = args.data_args_path
+    missing = mix is not None and not Path(mix).exists()
+    return [*others, "--data-path", mix] if missing else list(words)
+
+
+@contextmanager
+def _started_as(rank: int, ranks: int, words: Sequence[str]) -> Iterator[None]:
+    """Look like a rank of a job while the block lasts, and print nothing of what it would print."""
+    command, environment = sys.argv, dict(os.environ)
+    sys.argv = [MODULE, *words]
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    try:
+        with redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        sys.argv = command
+        os.environ.clear()
+        os.environ |= environment
 
 
 def architecture_of(args: Namespace, vocabulary: int) -> Architecture:
@@ -183,16 +173,16 @@ def reference_checkpoints(args: Namespace) -> list[ReferenceCheckpoint]:
     return found
 
 
-def references_of(args: Namespace, policy: Architecture, work: Work) -> list[Reference]:
+def references_of(args: Namespace, policy: Architecture, work: Work) -> list[ReferenceModel]:
     """What scores beside the policy: none with a score cache.
 
     Raises:
         UserError: a reference that is no Llama, or as open_checkpoint.
     """
     if args.slm_reference is not None:  # the average in float32, and its copy that computes
-        return [Reference(policy, FLOAT32 + work.weight_bytes, where="moving average")]
+        return [ReferenceModel(policy, FLOAT32 + work.weight_bytes, where="moving average")]
     return [
-        Reference(
+        ReferenceModel(
             from_megatron(
                 Namespace(**vars(args) | checkpoint.architecture()),
                 policy.vocabulary,
@@ -230,8 +220,6 @@ def work_of(
             gradients go straight into their buffer, also the output layer's.
     """
     half = args.bf16 or args.fp16
-    reference = args.slm_reference_load or args.slm_reference or args.slm_reference_cache
-    selects = args.slm_token_ratio < 1.0 or bool(reference)
     recompute = args.recompute_num_layers if args.recompute_granularity == "full" else 0
     moments: list[Any] = [args.exp_avg_dtype, args.exp_avg_sq_dtype]
     master = args.main_params_dtype.itemsize if half else 0
@@ -242,7 +230,7 @@ def work_of(
         padded_vocabulary=args.padded_vocab_size,
         ratio=args.slm_token_ratio,
         ranks_first=args.slm_global_batch == "exact",
-        head=args.slm_head or ("chunked" if selects else "dense"),
+        head=head_of(args),
         weight_bytes=2 if half else 4,
         gradient_bytes=2 if half and args.grad_reduce_in_bf16 else 4,
         optimizer_bytes=master + sum(dtype.itemsize for dtype in moments),

@@ -12,7 +12,7 @@ from megatron_slm.planning.cluster import Cluster, Plan, best_plans, plan
 from megatron_slm.planning.formulas import (
     Layout,
     Memory,
-    Reference,
+    ReferenceModel,
     Work,
     bubble,
     memory,
@@ -21,7 +21,7 @@ from megatron_slm.planning.formulas import (
 )
 from megatron_slm.planning.models import TINYLLAMA
 from megatron_slm.planning.recipe import (
-    Recipe,
+    LaunchRecipe,
     architecture_of,
     layout_of,
     parse,
@@ -32,7 +32,7 @@ from megatron_slm.planning.recipe import (
 GIB = 2**30
 
 
-def report(args: Namespace, recipe: Recipe) -> str:
+def report(args: Namespace, recipe: LaunchRecipe) -> str:
     """Memory, FLOPs, time and layouts."""
     megatron = parse(recipe, 0, args.vocabulary, cpu=True)
     model = architecture_of(megatron, args.vocabulary)
@@ -59,16 +59,18 @@ def report(args: Namespace, recipe: Recipe) -> str:
     text = [
         *assumptions(args, cluster),
         "",
-        line("parameters, billions", f"{parameters(model, work.padded_vocabulary) / 1e9:.3f}"),
+        report_line(
+            "parameters, billions", f"{parameters(model, work.padded_vocabulary) / 1e9:.3f}"
+        ),
         *(
-            line(
+            report_line(
                 "reference, billions",
                 f"{parameters(one.architecture, work.padded_vocabulary) / 1e9:.3f}",
             )
             + f"\n  {one.where}"
             for one in references
         ),
-        line("FLOPs of a step, 1e15", f"{step_flops(model, scoring, work) / 1e15:.1f}"),
+        report_line("FLOPs of a step, 1e15", f"{step_flops(model, scoring, work) / 1e15:.1f}"),
         *cost_of_selection(model, scoring, work),
         "",
         *memory_by_stage(model, references, layout, work),
@@ -101,7 +103,7 @@ def assumptions(args: Namespace, cluster: Cluster) -> Iterator[str]:
     yield f"Layers: {layers}.  --help lists the flags that change these."
 
 
-def line(name: str, *values: object) -> str:
+def report_line(name: str, *values: object) -> str:
     """A row of the report."""
     return f"{name:<44}" + "  ".join(f"{value!s:>10}" for value in values)
 
@@ -113,24 +115,26 @@ def cost_of_selection(
     policy's size, of TinyLlama's, and for losses that are known."""
     clm = step_flops(model, [], replace(work, ratio=1.0, head="dense", ranks_first=False))
     selecting = replace(work, head="chunked", ranks_first=False)
-    yield line("SLM / CLM step, the recipe's", f"{step_flops(model, scoring, work) / clm:.2f}")
+    yield report_line(
+        "SLM / CLM step, the recipe's", f"{step_flops(model, scoring, work) / clm:.2f}"
+    )
     for one in dict.fromkeys((model, TINYLLAMA)):
         size = parameters(one, work.padded_vocabulary) / 1e9
         ratio = step_flops(model, [one], selecting) / clm
-        yield line(f"SLM / CLM step, reference online, {size:.1f}B", f"{ratio:.2f}")
-    yield line("SLM / CLM step, cached", f"{step_flops(model, [], selecting) / clm:.2f}")
+        yield report_line(f"SLM / CLM step, reference online, {size:.1f}B", f"{ratio:.2f}")
+    yield report_line("SLM / CLM step, cached", f"{step_flops(model, [], selecting) / clm:.2f}")
 
 
 def memory_by_stage(
-    model: Architecture, references: Sequence[Reference], layout: Layout, work: Work
+    model: Architecture, references: Sequence[ReferenceModel], layout: Layout, work: Work
 ) -> Iterator[str]:
     """A table of parts for the first, the middle and the last pipeline stage."""
     stages = sorted({0, layout.pp // 2, layout.pp - 1})
     held = [memory(model, references, layout, work, stage) for stage in stages]
-    yield line("memory of a rank, GiB, by pipeline stage", *stages)
+    yield report_line("memory of a rank, GiB, by pipeline stage", *stages)
     for part in fields(Memory):
-        yield line(f"  {part.name}", *(f"{getattr(m, part.name) / GIB:.2f}" for m in held))
-    yield line("  total", *(f"{m.total / GIB:.2f}" for m in held))
+        yield report_line(f"  {part.name}", *(f"{getattr(m, part.name) / GIB:.2f}" for m in held))
+    yield report_line("  total", *(f"{m.total / GIB:.2f}" for m in held))
 
 
 def shape(one: Plan) -> tuple[Layout, int, int]:
@@ -162,7 +166,7 @@ def row(name: str, figures: Sequence[str]) -> str:
     return f"{name:<38}" + "".join(f"{figure:>{width}}" for figure, width in columns)
 
 
-def build_ranks(args: Namespace, recipe: Recipe) -> Iterator[str]:
+def build_ranks(args: Namespace, recipe: LaunchRecipe) -> Iterator[str]:
     """A line for each rank of the dry run."""
     from megatron_slm.planning.dry_run import dry_run
 

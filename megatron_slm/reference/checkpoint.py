@@ -37,7 +37,7 @@ ARCHITECTURE = """
     mup_embedding_mult mup_output_mult mup_base_head_dim mup_attn_scale_power
 """.split()
 
-UNSUPPORTED = {
+UNSUPPORTED_MODELS = {
     "num_experts": "a mixture of experts",
     "multi_latent_attention": "multi-latent attention",
     "experimental_attention_variant": "an experimental attention variant",
@@ -81,13 +81,13 @@ def open_checkpoint(
     """
     directory = iteration_directory(Path(load), step, *flags)
     arguments = TorchDistReader(directory).arguments
-    for name, what in UNSUPPORTED.items():
+    for name, what in UNSUPPORTED_MODELS.items():
         if getattr(arguments, name, None):
             raise UserError(f"the reference in {directory} has {what}, which is not supported")
     return ReferenceCheckpoint(directory, arguments)
 
 
-def fingerprint(checkpoint: ReferenceCheckpoint) -> dict[str, str]:
+def checkpoint_fingerprint(checkpoint: ReferenceCheckpoint) -> dict[str, str]:
     """The iteration's name, and a hash of its weights' files: names, sizes, blocks from the middle
     of some."""
     digest = hashlib.sha256()

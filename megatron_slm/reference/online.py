@@ -38,7 +38,7 @@ from torch import Tensor
 from megatron_slm.errors import UserError
 from megatron_slm.loss import Scoring, all_losses
 from megatron_slm.model.gpt_config import gpt_config
-from megatron_slm.reference.checkpoint import UNSUPPORTED, ReferenceCheckpoint
+from megatron_slm.reference.checkpoint import UNSUPPORTED_MODELS, ReferenceCheckpoint
 from megatron_slm.reference.fp8 import check_fp8
 from megatron_slm.reference.offload import StreamedLayers
 
@@ -151,7 +151,9 @@ def frozen_arguments(arguments: Namespace) -> Namespace:
     own = copy(arguments)
     own.attention_dropout = own.hidden_dropout = 0.0
     own.perform_initialization = False
-    for name in UNSUPPORTED:  # what the reference is known not to have, though the policy may
+    for (
+        name
+    ) in UNSUPPORTED_MODELS:  # what the reference is known not to have, though the policy may
         setattr(own, name, None)
     own.multi_latent_attention = False
     # The reference has one model chunk per stage, whatever layout the policy's layers have.

@@ -1,4 +1,4 @@
-"""Score caches against a run's arguments: what was scored must be what the run draws."""
+"""Open score caches, and check that they hold the losses of the very tokens that a run draws."""
 
 from __future__ import annotations
 
@@ -13,8 +13,13 @@ import msgspec
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_slm.data.score_cache import Section
-from megatron_slm.data.score_manifest import Manifest, Source, differences, read_manifest
-from megatron_slm.data.scored_dataset import check_names, dataset_name, fingerprint
+from megatron_slm.data.score_manifest import (
+    CacheManifest,
+    ScoredData,
+    cache_differences,
+    read_cache_manifest,
+)
+from megatron_slm.data.scored_dataset import check_names, dataset_fingerprint, dataset_name
 from megatron_slm.errors import UserError
 
 SPLITS = ("train", "valid", "test")
@@ -22,19 +27,20 @@ SPLITS = ("train", "valid", "test")
 
 @dataclass(frozen=True)
 class Caches:
-    """kind: of all of them.  sections: by name (score_cache.py says what these are).
-    identity: of the references that scored.
-    """
+    """The score caches of a run."""
 
     kind: Literal["sample", "document"]
+    """How all of them were scored."""
     sections: dict[str, Section]
+    """Their sections, by name; data/score_cache.py says what a section is."""
     identity: str
+    """The references that scored them, as a run that resumes must find them again."""
 
     def check_samples(self, datasets: Sequence[Any], wanted: Sequence[int | None]) -> None:
-        """Compare with the training, validation and test samples that a run draws.
+        """Check that all training, validation and test samples that a run draws were scored.
 
         Raises:
-            UserError: fewer were scored.
+            UserError: fewer were scored than the run draws.
         """
         for split, dataset, count in zip(SPLITS, datasets, wanted, strict=True):
             scored = len(self.sections[split]) if split in self.sections else 0
@@ -46,13 +52,13 @@ class Caches:
 
 
 def data_prefixes(args: Namespace) -> list[str]:
-    """Indexed datasets that the arguments name, each once, in order."""
+    """Return the prefixes of the indexed datasets that the arguments name, each once, in order."""
     blends = _blends(args).values()
     return list(dict.fromkeys(prefix for prefixes, _ in blends for prefix in prefixes))
 
 
-def describe_data(args: Namespace, kind: str) -> Source:
-    """Fingerprint of what decides the tokens of each record, as a manifest's `source`.
+def describe_data(args: Namespace, kind: str) -> ScoredData:
+    """Describe everything that decides which tokens a record holds, as a manifest's `source` does.
 
     Raises:
         UserError: a dataset cannot be read, or two have one name.
@@ -62,7 +68,7 @@ def describe_data(args: Namespace, kind: str) -> Source:
     source: dict[str, Any] = {
         "tokenizer": args.slm_tokenizer,
         "vocabulary": args.slm_vocab_size,
-        "datasets": {dataset_name(prefix): fingerprint(prefix) for prefix in prefixes},
+        "datasets": {dataset_name(prefix): dataset_fingerprint(prefix) for prefix in prefixes},
     }
     if kind == "sample":
         source |= {
@@ -74,19 +80,20 @@ def describe_data(args: Namespace, kind: str) -> Source:
                 for split, (prefixes, weights) in _blends(args).items()
             },
         }
-    return msgspec.convert(source, Source)  # as it is read back
+    return msgspec.convert(source, ScoredData)  # in the form in which it is read back
 
 
 def open_caches(args: Namespace) -> Caches:
-    """The caches that --slm-reference-cache names.
+    """Open the score caches that --slm-reference-cache names.
 
     Raises:
-        UserError: incomplete, damaged, or made for other data, order, tokenizer or length.
+        UserError: one is incomplete, damaged, or was made for other data, another order, another
+            tokenizer or another sequence length.
     """
     if args.full_validation or args.multiple_validation_sets:
         raise UserError("--slm-reference-cache cannot be used with --full-validation")
     directories = [Path(directory) for directory in args.slm_reference_cache]
-    manifests = [read_manifest(directory) for directory in directories]
+    manifests = [read_cache_manifest(directory) for directory in directories]
     kind = manifests[0].kind
     if kind == "sample" and args.dataloader_type != "single":
         raise UserError(
@@ -111,22 +118,23 @@ def open_caches(args: Namespace) -> Caches:
     return Caches(kind, sections, identity)
 
 
-def _check(args: Namespace, own: Source, directory: Path, manifest: Manifest) -> None:
+def _check(args: Namespace, own: ScoredData, directory: Path, manifest: CacheManifest) -> None:
     scored: dict[str, Any] = dict(manifest.source)
     mine: dict[str, Any] = dict(own)
-    if manifest.kind == "document":  # of any length, and of more datasets than one run may read
+    # Documents serve any sequence length, and a cache may have more datasets than a run reads.
+    if manifest.kind == "document":
         both = scored["datasets"].keys() & mine["datasets"].keys()
         for source in (scored, mine):
             source["datasets"] = {name: source["datasets"][name] for name in both}
     else:
         scored["sequence_length"] = manifest.sequence_length
         mine["sequence_length"] = args.seq_length
-    if found := differences(mine, scored):
+    if found := cache_differences(mine, scored):
         raise UserError(f"the score cache {directory} was made for another run: {found}")
 
 
 def _blends(args: Namespace) -> dict[str, tuple[list[str], list[float] | None]]:
-    """Prefixes and weights of "all" splits, or of each."""
+    """Return the prefixes and weights of each split's datasets, or of "all" splits together."""
     blend, per_split = get_blend_and_blend_per_split(args)
     named = {"all": blend, **dict(zip(SPLITS, per_split or [], strict=False))}
     return {split: each for split, each in named.items() if each is not None}

@@ -15,9 +15,8 @@ from megatron.training import get_args, get_tokenizer, print_rank_0
 from megatron.training.datasets.sft_dataset import SFTDataset
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
+from megatron_slm.data.dataset_check import TOKENIZER_KINDS, check_quickly
 from megatron_slm.data.scored_dataset import SampleScored, document_scored
-from megatron_slm.data.tokenizer import TYPES
-from megatron_slm.data.verify import check_quickly
 from megatron_slm.errors import UserError
 from megatron_slm.training.caches import SPLITS, Caches, data_prefixes
 from megatron_slm.training.data_parts import check_parts
@@ -48,7 +47,8 @@ def check_files(args: Any, draws: bool = True) -> None:
     """
     if args.sft:
         return
-    model = args.tokenizer_model if args.tokenizer_type in TYPES else None  # others read no file
+    reads_file = args.tokenizer_type in TOKENIZER_KINDS
+    model = args.tokenizer_model if reads_file else None
     indices = {}
     for prefix in data_prefixes(args):
         if not is_object_storage_path(prefix):

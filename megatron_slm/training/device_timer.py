@@ -21,7 +21,7 @@ def device_timer(name: str) -> DeviceTimer:
     return timer
 
 
-class DeviceTimer(TimerBase):  # type: ignore[misc]
+class DeviceTimer(TimerBase):
     """Times what the device does between start and stop, by events that it passes."""
 
     def __init__(self, name: str) -> None:

@@ -1,7 +1,7 @@
-"""The first look at a command line of training or scoring: in a moment, before torch and Megatron.
+"""Check a command line of training or scoring, and answer --help, before torch is imported.
 
-Shows our options and those that every run needs, and refuses what cannot be meant: options of ours
-with wrong values, that contradict each other or are misspelt, and what is missing, all at once.
+--help shows our options and those that every run needs.  The check refuses options of ours that are
+misspelt, have wrong values or contradict each other, and names all that is missing at once.
 Megatron's parser and checks follow.
 """
 
@@ -10,45 +10,46 @@ from __future__ import annotations
 import os
 import re
 import sys
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_slm.errors import UserError
 from megatron_slm.parser import Parser, refuse
 from megatron_slm.training.needed import OF_A_RUN, OF_THE_DATA, add_needed, check_needed
 from megatron_slm.training.option_checks import check_options, check_reference
-from megatron_slm.training.options import add_dynamics_options, add_options, add_scoring_options
+from megatron_slm.training.option_groups import add_group
+from megatron_slm.training.options import DynamicsOptions, ScoringOptions, SelectiveOptions
 
 HELP_MEGATRON = "--help-megatron"
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is started by a command line of Megatron's kind.
-
-    usage, about: for --help.
-    add: declares the options that it has beside those of training.
-    check: refuses what contradicts, given the options and which of them are on the command line.
-    go_on: says how to go on after Ctrl-C.
-    """
+    """A command that takes Megatron's options: pretraining, or one that scores for it."""
 
     usage: str
+    """How the command is called, for --help."""
     about: str
-    add: Callable[[ArgumentParser], None]
+    """What the command does, for --help."""
+    options: tuple[type[Any], ...]
+    """Dataclasses with the options that it has beside those of training."""
     check: Callable[[Namespace, Collection[str]], None]
+    """Refuses a faulty command line, given its options and which of them were written out."""
     go_on: Callable[[Namespace], str]
+    """Says how to continue after Ctrl-C."""
 
 
 def first_check(command: Sequence[str], job: Job) -> str:
-    """Check a command line as far as that needs neither torch nor Megatron.
+    """Check a command line as far as is possible without torch and Megatron.
 
     Returns:
-        How to go on after Ctrl-C.
+        How to continue after Ctrl-C, for the line that Ctrl-C prints.
 
     Raises:
         UserError: something is wrong or missing.
-        SystemExit: it asks for --help, which is printed.
+        SystemExit: the command line asks for --help, which has been printed.
     """
     parser = Parser(
         usage=job.usage,
@@ -57,10 +58,11 @@ def first_check(command: Sequence[str], job: Job) -> str:
     )
     if {"-h", "--help", HELP_MEGATRON} & set(command) and os.getenv("RANK", "0") != "0":
         sys.exit()  # the first rank prints it
-    if HELP_MEGATRON in command:  # for its parser
+    if HELP_MEGATRON in command:  # Megatron's parser answers it
         return ""
-    add_options(parser)
-    job.add(parser)
+    groups: tuple[type[Any], ...] = (SelectiveOptions, *job.options)
+    for options in groups:
+        add_group(parser, options)
     add_needed(parser)
     args, rest = parser.parse_known_args(command)
     misspelt = [word for word in rest if re.match(r"--?slm", word, re.IGNORECASE)]
@@ -71,7 +73,7 @@ def first_check(command: Sequence[str], job: Job) -> str:
 
 
 def options_in(command: Sequence[str]) -> set[str]:
-    """Return the options that are on a command line."""
+    """Return the options that are written out on a command line."""
     return {word.partition("=")[0] for word in command if word.startswith("--")}
 
 
@@ -112,7 +114,7 @@ def _go_on_training(args: Namespace) -> str:
 TRAINING = Job(
     "torchrun [...] -m megatron_slm.pretrain MEGATRON'S OPTIONS [--slm-... ...]",
     "Selective Language Modeling pretraining with Megatron.",
-    lambda parser: None,
+    (),
     _check_training,
     _go_on_training,
 )
@@ -121,7 +123,7 @@ SCORING = Job(
     "           --slm-reference-cache CACHE [--by document] [--cache-dtype float32]\n"
     "       python tools/score_reference.py inspect CACHE [--plot FILE.svg]",
     "Store a reference's losses, so that training runs need no reference model.",
-    add_scoring_options,
+    (ScoringOptions,),
     _check_scoring,
     lambda args: "the same command goes on where this was",
 )
@@ -130,7 +132,7 @@ DYNAMICS = Job(
     "           --dynamics RUN/dynamics [--ckpt-steps 1000 2000 ...]\n"
     "       python tools/token_dynamics.py classify RUN/dump --dynamics RUN/dynamics",
     "How the loss of each validation token changes over a run's checkpoints (Rho-1, appendix B.1).",
-    add_dynamics_options,
+    (DynamicsOptions,),
     _check_dynamics,
     lambda args: "the same command goes on where this was",
 )

@@ -1,4 +1,4 @@
-"""What a run needs on its command line, all of it at once; Megatron asks for one at a time."""
+"""Name all that a command line lacks at once; Megatron would ask for one option at a time."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from megatron_slm.errors import UserError
 from megatron_slm.files import read_bounded
 
 TRACKER = "latest_checkpointed_iteration.txt"
+# Types of tokenizers that are read from a file.
 OF_A_FILE = (
     "SentencePieceTokenizer",
     "GPTSentencePieceTokenizer",
@@ -18,12 +19,13 @@ OF_A_FILE = (
     "TikTokenizer",
     "SFTTokenizer",
 )
-# What --use-checkpoint-args takes from a checkpoint, and more from one that was not imported.
+# What --use-checkpoint-args takes from any checkpoint, and from one that training wrote.
 OF_THE_MODEL = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")
 OF_TRAINING = ("seq_length", "tokenizer_type")
 OF_THE_DATA = ("seq_length", "micro_batch_size", "tokenizer_type", "data")
 OF_A_RUN = (*OF_THE_MODEL, *OF_THE_DATA, "length", "lr", "eval_interval", "save_interval")
 
+# Options that stand in for a needed one, whose name in the parsed arguments they share.
 STAND_INS = {
     "--encoder-num-layers": "num_layers",
     "--encoder-seq-length": "seq_length",
@@ -36,35 +38,48 @@ STAND_INS = {
 
 
 def add_needed(parser: ArgumentParser) -> None:
-    """Declare Megatron's options that a run needs, and those that stand in for them."""
+    """Declare those of Megatron's options that a run needs, and those that stand in for them."""
     group = parser.add_argument_group("what every run needs, of Megatron's options")
     add = group.add_argument
-    add("--num-layers", type=int, metavar="N")
-    add("--hidden-size", type=int, metavar="N")
-    add("--num-attention-heads", type=int, metavar="N")
+    add("--num-layers", type=int, metavar="N", help="Layers of the model.")
+    add("--hidden-size", type=int, metavar="N", help="Width of a layer.")
+    add("--num-attention-heads", type=int, metavar="N", help="Attention heads of a layer.")
     add(
         "--max-position-embeddings",
         type=int,
         metavar="N",
-        help="These four also by --use-checkpoint-args with --load or --pretrained-checkpoint.",
+        help="Longest sequence that the model is built for. These four can also be taken from a "
+        "checkpoint: --use-checkpoint-args with --load or --pretrained-checkpoint.",
     )
-    add("--seq-length", type=int, metavar="N", help="Tokens of a sample.")
-    add("--micro-batch-size", type=int, metavar="N", help="Samples of a rank at a time.")
-    add("--tokenizer-type", metavar="TYPE", help="Such as SentencePieceTokenizer.")
-    add("--tokenizer-model", metavar="PATH", help="The tokenizer's file, for most types.")
+    add("--seq-length", type=int, metavar="N", help="Tokens in a sample.")
+    add("--micro-batch-size", type=int, metavar="N", help="Samples that a rank takes at a time.")
+    add("--tokenizer-type", metavar="TYPE", help="For example SentencePieceTokenizer.")
+    add("--tokenizer-model", metavar="PATH", help="File of the tokenizer; most types need one.")
     add(
         "--data-path",
         dest="data",
         nargs="*",
         metavar="PREFIX",
-        help="Datasets, without .bin and .idx; or --data-args-path, --train-data-path with "
-        "--valid-data-path, --per-split-data-args-path, --mock-data.",
+        help="Datasets, by the paths of their files without .bin and .idx. Or give "
+        "--data-args-path, --train-data-path with --valid-data-path, --per-split-data-args-path, "
+        "or --mock-data.",
     )
-    add("--train-iters", dest="length", type=int, metavar="N", help="Or --train-samples.")
-    add("--lr", type=float, metavar="RATE", help="The highest learning rate.")
+    add(
+        "--train-iters",
+        dest="length",
+        type=int,
+        metavar="N",
+        help="Iterations to train for. Or give --train-samples.",
+    )
+    add("--lr", type=float, metavar="RATE", help="Highest learning rate.")
     add("--eval-interval", type=int, metavar="N", help="Iterations between validations.")
-    add("--save", metavar="DIR", help="Where checkpoints go, if they are to be kept.")
-    add("--save-interval", type=int, metavar="N", help="Iterations between them.")
+    add("--save", metavar="DIR", help="Directory for checkpoints. Without it none are kept.")
+    add(
+        "--save-interval",
+        type=int,
+        metavar="N",
+        help="Iterations between checkpoints; --save needs it.",
+    )
     for flag in ("--load", "--pretrained-checkpoint", "--split", "--vocab-size", "--vocab-file"):
         add(flag, help=SUPPRESS)
     for flag, name in STAND_INS.items():
@@ -75,17 +90,17 @@ def add_needed(parser: ArgumentParser) -> None:
 
 
 def check_needed(args: Namespace, given: Collection[str], needs: Collection[str]) -> None:
-    """Refuse a command line that lacks something, naming all of it.
+    """Refuse a command line that lacks something the job needs.
 
     Args:
-        args: the options that `add_needed` declares.
+        args: values of the options that `add_needed` declares.
         given: all options on the command line.
-        needs: names of those that this job cannot do without.
+        needs: names of the options that this job cannot do without.
 
     Raises:
-        UserError: something is missing.
+        UserError: something is missing; the message names all of it.
     """
-    if "--yaml-cfg" in given:  # refused when Megatron has read it
+    if "--yaml-cfg" in given:  # it is refused when Megatron's parser reads it
         return
     missing = list(_missing(args, given, needs))
     if missing:
@@ -94,17 +109,17 @@ def check_needed(args: Namespace, given: Collection[str], needs: Collection[str]
 
 def _missing(args: Namespace, given: Collection[str], needs: Collection[str]) -> Iterator[str]:
     starts = [load for load in (args.load, args.pretrained_checkpoint) if load is not None]
-    takes = args.use_checkpoint_args and "num_layers" in needs  # scoring takes nothing
+    takes = args.use_checkpoint_args and "num_layers" in needs  # scoring takes no arguments from it
     trackers = [Path(load) / TRACKER for load in starts if takes]
     begun = [read_bounded(tracker).strip() for tracker in trackers if tracker.is_file()]
-    if takes and "--non-persistent-ckpt-type" in given:  # elsewhere
+    if takes and "--non-persistent-ckpt-type" in given:  # the checkpoint may be in another place
         begun.append(b"")
-    from_checkpoint = set(OF_THE_MODEL if begun else ())
+    from_checkpoint = set(OF_THE_MODEL if takes else ())
     if any(iteration != b"release" for iteration in begun):
         from_checkpoint |= set(OF_TRAINING)
     stands_in = {
         "data": args.mock_data,
-        "tokenizer_type": args.vocab_file,  # of GPT-2, the type by default
+        "tokenizer_type": args.vocab_file,  # GPT-2's tokenizer is Megatron's default
         "lr": args.skip_train,
         "eval_interval": args.skip_train,
         "save_interval": args.save is None,
@@ -119,7 +134,10 @@ def _missing(args: Namespace, given: Collection[str], needs: Collection[str]) ->
             yield names.get(name, f"--{name.replace('_', '-')}")
     if takes and not begun:
         where = " or ".join(starts) or "--load or --pretrained-checkpoint, which are not given"
-        yield f"a checkpoint for --use-checkpoint-args (there is none in {where})"
+        yield (
+            f"a checkpoint for --use-checkpoint-args (there is none in {where}; "
+            "tools/convert_checkpoint.py makes one of a Hugging Face model)"
+        )
     if args.tokenizer_type in OF_A_FILE and args.tokenizer_model is None and not begun:
         yield f"--tokenizer-model (for {args.tokenizer_type})"
     if args.tokenizer_type == "NullTokenizer" and args.vocab_size is None:

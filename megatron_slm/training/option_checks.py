@@ -1,4 +1,4 @@
-"""Which options of ours contradict each other."""
+"""Refuse options of ours that contradict each other."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections.abc import Collection
 
 from megatron_slm.errors import UserError
+from megatron_slm.training.decisions import reference_flags, weighs_tokens
 from megatron_slm.training.options import NEED_REFERENCE
 
 
@@ -13,29 +14,22 @@ def check_options(args: Namespace, given: Collection[str]) -> None:
     """Refuse options of training that contradict each other.
 
     Args:
-        given: the options on the command line, whose others in `args` are defaults.
+        args: values of all options.
+        given: the options on the command line; the others have their defaults in `args`.
 
     Raises:
-        UserError: naming them and what to do.
+        UserError: two contradict each other; the message names them and what to do.
     """
-    references = [
-        flag
-        for flag, value in (
-            ("--slm-reference-load", args.slm_reference_load),
-            ("--slm-reference", args.slm_reference),
-            ("--slm-reference-cache", args.slm_reference_cache),
-        )
-        if value
-    ]
+    references = reference_flags(args)
     if len(references) > 1:
         raise UserError(f"{' and '.join(references)} name a reference each; give one of them")
     _check_schedule(args)
-    if not references and selects(args) and args.slm_score in NEED_REFERENCE:
+    if not references and weighs_tokens(args) and args.slm_score in NEED_REFERENCE:
         raise UserError(
             f"--slm-score {args.slm_score} with --slm-token-ratio {args.slm_token_ratio} selects "
             "tokens by the reference model's loss: give its checkpoint with --slm-reference-load"
         )
-    if references and not selects(args) and "--slm-token-ratio" not in given:
+    if references and not weighs_tokens(args) and "--slm-token-ratio" not in given:
         raise UserError(
             f"{references[0]} without --slm-token-ratio would train on all tokens and pay for the "
             "reference at every step: give a ratio, such as 0.6, or --slm-token-ratio 1 to log "
@@ -48,16 +42,6 @@ def check_options(args: Namespace, given: Collection[str]) -> None:
         raise UserError("--slm-score policy-entropy needs --slm-head chunked")
     if args.slm_dump_interval is not None and args.slm_dump_dir is None and args.save is None:
         raise UserError("--slm-dump-interval needs --slm-dump-dir or --save to write to")
-
-
-def selects(args: Namespace) -> bool:
-    """Return whether the options ask for anything but all tokens alike."""
-    return bool(
-        args.slm_token_ratio != 1.0
-        or args.slm_ratio_schedule != "constant"
-        or args.slm_weighting != "hard"
-        or args.slm_domain_ratio
-    )
 
 
 def _check_schedule(args: Namespace) -> None:
@@ -75,10 +59,10 @@ def _check_schedule(args: Namespace) -> None:
 
 
 def check_reference(args: Namespace) -> None:
-    """Refuse options of a reference that do not suit the one that is named.
+    """Refuse options for a reference that do not suit the reference that is named.
 
     Raises:
-        UserError: naming them and what to do.
+        UserError: one does not; the message names it and what to do.
     """
     if args.slm_reference_ckpt_step is not None and len(args.slm_reference_load or []) != 1:
         raise UserError("--slm-reference-ckpt-step needs --slm-reference-load with one directory")
@@ -95,10 +79,10 @@ def check_reference(args: Namespace) -> None:
 
 
 def decay_of(reference: str) -> float:
-    """Return the decay of a moving average, which ema:DECAY names.
+    """Return the decay of a moving average from its name, ema:DECAY.
 
     Raises:
-        UserError: it is not of that form, or not in (0, 1).
+        UserError: the name does not have that form, or the decay is not in (0, 1).
     """
     kind, _, text = reference.partition(":")
     try:

@@ -23,7 +23,7 @@ from megatron_slm.reference import Reference
 from megatron_slm.reference.checkpoint import (
     FLAGS,
     ReferenceCheckpoint,
-    fingerprint,
+    checkpoint_fingerprint,
     open_checkpoint,
 )
 from megatron_slm.reference.fp8 import check_fp8
@@ -35,6 +35,7 @@ from megatron_slm.reference.online import (
 )
 from megatron_slm.reference.several import SeveralReferences
 from megatron_slm.training.caches import Caches, open_caches
+from megatron_slm.training.decisions import reference_flags
 from megatron_slm.training.micro_batch import MicroBatch
 from megatron_slm.training.option_checks import decay_of
 from megatron_slm.training.tokenizer import check_tokenizer
@@ -67,7 +68,7 @@ def open_source(
             contradict each other.
     """
     check_options(args)
-    if not (args.slm_reference_load or args.slm_reference or args.slm_reference_cache):
+    if not reference_flags(args):
         return None
     if args.slm_reference_cache:
         if args.slm_score == "reference-entropy":
@@ -128,7 +129,7 @@ def _checkpoints(
         numbers = [domains.index(name) for name in named] if by_domain else None
         return SeveralReferences(references, numbers)
 
-    identity = [fingerprint(checkpoint) for checkpoint, _ in opened]
+    identity = [checkpoint_fingerprint(checkpoint) for checkpoint, _ in opened]
     return Source(build, json.dumps(identity, sort_keys=True), by_domain)
 
 

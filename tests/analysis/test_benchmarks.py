@@ -8,7 +8,7 @@ import lm_eval
 import pytest
 import yaml
 
-from megatron_slm.analysis.benchmarks import GENERAL, MATH, Benchmark, benchmarks
+from megatron_slm.analysis.evaluation.benchmarks import GENERAL, MATH, Benchmark, benchmarks
 
 MATH_FILES = {
     "gsm8k_cot": "gsm8k/gsm8k-cot.yaml",

@@ -26,8 +26,8 @@ from transformers import (
 )
 
 from launch import REPOSITORY
-from megatron_slm.analysis import evaluation
-from megatron_slm.model.import_hf import import_hugging_face
+from megatron_slm.analysis.evaluation import evaluate as evaluation
+from megatron_slm.model.conversion.import_hf import import_hugging_face
 from real_text import docstrings
 
 TEXTS = docstrings(["argparse", "difflib", "statistics"])

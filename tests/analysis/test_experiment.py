@@ -16,9 +16,9 @@ import pytest
 
 from jobs import LLAMA, Corpus
 from launch import REPOSITORY
-from megatron_slm.analysis.experiment import plan
-from megatron_slm.analysis.experiment_recipe import read_recipe
-from megatron_slm.analysis.experiment_results import (
+from megatron_slm.analysis.experiments.experiment import tasks_of
+from megatron_slm.analysis.experiments.recipe import read_experiment
+from megatron_slm.analysis.experiments.results import (
     Point,
     RunResult,
     at_compute,
@@ -27,7 +27,7 @@ from megatron_slm.analysis.experiment_results import (
     summary,
     tokens_to_reach,
 )
-from megatron_slm.analysis.experiment_table import table
+from megatron_slm.analysis.experiments.table import results_table
 from megatron_slm.entry import add_arguments
 from megatron_slm.errors import UserError
 from megatron_slm.files import temporary
@@ -73,7 +73,7 @@ def write(directory: Path, text: str, name: str = "recipe.yaml") -> Path:
 )
 def test_bad_recipes(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError) as raised:
-        read_recipe(write(tmp_path, text))
+        read_experiment(write(tmp_path, text))
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -93,21 +93,21 @@ def test_recipes_extend_others(tmp_path: Path) -> None:
     own = (
         "extends: parent.yaml\narguments: --lr 2\narms: {other: null, half: {arguments: '{base}'}}"
     )
-    recipe = read_recipe(write(tmp_path, own))
+    recipe = read_experiment(write(tmp_path, own))
     assert list(recipe.arms) == ["clm", "slm", "half"]
     assert recipe.stages["base"].commands == (("--lr", "1", "--lr", "2", "{data}"),)
     assert recipe.arms["half"].commands == (
         ("--lr", "1", "--lr", "2", "--train-iters", "2", "{base}"),
     )
     # What all seeds share comes first, and only what is needed; scores are of a seed's own order.
-    names = [one.name for one in plan(recipe, ["slm"], [2])]
+    names = [one.name for one in tasks_of(recipe, ["slm"], [2])]
     assert names == ["data", "base", "scores-seed2", "clm-seed2", "slm-seed2"]
-    names = [one.name for one in plan(recipe, ["half"], None)]
+    names = [one.name for one in tasks_of(recipe, ["half"], None)]
     assert names == ["data", "base", "clm-seed1", "half-seed1", "clm-seed2", "half-seed2"]
     with pytest.raises(UserError, match="--arms none: the recipe has clm, slm, half"):
-        plan(recipe, ["none"], None)
+        tasks_of(recipe, ["none"], None)
     with pytest.raises(UserError, match="--seeds 3: the recipe has 1, 2"):
-        plan(recipe, None, [3])
+        tasks_of(recipe, None, [3])
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "examples/experiments").glob("*.yaml")))
@@ -117,7 +117,7 @@ def test_recipes_of_the_repository(path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     if path.name == "small.yaml":  # which others extend
         return
-    for one in plan(read_recipe(path), None, None):
+    for one in tasks_of(read_experiment(path), None, None):
         if one.task.kind in ("arm", "pretrain") and one.seed in (None, 1):
             (words,) = one.commands(Path())
             monkeypatch.setattr(sys, "argv", words[words.index("megatron_slm.pretrain") :])
@@ -212,7 +212,7 @@ def test_summary_of_seeds() -> None:
     assert found["arms"]["other"]["other_start"] == [1]
     assert "its first step's loss is not CLM's" in verdicts["other"]
     assert "first step" not in verdicts["slm"]
-    assert "not reached" in table(found)
+    assert "not reached" in results_table(found)
     with pytest.raises(UserError, match="no iteration at which all arms were validated"):
         compared_at(runs | {"never": {1: result([(15, 150, 4.0)])}})
     runs["slm"][2] = result(worse)
@@ -232,8 +232,8 @@ def test_a_task_begins(tmp_path: Path) -> None:
     """On what an earlier start of the same left, or anew; one that was killed leaves nothing."""
 
     def prepared(lr: int) -> Path:
-        recipe = read_recipe(write(tmp_path, f"arguments: --lr {lr}{SMALLEST}"))
-        (one,) = plan(recipe, None, None)
+        recipe = read_experiment(write(tmp_path, f"arguments: --lr {lr}{SMALLEST}"))
+        (one,) = tasks_of(recipe, None, None)
         one.prepare(tmp_path)
         return tmp_path / one.directory
 

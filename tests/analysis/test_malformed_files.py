@@ -7,12 +7,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from analysis.malformed import GOOD, GROUPS
-from launch import REPOSITORY
+from launch import PYTHONPATH, SUPPORT
+from malformed import GOOD, GROUPS
 
 NAMES = [
     (f"{read.__name__}: {name}", part)
@@ -24,11 +23,10 @@ NAMES = [
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     directory = tmp_path_factory.mktemp("malformed")
-    command = [sys.executable, str(Path(__file__).with_name("malformed.py")), str(directory)]
-    paths = [str(REPOSITORY), str(REPOSITORY / "tests")]
+    command = [sys.executable, str(SUPPORT / "malformed.py"), str(directory)]
     done = subprocess.run(
         command,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        env=os.environ | {"PYTHONPATH": PYTHONPATH},
         capture_output=True,
         text=True,
         timeout=600,

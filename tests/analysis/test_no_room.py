@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from analysis.report_page import write_run
 from jobs import Checkpoints, Corpus
 from launch import pretrain
-from megatron_slm.analysis.dynamics_report import write_dynamics
-from megatron_slm.analysis.experiment_tasks import write_json
+from megatron_slm.analysis.dynamics.write_dynamics import write_dynamics
+from megatron_slm.analysis.experiments.tasks import write_json
+from megatron_slm.analysis.inspect_cache import inspect
 from megatron_slm.analysis.report.page import write_report
-from megatron_slm.analysis.score_cache import main as inspect
 from megatron_slm.data.score_cache import write_shard
-from megatron_slm.data.score_manifest import Manifest
+from megatron_slm.data.score_manifest import CacheManifest
 from megatron_slm.data.token_dump import read_dump, write_dump
 from megatron_slm.errors import UserError
+from report_page import write_run
 
 ROOM = 4096  # bytes of a file
 
@@ -49,7 +49,7 @@ def _dump(run: Path) -> None:
 
 def _cache(run: Path) -> None:
     source: Any = {"tokenizer": "t", "vocabulary": 9, "datasets": {}, "blends": {}}
-    manifest = Manifest("sample", "float32", 2048, 1, {"train": 1}, source, {})
+    manifest = CacheManifest("sample", "float32", 2048, 1, {"train": 1}, source, {})
     manifest.write(run / "cache")
     ones = np.ones((1, 2048), np.float32)
     labels = np.ones((1, 2048), np.int32)

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from launch import REPOSITORY
-from megatron_slm.analysis.experiment import plan
-from megatron_slm.analysis.experiment_progress import Progress, in_words
-from megatron_slm.analysis.experiment_recipe import read_recipe
-from megatron_slm.analysis.experiment_tasks import Running
+from megatron_slm.analysis.experiments.experiment import tasks_of
+from megatron_slm.analysis.experiments.progress import StudyProgress, in_words
+from megatron_slm.analysis.experiments.recipe import read_experiment
+from megatron_slm.analysis.experiments.tasks import Running
 
 QUICK = REPOSITORY / "examples/experiments/quick.yaml"
 
@@ -34,9 +34,9 @@ def validation(milliseconds: float) -> str:
 def test_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All stages count: what runs by its own pace, the others by its, two of them at a time."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
-    tasks = {one.name: one for one in plan(read_recipe(QUICK), None, None)}
+    tasks = {one.name: one for one in tasks_of(read_experiment(QUICK), None, None)}
     todo = [one for name, one in tasks.items() if name not in ("corpora", "tokenizer", "datasets")]
-    progress = Progress(todo, len(tasks), tmp_path, jobs=2)
+    progress = StudyProgress(todo, len(tasks), tmp_path, jobs=2)
     with (tmp_path / "lock").open("w") as lock:
         reference = Running(tasks["reference"], tmp_path, 2, lock)
         reference.log.parent.mkdir(parents=True)

@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from analysis.report_page import ITERATIONS, LENGTH, SAMPLES, SETTINGS, write_run, write_study
 from launch import REPOSITORY
-from megatron_slm.analysis.report.figures import figure, line
+from megatron_slm.analysis.report.figures import curve, figure
 from megatron_slm.analysis.report.page import build_page, write_report
 from megatron_slm.analysis.report.run_files import RunFiles, Series
-from megatron_slm.analysis.report.settings import Settings
+from megatron_slm.analysis.report.settings import RunSettings
 from megatron_slm.analysis.report.study import outcome
 from megatron_slm.data.token_dump import TokenDump, read_dump, write_dump
 from megatron_slm.errors import UserError
+from report_page import ITERATIONS, LENGTH, SAMPLES, SETTINGS, write_run, write_study
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 in_browser = pytest.mark.skipif(
@@ -444,9 +444,9 @@ def test_parameters_are_those_of_the_planner() -> None:
     from megatron_slm.planning.formulas import parameters
 
     shape = Architecture(2, 8, 20, 2, 2, 4, 60, 16, 1e-5, 10000, None, None, tied=False)
-    assert Settings(SETTINGS).parameters == parameters(shape, 64) == 2536
-    assert Settings(SETTINGS | {"num_layers": "9" * 5000}).parameters is None
-    assert Settings(SETTINGS | {"swiglu": "False"}).parameters is None
+    assert RunSettings(SETTINGS).parameters == parameters(shape, 64) == 2536
+    assert RunSettings(SETTINGS | {"num_layers": "9" * 5000}).parameters is None
+    assert RunSettings(SETTINGS | {"swiglu": "False"}).parameters is None
 
 
 def test_a_page_stays_small(tmp_path: Path) -> None:
@@ -471,7 +471,7 @@ def test_a_page_stays_small(tmp_path: Path) -> None:
 
 def test_lines_can_be_told_apart() -> None:
     """Colours begin anew after six."""
-    lines = [line(str(number), [0, 1], [0, 1], number) for number in range(24)]
+    lines = [curve(str(number), [0, 1], [0, 1], number) for number in range(24)]
     traces = figure("", "", "", lines)["lines"]
     looks = {(each["role"] % 6, each["dash"]) for each in traces}
     assert len(looks) == 24

@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from distributed.test_layouts import LAYOUTS
 from pyarrow import parquet
 from torch.nn.functional import cross_entropy
 
 import oracle
-from distributed.test_layouts import LAYOUTS
 from jobs import SEQUENCE, VOCABULARY, Checkpoints, Corpus
 from launch import REPOSITORY, Run, launch, pretrain
-from megatron_slm.analysis.dynamics_files import read_table
-from megatron_slm.analysis.token_dynamics import TokenDynamics, classify
+from megatron_slm.analysis.dynamics.dynamics_files import read_dynamics_table
+from megatron_slm.analysis.dynamics.token_dynamics import TokenDynamics, classify
 from megatron_slm.data.token_dump import TokenDump, read_dumps
 from megatron_slm.errors import UserError
 
@@ -110,7 +110,7 @@ def test_checkpoints_of_a_run(
     # The same command again has nothing to score; of what is there it takes what it was asked for.
     again = score(corpus, run, "one rank", tmp_path / "one", "--ckpt-steps 1 3")
     assert again.outputs[0].count("scored before") == 2
-    read, _ = read_table(one.directory / "dynamics" / "token_dynamics.parquet")
+    read, _ = read_dynamics_table(one.directory / "dynamics" / "token_dynamics.parquet")
     assert read.iterations == [1, 3]
     _the_words(again.outputs[0], classify([dumps[0][0], dumps[0][2]]))
 
@@ -137,7 +137,7 @@ def _the_files(directory: Path, dumps: list[TokenDump]) -> None:
     for dump in dumps:
         assert table[f"loss_{dump.iteration:07d}"] == dump.losses[valid].tolist()
     assert set(table["class"]) <= {"H->H", "H->L", "L->H", "L->L"}
-    read, texts = read_table(directory / "token_dynamics.parquet")
+    read, texts = read_dynamics_table(directory / "token_dynamics.parquet")
     assert texts == [f"⟨{token}⟩" for token in table["token"]]
     assert np.array_equal(read.classes, classify(dumps).classes)
     assert (directory / "token_dynamics.png").read_bytes()[:4] == b"\x89PNG"

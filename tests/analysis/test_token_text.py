@@ -7,9 +7,9 @@ import unicodedata
 
 import pytest
 
-from data.corpus import MODEL, PIECES, texts
+from corpus import MODEL, PIECES, texts
 from megatron_slm.analysis.token_text import show, token_texts
-from megatron_slm.data.tokenizer import TokenizerFile, open_tokenizer
+from megatron_slm.corpus.tokenizers.tokenizer_file import TokenizerFile, open_tokenizer
 
 NUMBERS = re.compile("((?:\u27e8[0-9A-F]{2}\u27e9)+)")
 

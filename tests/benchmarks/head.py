@@ -27,12 +27,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path[:0] = map(str, Path(__file__).parents[1:3])
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(TESTS / "support"), str(TESTS.parent)]
 os.environ["LOCAL_RANK"] = "0"
 
-from megatron_slm import platform
+from megatron_slm import cpu_platform
 
-platform.install()
+cpu_platform.install()
 
 import torch
 from megatron.core import parallel_state

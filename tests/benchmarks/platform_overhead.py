@@ -16,9 +16,9 @@ import time
 
 os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29876"}
 
-from megatron_slm import platform
+from megatron_slm import cpu_platform
 
-platform.install()
+cpu_platform.install()
 
 import torch
 from megatron.core import parallel_state
@@ -26,9 +26,9 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 
+from megatron_slm.cpu_platform.devices import FACTORIES, TENSOR_FACTORIES
+from megatron_slm.cpu_platform.optimizer import FusedAdam
 from megatron_slm.model.layer_spec import plain_block_spec
-from megatron_slm.platform.devices import FACTORIES, TENSOR_FACTORIES
-from megatron_slm.platform.optimizer import FusedAdam
 
 LAYERS, HIDDEN, SEQUENCE, MICRO_BATCH, VOCABULARY = 4, 256, 256, 2, 4096
 ROUNDS = 40

@@ -24,7 +24,8 @@ from pathlib import Path
 if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     os.execv(sys.executable, [sys.executable, *sys.argv])
-sys.path[:0] = map(str, Path(__file__).parents[1:3])
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(TESTS / "support"), str(TESTS.parent)]
 
 from megatron_slm.entry import add_arguments, use_device
 

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 import numpy as np
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -24,7 +24,7 @@ from megatron.core.datasets.indexed_dataset import DType, _IndexWriter
 
 from gpt_datasets import gpt_config
 from megatron_slm.data.score_cache import Section, write_shard
-from megatron_slm.data.score_manifest import Manifest
+from megatron_slm.data.score_manifest import CacheManifest
 from megatron_slm.data.scored_dataset import SampleScored, document_scored
 
 LENGTH, VOCABULARY, TOKENS, SAMPLES, ROUNDS = 4096, 32000, 20_000_000, 2000, 5
@@ -49,7 +49,7 @@ def build(prefix: str, kind: Any) -> Any:
 def write_cache(directory: Path, kind: Any, name: str, labels: np.ndarray) -> Section:
     """Losses that mean nothing, for these labels [records, s]."""
     source: Any = {"datasets": {"random": {}}, "blends": {}}
-    manifest = Manifest(kind, "uint16", LENGTH, 2048, {name: len(labels)}, source, {})
+    manifest = CacheManifest(kind, "uint16", LENGTH, 2048, {name: len(labels)}, source, {})
     manifest.write(directory)
     for shard in range(manifest.shards(name)):
         part = labels[manifest.records_of(name, shard)]

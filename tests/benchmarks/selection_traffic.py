@@ -12,8 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
-TESTS = Path(__file__).parents[1]
-sys.path.insert(0, str(TESTS))
+SUPPORT = Path(__file__).parents[1] / "support"
+sys.path.insert(0, str(SUPPORT))
 
 TOKENS = (1 << 10, 1 << 14, 1 << 20)  # of each rank
 

@@ -15,12 +15,12 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 from gpt_datasets import gpt_config
 from megatron_slm.data import score_cache
 from megatron_slm.data.score_cache import Section, write_shard
-from megatron_slm.data.score_manifest import Manifest
+from megatron_slm.data.score_manifest import CacheManifest
 from megatron_slm.data.scored_dataset import (
     DocumentWindows,
     SampleScored,
+    dataset_fingerprint,
     document_scored,
-    fingerprint,
 )
 from megatron_slm.errors import UserError
 
@@ -48,7 +48,7 @@ def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def write_cache(directory: Path, kind: Any, name: str, records: int, rows: np.ndarray) -> Section:
     """Loss of a label: a thousandth of its id."""
-    manifest = Manifest(kind, "float32", rows.shape[1], 7, {name: records}, SOURCE, {})
+    manifest = CacheManifest(kind, "float32", rows.shape[1], 7, {name: records}, SOURCE, {})
     manifest.write(directory)
     for shard in range(manifest.shards(name)):
         part = rows[manifest.records_of(name, shard)]
@@ -177,7 +177,7 @@ def test_losses_that_no_model_has(
 ) -> None:
     """Neither written nor, from another writer, read."""
     rows = np.arange(14 * 5, dtype=np.int32).reshape(14, 5)
-    manifest = Manifest("document", "float32", 5, 7, {"web": 7}, SOURCE, {})
+    manifest = CacheManifest("document", "float32", 5, 7, {"web": 7}, SOURCE, {})
     manifest.write(tmp_path)
     losses = np.ones((7, 5), np.float32)
     losses[3, 2] = loss
@@ -214,7 +214,8 @@ def test_a_shard_that_goes_while_it_is_read(tmp_path: Path) -> None:
 def test_two_jobs_begin_a_cache(tmp_path: Path) -> None:
     """The same goes on; another is told."""
     one, same, other = (
-        Manifest("sample", "uint16", length, 2, {"train": 3}, SOURCE, {}) for length in (4, 4, 8)
+        CacheManifest("sample", "uint16", length, 2, {"train": 3}, SOURCE, {})
+        for length in (4, 4, 8)
     )
     one.write(tmp_path)
     same.write(tmp_path)
@@ -224,7 +225,7 @@ def test_two_jobs_begin_a_cache(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_no_number_is_not_written(tmp_path: Path) -> None:
-    manifest = Manifest("sample", "uint16", 4, 2, {"train": 3}, SOURCE, {})
+    manifest = CacheManifest("sample", "uint16", 4, 2, {"train": 3}, SOURCE, {})
     manifest.write(tmp_path)
     losses = np.ones((2, 4), np.float32)
     losses[1, 2] = np.nan
@@ -239,9 +240,9 @@ def test_fingerprint_sees_changes(prefix: str, tmp_path: Path) -> None:
     copy = tmp_path / "positions"
     for kind in ("bin", "idx"):
         Path(f"{copy}.{kind}").write_bytes(Path(f"{prefix}.{kind}").read_bytes())
-    assert fingerprint(str(copy)) == fingerprint(prefix)
+    assert dataset_fingerprint(str(copy)) == dataset_fingerprint(prefix)
     with Path(f"{copy}.bin").open("r+b") as stream:
         stream.seek(1001)
         stream.write(b"\x77")
-    assert fingerprint(str(copy))["bin"] != fingerprint(prefix)["bin"]
-    assert fingerprint(str(copy))["idx"] == fingerprint(prefix)["idx"]
+    assert dataset_fingerprint(str(copy))["bin"] != dataset_fingerprint(prefix)["bin"]
+    assert dataset_fingerprint(str(copy))["idx"] == dataset_fingerprint(prefix)["idx"]

@@ -6,8 +6,8 @@ import math
 from pathlib import Path
 
 import pytest
-
 from distributed.test_layouts import LAYOUTS
+
 from jobs import Checkpoints, Corpus
 from launch import pretrain
 

@@ -34,9 +34,7 @@ def test_full_ratio_is_bitwise_causal_language_modeling(
     ]
     reference = ["--slm-reference-load", str(untied.reference), "--slm-head", "dense"]
     reference += ["--slm-token-ratio", "1"]
-    megatron = pretrain(
-        ranks, common, tmp_path / "megatron", module="distributed.megatron_pretrain"
-    )
+    megatron = pretrain(ranks, common, tmp_path / "megatron", module="megatron_pretrain")
     plain = pretrain(ranks, common, tmp_path / "plain")
     dump = ["--slm-dump-interval", "1", "--slm-dump-dir", "dump"]
     full = pretrain(ranks, [*common, *reference, *dump], tmp_path / "full")

@@ -22,7 +22,7 @@ from forked_jobs import Server
 from jobs import GLOBAL_BATCH, Checkpoints, Corpus
 from megatron_slm.model.torch_dist import TorchDistReader
 
-KILLS = int(os.getenv("SLM_KILLS", "8"))
+KILLS = int(os.getenv("SLM_KILLS", "30"))
 PATIENCE = 60.0  # seconds, before something counts as hanging
 
 

@@ -8,7 +8,7 @@ import pytest
 from torch import Tensor
 
 import oracle
-from distributed.agreement import agrees_with_oracle, dumps_agree_with_oracle, train_oracle
+from agreement import agrees_with_oracle, dumps_agree_with_oracle, train_oracle
 from jobs import STEPS, Checkpoints, Corpus
 from launch import pretrain
 
@@ -127,7 +127,7 @@ def _compare(
         *f"--slm-token-ratio {RATIO} {flags} {extra}".split(),
         *"--slm-dump-interval 3 --slm-dump-dir dump".split(),
     ]
-    run = pretrain(ranks, arguments, directory, module="distributed.recorded_pretrain")
+    run = pretrain(ranks, arguments, directory, module="recorded_pretrain")
     expected = oracles[is_tied, micro_batch]
     agrees_with_oracle(run, expected, micro_batch)
     dumps_agree_with_oracle(

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from distributed.test_layouts import LAYOUTS, RATIO
 from torch import Tensor
 
 import oracle
-from distributed.agreement import agrees_with_oracle, selected_tokens, train_oracle
-from distributed.test_layouts import LAYOUTS, RATIO
+from agreement import agrees_with_oracle, selected_tokens, train_oracle
 from jobs import GLOBAL_BATCH, STEPS, Checkpoints, Corpus
 from launch import Run, pretrain
 
@@ -27,7 +27,7 @@ def run_method(corpus: Corpus, start: Checkpoints, layout: str, flags: str, dire
         *f"--train-iters {STEPS} --micro-batch-size {MICRO_BATCH}".split(),
         *f"--slm-token-ratio {RATIO} {parallel} {flags}".split(),
     ]
-    return pretrain(ranks, arguments, directory, module="distributed.recorded_pretrain")
+    return pretrain(ranks, arguments, directory, module="recorded_pretrain")
 
 
 CASES = {

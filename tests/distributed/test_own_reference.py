@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from distributed.test_layouts import LAYOUTS
 from distributed.test_score_cache import records, train
+
 from jobs import Checkpoints, Corpus
 from megatron_slm.data.token_dump import read_dumps
 

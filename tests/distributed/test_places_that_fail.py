@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
 from distributed.test_kills import ASYNC, AVERAGE
+
 from forked_jobs import Server
 from jobs import GLOBAL_BATCH, Checkpoints, Corpus
 from megatron_slm.model.torch_dist import TRACKER

@@ -17,7 +17,7 @@ def test_reference_is_inert(corpus: Corpus, untied: Checkpoints, tmp_path: Path)
         *["--train-iters", "3", "--micro-batch-size", "3", "--slm-token-ratio", "0.6"],
         *["--tensor-model-parallel-size", "2", "--use-distributed-optimizer"],
     ]
-    pretrain(2, arguments, tmp_path, module="distributed.watched_pretrain")
+    pretrain(2, arguments, tmp_path, module="watched_pretrain")
     for rank in range(2):
         seen = torch.load(tmp_path / f"watched{rank}.pt")
         assert seen["parameters"] > 0

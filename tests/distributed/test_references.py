@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from distributed.test_layouts import LAYOUTS
+from distributed.test_score_cache import RUN, TAGS, records, resume, train
 from torch import Tensor
 
 import oracle
-from distributed.test_layouts import LAYOUTS
-from distributed.test_score_cache import RUN, TAGS, records, resume, train
 from jobs import STEPS, Checkpoints, Corpus, write_dataset
 from launch import pretrain
 from megatron_slm.data.token_dump import read_dumps
@@ -53,7 +53,7 @@ def test_several_references(corpus: Corpus, untied: Checkpoints, tmp_path: Path)
         # The slice of domains, which is random selection's and costs no pass, is not of interest.
         line = [*arguments, *untied.without_reference, *RUN.split(), "--slm-token-ratio", "0.6"]
         line += ["--slm-domain-ratio", "email=0.5", "--slm-reference-load", *references.split()]
-        module = "distributed.recorded_pretrain"
+        module = "recorded_pretrain"
         return records(pretrain(1, line, tmp_path / name, module=module))
 
     of_first = said("first", f"{first}")

@@ -17,11 +17,11 @@ from megatron.core import parallel_state
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
+from by_sorting import top_of_sets
 from megatron_slm.kernels import triton_kernels
 from megatron_slm.loss import selected_loss, token_losses
 from megatron_slm.model.layer_spec import GatheredAttention
 from megatron_slm.selection import select_top_fraction
-from selection.by_sorting import top_of_sets
 
 SIZES = (  # tokens, hidden, vocabulary, type
     (1, 64, 5, torch.float32),

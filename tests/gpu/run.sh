@@ -18,6 +18,6 @@ if [[ " $* " != *" --device cpu "* ]] &&
     echo "error: there is no GPU here, or torch cannot use it: --device cpu --small does what a CPU can" >&2
     exit 2
 fi
-export PYTHONPATH="$PWD:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}" CUDA_DEVICE_MAX_CONNECTIONS=1
+export PYTHONPATH="$PWD:$PWD/tests/support${PYTHONPATH:+:$PYTHONPATH}" CUDA_DEVICE_MAX_CONNECTIONS=1
 export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
 exec python tests/gpu/run.py "$@"

@@ -27,7 +27,7 @@ def arguments(about: str | None) -> Namespace:
     args = parser.parse_args()
     os.environ.setdefault("LOCAL_RANK", "0")
     if args.device == "cpu":
-        from megatron_slm import platform
+        from megatron_slm import cpu_platform
 
-        platform.install()
+        cpu_platform.install()
     return args

@@ -20,7 +20,7 @@ from megatron_slm.loss.weight_gradient import WeightGradient, add_product
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_tensor_parallel_ranks(ranks: int, tmp_path: Path) -> None:
-    run = launch(ranks, ["-m", "loss.head_ranks", "softmax"], tmp_path)
+    run = launch(ranks, ["-m", "head_ranks", "softmax"], tmp_path)
     assert all("agreed" in output for output in run.outputs)
 
 
@@ -28,7 +28,7 @@ def test_triton_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     """The same checks of the GPU's kernels, in Triton's interpreter."""
     pytest.importorskip("triton", reason="comes with torch's CUDA and ROCm builds")
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
-    run = launch(1, ["-m", "loss.head_ranks", "softmax_triton"], tmp_path, fresh_threads=1)
+    run = launch(1, ["-m", "head_ranks", "softmax_triton"], tmp_path, fresh_threads=1)
     assert all("agreed" in output for output in run.outputs)
 
 

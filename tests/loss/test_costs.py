@@ -8,5 +8,5 @@ from launch import launch
 
 
 def test_costs_are_as_stated(tmp_path: Path) -> None:
-    run = launch(2, ["-m", "loss.cost_ranks"], tmp_path)
+    run = launch(2, ["-m", "cost_ranks"], tmp_path)
     assert all("as stated" in output for output in run.outputs)

@@ -26,8 +26,8 @@ from transformers import (
 
 from launch import REPOSITORY, Run, launch, pretrain
 from megatron_slm.model.architecture import from_hugging_face
-from megatron_slm.model.export_hf import export_hugging_face
-from megatron_slm.model.import_hf import import_hugging_face
+from megatron_slm.model.conversion.export_hf import export_hugging_face
+from megatron_slm.model.conversion.import_hf import import_hugging_face
 
 TOOL = str(REPOSITORY / "tools" / "convert_checkpoint.py")
 VOCABULARY = 32003
@@ -145,7 +145,7 @@ def run_megatron(
         --save-interval 1
     """
     arguments = [*start, *common.split(), *layout.split(), *extra.split()]
-    return pretrain(ranks, arguments, directory, module="model.recorded_logits")
+    return pretrain(ranks, arguments, directory, module="recorded_logits")
 
 
 def recorded(run: Run, model: Path | PreTrainedModel, step: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,9 +12,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from launch import launch
-from megatron_slm.model.import_hf import read_architecture
-from megatron_slm.model.tensors import hugging_face_shapes
+from launch import SUPPORT, launch
+from megatron_slm.model.conversion.import_hf import read_architecture
+from megatron_slm.model.conversion.tensors import hugging_face_shapes
 
 TINYLLAMA = {
     "model_type": "llama",
@@ -45,7 +45,7 @@ def random_tensors(directory: Path) -> dict[str, torch.Tensor]:
 
 def peak_of(command: list[str], directory: Path) -> int:
     """Bytes of memory that the tool had at most."""
-    measured = str(Path(__file__).with_name("peak_memory.py"))
+    measured = str(SUPPORT / "peak_memory.py")
     run = launch(1, [measured, *command], directory)
     return int(re.findall(r"peak memory: (\d+) kB", run.outputs[0])[-1]) * 1024
 

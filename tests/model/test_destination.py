@@ -23,11 +23,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from launch import REPOSITORY, launch
+from launch import REPOSITORY, SUPPORT, launch
 from megatron_slm import files
 from megatron_slm.errors import UserError
-from megatron_slm.model.export_hf import export_hugging_face
-from megatron_slm.model.import_hf import import_hugging_face
+from megatron_slm.model.conversion.export_hf import export_hugging_face
+from megatron_slm.model.conversion.import_hf import import_hugging_face
 
 KILLS = 30
 
@@ -62,7 +62,7 @@ class Conversions:
     """Conversions in processes of their own, which have imported everything already."""
 
     def __init__(self) -> None:
-        script = Path(__file__).with_name("forked_conversions.py")
+        script = SUPPORT / "forked_conversions.py"
         self.forking = subprocess.Popen(
             [sys.executable, script],
             bufsize=0,
@@ -251,7 +251,7 @@ def test_scores(tmp_path: Path) -> None:
 
 def test_full_disk_of_one_rank(small: Path, tmp_path: Path) -> None:
     """All ranks end, one of them says why, and nothing is left."""
-    script = str(Path(__file__).with_name("convert_on_a_small_disk.py"))
+    script = str(SUPPORT / "convert_on_a_small_disk.py")
     target = tmp_path / "out" / "megatron"
     command = [script, "import", "--hf", str(small), "--save", str(target)]
     run = launch(2, command, tmp_path / "run", check=False, timeout=120)

@@ -16,9 +16,9 @@ from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
 
 from launch import pretrain
 from megatron_slm.errors import UserError
-from megatron_slm.model.export_hf import export_hugging_face
-from megatron_slm.model.import_hf import import_hugging_face
-from megatron_slm.model.tokenizer_files import copy_tokenizer
+from megatron_slm.model.conversion.export_hf import export_hugging_face
+from megatron_slm.model.conversion.import_hf import import_hugging_face
+from megatron_slm.model.conversion.tokenizer_files import copy_tokenizer
 from megatron_slm.model.torch_dist import TorchDistReader
 from real_text import docstrings
 

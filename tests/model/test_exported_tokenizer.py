@@ -13,8 +13,8 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from megatron_slm.errors import UserError
-from megatron_slm.model.export_hf import export_hugging_face
-from megatron_slm.model.import_hf import import_hugging_face
+from megatron_slm.model.conversion.export_hf import export_hugging_face
+from megatron_slm.model.conversion.import_hf import import_hugging_face
 from megatron_slm.model.torch_dist import TorchDistReader
 from real_text import docstrings
 

@@ -26,8 +26,8 @@ from transformers import (
 )
 
 from megatron_slm.errors import UserError
-from megatron_slm.model.export_hf import export_hugging_face
-from megatron_slm.model.import_hf import import_hugging_face
+from megatron_slm.model.conversion.export_hf import export_hugging_face
+from megatron_slm.model.conversion.import_hf import import_hugging_face
 
 TOKENS = torch.arange(40)[None] % 37
 SHAPE = {

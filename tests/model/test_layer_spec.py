@@ -15,7 +15,7 @@ from torch import Tensor, distributed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from jobs import LLAMA, OPTIMIZER, POLICY, UNTIED, Corpus
-from launch import launch, pretrain
+from launch import SUPPORT, launch, pretrain
 from megatron_slm.model import layer_spec
 from megatron_slm.model.layer_spec import GatheredAttention
 from random_llama import small_llama, write_random_llama
@@ -113,7 +113,7 @@ def test_transformer_engine_loads_what_plain_layers_save(corpus: Corpus, tmp_pat
     run = f"--train-iters 1 --save {tmp_path / 'saved'} --save-interval 1 --no-save-optim".split()
     pretrain(1, [*corpus.arguments, *model, *OPTIMIZER, *run], tmp_path / "run")
     imported = write_random_llama(tmp_path / "random", small_llama(257, 64), torch.float32)
-    script = str(Path(__file__).with_name("load_with_te.py"))
+    script = str(SUPPORT / "load_with_te.py")
     directories = [str(tmp_path / "saved" / "iter_0000001"), str(imported / "release")]
     loaded = launch(1, [script, *directories], tmp_path / "load").outputs[0]
     assert [line for line in loaded.splitlines() if line.startswith("loaded")] == [

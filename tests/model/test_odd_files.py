@@ -21,8 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from launch import REPOSITORY
 from megatron_slm.errors import UserError
-from megatron_slm.model.export_hf import export_hugging_face
-from megatron_slm.model.import_hf import import_hugging_face
+from megatron_slm.model.conversion.export_hf import export_hugging_face
+from megatron_slm.model.conversion.import_hf import import_hugging_face
 from megatron_slm.model.torch_dist import TorchDistReader
 from resident import resident
 

@@ -11,7 +11,7 @@ from megatron_slm.model.architecture import Architecture
 from megatron_slm.planning.cluster import Cluster, step_seconds
 from megatron_slm.planning.formulas import (
     Layout,
-    Reference,
+    ReferenceModel,
     Work,
     activation_bytes,
     layer_activation_bytes,
@@ -83,7 +83,7 @@ def test_bytes_of_a_parameter() -> None:
         (Layout(dp=16), 18),
         (Layout(dp=16, distributed_optimizer=True), 6 + 12 / 16),
     ):
-        found = memory(a, [Reference(a, 2)], layout, work, 0)
+        found = memory(a, [ReferenceModel(a, 2)], layout, work, 0)
         count = parameters(a, 32000)
         assert found.policy + found.gradients + found.optimizer == published * count
         assert found.reference == 2 * count
@@ -96,13 +96,13 @@ def test_references_wait_longer_for_their_pipeline() -> None:
     work, layout = Work(2048, 1, 8, 32000, ratio=0.6), Layout(pp=4, vp=2)
     still = Cluster(4, flops=1e15, efficiency=0.5, **free)
     policy, both = (step_flops(a, scoring, work) / (4 * 0.5e15) for scoring in ([], [a]))
-    found = step_seconds(a, [Reference(a, 2)], layout, work, still)
+    found = step_seconds(a, [ReferenceModel(a, 2)], layout, work, still)
     assert found == pytest.approx(policy * (1 + 3 / 16) + (both - policy) * (1 + 3 / 8))
     # A node away, each of the 8 micro-batches is sent twice 2 times by the policy, and once by the
     # reference: 2048 x 1024 numbers of 2 bytes, at a byte a second; bubbles as above.
     slow = replace(still, gpus_per_node=1, network_bandwidth=1.0, flops=1e30)
     sent = 8 * 2048 * 1024 * 2
-    found = step_seconds(a, [Reference(a, 2)], layout, work, slow)
+    found = step_seconds(a, [ReferenceModel(a, 2)], layout, work, slow)
     assert found == pytest.approx(sent * (4 * (1 + 3 / 16) + (1 + 3 / 8)), rel=1e-3)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from launch import REPOSITORY, launch
+from launch import REPOSITORY, SUPPORT, launch
 from megatron_slm.model.architecture import Architecture
 from megatron_slm.planning.formulas import Layout, stage_parameters
 from random_llama import small_llama, write_random_llama
@@ -37,8 +37,8 @@ TINYLLAMA = 1_100_048_384  # parameters, as published
 TINYLLAMA_LAYER = (TINYLLAMA - 2 * 32000 * 2048 - 2048) // 22
 REFUSALS = {
     "layers": "Megatron refuses",
-    "heads": "num_attention_heads (60)",
-    "batch": "Megatron refuses",
+    "heads": "--num-attention-heads 60 is not a multiple of",
+    "batch": "--global-batch-size 100 is not a multiple of",
     "ratio": "--slm-token-ratio must be in (0, 1]",
     "option": "--mtp-num-layers",
     "scoring": "pretrain_slm_1b.sh with these settings scores",
@@ -58,7 +58,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ran(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     directory = tmp_path_factory.mktemp("dry-run")
-    script = str(Path(__file__).with_name("build_recipes.py"))
+    script = str(SUPPORT / "build_recipes.py")
     launch(1, [script, str(base), *RECIPES, OF_ANOTHER_SIZE], directory)
     return json.loads((directory / "built.json").read_text())
 

@@ -12,7 +12,7 @@ from launch import pretrain
 from megatron_slm.model.architecture import Architecture
 from megatron_slm.planning.formulas import (
     Layout,
-    Reference,
+    ReferenceModel,
     Work,
     chunks_in_flight,
     memory,
@@ -94,11 +94,13 @@ def test_memory_and_flops_of_a_run(case: str, reference: Path, tmp_path: Path) -
     if "recompute" in flags:
         work = Work(**vars(work) | {"recompute": 1})
     arguments = [*MODEL.split(), *flags.split()]
-    pretrain(2, arguments, tmp_path, module="planning.measured_pretrain")
+    pretrain(2, arguments, tmp_path, module="measured_pretrain")
     measured = [json.loads((tmp_path / f"measured{rank}.json").read_text()) for rank in (0, 1)]
     for rank, found in enumerate(measured):
         stage = rank if layout.pp > 1 else 0
-        expected = memory(POLICY, [Reference(one, 4) for one in scored_by], layout, work, stage)
+        expected = memory(
+            POLICY, [ReferenceModel(one, 4) for one in scored_by], layout, work, stage
+        )
         moment = expected.activations + expected.head
         assert found["states"] == pytest.approx(expected.total - moment, rel=1e-3)
         total = found["states"] + found["moment"]

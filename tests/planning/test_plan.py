@@ -84,7 +84,7 @@ def test_refused(tmp_path: Path) -> None:
     # 24 ranks are no multiple of TP8 x PP4.
     code, output = plan(tmp_path, "pretrain_slm_70b.sh", "NODES=3")
     assert code == 2
-    assert output.splitlines()[-1].startswith("error: Megatron refuses the recipe's arguments")
+    assert output.splitlines()[-1].startswith("error: Megatron refuses these arguments")
     code, output = plan(tmp_path, "no_such_recipe.sh")
     assert code == 2
     assert "no_such_recipe.sh failed" in output.splitlines()[-1]
@@ -93,4 +93,4 @@ def test_refused(tmp_path: Path) -> None:
     assert output.splitlines()[-1].endswith("has no variable TOKENZ: did you mean TOKENS?")
     code, output = plan(tmp_path, "finetune_tora.sh", "BASE=nowhere")
     assert code == 2
-    assert "no checkpoint in nowhere or checkpoints/tora-1b" in output.splitlines()[-1]
+    assert "there is none in checkpoints/tora-1b or nowhere" in output.splitlines()[-1]

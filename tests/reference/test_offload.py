@@ -8,5 +8,5 @@ from launch import launch
 
 
 def test_copies_run_beside_the_computation(tmp_path: Path) -> None:
-    run = launch(1, ["-m", "reference.streamed_layers"], tmp_path)
+    run = launch(1, ["-m", "streamed_layers"], tmp_path)
     assert "as expected" in run.outputs[0]

@@ -9,28 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, distributed
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from launch import launch
+from launches import Launches
 from megatron_slm.selection import Ranks, SelectionSettings, TokenSelector, top_fraction
 
 TRITON = "comes with torch's CUDA and ROCm builds"
-# What only looks at a tensor another way, or asks for memory, launches nothing.
-NO_KERNELS = ("view", "select", "slice", "unsqueeze", "squeeze", "expand", "empty", "unbind", "t.")
-
-
-class Launches(TorchDispatchMode):
-    """Counts operations that would launch a kernel on a GPU: one or more each."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        name = str(function).removeprefix("aten.")
-        if not name.startswith(NO_KERNELS):
-            self.names.append(name)
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.fixture
@@ -43,7 +27,7 @@ def ranks() -> Iterator[Ranks]:
 def test_the_kernel_selects_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason=TRITON)
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
-    run = launch(1, ["-m", "selection.kernel_as_plain"], tmp_path, fresh_threads=1)
+    run = launch(1, ["-m", "kernel_as_plain"], tmp_path, fresh_threads=1)
     assert "the same bits" in run.outputs[0]
 
 

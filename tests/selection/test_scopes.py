@@ -11,5 +11,5 @@ from launch import launch
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_select_as_one(ranks: int, tmp_path: Path) -> None:
-    run = launch(ranks, ["-m", "selection.scope_ranks"], tmp_path)
+    run = launch(ranks, ["-m", "scope_ranks"], tmp_path)
     assert all("agreed" in output for output in run.outputs)

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from by_sorting import count_of, top, top_of_sets
 from megatron_slm.selection import Placement, select_top_fraction, top_fraction
-from selection.by_sorting import count_of, top, top_of_sets
 
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=True, allow_subnormal=True)
 # Few distinct values, so that ties at the threshold are the rule.

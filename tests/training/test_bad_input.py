@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from jobs import GLOBAL_BATCH, STEPS, Checkpoints, Corpus, write_dataset
-from launch import REPOSITORY, launch, pretrain
-from megatron_slm.data.preprocess import preprocess
-from megatron_slm.data.settings import Settings
+from launch import REPOSITORY, SUPPORT, launch, pretrain
+from megatron_slm.corpus.preprocessing.preprocess import preprocess
+from megatron_slm.corpus.preprocessing.settings import PreprocessingSettings
 from real_text import docstrings
 
 
@@ -82,7 +82,9 @@ def _data_of_another_tokenizer(reference: Path) -> list[str]:
     prefix = reference.parent / f"{reference.name}-other"
     source = Path(f"{prefix}.jsonl")
     source.write_text(json.dumps({"text": " ".join(docstrings(["argparse"]))}))
-    preprocess(Settings((str(source),), str(prefix), arguments[-1], engine="sentencepiece"))
+    preprocess(
+        PreprocessingSettings((str(source),), str(prefix), arguments[-1], engine="sentencepiece")
+    )
     manifest = Path(f"{prefix}_text_document.manifest.json")
     digest = json.loads(manifest.read_text())["options"]["tokenizer"]["sha256"]
     manifest.write_text(manifest.read_text().replace(digest, "0" * 64))
@@ -315,7 +317,7 @@ def refusals(
         at = commands[NO_REFERENCE].index("--slm-reference-load")
         del commands[NO_REFERENCE][at : at + 2]
     (directory / "commands.json").write_text(json.dumps(commands))
-    launch(1, [str(Path(__file__).with_name("refused_commands.py"))], directory, fresh_threads=1)
+    launch(1, [str(SUPPORT / "refused_commands.py")], directory, fresh_threads=1)
     return json.loads((directory / "refusals.json").read_text())
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from jobs import LLAMA, REFERENCE, write_dataset
-from launch import REPOSITORY, launch, pretrain
+from launch import REPOSITORY, SUPPORT, launch, pretrain
 from real_text import docstrings
 
 RUN = f"""
@@ -200,7 +200,7 @@ def refusals(inputs: Path) -> dict[str, list[tuple[int, str]]]:
     """Exit code and output of two ranks of every case."""
     commands = {name: f"{RUN} {case.data} {case.extra}".split() for name, case in HERE.items()}
     (inputs / "commands.json").write_text(json.dumps(commands))
-    launch(1, [str(Path(__file__).with_name("refused_commands.py"))], inputs, fresh_threads=1)
+    launch(1, [str(SUPPORT / "refused_commands.py")], inputs, fresh_threads=1)
     return json.loads((inputs / "refusals.json").read_text())
 
 

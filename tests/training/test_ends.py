@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import REPOSITORY, recipe_environment
-from megatron_slm.planning.recipe import Recipe, parse
+from megatron_slm.planning.recipe import LaunchRecipe, parse
 from megatron_slm.training.first_check import options_in
 from megatron_slm.training.idle_options import without_effect
 
@@ -182,7 +182,7 @@ def test_interrupted_where_python_drops_it(tmp_path: Path) -> None:
 def notes(more: str) -> list[str]:
     """Options that a run says have no effect."""
     command = [*COMPLETE.split(), *more.split()]
-    args: Any = parse(Recipe(command, 1), 0, 256, cpu=True)
+    args: Any = parse(LaunchRecipe(command, 1), 0, 256, cpu=True)
     lines = without_effect(args, options_in(command), False, args.slm_head or "chunked")
     assert all(line.startswith("note: --") and "\n" not in line for line in lines)
     return [line.split()[1] for line in lines]

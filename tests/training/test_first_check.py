@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -134,10 +135,10 @@ def test_other_jobs() -> None:
 
 def test_choices() -> None:
     """Written down where torch is not imported, and the same."""
-    assert options.SCORES == SCORES
+    assert get_args(options.Score) == SCORES
     assert set(options.NEED_REFERENCE) == NEED_REFERENCE
-    assert options.SCOPES == SCOPES
-    assert options.WEIGHTINGS == WEIGHTINGS
+    assert get_args(options.Scope) == SCOPES
+    assert get_args(options.Weighting) == WEIGHTINGS
 
 
 HELP = """

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from launches import Launches
 from megatron_slm.selection import Choice
 from megatron_slm.training.loss_report import report_of
 from megatron_slm.training.micro_batch import MicroBatch
-from selection.test_kernel import Launches
 
 SHAPE = (6, 50)
 DOMAINS = ("prose", "code", "mail")

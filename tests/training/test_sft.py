@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from launch import REPOSITORY, Run, pretrain, recipe_environment
-from megatron_slm.model.import_hf import import_hugging_face
+from megatron_slm.model.conversion.import_hf import import_hugging_face
 from real_text import docstrings
 
 SEQUENCE = 96

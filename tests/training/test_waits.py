@@ -14,7 +14,11 @@ from launch import pretrain
 CHECK = {"objective.py found: tolist": 2}
 CASES = {
     "a reference": ("REFERENCE", CHECK),
-    "sequences, by chance": ("--slm-scope sequence --slm-score random", CHECK),
+    # Whose samples' numbers the host has.
+    "sequences, by chance": (
+        "--slm-scope sequence --slm-score random",
+        CHECK | {"scores.py random_scores: tolist": 2},
+    ),
     "a warm-up": ("REFERENCE --slm-warmup-tokens 1000000", CHECK),
     "the dense head": ("REFERENCE --slm-head dense", CHECK),
     # What the host cannot know: how many tokens of the step's are this micro-batch's.
@@ -34,7 +38,7 @@ def test_waits(case: str, corpus: Corpus, untied: Checkpoints, tmp_path: Path) -
         *"--micro-batch-size 6 --train-iters 4 --slm-token-ratio 0.6 --eval-iters 0".split(),
         *flags.replace("REFERENCE", f"--slm-reference-load {untied.reference}").split(),
     ]
-    run = pretrain(1, arguments, tmp_path, module="training.waits_pretrain")
+    run = pretrain(1, arguments, tmp_path, module="waits_pretrain")
     found = re.findall(r"^wait of ours: (\S+) (.*)", run.outputs[0], re.MULTILINE)
     assert {where: float(number) for number, where in found} == expected
     assert "steps 3" in run.outputs[0]

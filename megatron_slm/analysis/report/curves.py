@@ -6,7 +6,7 @@ import statistics
 from typing import Any
 
 from megatron_slm.analysis.report.facts import score_of, spelt_out, validation_tags
-from megatron_slm.analysis.report.figures import figure, line
+from megatron_slm.analysis.report.figures import curve, figure
 from megatron_slm.analysis.report.run_files import RunFiles
 
 # What is drawn, in which colour (figures.py).
@@ -82,7 +82,7 @@ def _of_tags(
     **options: Any,
 ) -> dict[str, Any]:
     lines = [
-        line(spelt_out(tag), series.iterations, [times * value for value in series.values], role)
+        curve(spelt_out(tag), series.iterations, [times * value for value in series.values], role)
         for tag, role in roles.items()
         if (series := run.scalars.get(tag))
     ]
@@ -103,7 +103,7 @@ def _by_domain(run: RunFiles) -> list[dict[str, Any]]:
         ("Loss of the tokens left out of each dataset", "unselected loss", NATS, 1),
     ):
         lines = [
-            line(name, series.iterations, [times * value for value in series.values], role)
+            curve(name, series.iterations, [times * value for value in series.values], role)
             for role, name in enumerate(names)
             if (series := run.scalars.get(f"{what} {name}"))
         ]
@@ -124,5 +124,5 @@ def _throughput(run: RunFiles, length: int | None) -> dict[str, Any]:
         for at, seconds in zip(times.iterations, times.values, strict=True)
         if at in sizes and seconds > 0
     }
-    lines = [line(unit, list(rates), list(rates.values()), 2)] if rates else []
+    lines = [curve(unit, list(rates), list(rates.values()), 2)] if rates else []
     return figure(title, "iteration", unit, lines, span=(0.0, None))

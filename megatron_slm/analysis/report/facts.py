@@ -5,8 +5,9 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from megatron_slm.analysis.report.run_files import VALIDATION, RunFiles
-from megatron_slm.analysis.report.settings import Settings
+from megatron_slm.analysis.event_files import VALIDATION
+from megatron_slm.analysis.report.run_files import RunFiles
+from megatron_slm.analysis.report.settings import RunSettings
 
 # The tokens that a score selects (megatron_slm/selection/scores.py), and those that compete.
 SELECTED = {
@@ -18,7 +19,7 @@ SELECTED = {
     "policy-entropy": "where the model is least sure",
     "random": "at random",
 }
-SCOPES = {
+SCOPES_IN_WORDS = {
     "sequence": "of each sequence",
     "micro-batch": "of each micro-batch",
     "data-parallel": "of the micro-batches of all data-parallel ranks",
@@ -72,10 +73,10 @@ def spelt_out(tag: str) -> str:
     if VALIDATION.fullmatch(tag):
         _, _, name = tag.partition("validation-")
         return f"validation loss on {name}" if name else "validation loss"
-    return NAMES.get(tag, tag)
+    return CURVE_NAMES.get(tag, tag)
 
 
-NAMES = {
+CURVE_NAMES = {
     "all-token loss": "all tokens",
     "selected loss": "selected tokens",
     "unselected loss": "tokens left out",
@@ -91,7 +92,7 @@ def validation_tags(run: RunFiles) -> list[str]:
     return sorted(filter(VALIDATION.fullmatch, run.scalars))
 
 
-def model(settings: Settings) -> str:
+def model(settings: RunSettings) -> str:
     """Return the size of a model in words, as far as it is known."""
     layers, hidden = settings.number("num_layers"), settings.number("hidden_size")
     if layers is None or hidden is None:
@@ -101,7 +102,7 @@ def model(settings: Settings) -> str:
     return f"GPT, {shape}" if count is None else f"GPT of {short(count)} parameters: {shape}"
 
 
-def data(settings: Settings) -> str:
+def data(settings: RunSettings) -> str:
     """Return what a run trained on and was validated on, by the names of the datasets."""
     trained = settings.names("train_data_path") or settings.names("data_path")
     validated = settings.names("validation_set_names") or settings.names("valid_data_path")
@@ -139,7 +140,7 @@ def _selection(run: RunFiles) -> str:
     ratio = run.scalars.get("selected ratio")
     if ratio is None:
         return "all" if "lm loss" in run.scalars else ""
-    which, scope = SELECTED.get(score_of(run), ""), SCOPES.get(_told(run, "scope"), "")
+    which, scope = SELECTED.get(score_of(run), ""), SCOPES_IN_WORDS.get(_told(run, "scope"), "")
     return " ".join(filter(None, (f"the {ratio.last:.0%}", which, scope and f"({scope})")))
 
 

@@ -21,7 +21,7 @@ DIGITS = 6  # significant: more than a page shows
 Numbers = Sequence[float]
 
 
-def line(
+def curve(
     name: str,
     x: Numbers,
     y: Numbers,

@@ -13,11 +13,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
-from megatron_slm.analysis.dynamics_report import dynamics_section
 from megatron_slm.analysis.report.curves import run_figures
+from megatron_slm.analysis.report.dynamics_section import dynamics_section
 from megatron_slm.analysis.report.facts import headline, run_facts, sequence_length
 from megatron_slm.analysis.report.figures import fit
-from megatron_slm.analysis.report.run_files import RunFiles, read_run
+from megatron_slm.analysis.report.run_files import RunFiles, read_run_files
 from megatron_slm.analysis.report.study import (
     RESULTS,
     read_study,
@@ -48,9 +48,11 @@ def write_report(directory: Path, output: Path, tokenizer_model: str | None) -> 
     """
     study = read_study(directory) if (directory / RESULTS).exists() else None
     if study is None:
-        runs = {directory.resolve().name: read_run(directory)}
+        runs = {directory.resolve().name: read_run_files(directory)}
     else:
-        runs = {name: read_run(directory / each) for name, each in run_directories(study).items()}
+        runs = {
+            name: read_run_files(directory / each) for name, each in run_directories(study).items()
+        }
     if not runs:
         raise UserError(f"{directory / RESULTS} has no finished run yet")
     write_whole(output, build_page(directory, study, runs, tokenizer_model).encode())

@@ -8,20 +8,17 @@ RUN/dynamics/token_dynamics.parquet
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_slm.analysis.event_files import Events, read_events
-from megatron_slm.analysis.report.settings import Settings
+from megatron_slm.analysis.report.settings import RunSettings
 from megatron_slm.analysis.report.token_map import MOST_DUMPS
 from megatron_slm.data.token_dump import TokenDump, read_dumps
 from megatron_slm.errors import UserError
 
 DUMPS = "iter_*.safetensors"
-DYNAMICS = Path("dynamics") / "token_dynamics.parquet"
-# Tags of the validation loss: one, or one a set (--multiple-validation-sets); not its perplexity.
-VALIDATION = re.compile("lm loss validation(-.*)?(?<! ppl)(?<! vs samples)")
+DYNAMICS_TABLE = Path("dynamics") / "token_dynamics.parquet"
 
 
 @dataclass(frozen=True)
@@ -43,12 +40,12 @@ class RunFiles:
     name: str
     directory: Path
     scalars: dict[str, Series] = field(default_factory=dict)
-    settings: Settings = field(default_factory=Settings)
+    settings: RunSettings = field(default_factory=RunSettings)
     dumps: list[TokenDump] = field(default_factory=list)
     dynamics: Path | None = None
 
 
-def read_run(directory: Path) -> RunFiles:
+def read_run_files(directory: Path) -> RunFiles:
     """
     Raises:
         UserError: no such directory, nothing in it that a report is made of, or damaged.
@@ -59,12 +56,12 @@ def read_run(directory: Path) -> RunFiles:
     logs = logs if logs.is_dir() else directory
     events = read_events(logs)
     dumps = next((each for each in _dump_directories(directory) if any(each.glob(DUMPS))), None)
-    dynamics = directory / DYNAMICS
+    dynamics = directory / DYNAMICS_TABLE
     found = RunFiles(
         name=directory.resolve().name,
         directory=directory,
         scalars=_series(events),
-        settings=Settings(events.texts),
+        settings=RunSettings(events.texts),
         dumps=[] if dumps is None else read_dumps(dumps, most=MOST_DUMPS),
         dynamics=dynamics if dynamics.is_file() else None,
     )

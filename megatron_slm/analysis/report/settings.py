@@ -16,7 +16,7 @@ SUFFIX = re.compile(r"_[^_]+_document$")  # which preprocessing appends to a pre
 
 
 @dataclass(frozen=True)
-class Settings:
+class RunSettings:
     """Megatron's arguments by their names, as text; empty where a run has not logged them."""
 
     texts: dict[str, str] = field(default_factory=dict)

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_slm.analysis.experiment_table import part, spread
+from megatron_slm.analysis.experiments.study_file import read_results
+from megatron_slm.analysis.experiments.table import part, spread
 from megatron_slm.analysis.report.facts import Facts, data, model
-from megatron_slm.analysis.report.figures import figure, line
+from megatron_slm.analysis.report.figures import curve, figure
 from megatron_slm.analysis.report.run_files import RunFiles
-from megatron_slm.analysis.study_file import read_results
 
 RESULTS = "results.json"
 
@@ -198,7 +198,7 @@ def study_figure(results: dict[str, Any]) -> dict[str, Any]:
         ends = (losses.min(0).tolist(), losses.max(0).tolist()) if len(curves) > 1 else None
         means[name] = losses.mean(0)
         tokens = curves[0][:length, 1].tolist()
-        lines.append(line(name, tokens, means[name].tolist(), role, spread=ends))
+        lines.append(curve(name, tokens, means[name].tolist(), role, spread=ends))
     baseline = means[results["summary"]["baseline"]]
     top = 2 * baseline.max() - baseline.min()
     cut = max(map(np.max, means.values())) > top

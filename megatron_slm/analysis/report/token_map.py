@@ -12,19 +12,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_slm.analysis.report.settings import Settings
+from megatron_slm.analysis.report.settings import RunSettings
 from megatron_slm.analysis.token_text import token_texts
+from megatron_slm.corpus.tokenizers.tokenizer_file import TokenizerFile
 from megatron_slm.data.token_dump import TokenDump
-from megatron_slm.data.tokenizer import TokenizerFile
 
-ROOM = 750_000  # bytes, before base64
+BYTES_OF_MAPS = 750_000  # bytes, before base64
 MOST_TOKENS, MOST_DUMPS = 1 << 16, 25
 LEAST_TOKENS, LEAST_DUMPS = 1 << 11, 3  # fewer iterations rather than fewer tokens
-STEPS = 1000  # of a nat
+STEPS_PER_NAT = 1000  # of a nat
 
 
 def token_map(
-    dumps: list[TokenDump], tokenizer: TokenizerFile | None, settings: Settings, maps: int = 1
+    dumps: list[TokenDump], tokenizer: TokenizerFile | None, settings: RunSettings, maps: int = 1
 ) -> dict[str, Any]:
     """Return what token_map.js draws; of many samples the first, of many dumps some, evenly spread.
 
@@ -36,7 +36,7 @@ def token_map(
     in all.  selected: a bit a token for each dump.  valid: a bit a token.  opens: the dump that is
     shown first.  scale: nats at which the shading is full.
     """
-    room = ROOM // maps
+    room = BYTES_OF_MAPS // maps
     shown = _spread(dumps, max(LEAST_DUMPS, room // (4 * LEAST_TOKENS)))
     reference = [dump.reference_losses for dump in shown if dump.reference_losses is not None]
     if reference and all(np.array_equal(each, reference[0]) for each in reference):
@@ -74,7 +74,7 @@ def token_map(
     }
 
 
-def _data(dump: TokenDump, settings: Settings) -> str:
+def _data(dump: TokenDump, settings: RunSettings) -> str:
     """Which text it is: training or validation data, and of which datasets."""
     training = dump.about.get("split") == "train"
     names = settings.names("train_data_path" if training else "validation_set_names")
@@ -112,7 +112,7 @@ def _scale(dump: TokenDump, count: int, length: int) -> float:
 
 
 def _rounded(losses: NDArray[np.float32]) -> NDArray[np.uint16]:
-    steps = np.rint(np.nan_to_num(losses, nan=np.inf) * float(STEPS))
+    steps = np.rint(np.nan_to_num(losses, nan=np.inf) * float(STEPS_PER_NAT))
     return np.clip(steps, 0, np.iinfo(np.uint16).max).astype("<u2")
 
 

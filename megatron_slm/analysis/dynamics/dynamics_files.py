@@ -1,0 +1,160 @@
+"""Token dynamics on disk: a row a token as parquet, the classes' curves as PNG and SVG.
+
+sample, position, token, text      which token it is
+class, delta                       by token_dynamics.py
+loss_0000100, ...                  its loss in nats, float32, at each checkpoint
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_slm.analysis.dynamics.token_dynamics import CLASSES, TokenDynamics
+from megatron_slm.errors import UserError
+from megatron_slm.files import open_regular, writing
+
+TABLE = "token_dynamics.parquet"
+LOSS = re.compile(r"loss_\d{1,15}")
+MOST_VALUES = 1 << 28
+PLOTS = ("token_dynamics.png", "token_dynamics.svg")
+# Told apart without colour by their dashes; colours of Okabe and Ito.
+STYLES = {
+    "H->H": ("#d55e00", "-"),
+    "H->L": ("#0072b2", "--"),
+    "L->H": ("#cc79a7", "-."),
+    "L->L": ("#009e73", ":"),
+}
+
+
+def check_libraries() -> None:
+    """
+    Raises:
+        UserError: those that tables and plots need are not installed.
+    """
+    try:
+        import matplotlib
+        import pyarrow  # noqa: F401
+
+        matplotlib.use("agg")
+    except ImportError as error:
+        raise UserError(
+            f"token dynamics need {error.name}: pip install 'megatron-slm[analysis]'"
+        ) from error
+
+
+def write_dynamics_table(directory: Path, dynamics: TokenDynamics, texts: list[str]) -> Path:
+    """Write the table, whole or not at all.
+
+    Args:
+        texts: of each token, as shown.
+    """
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    columns = {
+        "sample": dynamics.samples,
+        "position": dynamics.positions,
+        "token": dynamics.tokens,
+        "text": pa.array(texts, pa.string()).dictionary_encode(),
+        "class": pa.DictionaryArray.from_arrays(dynamics.classes, list(CLASSES)),
+        "delta": dynamics.delta,
+    } | {
+        f"loss_{iteration:07d}": losses
+        for iteration, losses in zip(dynamics.iterations, dynamics.losses, strict=True)
+    }
+    path = directory / TABLE
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    with writing(path) as unfinished, unfinished.open("wb") as file:
+        parquet.write_table(pa.table(columns), file, compression="zstd")
+    return path
+
+
+def read_dynamics_table(path: Path) -> tuple[TokenDynamics, list[str]]:
+    """The dynamics and the tokens' texts.
+
+    Raises:
+        UserError: not such a table, or damaged.
+    """
+    try:
+        import pyarrow as pa
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise UserError(f"{path} needs pyarrow: pip install 'megatron-slm[analysis]'") from error
+    try:
+        with open_regular(path) as opened, parquet.ParquetFile(opened) as file:
+            names = file.schema_arrow.names
+            if file.metadata.num_rows * len(names) > MOST_VALUES:
+                raise UserError(f"{path} has more than {MOST_VALUES:,} values, too many to be read")
+            losses = [name for name in names if LOSS.fullmatch(name)]
+            text = pa.dictionary(pa.int32(), pa.string())
+            kinds = dict.fromkeys(("sample", "position", "token"), pa.int64())
+            kinds |= {"text": text, "class": pa.dictionary(pa.int8(), pa.string())}
+            kinds |= dict.fromkeys(("delta", *losses), pa.float32())
+            own = dict(zip(names, file.schema_arrow.types, strict=True))
+            if own != kinds or len(names) != len(own) or len(losses) < 2:
+                raise UserError(f"{path} is not a table of token dynamics: {names[:12]}")
+            table = file.read()
+    except (OSError, ArrowException, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    return _dynamics(path, table, losses)
+
+
+def _dynamics(path: Path, table: Any, names: list[str]) -> tuple[TokenDynamics, list[str]]:
+    """Take a table of the right columns apart."""
+    column = {name: table[name].combine_chunks() for name in table.column_names}
+    classes, texts = (column.pop(name) for name in ("class", "text"))
+    parts = [*column.values(), classes, texts, texts.dictionary]
+    if any(part.null_count for part in parts) or not len(table):
+        raise UserError(f"{path} has no values, or some that are missing")
+    known_classes, known_texts = (part.dictionary.to_pylist() for part in (classes, texts))
+    if not set(known_classes) <= set(CLASSES):
+        raise UserError(f"{path} has other classes than {', '.join(CLASSES)}")
+    codes = np.array([CLASSES.index(name) for name in known_classes], np.int8)
+    iterations = [int(name.removeprefix("loss_")) for name in names]
+    numbers = {name: values.to_numpy() for name, values in column.items()}
+    if iterations != sorted(set(iterations)) or not all(
+        np.isfinite(values).all() for values in numbers.values()
+    ):
+        raise UserError(f"{path} has iterations that do not rise, or values that are no numbers")
+    dynamics = TokenDynamics(
+        iterations=iterations,
+        losses=np.stack([numbers[name] for name in names]),
+        classes=codes[classes.indices.to_numpy()],
+        delta=numbers["delta"],
+        samples=numbers["sample"],
+        positions=numbers["position"],
+        tokens=numbers["token"],
+    )
+    return dynamics, [known_texts[at] for at in texts.indices.to_pylist()]
+
+
+def plot_dynamics(directory: Path, dynamics: TokenDynamics) -> list[Path]:
+    """Mean loss of each class over the checkpoints, and the classes' shares."""
+    from matplotlib import pyplot
+
+    figure, (curves, shares) = pyplot.subplots(
+        1, 2, figsize=(9, 4), width_ratios=(3, 1), layout="constrained"
+    )
+    for name, (colour, dashes) in STYLES.items():
+        curve = dynamics.mean_curve(name)
+        label = f"{name} ({dynamics.share(name):.0%})"
+        curves.plot(dynamics.iterations, curve, dashes, color=colour, marker="o", label=label)
+        bar = shares.bar(name, dynamics.share(name), color=colour)
+        shares.bar_label(bar, fmt="{:.0%}")
+    curves.set(xlabel="iteration", ylabel="mean loss (nats)")
+    curves.legend(frameon=False)
+    shares.set(ylabel="part of the tokens")
+    shares.spines[["top", "right"]].set_visible(False)
+    paths = [directory / name for name in PLOTS]
+    for path in paths:
+        with writing(path) as unfinished:
+            figure.savefig(unfinished, dpi=150, format=path.suffix[1:])
+    pyplot.close(figure)
+    return paths

@@ -1,0 +1,57 @@
+"""From token dumps to token dynamics: a table and plots as files, shares and examples printed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from megatron_slm.analysis.dynamics.dynamics_files import (
+    check_libraries,
+    plot_dynamics,
+    write_dynamics_table,
+)
+from megatron_slm.analysis.dynamics.rows import (
+    EXAMPLES,
+    class_rows,
+    class_title,
+    in_context,
+    transition_rows,
+)
+from megatron_slm.analysis.dynamics.token_dynamics import CLASSES, classify
+from megatron_slm.analysis.token_text import dump_tokenizer, token_texts
+from megatron_slm.data.token_dump import read_dumps
+
+
+def write_dynamics(
+    dumps: Path, directory: Path, tokenizer_model: str | None, iterations: list[int] | None = None
+) -> None:
+    """Classify the tokens of a directory of dumps; write the table and the plots, print the shares,
+    transitions and examples.
+
+    Args:
+        iterations: of the dumps to take; None for all.
+
+    Raises:
+        UserError: as read_dumps and classify; no such tokenizer.
+    """
+    check_libraries()
+    read = read_dumps(dumps, iterations)
+    dynamics = classify(read)
+    unique, numbers = np.unique(dynamics.tokens, return_inverse=True)
+    shown = token_texts(dump_tokenizer(read, tokenizer_model), unique.tolist())
+    texts = [shown[number] for number in numbers.tolist()]
+    table = write_dynamics_table(directory, dynamics, texts)
+    print(f"{len(texts):,} tokens at {len(dynamics.iterations)} iterations")
+    for head, *rows in (class_rows(dynamics), transition_rows(dynamics)):
+        print()
+        for first, *others in [head, *rows]:
+            print(f"{first:20}" + "".join(f"{value:>20}" for value in others))
+    for name in CLASSES:
+        print(f"\n{class_title(name)}")
+        for at in dynamics.examples(name, EXAMPLES):
+            before, token, after, note = in_context(dynamics, texts, at)
+            print(f"  {before}[{token}]{after}   {note}")
+    print()
+    for path in [table, *plot_dynamics(directory, dynamics)]:
+        print(f"> {path}")

@@ -1,0 +1,1 @@
+"""Evaluate a checkpoint on few-shot benchmarks."""

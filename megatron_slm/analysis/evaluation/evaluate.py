@@ -1,0 +1,270 @@
+"""Few-shot evaluation of a checkpoint by lm-eval (EleutherAI's Language Model Evaluation Harness).
+
+    Megatron checkpoint -> Hugging Face directory, if it is none yet (megatron_slm/model)
+    names of tasks      -> tasks, all of them loaded before the first is run
+    each task           -> lm-eval on transformers' model -> scores
+
+Under torchrun the GPUs of a node take a part of the questions each; the first rank has the scores.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import msgspec
+import torch
+
+from megatron_slm.analysis.evaluation.benchmarks import Benchmark
+from megatron_slm.errors import UserError
+from megatron_slm.files import read_json
+from megatron_slm.model.conversion.export_hf import export_hugging_face
+from megatron_slm.model.conversion.tokenizer_files import SETTINGS, has_tokenizer
+from megatron_slm.model.torch_dist import TRACKER, iteration_directory
+
+FEW_SHOT_SEED = 1234  # lm-eval's own
+SHARD_BYTES = 5 * 10**9
+
+Dimension = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
+
+
+class Sizes(msgspec.Struct):
+    """What in a config.json decides how much memory a model takes before its weights are read."""
+
+    num_hidden_layers: Annotated[int, msgspec.Meta(ge=1, le=10_000)] | None = None
+    hidden_size: Dimension | None = None
+    intermediate_size: Dimension | None = None
+    vocab_size: Dimension | None = None
+
+
+@dataclass(frozen=True)
+class BenchmarkScore:
+    """One metric of one task.
+
+    task: lm-eval's name: the benchmark's, or one of its tasks where they are not averaged.
+    shots: examples before a question; None if the tasks of a group differ in it.
+    metric: as lm-eval names it, with its filter.
+    value, stderr: as lm-eval gives them: an accuracy is a part of 1.
+    samples: number of questions.
+    """
+
+    benchmark: Benchmark
+    task: str
+    shots: int | None
+    samples: int
+    metric: str
+    value: float
+    stderr: float | None
+
+
+@contextmanager
+def hugging_face_directory(model: Path, step: int | None, like: Path | None) -> Iterator[Path]:
+    """`model` itself, or the Megatron checkpoint in it exported to a temporary directory.
+
+    Args:
+        step: iteration of a Megatron checkpoint; None for the latest.
+        like: Hugging Face directory that gives an export its tokenizer and special tokens.
+
+    Raises:
+        UserError: `model` is neither, cannot be exported, or has no tokenizer.
+    """
+    if (model / "config.json").is_file():
+        read_json(model / "config.json", Sizes)
+        _check_tokenizer(model, "copy the tokenizer's files there")
+        yield model
+        return
+    if step is None and not (model / TRACKER).is_file():
+        raise UserError(
+            f"--model {model} has neither a config.json nor a {TRACKER}; give a Hugging Face "
+            "directory, or what --save wrote to"
+        )
+    if int(os.getenv("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            f"--model {model}: to evaluate it on several ranks, export it first with "
+            "tools/convert_checkpoint.py"
+        )
+    checkpoint = iteration_directory(model, step, "--model", "--ckpt-step")
+    with TemporaryDirectory(prefix="megatron-slm-") as temporary:
+        exported = Path(temporary) / "hf"
+        export_hugging_face(checkpoint, exported, like, None, SHARD_BYTES)
+        _check_tokenizer(exported, f"name a Hugging Face directory that has {model}'s with --like")
+        yield exported
+
+
+def _check_tokenizer(directory: Path, remedy: str) -> None:
+    """Transformers would read a sentencepiece model alone in another way than training did."""
+    if not has_tokenizer(directory):
+        raise UserError(f"{directory} has no tokenizer; {remedy}")
+    if not any((directory / name).is_file() for name in SETTINGS):
+        raise UserError(
+            f"{directory} has a sentencepiece model without the tokenizer_config.json that says "
+            f"how to read it; {remedy}"
+        )
+
+
+def load_tasks(
+    wanted: Sequence[Benchmark], include: Path | None, run_code: bool
+) -> dict[Benchmark, Any]:
+    """lm-eval's tasks, with their data and numbers of examples.
+
+    Args:
+        include: directory with tasks in YAML; they come before lm-eval's of the same name.
+        run_code: allow tasks that run what the model wrote.
+
+    Raises:
+        UserError: lm-eval is not installed, a name is not known, or a task cannot be loaded.
+    """
+    if find_spec("lm_eval") is None:
+        raise UserError("lm-eval is not installed: pip install -e '.[evaluation]'")
+    if include is not None and not include.is_dir():
+        raise UserError(f"--include-path {include}: no such directory")
+    os.environ["HF_ALLOW_CODE_EVAL"] = str(int(run_code))  # read when a task's metric is made
+    manager = _known_tasks(include)
+    for benchmark in wanted:
+        entry = manager.task_index.get(benchmark.name)
+        if entry is None:
+            near = get_close_matches(benchmark.name, manager.all_tasks)
+            raise UserError(
+                f"--tasks {benchmark.name}: neither lm-eval nor --include-path has a task of that "
+                "name" + (f"; near it are {', '.join(near)}" if near else "")
+            )
+        if (entry.cfg or {}).get("unsafe_code") and not run_code:
+            raise _code_refused(benchmark)  # lm-eval would not load it
+    return {benchmark: _load_task(manager, benchmark, run_code) for benchmark in wanted}
+
+
+def _code_refused(benchmark: Benchmark) -> UserError:
+    return UserError(
+        f"--tasks {benchmark.name} runs code that the model writes; allow it with "
+        "--run-generated-code, inside a container"
+    )
+
+
+@lru_cache  # reading lm-eval's 15,000 takes seconds
+def _known_tasks(include: Path | None) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include)
+
+
+def _load_task(manager: Any, benchmark: Benchmark, run_code: bool) -> Any:
+    try:
+        loaded = manager.load(benchmark.name)
+    except Exception as error:  # a task is YAML, Python and data of somebody else
+        raise UserError(f"--tasks {benchmark.name} cannot be loaded: {_line(error)}") from error
+    for task in loaded["tasks"].values():
+        if getattr(task, "UNSAFE_CODE", False) and not run_code:
+            raise _code_refused(benchmark)
+        shots = benchmark.shots if benchmark.shots is not None else task.config.num_fewshot
+        task.set_config("num_fewshot", shots or 0)
+        task.set_fewshot_seed(FEW_SHOT_SEED)
+    return loaded
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def evaluate(
+    directory: Path, tasks: dict[Benchmark, Any], batch_size: int, device: str | None
+) -> Iterator[list[BenchmarkScore]]:
+    """Run tasks one by one; each yields its scores, to the first rank.
+
+    Args:
+        directory: of a Hugging Face model with its tokenizer.
+        tasks: of `load_tasks`.
+        batch_size: questions at a time.
+        device: as torch names it; None for all GPUs, or the CPU.
+
+    Raises:
+        UserError: transformers cannot read the model, tensors are missing, or there are more ranks
+            than GPUs.
+    """
+    from lm_eval import evaluate as run
+    from lm_eval.models.huggingface import HFLM
+
+    class WholeModel(HFLM):
+        AUTO_MODEL_CLASS = _Whole
+
+    ranks, gpus = int(os.getenv("WORLD_SIZE", "1")), torch.cuda.device_count()
+    if ranks > max(gpus, 1):
+        raise UserError(f"{ranks} ranks on {gpus} GPUs: give each its own, all in one node")
+    try:
+        model = WholeModel(
+            pretrained=str(directory),
+            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            batch_size=batch_size,
+            # One process spreads the layers over its GPUs: 70B do not fit on one.
+            parallelize=device is None and ranks == 1 and gpus > 1,
+        )
+    except UserError:
+        raise
+    except Exception as error:  # transformers trusts what is in the files
+        raise UserError(f"{directory} cannot be read by transformers: {_line(error)}") from error
+    for benchmark, loaded in tasks.items():
+        # load_tasks has asked about code already.
+        results = run(model, loaded, log_samples=False, confirm_run_unsafe_code=True)
+        if results is not None:
+            yield _scores(benchmark, results)
+
+
+class _Whole:
+    """In the place of transformers' class, which would draw missing weights at random."""
+
+    @staticmethod
+    def from_pretrained(directory: str, **options: Any) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        model, found = AutoModelForCausalLM.from_pretrained(
+            directory, output_loading_info=True, **options
+        )
+        missing = sorted(found["missing_keys"])
+        if missing:
+            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+            raise UserError(
+                f"{directory} lacks weights of its model: {', '.join(missing[:5])}{more}; copy its "
+                "files again, or export it again"
+            )
+        return model
+
+
+def _scores(benchmark: Benchmark, results: dict[str, Any]) -> list[BenchmarkScore]:
+    """Those of the benchmark's name, or of all its tasks where lm-eval has no average of them."""
+    by_task: dict[str, dict[str, Any]] = results["results"]
+    own = by_task.get(benchmark.name, {})
+    names = [benchmark.name] if _metrics(own, benchmark) else list(by_task)
+    shots = {config["num_fewshot"] for config in results["configs"].values()}
+    found = []
+    for name in names:
+        result = by_task[name]
+        for metric in _metrics(result, benchmark):
+            if not isinstance(result[metric], int | float):
+                raise UserError(f"--tasks {name}: {metric} is no number but {result[metric]!r}")
+            stderr = result.get(metric.replace(",", "_stderr,"))
+            found.append(
+                BenchmarkScore(
+                    benchmark,
+                    task=name,
+                    shots=min(shots) if len(shots) == 1 else None,
+                    samples=result["sample_len"],
+                    metric=metric,
+                    value=float(result[metric]),
+                    stderr=stderr if isinstance(stderr, float) else None,  # else "N/A"
+                )
+            )
+    return found
+
+
+def _metrics(result: dict[str, Any], benchmark: Benchmark) -> list[str]:
+    """The benchmark's if it is there, else all."""
+    if benchmark.metric in result:
+        return [benchmark.metric]
+    return [name for name in result if "," in name and "_stderr," not in name]

@@ -1,0 +1,183 @@
+"""Runs an experiment: stages, then all arms from one start, on the same data in the same order.
+
+    once     stages that all seeds share, one after the other, each with all cores
+    seeds    stages of a seed and arms, `jobs` at a time, each with its part of the cores
+
+What is done is not done again (tasks.py).  A directory serves one command at a time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from megatron_slm.analysis.experiments.progress import StudyProgress, threads_of
+from megatron_slm.analysis.experiments.recipe import BASELINE, Experiment, read_experiment
+from megatron_slm.analysis.experiments.results import Runs, cut, summary
+from megatron_slm.analysis.experiments.study_file import STUDY_FORMAT
+from megatron_slm.analysis.experiments.table import markdown, results_table
+from megatron_slm.analysis.experiments.tasks import Instance, Running, write_json
+from megatron_slm.errors import UserError
+from megatron_slm.files import write_whole
+
+TASK_POLL_SECONDS = 0.1
+
+
+def run_experiment(
+    path: Path, study: Path, jobs: int, arms: Sequence[str] | None, seeds: Sequence[int] | None
+) -> str:
+    """Run what a recipe says and write results.json and results.md.
+
+    Args:
+        jobs: runs at a time.
+        arms, seeds: some of the recipe's, or None for all; the baseline is always run.
+
+    Returns:
+        The table, of these and of what an earlier command made.
+
+    Raises:
+        UserError: a bad recipe, an arm or seed that it has not; or what failed, and its log, when
+            all that does not need it is done and the results are written.
+    """
+    recipe = read_experiment(path)
+    study = study.resolve()
+    instances = tasks_of(recipe, arms, seeds)
+    try:
+        study.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {study}: {error.strerror}") from error
+    with _lock(study) as lock:
+        failed = _run(instances, study, jobs, lock)
+        found = _write_results(recipe, study, failed)
+    if failed:
+        print(results_table(found))
+        raise UserError("; ".join(failed))
+    return results_table(found)
+
+
+def _write_results(recipe: Experiment, study: Path, failed: list[str]) -> dict[str, Any]:
+    """Write what all arms that are done have to say; the summary of it.
+
+    Raises:
+        UserError: `failed`, where not even the baseline is done.
+    """
+    done = [
+        one for one in tasks_of(recipe, None, None) if one.task.kind == "arm" and one.done(study)
+    ]
+    if failed and not any(one.task.name == BASELINE for one in done):
+        raise UserError("; ".join(failed))
+    # Imports Megatron, which takes seconds; a fault of the recipe need not wait for it.
+    from megatron_slm.analysis.experiments.runs import measure_run
+
+    runs: Runs = {one.task.name: {} for one in done}
+    for one in done:
+        assert one.seed is not None
+        runs[one.task.name][one.seed] = measure_run(one, study)
+    found = summary(runs)
+    results = {
+        "format": STUDY_FORMAT,
+        "study": recipe.name,
+        "target": recipe.target,
+        "tokens_per_step": found["compared"]["tokens"] // found["compared"]["iteration"],
+        "arms": {
+            arm: {
+                "arguments": recipe.arms[arm].commands[0],
+                "description": recipe.arms[arm].description,
+                "seeds": {
+                    seed: cut(result, found["compared"]["iteration"]).described()
+                    | {"curve": result.curve}
+                    for seed, result in results.items()
+                },
+            }
+            for arm, results in runs.items()
+        },
+        "summary": found,
+    }
+    write_json(study / "results.json", results)
+    write_whole(study / "results.md", markdown(recipe.name, recipe.target, found).encode())
+    return found
+
+
+def _run(instances: list[Instance], study: Path, jobs: int, lock: IO[str]) -> list[str]:
+    """Make what is not there yet; what failed and why."""
+    todo = [one for one in instances if not one.done(study)]
+    once = [one for one in todo if one.seed is None]
+    progress = StudyProgress(todo, len(instances), study, jobs)
+    try:
+        failed = _work(once, study, 1, lock, progress)
+        return failed + _work(todo[len(once) :], study, jobs, lock, progress)
+    finally:
+        progress.end()
+
+
+def tasks_of(
+    recipe: Experiment, arms: Sequence[str] | None, seeds: Sequence[int] | None
+) -> list[Instance]:
+    """All tasks in an order in which they can be run, those that seeds share first."""
+    for name in arms or ():
+        if name not in recipe.arms:
+            raise UserError(f"--arms {name}: the recipe has {', '.join(recipe.arms)}")
+    for seed in seeds or ():
+        if seed not in recipe.seeds:
+            raise UserError(f"--seeds {seed}: the recipe has {', '.join(map(str, recipe.seeds))}")
+    wanted = [
+        arm for name, arm in recipe.arms.items() if name in (BASELINE, *(arms or recipe.arms))
+    ]
+    needed = {name for arm in wanted for name in recipe.needs(arm)}
+    stages = [stage for name, stage in recipe.stages.items() if name in needed]
+    once = [Instance(recipe, stage, None) for stage in stages if not recipe.per_seed(stage)]
+    return once + [
+        Instance(recipe, task, seed)
+        for seed in (seeds or recipe.seeds)
+        for task in (*stages, *wanted)
+        if recipe.per_seed(task)
+    ]
+
+
+@contextmanager
+def _lock(study: Path) -> Iterator[IO[str]]:
+    """Keep other commands out; processes of one that was killed hold it until they have ended."""
+    with (study / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"> {study} is in use by another command: waiting for its end", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield lock
+
+
+def _work(
+    todo: list[Instance], study: Path, jobs: int, lock: IO[str], progress: StudyProgress
+) -> list[str]:
+    """Run tasks, at most `jobs` at a time, each when its inputs are done; what failed and why.
+    What needs it is left out, all else goes on."""
+    waiting, running, failed = list(todo), list[Running](), list[str]()
+    try:
+        while True:
+            ready = [one for one in waiting if all(need.done(study) for need in one.inputs)]
+            for instance in ready[: jobs - len(running)]:
+                waiting.remove(instance)
+                instance.prepare(study)
+                running.append(Running(instance, study, threads_of(instance, jobs), lock))
+            if not running:
+                return failed
+            progress.show(running)
+            for one in list(running):
+                code = one.poll()
+                if code is None:
+                    continue
+                running.remove(one)
+                progress.ended(one, whole=code == 0)
+                if code == 0:
+                    one.instance.finish(study)
+                else:
+                    why = f"{one.instance.name} failed with exit code {code}: {one.last_words()}"
+                    failed.append(f"{why} (its log: {one.log})")
+            time.sleep(TASK_POLL_SECONDS)
+    finally:
+        for one in running:
+            one.stop()

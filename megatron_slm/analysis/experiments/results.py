@@ -1,0 +1,255 @@
+"""Arms compared with the baseline, seed by seed: each pair had one start and the same data.
+
+All is said of the last iteration that every run of the study has reached (`compared`), but for the
+comparison at equal compute, which uses all of the curves.  Between its points a curve is a line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import isclose
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+from megatron_slm.analysis.experiments.recipe import BASELINE
+from megatron_slm.errors import UserError
+
+SAME_LOSS = 1e-3  # relative: bf16 sums depend on how many threads share them
+
+
+class Point(NamedTuple):
+    """A validation: after how many iterations and tokens, and the target loss in nats; what was
+    spent until then: tokens trained on, FLOPs of the run's own steps and of its references."""
+
+    iteration: int
+    tokens: int
+    loss: float
+    selected: int
+    policy_flops: int
+    scoring_flops: int
+
+
+Curve = Sequence[Point]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """curve: rising.
+    reference_training: FLOPs.  step_seconds: mean, of training steps alone.
+    first_loss: of all tokens of the first step, in nats; None if it was not logged.
+    """
+
+    directory: str
+    curve: tuple[Point, ...]
+    reference_training: int
+    step_seconds: float
+    first_loss: float | None
+
+    @property
+    def final(self) -> Point:
+        return self.curve[-1]
+
+    @property
+    def flops(self) -> int:
+        """Of all it needed."""
+        return self.flops_at(self.final)
+
+    def flops_at(self, point: Point) -> int:
+        return self.reference_training + point.policy_flops + point.scoring_flops
+
+    def described(self) -> dict[str, Any]:
+        """Of the whole run, for results.json."""
+        return {
+            "directory": self.directory,
+            "final_loss": self.final.loss,
+            "tokens_seen": self.final.tokens,
+            "tokens_selected": self.final.selected,
+            "flops": {
+                "policy": self.final.policy_flops,
+                "reference_training": self.reference_training,
+                "scoring": self.final.scoring_flops,
+            },
+            "wall_seconds": self.step_seconds * self.final.iteration,
+            "first_loss": self.first_loss,
+        }
+
+
+Runs = dict[str, dict[int, RunResult]]  # by arm and seed
+
+
+def cut(run: RunResult, iteration: int) -> RunResult:
+    """The run as if it had ended at a point of its curve."""
+    return replace(run, curve=tuple(point for point in run.curve if point.iteration <= iteration))
+
+
+def compared_at(runs: Runs) -> int:
+    """The last iteration at which all runs have been validated.
+
+    Raises:
+        UserError: there is none.
+    """
+    points = [
+        {point.iteration for point in run.curve}
+        for seeds in runs.values()
+        for run in seeds.values()
+    ]
+    common = set.intersection(*points)
+    if not common:
+        raise UserError("no iteration at which all arms were validated: see --eval-interval")
+    return max(common)
+
+
+def tokens_to_reach(curve: Curve, loss: float) -> float | None:
+    """Tokens at which the curve first is at or below a loss; None if it never is.
+
+    Before the first point the curve is not known: a loss that it reaches by then counts as reached
+    there.
+    """
+    before: Point | None = None
+    for point in curve:
+        if point.loss <= loss:
+            if before is None:
+                return float(point.tokens)
+            part = (before.loss - loss) / (before.loss - point.loss)
+            return before.tokens + part * (point.tokens - before.tokens)
+        before = point
+    return None
+
+
+def at_compute(run: RunResult, flops: float) -> float | None:
+    """Target loss when a run, with all it needed before, has taken so many FLOPs; None before the
+    first point of its curve and beyond the last."""
+    for before, after in pairwise(run.curve):
+        low, high = run.flops_at(before), run.flops_at(after)
+        if low <= flops <= high:
+            return before.loss + (flops - low) / (high - low) * (after.loss - before.loss)
+    return None
+
+
+def summary(runs: Runs) -> dict[str, Any]:
+    """Of all arms, over the seeds; losses in nats, spreads are standard deviations of a sample."""
+    iteration = compared_at(runs)
+    ended = {
+        arm: {seed: cut(run, iteration) for seed, run in seeds.items()}
+        for arm, seeds in runs.items()
+    }
+    tokens = next(iter(ended[BASELINE].values())).final.tokens
+    return {
+        "baseline": BASELINE,
+        "compared": {"iteration": iteration, "tokens": tokens},
+        "arms": {arm: _arm(arm, runs, ended) for arm in runs},
+    }
+
+
+def _arm(arm: str, runs: Runs, ended: Runs) -> dict[str, Any]:
+    own, baseline = ended[arm], ended[BASELINE]
+    seeds = [seed for seed in own if seed in baseline]
+    reached = [tokens_to_reach(runs[arm][seed].curve, baseline[seed].final.loss) for seed in seeds]
+    afforded = [at_compute(runs[arm][seed], baseline[seed].flops) for seed in seeds]
+    longer = [at_compute(runs[BASELINE][seed], own[seed].flops) for seed in seeds]
+    losses = [own[seed].final.loss for seed in seeds]
+    targets = [baseline[seed].final.loss for seed in seeds]
+    found: dict[str, Any] = {
+        "final_loss": _spread([run.final.loss for run in own.values()]),
+        "difference": _spread(_differences(losses, targets)),
+        "tokens_to_reach_baseline": _spread(reached),
+        "part_of_baseline_tokens": _spread(
+            [
+                None if tokens is None else tokens / baseline[seed].final.tokens
+                for seed, tokens in zip(seeds, reached, strict=True)
+            ]
+        ),
+        "flops_ratio": _spread([own[seed].flops / baseline[seed].flops for seed in seeds]),
+        "selected_part": _spread([run.final.selected / run.final.tokens for run in own.values()]),
+        "step_seconds": _spread([run.step_seconds for run in own.values()]),
+        "equal_compute": {
+            "baseline_at_arm_flops": _spread(longer),
+            "difference_at_arm_flops": _spread(_differences(losses, longer)),
+            "arm_at_baseline_flops": _spread(afforded),
+            "difference_at_baseline_flops": _spread(_differences(afforded, targets)),
+        },
+        "other_start": [seed for seed in seeds if _began_apart(own[seed], baseline[seed])],
+    }
+    return found | {"verdict": verdict(arm, found)}
+
+
+def _differences(
+    values: Sequence[float | None], others: Sequence[float | None]
+) -> list[float | None]:
+    pairs = zip(values, others, strict=True)
+    return [None if one is None or other is None else one - other for one, other in pairs]
+
+
+def _began_apart(run: RunResult, baseline: RunResult) -> bool:
+    """Whether the first step had another loss, and so another start or other data."""
+    if run.first_loss is None or baseline.first_loss is None:
+        return False
+    return not isclose(run.first_loss, baseline.first_loss, rel_tol=SAME_LOSS)
+
+
+def _spread(values: Sequence[float | None]) -> dict[str, Any]:
+    """Of the values that there are; `missing` counts the others."""
+    there = [value for value in values if value is not None]
+    return {
+        "mean": mean(there) if there else None,
+        "std": stdev(there) if len(there) > 1 else None,
+        "values": list(values),
+        "missing": len(values) - len(there),
+    }
+
+
+def verdict(arm: str, found: dict[str, Any]) -> str:
+    """How an arm compares with the baseline, in plain words."""
+    name = BASELINE.upper()
+    if arm == BASELINE:
+        return f"{name} is what the others are compared with."
+    difference = found["difference"]
+    count = len(difference["values"])
+    seeds = f"with {'all ' * (count > 1)}{count} seed{'s' * (count > 1)}"
+    lower = sum(value < 0 for value in difference["values"])
+    if lower not in (0, count):
+        parts = [f"{arm} is lower with {lower} of {count} seeds only"]
+    elif _within_spread(difference):
+        parts = [f"{arm} cannot be told from {name} {seeds}"]
+    else:
+        size = f"{abs(difference['mean']):.4f} nats"
+        if count == 1:
+            side = "below" if lower else "above"
+            parts = [f"{arm} ends {size} {side} {name}, {seeds}: perhaps by chance"]
+        else:
+            parts = [f"{arm} {'WINS over' if lower else 'LOSES to'} {name} by {size} {seeds}"]
+    reached = found["part_of_baseline_tokens"]
+    if reached["missing"] == 0:
+        parts.append(f"reaches {name}'s final loss with {reached['mean']:.0%} of its tokens")
+    else:
+        parts.append(
+            f"does not reach {name}'s final loss with {reached['missing']} of {count} seeds"
+        )
+    equal = found["equal_compute"]
+    known = [
+        f"at {whose} compute it is {_in_words(equal[key])}"
+        for whose, key in (
+            (f"{name}'s", "difference_at_baseline_flops"),
+            ("its own", "difference_at_arm_flops"),
+        )
+        if not equal[key]["missing"]
+    ]
+    parts += known or ["at equal compute nothing is known of it"]
+    if found["other_start"]:
+        parts.append(f"its first step's loss is not {name}'s: another start or other data")
+    return "; ".join(parts) + "."
+
+
+def _within_spread(values: dict[str, Any]) -> bool:
+    return bool(abs(values["mean"]) <= (values["std"] or 0.0))
+
+
+def _in_words(values: dict[str, Any]) -> str:
+    lower, count = sum(value < 0 for value in values["values"]), len(values["values"])
+    if lower not in (0, count):
+        return f"lower with {lower} of {count} seeds only"
+    if _within_spread(values):
+        return "even"
+    return f"{abs(values['mean']):.4f} nats {'lower' if lower else 'higher'}"

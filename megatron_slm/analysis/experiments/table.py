@@ -1,0 +1,89 @@
+"""The results of an experiment as a table, for the terminal and as Markdown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+COLUMNS = (
+    "arm",
+    "target loss",
+    "minus CLM",
+    "tokens to CLM's loss",
+    "selected",
+    "FLOPs / CLM's",
+    "s a step",
+    "at CLM's FLOPs",
+    "CLM at its FLOPs",
+)
+
+
+def rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
+    """COLUMNS of each arm."""
+    return [
+        (
+            arm,
+            spread(found["final_loss"]),
+            "" if arm == summary["baseline"] else spread(found["difference"], "+"),
+            "" if arm == summary["baseline"] else part(found["part_of_baseline_tokens"]),
+            f"{found['selected_part']['mean']:.0%}",
+            f"{found['flops_ratio']['mean']:.2f}",
+            f"{found['step_seconds']['mean']:.3g}",
+            spread(found["equal_compute"]["arm_at_baseline_flops"]),
+            spread(found["equal_compute"]["baseline_at_arm_flops"]),
+        )
+        for arm, found in summary["arms"].items()
+    ]
+
+
+def spread(values: dict[str, Any], sign: str = "") -> str:
+    """Mean and standard deviation over the seeds."""
+    if values["mean"] is None:
+        return "not known"
+    text = f"{values['mean']:{sign}.4f}"
+    if values["std"] is not None:
+        text += f" ± {values['std']:.4f}"
+    return text + _missing(values)
+
+
+def part(values: dict[str, Any]) -> str:
+    """A part of the baseline's tokens, as a percentage."""
+    if values["mean"] is None:
+        return "not reached"
+    text = f"{values['mean']:.0%}"
+    if values["std"] is not None:
+        text += f" ± {values['std']:.0%}"
+    return text + _missing(values)
+
+
+def _missing(values: dict[str, Any]) -> str:
+    missing, count = values["missing"], len(values["values"])
+    return f" ({count - missing} of {count} seeds)" if missing else ""
+
+
+def results_table(summary: dict[str, Any]) -> str:
+    """Aligned columns, and a line in words for each arm."""
+    lines = [COLUMNS, *rows(summary)]
+    widths = [max(len(row[at]) for row in lines) for at in range(len(COLUMNS))]
+    text = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in lines]
+    return "\n".join([*text, "", *verdicts(summary)])
+
+
+def markdown(name: str, target: str, summary: dict[str, Any]) -> str:
+    """A file of its own."""
+    at = summary["compared"]
+    text = [f"# {name}", "", f"Target domain: {target}.", ""]
+    text += [
+        f"After {at['tokens']:,} tokens; losses in nats a token, mean ± standard deviation over "
+        "seeds.",
+        "",
+    ]
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *rows(summary)]
+    text += ["| " + " | ".join(row) + " |" for row in lines]
+    text += ["", *(f"- {line}" for line in verdicts(summary))]
+    return "\n".join(text) + "\n"
+
+
+def verdicts(summary: dict[str, Any]) -> list[str]:
+    """Those of arms other than the baseline."""
+    arms = summary["arms"].items()
+    return [found["verdict"] for arm, found in arms if arm != summary["baseline"]]

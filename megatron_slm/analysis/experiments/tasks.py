@@ -1,0 +1,247 @@
+"""A task of an experiment, for a seed or for all: where it is, whether it is done, its start.
+
+    DIRECTORY/begun.json     what is being made: a hash of its commands and of those of its inputs;
+                             a directory without it is none of ours
+    DIRECTORY/record.json    the same, when it is whole: written last, by a rename
+    DIRECTORY/log            what its processes print
+
+Where the hash differs the directory is made anew; else commands go on with what is there, as
+pretraining does from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+
+from megatron_slm.analysis.experiments.recipe import PLACEHOLDER, Experiment, ExperimentTask
+from megatron_slm.errors import UserError
+from megatron_slm.files import is_leftover, read_json, sha256_of, temporary, write_whole
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+PRETRAIN = "-m megatron_slm.pretrain".split()
+SCORE = "-m megatron_slm.jobs.score_reference".split()
+LOGGED = "--tensorboard-log-interval 1 --log-timers-to-tensorboard".split()
+LAST_BYTES = 1 << 16  # of a log, where the reason of a failure is looked for
+MADE = {"pretrain": "checkpoints", "arm": "checkpoints", "score": "cache", "run": ""}
+
+
+@dataclass(frozen=True)
+class Instance:
+    """A task for a seed; None for one that all seeds share."""
+
+    recipe: Experiment
+    task: ExperimentTask
+    seed: int | None
+
+    @property
+    def name(self) -> str:
+        return self.task.name if self.seed is None else f"{self.task.name}-seed{self.seed}"
+
+    @property
+    def directory(self) -> Path:
+        """Relative to the study's."""
+        return Path("runs" if self.task.kind == "arm" else "stages") / self.name
+
+    @property
+    def output(self) -> Path:
+        """What its name in braces stands for."""
+        return self.directory / MADE[self.task.kind]
+
+    @cached_property
+    def inputs(self) -> list[Instance]:
+        """Stages that it names."""
+        stages = (self.recipe.stages[name] for name in self.task.stages)
+        return [
+            Instance(self.recipe, stage, self.seed if self.recipe.per_seed(stage) else None)
+            for stage in stages
+        ]
+
+    @cached_property
+    def hash(self) -> str:
+        """Of what it does: its commands, the files of this repository that these name, its inputs,
+        the seed and the number of ranks."""
+        does: list[Any] = [self.task.kind, self.task.commands, self.seed]
+        does += [one.hash for one in self.inputs]
+        named = (Path(word.replace("{root}", str(REPOSITORY))) for word in self.task.words)
+        own = [path for path in named if path.is_relative_to(REPOSITORY) and path.is_file()]
+        does += map(sha256_of, own)
+        if self.task.kind != "run":
+            does.append(self.recipe.ranks)
+        return hashlib.sha256(json.dumps(does).encode()).hexdigest()
+
+    def done(self, study: Path) -> bool:
+        """Whether all of it is there."""
+        return _hash_in(study / self.directory / "record.json") == self.hash
+
+    def prepare(self, study: Path) -> None:
+        """An empty directory, or what an earlier start of the same left there."""
+        directory = study / self.directory
+        begun = _hash_in(directory / "begun.json")
+        if begun == self.hash:
+            return
+        for leftover in directory.parent.glob(f"{directory.name}.*.partial"):
+            if is_leftover(leftover):  # of a start that was killed here
+                shutil.rmtree(leftover)
+        # This may be killed as well: under its name the directory is always whole.
+        if begun is not None:
+            old = temporary(directory)
+            directory.rename(old)
+            shutil.rmtree(old)
+        elif directory.exists() and any(directory.iterdir()):
+            raise UserError(
+                f"{directory} has no begun.json, so this study has not made it: move it away"
+            )
+        new = temporary(directory)
+        new.mkdir(parents=True)
+        write_json(new / "begun.json", {"hash": self.hash})
+        new.rename(directory)
+
+    def finish(self, study: Path) -> None:
+        """Say that all of it is there."""
+        record = {"hash": self.hash, "commands": self.commands(study)}
+        write_json(study / self.directory / "record.json", record)
+
+    def commands(self, study: Path) -> list[list[str]]:
+        """To be run one after the other in the study's directory."""
+        known = {one.task.name: str(one.output) for one in self.inputs}
+        known |= {"out": str(self.output), "root": str(REPOSITORY), "seed": str(self.seed)}
+
+        def filled(word: str) -> str:
+            return PLACEHOLDER.sub(lambda found: known[found[1]], word)
+
+        commands = [[filled(word) for word in command] for command in self.task.commands]
+        if self.task.kind == "run":
+            return [
+                [sys.executable if words[0] == "python" else words[0], *words[1:]]
+                for words in commands
+            ]
+        (words,) = commands
+        if self.seed is not None:
+            words += ["--seed", str(self.seed)]
+        if self.task.kind == "score":
+            return [[*self._launcher(), *SCORE, *words, "--slm-reference-cache", str(self.output)]]
+        saved = str(self.output)
+        words += ["--save", saved, "--load", saved]
+        words += ["--tensorboard-dir", str(self.directory / "tensorboard"), *LOGGED]
+        return [[*self._launcher(), *PRETRAIN, *words]]
+
+    def _launcher(self) -> list[str]:
+        if self.recipe.ranks == 1:
+            return [sys.executable]
+        torchrun = "-m torch.distributed.run --standalone --nproc-per-node".split()
+        return [sys.executable, *torchrun, str(self.recipe.ranks)]
+
+
+class _Hash(msgspec.Struct):
+    hash: str
+
+
+def _hash_in(file: Path) -> str | None:
+    """None where there is no such file.
+
+    Raises:
+        UserError: it is damaged; what it stands for could be hours of training.
+    """
+    if not file.exists():
+        return None
+    try:
+        return read_json(file, _Hash, 1 << 24).hash
+    except UserError as error:
+        raise UserError(f"{error}; move {file.parent} away to have it made anew") from error
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    write_whole(path, json.dumps(content, indent=1).encode())
+
+
+class Running:
+    """A task at work: its commands one after the other, in a process that dies with this one.
+
+    Args:
+        threads: for each of its ranks.
+        lock: an open file whose lock the processes share, so that it is held until the last ends.
+    """
+
+    def __init__(self, instance: Instance, study: Path, threads: int, lock: IO[str]) -> None:
+        self.instance = instance
+        self.study = study
+        self.threads = threads
+        self.log = study / instance.directory / "log"
+        self.environment = os.environ | {
+            "OMP_NUM_THREADS": str(threads),
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONWARNINGS": "ignore",
+        }
+        if instance.task.kind != "run":
+            self.environment |= _one_rank()
+        self.lock = lock
+        self.left = instance.commands(study)
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def poll(self) -> int | None:
+        """Exit code of the first command that failed, 0 when all are done, None before."""
+        if self.process is not None:
+            code = self.process.poll()
+            if code is None or code != 0:
+                return code
+        if not self.left:
+            return 0
+        with self.log.open("ab") as log:
+            self._start(self.left.pop(0), log)
+        return None
+
+    def _start(self, command: list[str], log: IO[bytes]) -> None:
+        try:
+            self.process = subprocess.Popen(
+                command,
+                cwd=self.study,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=[self.lock.fileno()],
+                preexec_fn=_die_with_parent,  # noqa: PLW1509
+            )
+        except OSError as error:
+            raise UserError(f"{self.instance.name}: {error}") from error
+
+    def stop(self) -> None:
+        """End it; what it has made stays for the next start."""
+        self.left = []
+        if self.process is not None:
+            self.process.terminate()
+            self.process.wait()
+
+    def last_words(self) -> str:
+        """The line of its log that says most about a failure."""
+        with self.log.open("rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - LAST_BYTES))
+            lines = log.read().decode(errors="replace").splitlines()
+        lines = [line.strip() for line in lines if line.strip()]
+        errors = [line for line in lines if "error:" in line.lower()]
+        return (errors or lines or ["it printed nothing"])[-1]
+
+
+def _die_with_parent() -> None:
+    """In the child: SIGTERM when the parent ends, however it does (prctl's PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+def _one_rank() -> dict[str, str]:
+    """What torchrun would set; it overrides them where it is used."""
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    return rank | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # any that is free

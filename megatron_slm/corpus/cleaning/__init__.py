@@ -1,0 +1,1 @@
+"""Find duplicates and documents that contain a part of an evaluation set."""

@@ -1,0 +1,1 @@
+"""Write, merge and verify Megatron's indexed datasets."""

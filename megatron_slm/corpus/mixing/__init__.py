@@ -1,0 +1,1 @@
+"""Divide a token budget among datasets."""

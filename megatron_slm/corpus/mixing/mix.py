@@ -1,0 +1,263 @@
+"""Mixes: from a recipe and real datasets to what training is given, with exact shares in tokens.
+
+    recipe (YAML)       budget: 80_000_000_000     tokens to train on
+                        sources:
+                          - {name: web, domain: web, ratio: 6, data: slimpajama_text_document}
+                          - {name: code, ratio: 3, data: [a_text_document, b_text_document]}
+                        max_epochs: 1              of any source; more is an error (default: 1)
+    PREFIX.data-args.txt   weights and datasets, for --data-args-path
+    PREFIX.manifest.json   what they are, with hashes of files and tokenizers, which ties a run to
+                           its data
+
+The budget is divided by the ratios without a remainder, and each share by the tokens of its
+datasets; the weights are the tokens of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from megatron_slm.corpus.indexed.verify import pairs_of
+from megatron_slm.corpus.progress import announce
+from megatron_slm.corpus.reading.input_files import Identity, identity_of
+from megatron_slm.data.dataset_check import check_quickly, shard_outputs
+from megatron_slm.data.manifest import (
+    manifest_of_pair,
+    manifest_path,
+    write_data_args,
+    write_manifest,
+    written_manifest,
+)
+from megatron_slm.errors import UserError
+from megatron_slm.files import alone_at, read_yaml, sha256_of
+
+_Text = Annotated[str, Meta(min_length=1, pattern=r"^[^\x00-\x1f\x7f\ud800-\udfff]+$")]
+LARGEST_RATIO = 10**15  # a larger ratio, or exponent of one, would take all memory
+
+
+Texts = Annotated[list[_Text], Meta(min_length=1)]
+
+
+class SourceEntry(msgspec.Struct, forbid_unknown_fields=True):
+    """A source as a recipe file has it.  A ratio may be text: YAML reads 1/3 and 1e3 as strings."""
+
+    name: _Text | int
+    data: str | list[str]  # as Texts; msgspec 0.22 frees such a union of them twice
+    ratio: (
+        Annotated[int, Meta(gt=0, le=LARGEST_RATIO)]
+        | Annotated[float, Meta(gt=0, le=LARGEST_RATIO)]
+        | Annotated[str, Meta(pattern=r"^[0-9]{1,15}([./][0-9]{1,15})?([eE][+-]?[0-9]{1,2})?$")]
+    ) = 1
+    domain: _Text | None = None
+
+
+class MixFile(msgspec.Struct, forbid_unknown_fields=True):
+    """What a recipe file holds."""
+
+    budget: Annotated[int, Meta(gt=0, le=10**18)]
+    sources: Annotated[list[SourceEntry], Meta(min_length=1)]
+    max_epochs: Annotated[float, Meta(gt=0)] = 1
+
+
+@dataclass(frozen=True)
+class MixSource:
+    """A line of a recipe."""
+
+    name: str
+    ratio: Fraction
+    data: tuple[str, ...]
+    domain: str | None = None
+
+
+@dataclass(frozen=True)
+class Mix:
+    """A recipe file.  budget: tokens."""
+
+    path: str
+    budget: int
+    sources: tuple[MixSource, ...]
+    max_epochs: float
+
+
+@dataclass(frozen=True)
+class Share:
+    """tokens: to be drawn from the source; available: in its datasets, by prefix."""
+
+    source: MixSource
+    tokens: int
+    available: dict[str, int]
+
+    @property
+    def epochs(self) -> float:
+        """How often each token is drawn, on average."""
+        return self.tokens / sum(self.available.values())
+
+    @property
+    def weights(self) -> dict[str, int]:
+        """Tokens to be drawn from each dataset."""
+        sizes = list(self.available.values())
+        return dict(zip(self.available, apportion(self.tokens, sizes), strict=True))
+
+
+def apportion(total: int, ratios: Sequence[Fraction | int]) -> list[int]:
+    """Whole numbers in these ratios that add up to total: rounded down, the rest by the largest
+    remainders, the first of equal ones before."""
+    whole = sum(ratios, Fraction(0))
+    exact = [total * Fraction(ratio) / whole for ratio in ratios]
+    found = [int(share) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda at: found[at] - exact[at])
+    for at in by_remainder[: total - sum(found)]:
+        found[at] += 1
+    return found
+
+
+def read_mix(path: str) -> Mix:
+    """Read a recipe.
+
+    Raises:
+        UserError: no such file, or not a recipe; what is wrong with which source.
+    """
+    content = read_yaml(Path(path), MixFile)
+    sources = tuple(_source(path, at, entry) for at, entry in enumerate(content.sources))
+    names = [source.name for source in sources]
+    if len(set(names)) < len(names):
+        raise UserError(f"{path}: two sources have the same name")
+    return Mix(path, content.budget, sources, content.max_epochs)
+
+
+def _source(path: str, at: int, entry: SourceEntry) -> MixSource:
+    try:
+        ratio = Fraction(str(entry.ratio))
+    except (ValueError, ZeroDivisionError) as error:
+        raise UserError(
+            f"{path} cannot be read: {entry.ratio!r} is no number - at `$.sources[{at}].ratio`"
+        ) from error
+    if ratio <= 0:
+        raise UserError(f"{path}: the ratio of {entry.name} is not above 0")
+    try:
+        data = msgspec.convert(entry.data if isinstance(entry.data, list) else [entry.data], Texts)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{path} cannot be read: {error} of `$.sources[{at}].data`") from error
+    return MixSource(str(entry.name), ratio, tuple(data), entry.domain)
+
+
+def build_mix(recipe: Mix, root: Path) -> list[Share]:
+    """Divide the budget.
+
+    Args:
+        root: where datasets are that the recipe names relatively.
+
+    Raises:
+        UserError: a dataset is missing or damaged, is of another domain or tokenizer, is named
+            twice, or is too short for its share.
+    """
+    tokens = apportion(recipe.budget, [source.ratio for source in recipe.sources])
+    shares, seen, tokenizers = [], set[Identity](), dict[str, str]()
+    for source, share in zip(recipe.sources, tokens, strict=True):
+        available: dict[str, int] = {}
+        for name in source.data:
+            for prefix, manifest in pairs_of(str(root / name)):
+                if manifest is None:
+                    announce(f"{prefix} has no manifest: its tokenizer and domain are not checked")
+                else:
+                    _check_domain(recipe, source, prefix, manifest)
+                    tokenizers.setdefault(manifest["options"]["tokenizer"]["sha256"], prefix)
+                found = check_quickly(prefix, manifest=manifest)
+                file = identity_of(f"{prefix}.bin")  # which a recipe can spell in many ways
+                if file in seen:
+                    raise UserError(f"{recipe.path}: {prefix} is named twice")
+                seen.add(file)
+                available[prefix] = found.tokens
+        shares.append(Share(source, share, available))
+    if len(tokenizers) > 1:
+        raise UserError(f"{recipe.path}: other tokenizers: {' and '.join(tokenizers.values())}")
+    for part in shares:
+        if part.epochs > recipe.max_epochs:
+            raise UserError(
+                f"{recipe.path}: {part.source.name} has {sum(part.available.values()):,} tokens "
+                f"for a share of {part.tokens:,}, which takes {part.epochs:.2f} epochs, more "
+                f"than max_epochs {recipe.max_epochs:g}; add data, or allow as many"
+            )
+    return shares
+
+
+def _check_domain(recipe: Mix, source: MixSource, prefix: str, manifest: dict[str, Any]) -> None:
+    domain = manifest["options"]["domain"]
+    if source.domain is not None and domain is not None and source.domain != domain:
+        raise UserError(
+            f"{recipe.path}: {source.name} is of domain {source.domain}, but {prefix} of {domain}"
+        )
+
+
+def shares_table(recipe: Mix, shares: Sequence[Share]) -> str:
+    """For people."""
+    lines = [f"{'source':16}{'domain':12}{'available':>18}{'share':>18}{'':>9}{'epochs':>8}"]
+    for share in shares:
+        lines.append(
+            f"{share.source.name:16}{share.source.domain or '':12}"
+            f"{sum(share.available.values()):18,}{share.tokens:18,}"
+            f"{share.tokens / recipe.budget:9.2%}{share.epochs:8.3f}"
+        )
+    return "\n".join([*lines, f"{'':28}{'budget':>18}{recipe.budget:18,}"])
+
+
+def write_mix(recipe: Mix, shares: Sequence[Share], prefix: str) -> None:
+    """Write PREFIX.data-args.txt and PREFIX.manifest.json, in a directory that is made if need be.
+
+    Raises:
+        UserError: they cannot be written, a path has a space, which Megatron would split, a dataset
+            has this name, or another run is writing it.
+    """
+    weights = {path: weight for share in shares for path, weight in share.weights.items()}
+    for path in weights:
+        if len(path.split()) > 1:
+            raise UserError(f"{path} has a space, which Megatron takes for the end of a path")
+    manifest = {
+        "recipe": sha256_of(Path(recipe.path)),
+        "budget": recipe.budget,
+        "sources": [
+            {
+                "name": share.source.name,
+                "domain": share.source.domain,
+                "tokens": share.tokens,
+                "epochs": share.epochs,
+                "datasets": [
+                    {"path": path, "weight": weight, "available": share.available[path]}
+                    | _identity(path)
+                    for path, weight in share.weights.items()
+                ],
+            }
+            for share in shares
+        ],
+    }
+    final = manifest_path(prefix)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with alone_at(final, "--output-prefix"):
+            if "recipe" not in (written_manifest(final) or {"recipe": None}):
+                raise UserError(
+                    f"--output-prefix {prefix}: a dataset has that name; choose another"
+                )
+            # A list never stands beside the manifest of another.
+            final.unlink(missing_ok=True)
+            write_data_args(prefix, {path: weight for path, weight in weights.items() if weight})
+            write_manifest(final, manifest)
+    except OSError as error:
+        raise UserError(f"--output-prefix {prefix}: {error.strerror}") from error
+
+
+def _identity(prefix: str) -> dict[str, Any]:
+    """A dataset's hashes: of its .bin those of the parts that shards made, one after the other."""
+    found: dict[str, Any] = {"idx_sha256": sha256_of(Path(f"{prefix}.idx"))}
+    manifest = manifest_of_pair(Path(prefix))
+    if manifest is not None:
+        found["bin_sha256"] = [output["bin"]["sha256"] for _, output in shard_outputs(manifest)]
+        found["tokenizer_sha256"] = manifest["options"]["tokenizer"]["sha256"]
+    return found

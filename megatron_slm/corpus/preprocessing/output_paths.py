@@ -1,0 +1,126 @@
+"""Where the files of a run are, and their names while they are written.
+
+PREFIX_KEY_document.*   datasets, one for each key (finish.py)
+PREFIX_shards/          shards in the making (shard.py)
+PREFIX_rejects/         lines that could not be used
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_slm.corpus.file_names import DECIDED, STDIN, is_ours
+from megatron_slm.data.manifest import manifest_path
+from megatron_slm.errors import UserError
+from megatron_slm.files import alone_at, is_leftover, temporary
+
+LOCK_WAIT = 10.0  # seconds that the workers of a killed run get to end
+
+
+@dataclass(frozen=True)
+class OutputPaths:
+    """Where a run's files are."""
+
+    prefix: str
+    keys: tuple[str, ...]
+
+    @property
+    def shards(self) -> Path:
+        return Path(f"{self.prefix}_shards")
+
+    @property
+    def rejects(self) -> Path:
+        return Path(f"{self.prefix}_rejects")
+
+    @property
+    def decided(self) -> Path:
+        """Manifests of new datasets that are whole, until they are in the place of the old ones."""
+        return self.shards / DECIDED
+
+    def dataset(self, key: str) -> Path:
+        """The prefix of a key's dataset."""
+        return Path(f"{self.prefix}_{key}_document")
+
+    @contextmanager
+    def claim(self, alone: bool) -> Iterator[None]:
+        """Make the directories, and be the only one on this machine who is `alone` in them.
+
+        Raises:
+            UserError: another program's dataset is in the way, or files in one of the directories,
+                or another run is at work.
+        """
+        try:
+            self.shards.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"--output-prefix: {self.shards.parent} cannot be made a directory: "
+                f"{error.strerror}"
+            ) from error
+        with alone_at(self.shards, "--output-prefix", LOCK_WAIT) if alone else nullcontext():
+            self._make()
+            yield
+
+    def alone_on(self, path: Path) -> AbstractContextManager[None]:
+        """Be the only process of this machine that writes a part, also among stages and ranks."""
+        return alone_at(path, "--output-prefix", LOCK_WAIT)
+
+    def _make(self) -> None:
+        for key in self.keys:
+            known = manifest_path(self.dataset(key)).exists() or self.decided.exists()
+            for suffix in ("idx", "bin"):
+                path = Path(f"{self.dataset(key)}.{suffix}")
+                if os.path.lexists(path) and not known:
+                    raise UserError(
+                        f"{path} exists and has no manifest, so it is not of this program's "
+                        "making: remove both .bin and .idx, or choose another --output-prefix"
+                    )
+        try:
+            for directory in (self.shards, self.rejects):
+                directory.mkdir(exist_ok=True)
+                for path in directory.iterdir():
+                    if not is_ours(path) and not path.name.startswith("."):
+                        raise UserError(
+                            f"{path} is not of this program's making, but {directory} is for its "
+                            "files alone: move it elsewhere, or choose another --output-prefix"
+                        )
+        except OSError as error:
+            raise UserError(f"--output-prefix: {error.filename}: {error.strerror}") from error
+
+    def remove_leftovers(self) -> None:
+        """Remove what this process, and those of this machine that are no more, were writing."""
+        name = Path(self.prefix).name
+        for path in (
+            *self.shards.glob("*.partial"),
+            *self.rejects.glob("*.partial"),
+            *self.shards.parent.glob(f"{glob.escape(name)}_*.partial"),
+        ):
+            if is_leftover(path):
+                path.unlink(missing_ok=True)
+
+    def clear(self, merged: bool) -> None:
+        """Remove shards that are part of the dataset now, and empty directories."""
+        for path in list(self.shards.iterdir()):
+            if path.name == STDIN or (merged and is_ours(path)):
+                path.unlink(missing_ok=True)
+        for directory in (self.shards, self.rejects):
+            with suppress(OSError):  # it is not empty
+                directory.rmdir()
+
+    def spool_stdin(self) -> str:
+        """Standard input as a file, which can be cut into tasks and read again."""
+        path = self.shards / STDIN
+        unfinished = temporary(path)
+        try:
+            with unfinished.open("wb") as file:
+                shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
+            unfinished.replace(path)
+        except OSError as error:
+            raise UserError(f"--input -: cannot keep it in {path}: {error.strerror}") from error
+        return str(path)

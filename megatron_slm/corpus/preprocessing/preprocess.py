@@ -1,0 +1,185 @@
+"""Corpora to Megatron indexed datasets.
+
+    plan        the inputs are cut into tasks                       inputs.py
+    duplicates  wanted only with dedup: two steps over all tasks    duplicates.py
+    tokenize    each task writes its shard, over all cores          shard.py, pool.py
+    finish      the shards become one dataset                       finish.py
+
+Every step keeps what an earlier run has finished and what is still right, whoever ran it, so a run
+that was killed goes on where it was, and several machines share one output directory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from megatron_slm.corpus.preprocessing.duplicate_stages import (
+    make_fingerprints,
+    make_verdicts,
+    slices_of_verdicts,
+    verdicts_of,
+)
+from megatron_slm.corpus.preprocessing.finish import (
+    PreprocessingSummary,
+    check_rejects,
+    finish,
+    is_complete,
+    merged_shards,
+    remove_lists,
+    shard_manifest,
+)
+from megatron_slm.corpus.preprocessing.output_paths import OutputPaths
+from megatron_slm.corpus.preprocessing.pool import over_all_cores
+from megatron_slm.corpus.preprocessing.settings import (
+    PreprocessingSettings,
+    Setup,
+    prepare,
+    wanted_of,
+)
+from megatron_slm.corpus.preprocessing.settle import settle
+from megatron_slm.corpus.preprocessing.shard import ShardRecipe, make_shard
+from megatron_slm.corpus.progress import Progress, announce
+from megatron_slm.corpus.reading.documents import read_documents
+from megatron_slm.corpus.reading.input_records import what_changed
+from megatron_slm.corpus.reading.inputs import Task
+from megatron_slm.corpus.reading.lines import InputHash
+from megatron_slm.corpus.tokenizers.engines import choose_engine
+from megatron_slm.errors import UserError
+
+SAMPLED_TASKS, SAMPLED_CHARACTERS = 64, 1 << 20  # for the choice of an engine
+
+
+def preprocess(settings: PreprocessingSettings) -> PreprocessingSummary | None:
+    """Do what the settings say; None if other ranks or stages have still to do their part.
+
+    Raises:
+        UserError: bad input or options, or a full disk.  No dataset that could be taken for a good
+            one is left then, and finished shards are kept for the next run.
+    """
+    layout = OutputPaths(settings.output_prefix, settings.json_keys)
+    try:
+        with layout.claim(alone=settings.stage == "all"):
+            return run_stages(prepare(settings, layout))
+    except OSError as error:
+        raise UserError(
+            f"{layout.prefix}: {error}; run again when this is mended: finished shards are kept"
+        ) from error
+    except MemoryError as error:
+        raise UserError(
+            f"{layout.prefix}: there is not enough memory; run again, with fewer --workers: "
+            "finished shards are kept"
+        ) from error
+    finally:
+        layout.remove_leftovers()
+
+
+def run_stages(setup: Setup) -> PreprocessingSummary | None:
+    """As preprocess."""
+    settings = setup.settings
+    layout, stage = setup.layout, settings.stage
+    if stage == "all":
+        settle(layout)
+        complete = is_complete(layout, setup.tasks, setup.options, settings.merge, settings.engine)
+        if complete is not None:
+            check_rejects(layout, complete.shards, settings.max_reject_fraction)
+            announce("the dataset is complete: nothing to do")
+            layout.clear(settings.merge)
+            return complete
+    if settings.dedup is not None and stage in ("all", "fingerprint"):
+        make_fingerprints(setup)
+    if settings.dedup is not None and stage in ("all", "duplicates"):
+        make_verdicts(setup)
+    if stage in ("fingerprint", "duplicates"):
+        return None
+    shards, merged_before = tokenize(setup)
+    if stage == "tokenize":
+        return None
+    return finish(
+        layout,
+        [shards[task.name] for task in setup.tasks],
+        merged_before,
+        setup.options,
+        settings.max_reject_fraction,
+        settings.merge,
+        settings.workers,
+    )
+
+
+def tokenize(setup: Setup) -> tuple[dict[str, dict[str, Any]], set[str]]:
+    """Make the shards of this rank that are missing.
+
+    Returns:
+        manifests by task, and the tasks whose shards are part of the merged dataset.
+    """
+    slices = slices_of_verdicts(setup)
+    in_dataset = merged_shards(setup.layout) if setup.settings.merge else {}
+    shards: dict[str, dict[str, Any]] = {}
+    merged_before: set[str] = set()
+    missing = []
+    for task in setup.own:
+        reason = None
+        verdicts = verdicts_of(task, setup.layout, slices)
+        dropped = None if verdicts is None else verdicts.sha256
+        for manifest in (shard_manifest(setup.layout, task), in_dataset.get(task.name)):
+            if manifest is None:
+                continue
+            reason = what_changed(task, setup.options, manifest, setup.settings.engine)
+            if reason is None and manifest["dropped"] != dropped:
+                reason = "other duplicates"
+            if reason is None:
+                shards[task.name] = manifest
+                if manifest is in_dataset.get(task.name):
+                    merged_before.add(task.name)
+                break
+        else:
+            missing.append(task)
+            if reason is not None:
+                announce(f"{task.name}: made again: {reason}")
+    if missing:
+        remove_lists(setup.layout)
+        recipe = recipe_of(setup, missing)
+
+        def work(task: Task, progress: Progress) -> dict[str, Any]:
+            verdicts = verdicts_of(task, setup.layout, slices)
+            with setup.layout.alone_on(setup.layout.shards / f"{task.name}.json"):
+                return make_shard(task, setup.layout, recipe, verdicts, progress)
+
+        for task, manifest in over_all_cores("tokenize", missing, work, setup.settings.workers):
+            shards[task.name] = manifest
+    return shards, merged_before
+
+
+def recipe_of(setup: Setup, tasks: Sequence[Task]) -> ShardRecipe:
+    """How the tasks' documents become token ids, by an engine that is right for them."""
+    settings, file = setup.settings, setup.file
+    engine = choose_engine(settings.engine, file, settings.special_ids, sample(setup, tasks))
+    announce(f"engine: {engine.why}")
+    return ShardRecipe(
+        wanted=wanted_of(settings),
+        encode=engine.encode,
+        engine=engine.name,
+        vocab_size=file.vocab_size,
+        before=(file.bos,) if settings.prepend_bos and file.bos is not None else (),
+        after=(file.eod,) if settings.append_eod and file.eod is not None else (),
+        contamination=setup.contamination,
+        options=setup.options,
+    )
+
+
+def sample(setup: Setup, tasks: Sequence[Task]) -> list[str]:
+    """The first documents of up to SAMPLED_TASKS of the tasks, as far as they can be used."""
+    texts: list[str] = []
+    chosen = np.unique(np.linspace(0, len(tasks) - 1, SAMPLED_TASKS).astype(int))
+    for at in chosen:
+        seen = InputHash(lambda _: None)
+        batch = next(read_documents(tasks[at].pieces[0], wanted_of(setup.settings), seen), None)
+        room = SAMPLED_CHARACTERS // len(chosen)
+        for document in () if batch is None else batch.texts:
+            texts += document
+            room -= sum(map(len, document))
+            if room <= 0:
+                break
+    return texts

@@ -1,0 +1,208 @@
+"""Make one shard: the token ids of a task's documents, and a manifest that says what they are.
+
+    NAME_KEY_document.bin, .idx   an indexed dataset for each key
+    NAME.json                     the manifest, written last: a shard without one does not exist
+    ../PREFIX_rejects/NAME.jsonl  bad lines, if any: file, line, reason, content
+
+Everything is written under temporary names, synced and renamed, after the manifest and indices of
+an older version are gone: whatever a crash leaves cannot be opened, or is whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from megatron_slm.corpus.cleaning.contamination import Contamination
+from megatron_slm.corpus.cleaning.duplicates import EXACT, KEEP, Verdicts
+from megatron_slm.corpus.indexed.pair_writer import PairWriter
+from megatron_slm.corpus.preprocessing.output_paths import OutputPaths
+from megatron_slm.corpus.progress import Progress
+from megatron_slm.corpus.reading.documents import Batch, Wanted, read_documents
+from megatron_slm.corpus.reading.input_records import describe_input
+from megatron_slm.corpus.reading.inputs import Task
+from megatron_slm.corpus.reading.lines import InputHash
+from megatron_slm.corpus.tokenizers.engines import Encode, surround, version
+from megatron_slm.data.manifest import write_manifest
+from megatron_slm.data.manifest_types import Counts
+from megatron_slm.errors import UserError
+from megatron_slm.files import publish, sync, temporary
+
+COUNTS = tuple(Counts.__annotations__)
+LISTED = 100_000  # rejects of a shard; a bomb has them by the billion
+
+
+@dataclass(frozen=True)
+class ShardRecipe:
+    """How documents become token ids: what a worker is told once.
+
+    Attributes:
+        engine: the name of what encodes.
+        before, after: ids put around every document.
+        options: what is written into manifests; a shard made with other ones is made again.
+    """
+
+    wanted: Wanted
+    encode: Encode
+    engine: str
+    vocab_size: int
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    contamination: Contamination | None
+    options: dict[str, Any]
+
+
+def shard_prefix(directory: Path, name: str, key: str) -> Path:
+    """Of the .bin and .idx of a task of this name."""
+    return directory / f"{name}_{key}_document"
+
+
+def remove_shard(layout: OutputPaths, name: str) -> None:
+    """Remove a shard, in an order that never leaves an index over other data."""
+    (layout.shards / f"{name}.json").unlink(missing_ok=True)
+    (layout.rejects / f"{name}.jsonl").unlink(missing_ok=True)
+    for key in layout.keys:
+        prefix = shard_prefix(layout.shards, name, key)
+        for suffix in (".idx", ".bin"):
+            Path(f"{prefix}{suffix}").unlink(missing_ok=True)
+
+
+def make_shard(
+    task: Task,
+    layout: OutputPaths,
+    recipe: ShardRecipe,
+    verdicts: Verdicts | None,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Write a task's shard; returns its manifest.
+
+    Args:
+        verdicts: on the task's documents; None keeps all.
+
+    Raises:
+        UserError: an input is damaged or is not what the verdicts are on, or the disk is full.
+    """
+    try:
+        remove_shard(layout, task.name)
+        prefixes = [shard_prefix(layout.shards, task.name, key) for key in layout.keys]
+        writers = [PairWriter(prefix, recipe.vocab_size) for prefix in prefixes]
+        try:
+            return _write_shard(task, layout, recipe, verdicts, writers, progress)
+        finally:
+            for writer in writers:
+                writer.discard()
+    except OSError as error:
+        raise UserError(f"cannot write shard {task.name} in {layout.shards}: {error}") from error
+
+
+def _write_shard(
+    task: Task,
+    layout: OutputPaths,
+    recipe: ShardRecipe,
+    verdicts: Verdicts | None,
+    writers: list[PairWriter],
+    progress: Progress,
+) -> dict[str, Any]:
+    counts = dict.fromkeys(COUNTS, 0)
+    rejects = layout.rejects / f"{task.name}.jsonl"
+    unfinished = temporary(rejects)
+    inputs = []
+    with unfinished.open("wb") as rejects_file:
+        for at, piece in enumerate(task.pieces):
+            seen = InputHash(lambda size: progress(size, 0, 0, 0))
+            for batch in read_documents(piece, recipe.wanted, seen):
+                counts["blank_lines"] += batch.blank_lines
+                counts["filtered"] += batch.filtered
+                for reject in batch.rejects[: max(0, LISTED - counts["rejects"])]:
+                    rejects_file.write(orjson.dumps(reject, option=orjson.OPT_APPEND_NEWLINE))
+                counts["rejects"] += len(batch.rejects)
+                kept = list(_kept(batch, recipe, verdicts, counts))
+                counts["read"] += len(batch.texts)
+                _write_batch(kept, recipe, writers, counts, progress, piece.path)
+            digest = seen.digest.hexdigest()
+            if verdicts is not None and digest != verdicts.inputs[at]:
+                raise UserError(
+                    f"{piece.path} has changed since its duplicates were looked for: run again "
+                    "when nothing writes to it"
+                )
+            inputs.append(describe_input(piece, digest))
+        rejects_file.flush()
+        sync(rejects_file.fileno())
+    if counts["rejects"]:
+        publish(unfinished, rejects)
+    else:
+        unfinished.unlink()
+    outputs = {key: writer.finish() for key, writer in zip(layout.keys, writers, strict=True)}
+    manifest = {
+        "name": task.name,
+        "inputs": inputs,
+        "options": recipe.options,
+        "engine": recipe.engine,
+        "engine_version": version(recipe.engine),
+        "dropped": None if verdicts is None else verdicts.sha256,
+        "counts": counts,
+        "outputs": outputs,
+    }
+    write_manifest(layout.shards / f"{task.name}.json", manifest)
+    return manifest
+
+
+def _kept(
+    batch: Batch, recipe: ShardRecipe, verdicts: Verdicts | None, counts: dict[str, int]
+) -> Iterator[tuple[str, ...]]:
+    """Documents that are neither duplicates nor contaminated.  Those beyond the verdicts are of a
+    file that has changed, which is found out at its end."""
+    if verdicts is None and recipe.contamination is None:
+        yield from batch.texts
+        return
+    dropped = np.empty(0, np.uint8) if verdicts is None else verdicts.dropped
+    for at, texts in enumerate(batch.texts, counts["read"]):
+        verdict = dropped[at] if at < len(dropped) else KEEP
+        if verdict != KEEP:
+            counts["exact_duplicates" if verdict == EXACT else "near_duplicates"] += 1
+        elif recipe.contamination is not None and any(map(recipe.contamination.hit, texts)):
+            counts["contaminated"] += 1
+        else:
+            yield texts
+
+
+def _write_batch(
+    kept: list[tuple[str, ...]],
+    recipe: ShardRecipe,
+    writers: list[PairWriter],
+    counts: dict[str, int],
+    progress: Progress,
+    path: str,
+) -> None:
+    before, after = recipe.before, recipe.after
+    for column, writer in enumerate(writers):
+        texts = [texts[column] for texts in kept]
+        ids, lengths = _encode(texts, recipe, path)
+        empty = lengths == 0
+        lengths = lengths[~empty]
+        if before or after:
+            ids = surround(ids, lengths, before, after)
+            lengths = lengths + len(before) + len(after)
+        writer.add(ids, lengths)
+        counts["empty"] += int(empty.sum())
+        counts["documents"] += len(lengths)
+        counts["tokens"] += ids.size
+        progress(0, len(lengths), ids.size, sum(map(len, texts)))
+
+
+def _encode(
+    texts: list[str], recipe: ShardRecipe, path: str
+) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    try:
+        return recipe.encode(texts)
+    except MemoryError:
+        raise
+    except Exception as error:  # every tokenizer library has its own
+        what = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"the tokenizer cannot read a document of {path}: {what}") from error

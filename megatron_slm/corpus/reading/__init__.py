@@ -1,0 +1,1 @@
+"""Read corpora: which files, cut into tasks, and the documents in them."""

@@ -1,0 +1,205 @@
+"""Documents of a task's pieces: the strings under the wanted keys, batch by batch, and what could
+not be used, with file, line and reason.
+
+A batch is parsed in one go; only a batch in which something is wrong is looked at line by line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+from megatron_slm.corpus.reading.inputs import Piece
+from megatron_slm.corpus.reading.lines import (
+    LONGEST_LINE,
+    InputHash,
+    first_line_number,
+    read_lines,
+)
+from megatron_slm.corpus.reading.parquet import Row, read_rows
+
+QUARANTINED = 4096  # bytes of a bad line that are kept
+
+Render = Callable[[Any], str]
+
+
+class BadRecord(Exception):
+    """What is wrong with a record."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which records, and what of them.
+
+    Attributes:
+        keys: of the texts; several keys make several datasets.
+        filters: (field, value): kept are records whose field, by its dotted path, is that value.
+        render: makes a text of what is under the key, unless it is one.
+    """
+
+    keys: tuple[str, ...]
+    filters: tuple[tuple[str, str], ...] = ()
+    render: Render | None = None
+
+    def texts(self, record: Any) -> tuple[str, ...] | None:
+        """Texts of a record, or None if a filter leaves it out.
+
+        Raises:
+            BadRecord: a key is missing, or what it holds is no text.
+        """
+        if not isinstance(record, dict):
+            raise BadRecord(f"not a JSON object but a {type(record).__name__}")
+        if not all(_field(record, path) == value for path, value in self.filters):
+            return None
+        return tuple(self._text(record, key) for key in self.keys)
+
+    def _text(self, record: dict[str, Any], key: str) -> str:
+        if key not in record:
+            raise BadRecord(f"no key {key!r} among {list(record)[:8]}; see --json-keys")
+        text = record[key]
+        if self.render is not None and not isinstance(text, str):
+            text = self.render(text)
+        if text is None:
+            raise BadRecord(f"{key!r} is null")
+        if not isinstance(text, str):
+            raise BadRecord(f"{key!r} is not a string but a {type(text).__name__}")
+        if len(text) > LONGEST_LINE:
+            raise BadRecord(f"{key!r} is longer than {LONGEST_LINE} characters")
+        return text
+
+
+def _field(record: Any, path: str) -> str | None:
+    """A field as --filter writes it: true and 3.5 as in JSON, strings without quotes."""
+    for name in (path,) if path in record else path.split("."):
+        if not isinstance(record, dict) or name not in record:
+            return None
+        record = record[name]
+    if isinstance(record, str):
+        return record
+    try:
+        return orjson.dumps(record, default=str).decode()
+    except orjson.JSONEncodeError as error:
+        raise BadRecord(f"{path!r} cannot be compared: {error}") from error
+
+
+@dataclass
+class Batch:
+    """texts: a tuple a document, of one text a key.  rejects: for the rejects file."""
+
+    texts: list[tuple[str, ...]]
+    rejects: list[dict[str, Any]] = field(default_factory=list)
+    blank_lines: int = 0
+    filtered: int = 0
+
+
+def read_documents(piece: Piece, wanted: Wanted, seen: InputHash) -> Iterator[Batch]:
+    """All documents of a piece, in order.
+
+    Raises:
+        UserError: the file cannot be read, is truncated or damaged, or has no such column.
+    """
+    return (
+        _read_parquet(piece, wanted, seen)
+        if piece.kind == "parquet"
+        else _read_json(piece, wanted, seen)
+    )
+
+
+def _read_json(piece: Piece, wanted: Wanted, seen: InputHash) -> Iterator[Batch]:
+    before = 0
+    first: int | None = None
+    for lines in read_lines(piece, seen):
+        if isinstance(lines, int):
+            before += lines
+            yield Batch([], blank_lines=lines)
+            continue
+        batch = _parse_at_once(lines, wanted)
+        if batch is None:
+            batch = _parse_each(piece.path, before, lines, wanted)
+            if batch.rejects and first is None:
+                first = first_line_number(piece)  # reads all before the piece
+            for reject in batch.rejects:
+                reject["line"] += first
+        before += len(lines)
+        yield batch
+
+
+def _parse_at_once(lines: list[bytes | None], wanted: Wanted) -> Batch | None:
+    """None if any line is not as it should be."""
+    try:
+        texts = [wanted.texts(orjson.loads(line)) for line in lines]  # type: ignore[arg-type]
+    except (orjson.JSONDecodeError, BadRecord):
+        return None
+    kept = [text for text in texts if text is not None]
+    return Batch(kept, filtered=len(texts) - len(kept))
+
+
+def _parse_each(path: str, number: int, lines: list[bytes | None], wanted: Wanted) -> Batch:
+    batch = Batch([])
+    for at, line in enumerate(lines, number):
+        if line is not None and not line.strip():
+            batch.blank_lines += 1
+            continue
+        try:
+            if line is None:
+                raise BadRecord(f"longer than {LONGEST_LINE} bytes")
+            try:
+                record = orjson.loads(line)
+            except orjson.JSONDecodeError as error:
+                raise BadRecord(f"not JSON: {error.msg}: byte {error.pos + 1}") from error
+            _add(batch, wanted.texts(record))
+        except BadRecord as error:
+            content = (line or b"")[:QUARANTINED].decode(errors="backslashreplace")
+            batch.rejects.append(_reject(path, at, error, content))
+    return batch
+
+
+def _add(batch: Batch, texts: tuple[str, ...] | None) -> None:
+    if texts is None:
+        batch.filtered += 1
+    else:
+        batch.texts.append(texts)
+
+
+def _reject(path: str, line: int, error: Exception, content: str) -> dict[str, Any]:
+    return {"file": path, "line": line, "reason": str(error), "content": content}
+
+
+def _read_parquet(piece: Piece, wanted: Wanted, seen: InputHash) -> Iterator[Batch]:
+    """Rows count as lines, from 1."""
+    number = 1
+    for rows in read_rows(piece, wanted.keys, [path for path, _ in wanted.filters], seen):
+        yield _parse_rows(piece.path, number, rows, wanted)
+        number += len(rows)
+
+
+def _as_text(row: Row) -> str:
+    """Return a row as JSON, without the ends of what is long."""
+    short = row
+    if isinstance(row, dict):
+        short = {
+            name: value[:QUARANTINED] if isinstance(value, str | bytes) else value
+            for name, value in row.items()
+        }
+    try:
+        return orjson.dumps(short, default=str).decode(errors="replace")
+    except orjson.JSONEncodeError:  # too deep, or a number beyond JSON's
+        return repr(short)
+
+
+def _parse_rows(path: str, number: int, rows: list[Row], wanted: Wanted) -> Batch:
+    batch = Batch([])
+    for at, row in enumerate(rows, number):
+        try:
+            if isinstance(row, UnicodeDecodeError):
+                raise BadRecord(f"not UTF-8: {row.reason} at byte {row.start + 1}")
+            if isinstance(row, Exception):
+                raise BadRecord(f"has a value that cannot be read: {row}")
+            _add(batch, wanted.texts(row))
+        except BadRecord as error:
+            content = _as_text(row)[:QUARANTINED]
+            batch.rejects.append(_reject(path, at, error, content))
+    return batch

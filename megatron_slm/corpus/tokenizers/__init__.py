@@ -1,0 +1,1 @@
+"""Tokenizer files, and the engines that turn texts into token ids."""

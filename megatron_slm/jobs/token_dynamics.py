@@ -1,0 +1,38 @@
+"""Score validation tokens with every checkpoint of a run and classify them, as
+tools/token_dynamics.py does:  torchrun ... -m this module."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from megatron_slm.entry import add_arguments, start
+from megatron_slm.training.first_check import DYNAMICS
+
+
+def main() -> None:
+    """Check the command line, score and classify."""
+    start(DYNAMICS, _score_and_classify)
+
+
+def _score_and_classify(cpu: bool) -> None:
+    from megatron_slm.analysis.dynamics.dynamics_files import check_libraries
+
+    check_libraries()
+    # Megatron may be imported only when the platform is installed.
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    from megatron_slm.analysis.dynamics.write_dynamics import write_dynamics
+    from megatron_slm.jobs.checkpoint_losses import parse_dynamics_arguments, score_checkpoints
+    from megatron_slm.model.layer_spec import plain_block_spec
+    from megatron_slm.training.arguments import validate_arguments
+
+    args = parse_dynamics_arguments(partial(add_arguments, cpu=cpu, job=DYNAMICS))
+    validate_arguments(args)
+    losses = score_checkpoints(args, None if HAVE_TE else plain_block_spec)
+    if args.rank == 0:
+        write_dynamics(losses, Path(args.dynamics), None, args.ckpt_steps)
+
+
+if __name__ == "__main__":
+    main()

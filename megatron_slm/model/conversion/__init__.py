@@ -1,0 +1,1 @@
+"""Convert models between Hugging Face safetensors and Megatron checkpoints."""

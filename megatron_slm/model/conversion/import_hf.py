@@ -1,0 +1,274 @@
+"""Hugging Face safetensors to a Megatron checkpoint, a block at a time.
+
+    config.json -> architecture -> blocks, dealt out to ranks by size
+    each rank      tensor(s) from safetensors -> fused -> its own file
+    rank 0         the table of all blocks, Megatron's arguments
+
+Everything is checked from the files' headers, by every rank, before the first byte is written.
+Where keys or files disagree, what transformers 5 takes is taken, or the import is refused.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from megatron_slm.errors import UserError
+from megatron_slm.files import read_json
+from megatron_slm.model.architecture import Architecture, from_hugging_face, to_megatron
+from megatron_slm.model.conversion.destination import (
+    finished_directory,
+    on_first_rank,
+    saying_where,
+    this_rank,
+    together,
+)
+from megatron_slm.model.conversion.safetensors_files import WeightOnDisk, find_tensors
+from megatron_slm.model.conversion.tensors import (
+    Block,
+    blocks,
+    extra_state_keys,
+    fuse,
+    hugging_face_shapes,
+)
+from megatron_slm.model.hugging_face_config import SPECIAL_IDS
+from megatron_slm.model.torch_dist import (
+    ARGUMENTS,
+    NO_EXTRA_STATE,
+    TRACKER,
+    Stored,
+    TensorPart,
+    write_checkpoint_table,
+    write_parts,
+)
+
+CONFIG, ADAPTER = "config.json", "adapter_config.json"
+CONFIG_LIMIT = 1 << 20  # bytes
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a directory becomes.
+
+    arguments: Megatron's.  notes: what a user should know of it.
+    """
+
+    architecture: Architecture
+    arguments: dict[str, Any]
+    parts: list[TensorPart]
+    notes: list[str]
+
+
+def import_hugging_face(source: Path, save: Path, vocabulary_multiple: int) -> dict[str, Any]:
+    """Convert the model in `source`.  Collective over ranks.
+
+    Args:
+        save: where to write what Megatron's --load takes, as a "release" without optimizer state.
+        vocabulary_multiple: the vocabulary is padded with zeros to a multiple of it.
+
+    Returns:
+        Megatron's arguments, which the checkpoint carries.
+
+    Raises:
+        UserError: an unsupported model, tensors that are missing, unknown or of another shape, or a
+            checkpoint that cannot be written.
+    """
+    rank, size = this_rank()
+    plan = together(partial(_plan, source, vocabulary_multiple))
+    if rank == 0 and plan.notes:
+        print(*plan.notes, sep="\n", file=sys.stderr)
+    with finished_directory(save, "--save") as directory:
+        stored = together(partial(_write, plan, directory, save))
+        everywhere: list[Stored | None] = [stored]
+        if size > 1:
+            everywhere = [None] * size
+            distributed.gather_object(stored, everywhere if rank == 0 else None)
+        on_first_rank(partial(_complete, plan, directory, save, everywhere))
+    return plan.arguments
+
+
+def _plan(source: Path, vocabulary_multiple: int) -> _Plan:
+    config = read_config(source)
+    if (source / ADAPTER).exists():
+        raise UserError(
+            f"{source} has an {ADAPTER}, which transformers would put over the weights; merge the "
+            "adapter into them, or remove it"
+        )
+    architecture = from_hugging_face(config, str(source / CONFIG))
+    tensors = find_tensors(source)
+    notes = []
+    both = {EMBEDDING, HEAD} <= tensors.keys()
+    if architecture.tied and both and not _same(tensors[EMBEDDING], tensors[HEAD]):
+        notes.append(
+            f"{source / CONFIG} has tie_word_embeddings true, and {tensors[HEAD].file} a {HEAD} "
+            f"that differs from {EMBEDDING}: both are kept, untied, as transformers does"
+        )
+        architecture = replace(architecture, tied=False)
+    _check_tensors(source, architecture, tensors)
+    padded = -(-architecture.vocabulary // vocabulary_multiple) * vocabulary_multiple
+    wanted = blocks(architecture, padded)
+    dtypes = _dtypes(wanted, tensors)
+    notes += _left_out(config, source, set(dtypes.values()))
+    parts = [_part(block, architecture, tensors, dtypes[block.key]) for block in wanted]
+    arguments = _arguments(architecture, padded, vocabulary_multiple)
+    arguments["slm_special_ids"] = {name: config.get(name, at) for name, at in SPECIAL_IDS.items()}
+    return _Plan(architecture, arguments, parts, notes)
+
+
+def _write(plan: _Plan, directory: Path, save: Path) -> Stored:
+    """Write this rank's part of the tensors."""
+    rank, size = this_rank()
+    objects = _objects(plan.architecture, plan.arguments) if rank == 0 else {}
+    with saying_where(save):
+        release = directory / "release"
+        release.mkdir(exist_ok=True)
+        return write_parts(release, f"__{rank}_0.distcp", _dealt(plan.parts, size)[rank], objects)
+
+
+def _complete(plan: _Plan, directory: Path, save: Path, everywhere: list[Stored | None]) -> None:
+    with saying_where(save):
+        stored = [one for one in everywhere if one is not None]
+        write_checkpoint_table(directory / "release", plan.parts, stored)
+        (directory / TRACKER).write_text("release")
+
+
+def read_architecture(source: Path) -> Architecture:
+    """Return that of a Hugging Face directory.
+
+    Raises:
+        UserError: no readable config.json, or as from_hugging_face.
+    """
+    return from_hugging_face(read_config(source), str(source / CONFIG))
+
+
+def read_config(source: Path) -> dict[str, Any]:
+    """Read the config.json of a Hugging Face directory.
+
+    Raises:
+        UserError: it cannot be read, or the directory is a Megatron checkpoint.
+    """
+    path = source / CONFIG
+    if not path.exists() and any((source / name).exists() for name in (TRACKER, ".metadata")):
+        raise UserError(
+            f"{source} is a Megatron checkpoint and has no {CONFIG}; name a Hugging Face "
+            "directory, which tools/convert_checkpoint.py export makes of a checkpoint"
+        )
+    return read_json(path, dict[str, Any], CONFIG_LIMIT)
+
+
+def _same(one: WeightOnDisk, other: WeightOnDisk) -> bool:
+    if one.shape != other.shape:
+        return False
+    rows = zip(one.read().split(4096), other.read().split(4096), strict=True)
+    return all(torch.equal(a.float(), b.float()) for a, b in rows)
+
+
+def _check_tensors(source: Path, a: Architecture, found: dict[str, WeightOnDisk]) -> None:
+    """Compare the model's tensors with what its architecture says."""
+    shapes = hugging_face_shapes(a)
+    for name, shape in shapes.items():
+        if name not in found:
+            untied = f", and {CONFIG} has tie_word_embeddings false" if name == HEAD else ""
+            raise UserError(f"{source}: there is no tensor {name}{untied}")
+        if found[name].shape != shape:
+            raise UserError(
+                f"{found[name].file}: {name} is {list(found[name].shape)}, and by config.json "
+                f"{list(shape)}"
+            )
+    ignored = {HEAD} if a.tied else set()
+    unknown = [
+        name
+        for name in found
+        if name not in shapes and name not in ignored and not name.endswith("rotary_emb.inv_freq")
+    ]
+    if unknown:
+        raise UserError(f"{source} has tensors that this architecture lacks: {unknown[:5]}")
+
+
+def _left_out(config: dict[str, Any], source: Path, dtypes: set[torch.dtype]) -> list[str]:
+    """Say what of config.json a checkpoint does not take over."""
+    notes = []
+    if config.get("attention_dropout"):
+        notes.append(
+            f"attention_dropout {config['attention_dropout']} of {source / CONFIG} is left out: "
+            "a run has what its --attention-dropout says"
+        )
+    said = config.get("dtype") or config.get("torch_dtype")
+    stored = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    if said and [said] != stored:
+        notes.append(
+            f"{source / CONFIG} says {said}, and the tensors are {' and '.join(stored)}: they are "
+            "kept as stored"
+        )
+    return notes
+
+
+def _dtypes(wanted: list[Block], tensors: dict[str, WeightOnDisk]) -> dict[str, torch.dtype]:
+    """Of each Megatron tensor, into which those of all layers go."""
+    first: dict[str, WeightOnDisk] = {}
+    for block in wanted:
+        for tensor in (tensors[name] for name in block.names):
+            other = first.setdefault(block.key, tensor)
+            if tensor.dtype != other.dtype:
+                raise UserError(
+                    f"{tensor.file}: {tensor.name} has dtype {tensor.dtype}, and {other.name} "
+                    f"{other.dtype}: they become one tensor of Megatron's; store the model in one "
+                    "dtype"
+                )
+    return {key: tensor.dtype for key, tensor in first.items()}
+
+
+def _arguments(a: Architecture, padded: int, multiple: int) -> dict[str, Any]:
+    return to_megatron(a) | {
+        "padded_vocab_size": padded,
+        "make_vocab_size_divisible_by": multiple,
+        "tensor_model_parallel_size": 1,
+        "pipeline_model_parallel_size": 1,
+        "no_save_optim": True,
+        "no_save_rng": True,
+        "ckpt_format": "torch_dist",
+    }
+
+
+def _objects(a: Architecture, arguments: dict[str, Any]) -> dict[str, Any]:
+    """What is not a tensor, as Megatron has it in a checkpoint."""
+    common = {
+        "args": Namespace(**arguments),
+        "checkpoint_version": 3.0,
+        "iteration": 0,
+        "num_floating_point_operations_so_far": 0,
+        "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
+    }
+    return {ARGUMENTS: common} | dict.fromkeys(extra_state_keys(a.layers), NO_EXTRA_STATE)
+
+
+def _part(
+    block: Block, a: Architecture, tensors: dict[str, WeightOnDisk], dtype: torch.dtype
+) -> TensorPart:
+    sources = [tensors[name] for name in block.names]
+    make: Callable[[], Tensor] = (
+        (lambda: fuse(a, [source.read() for source in sources]))
+        if sources
+        else partial(torch.zeros, block.size, dtype=dtype)
+    )
+    return TensorPart(block.key, block.shape, block.offset, block.size, dtype, make)
+
+
+def _dealt(parts: list[TensorPart], ranks: int) -> list[list[TensorPart]]:
+    """Parts for each rank, of about the same size in all."""
+    hands: list[list[TensorPart]] = [[] for _ in range(ranks)]
+    sizes = [0] * ranks
+    for part in parts:
+        least = sizes.index(min(sizes))
+        hands[least].append(part)
+        sizes[least] += torch.Size(part.size).numel()
+    return hands

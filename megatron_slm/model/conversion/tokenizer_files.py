@@ -1,0 +1,102 @@
+"""The files of a Hugging Face tokenizer, which travel with a model."""
+
+from __future__ import annotations
+
+import shutil
+from argparse import Namespace
+from pathlib import Path
+
+import msgspec
+from tokenizers import Tokenizer
+
+from megatron_slm.errors import UserError
+from megatron_slm.files import read_bounded, read_json
+from megatron_slm.model.conversion.sentencepiece_json import (
+    open_sentencepiece,
+    special_ids,
+    write_tokenizer_json,
+)
+from megatron_slm.model.tokenizer_fingerprint import tokenizer_fingerprint
+
+FILES = """
+    tokenizer.json tokenizer.model tokenizer.model.v3 tokenizer_config.json special_tokens_map.json
+    added_tokens.json vocab.json merges.txt chat_template.jinja generation_config.json
+""".split()
+SETTINGS = ("tokenizer.json", "tokenizer_config.json")  # how to read a vocabulary
+TOKENIZER_LIMIT = 256 << 20  # bytes of a tokenizer.json; Gemma's has 33 million
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def fingerprint_of_files(arguments: Namespace) -> str:
+    """That of the files that a run's arguments name, as they are now; raises what reading them
+    does.  None of them is run."""
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+
+    own = Namespace(**vars(arguments) | {"trust_remote_code": False, "pad_vocab_size": False})
+    return tokenizer_fingerprint(own, build_tokenizer(own))
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a tokenizer can be made from its files."""
+    return any((directory / name).is_file() for name in VOCABULARIES)
+
+
+def copy_tokenizer(source: Path, target: Path) -> dict[str, int | None]:
+    """Copy what there is of them; `source` may also be a file, under any name, and a sentencepiece
+    model gets a tokenizer.json, which transformers reads.
+
+    Returns:
+        config.json's ids of bos, eos and pad; none where the files do not say.
+
+    Raises:
+        UserError: transformers would read text in another way, or a file cannot be read.
+    """
+    if not source.is_file():
+        for name in FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, target / name)
+        return _special_ids(source)
+    pieces = open_sentencepiece(source)
+    if pieces is None:
+        name = "tokenizer.json" if _is_tokenizer_json(source) else source.name
+        shutil.copyfile(source, target / name)
+        return {}
+    shutil.copyfile(source, target / "tokenizer.model")
+    write_tokenizer_json(pieces, target, str(source))
+    return special_ids(pieces)
+
+
+def _is_tokenizer_json(file: Path) -> bool:
+    try:
+        Tokenizer.from_str(read_bounded(file, TOKENIZER_LIMIT).decode())
+    except Exception:  # all that the library raises
+        return False
+    return True
+
+
+class _Token(msgspec.Struct):
+    content: str
+
+
+class _Settings(msgspec.Struct):
+    """What tokenizer_config.json says of special tokens."""
+
+    bos_token: str | _Token | None = None
+    eos_token: str | _Token | None = None
+    pad_token: str | _Token | None = None
+
+
+def _special_ids(directory: Path) -> dict[str, int | None]:
+    if not all((directory / name).is_file() for name in SETTINGS):
+        return {}
+    definition, settings = (directory / name for name in SETTINGS)
+    named = msgspec.structs.asdict(read_json(settings, _Settings))
+    try:
+        tokenizer = Tokenizer.from_str(read_bounded(definition, TOKENIZER_LIMIT).decode())
+    except Exception as error:  # all that the library raises
+        raise UserError(f"{definition} cannot be read: {error}") from error
+    ids = {}
+    for name, token in named.items():
+        content = token.content if isinstance(token, _Token) else token
+        ids[f"{name}_id"] = None if content is None else tokenizer.token_to_id(content)
+    return ids

@@ -1,0 +1,76 @@
+"""Fork the ranks of a job for each line of standard input, {"tool", "ranks", "arguments",
+"directory", "environment"}, from a process that has imported Megatron: most of the time of a job.
+
+Prints the ranks' process ids, the first of which is also their process group's, and when all have
+ended, their exit codes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron_slm import cpu_platform
+
+cpu_platform.install()
+
+import megatron.core.tokenizers.text
+import megatron.training.arguments  # noqa: F401
+
+from megatron_slm import pretrain
+from megatron_slm.entry import add_arguments
+from megatron_slm.errors import exit_on_user_error
+from megatron_slm.model.layer_spec import plain_block_spec
+from megatron_slm.training import scoring, seam, step  # noqa: F401
+from megatron_slm.training.arguments import validate_arguments
+from megatron_slm.training.first_check import SCORING
+
+
+def train() -> None:
+    pretrain._pretrain(pretrain._parse_arguments(cpu=True))
+
+
+def score() -> None:
+    args = scoring.parse_arguments(partial(add_arguments, cpu=True, job=SCORING))
+    validate_arguments(args)
+    scoring.score(args, plain_block_spec)
+
+
+def run(rank: int, job: dict[str, Any]) -> int:
+    """In the forked process: what the tool does."""
+    with Path(job["directory"], f"rank{rank}.log").open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ |= job["environment"] | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.chdir(job["directory"])
+    sys.argv = [job["tool"], *job["arguments"]]
+    try:
+        with exit_on_user_error():
+            {"train": train, "score": score}[job["tool"]]()
+    except SystemExit as left:
+        return int(left.code or 0)
+    return 0
+
+
+if __name__ == "__main__":
+    for line in sys.stdin:
+        job = json.loads(line)
+        children: list[int] = []
+        for rank in range(job["ranks"]):
+            child = os.fork()
+            if child == 0:
+                code = 1
+                try:
+                    code = run(rank, job)
+                finally:
+                    sys.stdout.flush()
+                    os._exit(code)
+            children.append(child)
+            os.setpgid(child, children[0])
+        print(json.dumps(children), flush=True)
+        ended = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        print(json.dumps(ended), flush=True)

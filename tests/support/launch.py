@@ -1,0 +1,181 @@
+"""Run a module as ranks of a real gloo job, and read what it left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.distributed import TCPStore
+
+SUPPORT = Path(__file__).parent
+REPOSITORY = SUPPORT.parents[1]
+PYTHONPATH = os.pathsep.join([str(REPOSITORY), str(SUPPORT)])
+
+
+@dataclass
+class Run:
+    """directory: where the job ran; outputs, codes: output and exit code of each rank."""
+
+    directory: Path
+    outputs: list[str]
+    codes: list[int | None]
+
+    def scalars(self, tag: str) -> dict[int, float]:
+        """A TensorBoard scalar by iteration."""
+        events = EventAccumulator(str(self.directory / "tensorboard"))
+        events.Reload()
+        return {event.step: event.value for event in events.Scalars(tag)}
+
+    def tags(self) -> list[str]:
+        events = EventAccumulator(str(self.directory / "tensorboard"))
+        events.Reload()
+        return events.Tags()["scalars"]
+
+
+@dataclass
+class Job:
+    """files, processes: output file and process of each rank; store: where they meet, while it is
+    kept."""
+
+    files: list[Path]
+    processes: list[Any]
+    store: TCPStore
+
+
+# Ranks are forked from a process that has torch, and what Megatron's tokenizers import, already:
+# most of the time of a short run.  What torch reads from the environment has to be there before.
+os.environ |= {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+FORKING = multiprocessing.get_context("forkserver")
+FORKING.set_forkserver_preload(
+    ["torch", "torch._dynamo", "transformers.models.auto.tokenization_auto"]
+)
+
+
+def launch(
+    ranks: int,
+    command: list[str],
+    directory: Path,
+    *,
+    check: bool = True,
+    timeout: float = 900,
+    fresh_threads: int | None = None,
+) -> Run:
+    """Start `ranks` processes of `python command...` in `directory` and wait for them.
+
+    Without torchrun, which kills the other ranks as soon as one has failed: here every rank must
+    end by itself.  With fresh_threads each rank is a Python started anew, with that many threads.
+    """
+    job = start(ranks, command, directory, fresh_threads)
+    deadline = time.monotonic() + timeout
+    try:
+        codes = [_exit_code(process, deadline) for process in job.processes]
+    finally:
+        for process in job.processes:
+            process.kill()
+    run = Run(directory, [file.read_text() for file in job.files], codes)
+    if None in codes or (check and any(codes)):
+        # One that failed tells more than those that waited for it.
+        failed = min(range(ranks), key=lambda rank: (not codes[rank], codes[rank] is not None))
+        left = f"left with {codes[failed]}" if codes[failed] else f"did not end in {timeout} s"
+        raise AssertionError(f"rank {failed} of {ranks} {left}:\n{run.outputs[failed][-4000:]}")
+    return run
+
+
+def start(ranks: int, command: list[str], directory: Path, fresh_threads: int | None = None) -> Job:
+    directory.mkdir(parents=True, exist_ok=True)
+    # As torchrun does: a port that is free when rank 0 is told of it may not be when it listens.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "PYTHONPATH": PYTHONPATH,
+    }
+    if fresh_threads is not None:
+        environment["OMP_NUM_THREADS"] = str(fresh_threads)
+    begin = _start_forked if fresh_threads is None else _start_fresh
+    job = Job([directory / f"rank{rank}.log" for rank in range(ranks)], [], store)
+    for rank, file in enumerate(job.files):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        job.processes.append(begin(command, directory, environment | own, file))
+    return job
+
+
+def _start_fresh(command: list[str], directory: Path, job: dict[str, str], file: Path) -> Any:
+    with file.open("w") as output:
+        return subprocess.Popen(
+            [sys.executable, *command],
+            cwd=directory,
+            env=os.environ | job,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def _start_forked(command: list[str], directory: Path, job: dict[str, str], file: Path) -> Any:
+    process = FORKING.Process(target=run_command, args=(command, directory, job, file))
+    process.start()
+    return process
+
+
+def run_command(command: list[str], directory: Path, job: dict[str, str], file: Path) -> None:
+    """In the forked process: what `python command...` would do."""
+    output = file.open("w")
+    os.dup2(output.fileno(), 1)
+    os.dup2(output.fileno(), 2)
+    multiprocessing.set_start_method(None, force=True)  # not that of this process
+    os.environ |= job
+    os.chdir(directory)
+    sys.path[:0] = job["PYTHONPATH"].split(os.pathsep)
+    if command[0] == "-m":
+        sys.argv = command[1:]
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = command
+        runpy.run_path(command[0], run_name="__main__")
+
+
+def _exit_code(process: Any, deadline: float) -> int | None:
+    """None: it has not ended."""
+    seconds = max(0.1, deadline - time.monotonic())
+    if isinstance(process, subprocess.Popen):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+        return process.returncode
+    process.join(seconds)
+    return process.exitcode
+
+
+def pretrain(
+    ranks: int,
+    arguments: list[str],
+    directory: Path,
+    *,
+    module: str = "megatron_slm.pretrain",
+    check: bool = True,
+    timeout: float = 900,
+    fresh_threads: int | None = None,
+) -> Run:
+    """Run a pretraining module with TensorBoard logs in directory/tensorboard."""
+    command = ["-m", module, "--tensorboard-dir", "tensorboard", *arguments]
+    return launch(
+        ranks, command, directory, check=check, timeout=timeout, fresh_threads=fresh_threads
+    )
+
+
+def recipe_environment(ranks: int, **settings: object) -> dict[str, str]:
+    """For a script of examples/ on this machine: no GPUs, any port that is free, its variables."""
+    own = {"GPUS_PER_NODE": 0, "RANKS_PER_NODE": ranks, "MASTER_PORT": 0, "OMP_NUM_THREADS": 1}
+    own |= {"PYTHONWARNINGS": "ignore", "TORCHDYNAMO_DISABLE": 1} | settings
+    return os.environ | {name: str(value) for name, value in own.items()}

@@ -1,0 +1,63 @@
+"""Load checkpoints into Megatron's Transformer Engine layers, as its --load does."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import te_stand_in
+
+te_stand_in.install()
+
+from megatron_slm import cpu_platform
+
+cpu_platform.install()
+
+import torch
+from megatron.core import dist_checkpointing, mpu
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.transformer import TransformerConfig
+from torch import distributed
+
+from megatron_slm.model.torch_dist import TorchDistReader
+
+SIZES = "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups normalization"
+
+
+def load(directory: Path) -> None:
+    reader = TorchDistReader(directory)
+    saved = reader.arguments
+    config = TransformerConfig(
+        **{name: getattr(saved, name) for name in SIZES.split()},
+        qk_layernorm=saved.qk_layernorm,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        use_cpu_initialization=True,
+    )
+    model = GPTModel(
+        config,
+        get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm),
+        vocab_size=saved.padded_vocab_size,
+        max_sequence_length=saved.max_position_embeddings,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=not saved.untie_embeddings_and_output_weights,
+    )
+    wanted = {"model": model.sharded_state_dict()}
+    model.load_state_dict(dist_checkpointing.load(wanted, str(directory))["model"], strict=True)
+    for key, value in (
+        ("decoder.final_layernorm.weight", model.decoder.final_layernorm.weight),
+        ("embedding.word_embeddings.weight", model.embedding.word_embeddings.weight),
+    ):
+        torch.testing.assert_close(value.data, reader.read(key, (0,) * value.ndim, value.shape))
+    print(f"loaded {directory}")
+
+
+if __name__ == "__main__":
+    assert HAVE_TE
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    mpu.initialize_model_parallel()
+    for name in sys.argv[1:]:
+        load(Path(name))

@@ -1,0 +1,42 @@
+"""Options are declared once: their documentation and what they decide follow from that."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from launch import REPOSITORY
+from megatron_slm.planning.recipe import LaunchRecipe, parse, work_of
+from megatron_slm.training.arguments_page import page
+from megatron_slm.training.settings import settings_from_arguments
+
+RUN = """
+    --num-layers 2 --hidden-size 64 --num-attention-heads 4 --max-position-embeddings 64
+    --seq-length 64 --micro-batch-size 2 --tokenizer-type NullTokenizer --vocab-size 256
+    --mock-data --train-iters 3 --lr 1e-3 --eval-interval 100
+"""
+# Whether a run selects, and its head.
+DECIDED = {
+    "": (False, "dense"),
+    "--slm-token-ratio 1": (False, "dense"),
+    "--slm-token-ratio 0.6 --slm-score random": (True, "chunked"),
+    "--slm-token-ratio 0.6 --slm-score random --slm-head dense": (True, "dense"),
+    "--slm-score policy --slm-weighting relu": (True, "chunked"),
+    "--slm-score policy --slm-ratio-schedule steps --slm-ratio-steps 2:0.5": (True, "chunked"),
+    "--slm-token-ratio 1 --slm-reference ema:0.9": (True, "chunked"),
+    "--slm-head chunked": (False, "chunked"),
+}
+
+
+def test_the_page_is_generated() -> None:
+    written = (REPOSITORY / "docs" / "arguments.md").read_text()
+    assert written == page(), "python -m megatron_slm.training.arguments_page > docs/arguments.md"
+
+
+@pytest.mark.parametrize("more", DECIDED)
+def test_planning_decides_as_training_does(more: str) -> None:
+    args: Any = parse(LaunchRecipe([*RUN.split(), *more.split()], 1), 0, 256, cpu=True)
+    settings = settings_from_arguments(args)
+    assert (settings.selective, settings.head) == DECIDED[more]
+    assert work_of(args, "plain", "cpu").head == settings.head
