@@ -14,8 +14,11 @@ __all__ = ["SelectiveTraining", "add_slm_arguments", "use_device"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for, and only then torch and Megatron: a command line is checked without
-    them, and use_device() has to come before Megatron is imported."""
+    """Import a name of the API when it is first used.
+
+    Importing this package must not import torch and Megatron: a command line is checked without
+    them, and use_device() has to be called before Megatron is imported.
+    """
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = "entry" if name == "use_device" else "selective"

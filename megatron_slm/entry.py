@@ -30,7 +30,7 @@ def start(job: Job, work: Callable[[], None]) -> None:
 
     Args:
         job: says what the command line may contain.
-        work: does the work.  It must not import Megatron before it is called.
+        work: does the work.  Nothing may import Megatron before it is called.
     """
     with exit_on_user_error("the same command starts again"):
         go_on = first_check(sys.argv[1:], job)
@@ -51,7 +51,7 @@ def use_device() -> None:
         warnings.filterwarnings("ignore")
     import torch
 
-    if not torch.cuda.is_available():  # which the platform, once installed, says it is
+    if not torch.cuda.is_available():  # once the platform is installed, it is
         from megatron_slm import cpu_platform
 
         if first_rank:
@@ -67,7 +67,7 @@ def add_arguments(parser: ArgumentParser, job: Job = TRAINING) -> ArgumentParser
     add_own(parser)
     for options in job.options:
         add_group(parser, options)
-    platform = sys.modules.get("megatron_slm.cpu_platform")  # which a GPU machine never imports
+    platform = sys.modules.get("megatron_slm.cpu_platform")  # a GPU machine never imports it
     if platform is not None and platform.installed():
         parser.set_defaults(**platform.ARGUMENT_DEFAULTS)
     take_from_checkpoint(parser)

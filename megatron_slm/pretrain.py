@@ -1,8 +1,8 @@
-"""Selective Language Modeling pretraining: torchrun ... -m megatron_slm.pretrain [arguments]
+"""Pretrain with Selective Language Modeling: torchrun ... -m megatron_slm.pretrain [arguments]
 
-Takes all arguments of Megatron's GPT pretraining and the group "selective language modeling".
-With --slm-token-ratio 1 and no reference it is causal language modeling, which is how reference
-models are trained.  --help lists that group, --help-megatron all.
+Takes all arguments of Megatron's GPT pretraining, and the group "selective language modeling".
+With --slm-token-ratio 1 and without a reference, it is causal language modeling, by which reference
+models are trained.  --help lists that group, and --help-megatron all arguments.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def main() -> None:
 
 
 def train() -> None:
-    """Train.  The CPU platform must be installed where there is no GPU."""
+    """Train.  Without a GPU, the CPU platform must be installed already."""
     from megatron_slm.selective import add_slm_arguments
     from megatron_slm.training.parsing import parse_training
 
@@ -27,7 +27,7 @@ def train() -> None:
 
 
 def _pretrain(args: Namespace) -> None:
-    # Megatron may be imported only when the platform is installed.
+    # Without a GPU, the platform has to be installed before Megatron is imported.
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args

@@ -1,12 +1,12 @@
-"""Selective language modeling around Megatron's own `pretrain()`:
+"""The API: train with selective language modeling in Megatron's own `pretrain()`.
 
     args = parse_and_validate_args(extra_args_provider=add_slm_arguments)
     slm = SelectiveTraining(args)
     slm.install()
     pretrain(config, slm.datasets, ModelType.encoder_or_decoder, slm.forward_step)
 
-`megatron_slm.pretrain` does no more than this, and docs/your-own-script.md shows how a script of
-your own, or a training loop of your own, does it.
+`megatron_slm.pretrain` does just this.  docs/your-own-script.md shows how to do it in a script or
+in a training loop of your own.
 """
 
 from __future__ import annotations
@@ -45,28 +45,31 @@ from megatron_slm.training.tokenizer import record_tokenizer
 
 
 def add_slm_arguments(parser: ArgumentParser) -> ArgumentParser:
-    """Add the options of selective language modeling to Megatron's parser, as its
-    `extra_args_provider`, and check the command line as soon as it is parsed."""
+    """Add the options of selective language modeling to Megatron's parser.
+
+    To be given to Megatron as `extra_args_provider`.  The parser then also checks a command line as
+    soon as it has parsed it.
+    """
     return check_when_parsed(add_arguments(parser), check_run)
 
 
 class SelectiveTraining:
-    """A training run with selective language modeling, ready to be handed to Megatron.
-
-    Everything that can be told without process groups and models is checked when it is made: the
-    arguments, the tokenizer, the datasets' files, the reference or its cached losses, the
-    checkpoint that the run starts from, and where it writes.
-
-    Args:
-        args: Megatron's, validated and made global, as parse_and_validate_args leaves them.
-        datasets: builds a script's own datasets, as Megatron's `train_valid_test_dataset_provider`
-            does; None for those of Megatron's pretrain_gpt.py.
-
-    Raises:
-        UserError: what is wrong, where, and what to do.
-    """
+    """A training run with selective language modeling, ready to be handed to Megatron."""
 
     def __init__(self, args: Namespace, datasets: Callable[..., Any] | None = None) -> None:
+        """Check all that can be checked without process groups and models.
+
+        This includes the arguments, the tokenizer, the datasets' files, the reference or its cached
+        losses, the checkpoint that the run starts from, and the directories that it writes to.
+
+        Args:
+            args: Megatron's arguments, validated and made global, as parse_and_validate_args does.
+            datasets: builds datasets of the script's own, as Megatron's
+                `train_valid_test_dataset_provider` does; None for those of pretrain_gpt.py.
+
+        Raises:
+            UserError: something is wrong; the message says where, and what to do.
+        """
         given = options_in(sys.argv[1:])
         check_options(args, given)
         _check_inputs(args)
@@ -85,11 +88,12 @@ class SelectiveTraining:
         self.step = SelectiveStep(settings, source, dumps, resumed)
 
     def install(self) -> None:
-        """Wrap the symbols of Megatron that `pretrain()` needs wrapped, which the log then names.
-        Call before `pretrain()`; a second call changes nothing.
+        """Wrap the symbols of Megatron that have to be wrapped for `pretrain()`, and log them.
+
+        Must be called before `pretrain()`; a second call changes nothing.
 
         Raises:
-            UserError: the installed Megatron is not the one that they were written for.
+            UserError: a symbol is not the one that its wrapper was written for.
         """
         step = self.step
         megatron_hooks.install_for_training(
@@ -103,7 +107,7 @@ class SelectiveTraining:
         )
 
     def model_config(self) -> Any:
-        """Return Megatron's GPTModelConfig, of plain layers without Transformer Engine."""
+        """Return Megatron's GPTModelConfig; without Transformer Engine, with plain layers."""
         return gpt_config(self.args, installed_layers())
 
     def forward_step(self, data_iterator: Any, model: torch.nn.Module) -> Any:
@@ -111,27 +115,35 @@ class SelectiveTraining:
         return self.step.forward_step(data_iterator, model)
 
     def schedule(self, schedule: Callable[..., Any]) -> Callable[..., Any]:
-        """Return what a loop calls in the place of a schedule, with the same arguments: it runs the
-        reference first, and then the schedule.  `install()` does this for Megatron's own loop."""
+        """Wrap a schedule so that it runs the reference first, for a training loop of your own.
+
+        The loop calls the result with the schedule's arguments.  For Megatron's own loop,
+        `install()` does this.
+        """
         return partial(self.step.run, schedule)
 
     def before_save(self, iteration: int) -> None:
-        """Write what has to be on the disk before the policy's checkpoint of `iteration`.  For a
-        loop of one's own; collective over all ranks."""
+        """Write what has to be on the disk before the policy's checkpoint of `iteration`.
+
+        For a training loop of your own.  Collective over all ranks.
+        """
         self.step.save(iteration)
 
     def finish(self, iteration: int) -> None:
-        """Write the last token dump, after `iteration` iterations.  For a loop of one's own;
-        collective over all ranks."""
+        """Write the last token dump, after `iteration` iterations.
+
+        For a training loop of your own.  Collective over all ranks.
+        """
         self.step.finish(iteration)
 
     @contextmanager
     def errors_in_one_line(self) -> Iterator[None]:
-        """Say in one line what Megatron refuses, and which data cannot be read, around
-        `pretrain()`.
+        """Turn exceptions in the block into one line if they are about arguments or data.
+
+        To be put around `pretrain()`.
 
         Raises:
-            UserError: in the place of such an exception.
+            UserError: Megatron refused arguments, or data could not be read.  Others pass.
         """
         begun = lambda: self.step.step is not None  # noqa: E731
         with data_faults(self.args), in_one_line(begun):
@@ -146,19 +158,20 @@ def open_for_scoring(
     *,
     draws: bool = True,
 ) -> list[tuple[ReferenceCheckpoint, Namespace]]:
-    """Check the inputs of a job that scores with checkpoints, open these, and start Megatron.
+    """Check the inputs of a job that scores with checkpoints, open these, and initialize Megatron.
 
     Args:
-        args: validated and made Megatron's own.
-        load, steps: where the checkpoints are, and their iterations.
-        flags: the options that these come from, for errors.
-        draws: whether the samples of a run are drawn from the datasets.
+        args: Megatron's arguments, validated and made global.
+        load: the directory of the checkpoints.
+        steps: their iterations; None for the latest.
+        flags: the options from which `load` and `steps` come, for errors.
+        draws: whether the job draws a run's samples from the datasets.
 
     Returns:
-        Each checkpoint, with the arguments to build its model by.
+        Each checkpoint, with the arguments to build its model with.
 
     Raises:
-        UserError: bad input, found on every rank alike.
+        UserError: bad input, which every rank finds alike.
     """
     check_batches(args)
     _check_inputs(args, draws)

@@ -1,9 +1,8 @@
-"""What is done differently while Megatron saves and loads checkpoints: wrappers of its functions,
-which megatron_hooks.py puts in their place.
+"""Wrappers of Megatron's functions that save and load checkpoints; megatron_hooks.py installs them.
 
-Nothing of a save outlives the run: what this process writes needs no other process, and those of
---async-save end with it.  A save that fails says in a line what could not be written and what is
-kept, on all ranks; the tracker file names a checkpoint that is whole, at any moment.
+No process of a save outlives the run: what this process writes needs no other process, and the
+processes of --async-save end with it.  A save that fails says in one line, on all ranks, what could
+not be written and what is kept.  At any moment, the tracker file names a whole checkpoint.
 """
 
 from __future__ import annotations
@@ -36,16 +35,18 @@ from megatron_slm.training import helper_processes
 from megatron_slm.training.nan import check_weights
 
 POLL_SECONDS = 0.05
-ROOM = 1 << 20  # bytes, below which a disk counts as full
-_results: list[queue.Queue[Any]] = []  # of a save that this process writes itself
+ROOM = 1 << 20  # a disk with fewer bytes left counts as full
+# Queue of the results of a save that this process writes itself, while there is one.
+_results: list[queue.Queue[Any]] = []
 
 
 def wrap_save(
     save_checkpoint: Callable[..., Any], before_save: Callable[[int], None]
 ) -> Callable[..., Any]:
-    """Return Megatron's `save_checkpoint` with checks and remedies.
+    """Wrap Megatron's `save_checkpoint`: check the weights first, and report failures in one line.
 
     Args:
+        save_checkpoint: the original.
         before_save: called with the iteration before a checkpoint is written.
     """
 
@@ -64,7 +65,7 @@ def wrap_save(
 
 
 def wrap_finalize(finalize: Callable[..., Any]) -> Callable[..., Any]:
-    """Return Megatron's `maybe_finalize_async_save`, whose failure is one line."""
+    """Wrap Megatron's `maybe_finalize_async_save`: report failures in one line."""
 
     @functools.wraps(finalize)
     def finalize_save(*args: Any, **kwargs: Any) -> Any:
@@ -75,7 +76,7 @@ def wrap_finalize(finalize: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def wrap_load(load_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-    """Return Megatron's `load_checkpoint`, whose failure is one line."""
+    """Wrap Megatron's `load_checkpoint`: report failures in one line."""
 
     @functools.wraps(load_checkpoint)
     def load(*args: Any, **kwargs: Any) -> Any:
@@ -91,7 +92,7 @@ def wrap_load(load_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def wrap_start_writer(start_writer: Callable[..., None]) -> Callable[..., None]:
-    """Return Megatron's `init_persistent_async_worker`, whose process ends with this one."""
+    """Wrap Megatron's `init_persistent_async_worker`: end the worker's process with this one."""
 
     @functools.wraps(start_writer)
     def start(rank: int, mp_mode: str = "spawn") -> None:
@@ -101,19 +102,18 @@ def wrap_start_writer(start_writer: Callable[..., None]) -> Callable[..., None]:
                 start_writer(rank, mp_mode)
         except ModuleNotFoundError as error:
             raise UserError(
-                "--async-save needs nvidia-resiliency-ext, which is not installed; "
-                "--async-strategy mcore does without"
+                "--async-save needs nvidia-resiliency-ext, which is not installed: install it, or "
+                "give --async-strategy mcore, which does not need it"
             ) from error
 
     return start
 
 
 def wrap_results_queue(get_queue: Callable[..., Any]) -> Callable[..., Any]:
-    """Return Megatron's `get_write_results_queue`, with a queue of threads for a save that this
-    process writes itself.
+    """Wrap Megatron's `get_write_results_queue`: give a save without --async-save its own queue.
 
-    Megatron's own, a process of 0.5 GB that outlives this one, is for writers of --async-save;
-    another checkpoint saved meanwhile would take their results for its own.
+    Megatron's queue is a process of 0.5 GB, which outlives this one.  It is meant for the writers
+    of --async-save; a checkpoint saved meanwhile would take their results for its own.
     """
 
     @functools.wraps(get_queue)
@@ -125,7 +125,7 @@ def wrap_results_queue(get_queue: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def _written_here() -> Iterator[None]:
-    """Take the results of what is saved meanwhile from this process's own threads."""
+    """Let this process's own threads hand over the results of what is saved in the block."""
     _results.append(queue.Queue())
     try:
         yield
@@ -135,9 +135,11 @@ def _written_here() -> Iterator[None]:
 
 @contextmanager
 def _without_sigterm() -> Iterator[None]:
-    """Keep SIGTERM from processes that are started: to all of a job it means that this one saves
-    a last checkpoint, which they write."""
-    resource_tracker.ensure_running()  # which would let the signal through again when it starts
+    """Make processes that are started in the block ignore SIGTERM.
+
+    A job's processes all receive it, and this one then saves a last checkpoint, which they write.
+    """
+    resource_tracker.ensure_running()  # starting it later would unblock the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield
@@ -147,7 +149,11 @@ def _without_sigterm() -> Iterator[None]:
 
 @contextmanager
 def _saving(what: str) -> Iterator[None]:
-    """Say in a line what has failed."""
+    """Report in one line a failure to save `what`.
+
+    Raises:
+        UserError: it could not be saved.
+    """
     try:
         yield
     except (CheckpointException, CheckpointingException, OSError, UserError) as error:
@@ -169,7 +175,7 @@ def _failed(what: str, cause: str) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    """The innermost failure, in a line."""
+    """Describe the innermost failure in one line."""
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
     if not isinstance(error, CheckpointException):
@@ -181,8 +187,10 @@ def _cause(error: BaseException) -> str:
 
 
 def wrap_write(write: Callable[..., Any]) -> Callable[..., Any]:
-    """Return Megatron's `write_preloaded_data`, whose failure names the file: Megatron keeps of a
-    thread's failure the name of its class alone."""
+    """Wrap Megatron's `write_preloaded_data`: let a failure name the file.
+
+    Of a failure in a thread, Megatron would keep only the name of its class.
+    """
 
     @functools.wraps(write)
     def written(*args: Any, **kwargs: Any) -> Any:
@@ -191,7 +199,7 @@ def wrap_write(write: Callable[..., Any]) -> Callable[..., Any]:
             file, failure = Path(kwargs["write_bucket"][0]), result[1]
             said = getattr(failure, "strerror", None) or " ".join(str(failure).split())
             disk = os.statvfs(file.parent)
-            if disk.f_bavail * disk.f_frsize < ROOM:  # which torch does not always tell
+            if disk.f_bavail * disk.f_frsize < ROOM:  # torch does not always say so
                 said = os.strerror(errno.ENOSPC)
             raise RuntimeError(f"{file}: {said}")
         return result
@@ -200,8 +208,7 @@ def wrap_write(write: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def wrap_is_done(is_done: Callable[..., bool]) -> Callable[..., bool]:
-    """Return Megatron's `is_current_async_call_done`, which no longer waits for ever for the
-    results of a writer that was killed."""
+    """Wrap Megatron's `is_current_async_call_done`: do not wait for ever for a killed writer."""
 
     @functools.wraps(is_done)
     def looked(self: Any, blocking: bool = False, no_dist: bool = False) -> bool:
@@ -222,7 +229,7 @@ def wrap_is_done(is_done: Callable[..., bool]) -> Callable[..., bool]:
 
 
 class WholeTrackers(MaybeMultiStorageClient):
-    """Open files as Megatron's `maybe_msc` does, but write tracker files whole."""
+    """A `maybe_msc` like Megatron's, which opens files, but writes tracker files whole."""
 
     def open(self, path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
         own = Path(path).name == TRACKER and mode == "w"

@@ -1,7 +1,7 @@
-"""TensorBoard's events where they cannot be written: training goes on without them.
+"""Keep a run going when TensorBoard's events cannot be written.
 
-TensorBoard writes from a thread of its own, whose fault would end the run at some later call, and
-with it the steps since the last checkpoint.  Its events are there to be looked at.
+TensorBoard writes from a thread of its own.  A failure there would end the run at some later call,
+and the steps since the last checkpoint would be lost for events that are only there to look at.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from megatron_slm.errors import UserError
 
 
 def check_directory(directory: str | None) -> None:
-    """Check that TensorBoard's events can be written where they are to be.
+    """Check that TensorBoard's events can be written to a directory.
 
     Args:
-        directory: that of the events (--tensorboard-dir); None for no events.
+        directory: --tensorboard-dir; None if no events are to be written.
 
     Raises:
         UserError: they cannot.
@@ -38,8 +38,12 @@ def check_directory(directory: str | None) -> None:
 def wrap_write(
     write: Callable[..., None], directory: Callable[[], str | None]
 ) -> Callable[..., None]:
-    """Return the `write` of TensorBoard's RecordWriter, which says once that events cannot be
-    written to the directory, and writes no more."""
+    """Wrap the `write` of TensorBoard's RecordWriter: warn of a failure once, and stop writing.
+
+    Args:
+        write: the original.
+        directory: returns the directory of the events, for the warning.
+    """
     failed = set[int]()  # a record behind a torn one could not be read
 
     @functools.wraps(write)

@@ -1,14 +1,15 @@
-"""Every symbol of Megatron's that the plug-in replaces: the only file that does so.  (On a machine
-without a GPU the CPU platform replaces more, to stand in for one.)
+"""Wrap symbols of Megatron's: this is the only file of the plug-in that replaces any.
 
-Megatron looks a schedule up and calls it once a step, on every pipeline rank alike.  The schedule
-is wrapped so that what has to come first (the reference's pass, the ranking of a whole step) comes
-first, as passes of their own, and then the policy's schedule runs on the micro-batches read for
-them.  (Started from within a forward step, another pass would wait for pipeline stages that wait
-for this one.)  The other symbols are wrapped for checkpoints, for the log and for data.
+(On a machine without a GPU, the CPU platform replaces more, to stand in for one.)
 
-The tables have a row for each symbol.  A wrapper passes on whatever else Megatron gives it, so a
-function may have gained optional parameters; one that has changed in another way is refused.
+Once a step, and on every pipeline rank alike, Megatron looks up a schedule and calls it.  The
+schedule is wrapped so that the reference's pass and the ranking of a whole step come first, as
+passes of their own; then the policy's schedule runs on the micro-batches read for them.  (A pass
+started within a forward step would wait for pipeline stages that wait for this one.)  The other
+symbols are wrapped for the sake of checkpoints, of the log and of data.
+
+The tables below have a row for each symbol.  Wrappers pass on whatever else Megatron gives them, so
+a function may have gained optional parameters; one that has changed otherwise is refused.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from megatron_slm.training import checkpoints, event_writer, report
 VERSION = "0.19.2"
 """The megatron-core that the tables were written for."""
 MARK = "wrapped_by_megatron_slm"
-"""The attribute of what has been put in a symbol's place."""
+"""An attribute that marks wrappers."""
 
 LOOP = "megatron.training.training"
 ASYNC = "megatron.core.dist_checkpointing.strategies"
@@ -40,16 +41,18 @@ ASYNC = "megatron.core.dist_checkpointing.strategies"
 
 @dataclass(frozen=True)
 class Hook:
-    """A symbol that is replaced, and by what."""
+    """A symbol of Megatron's, and what replaces it."""
 
     where: str
-    """The module or class that has it."""
+    """The module or class that has the symbol."""
     name: str
+    """The symbol's name there."""
     takes: str | type
-    """The function's parameters in that version, in order; or the type of what is no function."""
+    """A function's parameters in that version, in order; the type of anything else."""
     reason: str
+    """Why it is replaced."""
     wrap: Callable[[Any], Any]
-    """Makes, from the original, what takes its place."""
+    """Makes the replacement from the original."""
 
 
 @dataclass(frozen=True)
@@ -61,33 +64,34 @@ class Run:
     before_save: Callable[[int], None]
     """Called with the iteration before a checkpoint is written."""
     after_training: Callable[[int], None]
-    """Called with the iteration when the training loop has come to its end, also by a signal,
-    --exit-interval or --exit-duration-in-mins."""
+    """Called with the iteration when the training loop has ended, also if a signal, --exit-interval
+    or --exit-duration-in-mins ended it."""
     timed: bool
     """Whether there is a reference whose time is to be reported."""
     events: str | None
-    """The directory of TensorBoard's events, if there are any."""
+    """The directory of TensorBoard's events; None without any."""
 
 
-_runs: list[Run] = []  # the last is the one that the wrappers serve
+_runs: list[Run] = []  # the run that the wrappers serve, if there is one
 
 
 def install_for_training(run: Run) -> None:
-    """Wrap Megatron for a training run.  Call before `pretrain()`.  Called again, it wraps nothing
-    twice, and the wrappers serve the run that was given last.
+    """Wrap Megatron for a training run.  Must be called before `pretrain()`.
+
+    A second call wraps nothing twice, and makes the wrappers serve the run it is given.
 
     Raises:
-        UserError: Megatron has changed.
+        UserError: a symbol of the installed Megatron is not what the tables say.
     """
     _runs[:] = [run]
     _install((*STEP, *CHECKPOINTS, *LOG, *DATA))
 
 
 def install_for_scoring() -> None:
-    """Wrap Megatron for a job that only scores.  Call before Megatron is initialized.
+    """Wrap Megatron for a job that only scores.  Must be called before Megatron is initialized.
 
     Raises:
-        UserError: Megatron has changed.
+        UserError: a symbol of the installed Megatron is not what the tables say.
     """
     _install(DATA)
 
@@ -114,7 +118,7 @@ def _wrap_train(train: Callable[..., Any]) -> Callable[..., Any]:
         try:
             iteration, operations = train(*args, **kwargs)
         except SystemExit as left:
-            if not left.code:  # after a whole step, on all ranks alike
+            if not left.code:  # training ended after a whole step, on all ranks alike
                 _run().after_training(get_args().curr_iteration + 1)
             raise
         _run().after_training(iteration)
@@ -128,7 +132,7 @@ STEP = (
         LOOP,
         "get_forward_backward_func",
         "pp_size vp_size schedule_pg_collection",
-        "reference and ranking come before a step's schedule",
+        "the reference's pass and the ranking come before a step's schedule",
         _wrap_schedule,
     ),
     Hook(
@@ -137,7 +141,7 @@ STEP = (
         "forward_step_func model optimizer opt_param_scheduler train_data_iterator "
         "valid_data_iterator process_non_loss_data_func config checkpointing_context "
         "non_loss_data_func",
-        "the last token dump comes when training has ended",
+        "the last token dump is written when training has ended",
         _wrap_train,
     ),
 )
@@ -147,7 +151,7 @@ CHECKPOINTS = (
         "save_checkpoint",
         "iteration model optimizer opt_param_scheduler num_floating_point_operations_so_far "
         "checkpointing_context",
-        "no NaN is saved, a moving average is saved first, and a failure is one line",
+        "NaN is not saved, a moving average is saved first, and a failure is one line",
         lambda save: checkpoints.wrap_save(save, _before_save),
     ),
     Hook(
@@ -168,21 +172,21 @@ CHECKPOINTS = (
         "megatron.training.initialize",
         "init_persistent_async_worker",
         "rank mp_mode",
-        "the process that writes for --async-save ends with the run",
+        "the process that writes for --async-save has to end with the run",
         checkpoints.wrap_start_writer,
     ),
     Hook(
         "megatron.training.checkpointing",
         "maybe_msc",
         MaybeMultiStorageClient,
-        "the tracker file names a checkpoint that is whole, at any moment",
+        "the tracker file names a whole checkpoint at any moment",
         lambda original: checkpoints.WholeTrackers(),
     ),
     Hook(
         f"{ASYNC}.filesystem_async",
         "get_write_results_queue",
         "mp_mode",
-        "a save without --async-save starts no process",
+        "a save without --async-save need not start a process",
         checkpoints.wrap_results_queue,
     ),
     Hook(
@@ -196,7 +200,7 @@ CHECKPOINTS = (
         f"{ASYNC}.async_utils.PersistentAsyncCaller",
         "is_current_async_call_done",
         "self blocking no_dist",
-        "a writer that was killed is not waited for",
+        "a writer that was killed must not be waited for",
         checkpoints.wrap_is_done,
     ),
 )
@@ -207,14 +211,14 @@ LOG = (
         "training_log",
         "loss_dict total_loss_dict learning_rate iteration loss_scale report_memory_flag "
         "skipped_iter grad_norm params_norm num_zeros_in_grad max_attention_logit",
-        "averages below zero, and our timers, are printed too",
+        "averages below zero and our timers are printed too",
         lambda log: report.wrap_log(log, lambda: _run().timed),
     ),
     Hook(
         LOOP,
         "evaluate",
         "forward_step_func data_iterator model process_non_loss_data_func config verbose",
-        "what is no loss has no perplexity",
+        "values that are not losses have no perplexity",
         _validation.wrap_evaluate,
     ),
     Hook(
@@ -222,14 +226,14 @@ LOG = (
         "evaluate_and_print_results",
         "prefix forward_step_func data_iterator model iteration process_non_loss_data_func "
         "config verbose write_to_tensorboard",
-        "what is no loss is printed after the losses",
+        "values that are not losses are printed after the losses",
         _validation.wrap_print,
     ),
     Hook(
         "tensorboard.summary.writer.record_writer.RecordWriter",
         "write",
         "self data",
-        "a full disk ends the events, and not the run",
+        "a full disk ends the events and not the run",
         lambda write: event_writer.wrap_write(write, lambda: _run().events),
     ),
 )
@@ -238,16 +242,16 @@ DATA = (
         "megatron.core.datasets.utils",
         "compile_helpers",
         "",
-        "the wheel has them compiled, and no Makefile to compile them by",
+        "the wheel has the helpers compiled, and has no Makefile to compile them with",
         lambda original: lambda: None,
     ),
 )
 NEEDS = {"compile_helpers": "megatron.core.datasets.helpers_cpp", "write": "tensorboard"}
-"""Modules without which a symbol, by its name, is left as it is."""
+"""The module that a symbol, by its name, needs; without it the symbol is left as it is."""
 
 
 def _install(hooks: Iterable[Hook]) -> None:
-    """Check all symbols, then wrap those that are not, and print which."""
+    """Check all symbols, wrap those that are not wrapped yet, and print their names."""
     new = []
     for hook in hooks:
         if hook.name not in NEEDS or find_spec(NEEDS[hook.name]) is not None:
@@ -265,10 +269,10 @@ def _install(hooks: Iterable[Hook]) -> None:
 
 
 def _check(hook: Hook, now: Any) -> None:
-    """Refuse a symbol that the tables were not written for.
+    """Refuse a symbol that is not what the tables say.
 
     Raises:
-        UserError: naming it and both versions.
+        UserError: it is not; the message names it and both versions of Megatron.
     """
     if isinstance(hook.takes, type):
         expected, found = hook.takes.__name__, type(now).__name__
@@ -284,8 +288,8 @@ def _check(hook: Hook, now: Any) -> None:
             fits = fits and (many or more.default is not more.empty)
     if not fits:
         raise UserError(
-            f"{hook.where}.{hook.name} of megatron-core {VERSION}, for which this version of "
-            f"megatron-slm was written, is {expected}, and that of the installed megatron-core "
-            f"{megatron.core.__version__} is {found if now is not None else 'not there'}: "
-            f"install megatron-core {VERSION}"
+            f"{hook.where}.{hook.name} is {expected} in megatron-core {VERSION}, for which this "
+            f"version of megatron-slm was written, and {found if now is not None else 'missing'} "
+            f"in the installed megatron-core {megatron.core.__version__}: install megatron-core "
+            f"{VERSION}"
         )

@@ -38,8 +38,13 @@ def parse_training(add_options: AddOptions) -> Namespace:
 
 
 def parse_planned(add_options: AddOptions) -> Namespace:
-    """Parse, check and validate the arguments of a run that is to start elsewhere: neither the
-    packages that it needs nor its tokenizer have to be here, and they do not become Megatron's own.
+    """Parse, check and validate the arguments of a run that is to start elsewhere.
+
+    Neither the packages that it needs nor its tokenizer have to be on this machine, and the
+    arguments do not become Megatron's own.
+
+    Args:
+        add_options: adds options to Megatron's parser.
 
     Raises:
         UserError: arguments that we or Megatron refuse.
@@ -71,11 +76,11 @@ def parse_job(add_options: AddOptions) -> Namespace:
 def check_when_parsed(
     parser: ArgumentParser, *checks: Callable[[Namespace], None]
 ) -> ArgumentParser:
-    """Have Megatron's parser check for what we refuse as soon as it has parsed a command line, as
-    Megatron validates it next.
+    """Make Megatron's parser check arguments as soon as they are parsed, before Megatron does.
 
     Args:
-        checks: called with the arguments, after those that every job has.
+        parser: Megatron's parser, with our options; changed in place and returned.
+        checks: called with the arguments, after the checks that every job has.
     """
     parse = parser.parse_args
 
@@ -95,7 +100,7 @@ def check_run(args: Namespace) -> None:
     """Check a training run's arguments as they were parsed.
 
     Raises:
-        UserError: what contradicts itself, and what to do.
+        UserError: some are faulty or contradict each other; the message says what to do.
     """
     check_job(args)
     check_packages(args)

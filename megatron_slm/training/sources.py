@@ -26,6 +26,7 @@ from megatron_slm.reference.checkpoint import (
     checkpoint_fingerprint,
     open_checkpoint,
 )
+from megatron_slm.reference.fp8 import check_fp8
 from megatron_slm.reference.moving_average import MovingAverage
 from megatron_slm.reference.online import (
     frozen_arguments,
@@ -179,11 +180,13 @@ def _moving_average(
     ):
         if value:
             raise UserError(f"--slm-reference ema cannot be used with {flag}")
+    own = frozen_arguments(args)
+    check_fp8(own, "the policy, and so its average,")
 
     def build() -> Reference:
         resumes = args.load is not None and args.iteration > 0
         return MovingAverage(
-            frozen_arguments(args),
+            own,
             scoring,
             decay,
             layer_spec,

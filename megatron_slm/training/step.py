@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from megatron.core import mpu
 from megatron.core.utils import get_attr_wrapped_model
-from megatron.training import get_args, get_timers
+from megatron.training import get_args
 from torch import Tensor
 
 from megatron_slm.loss import Scoring, Selecting, Telling, dense_losses, loss_of_selected
@@ -27,6 +27,7 @@ from megatron_slm.reference.moving_average import MovingAverage
 from megatron_slm.selection import CarriedThreshold, Choice, Ranks, TokenSelector
 from megatron_slm.training import nan
 from megatron_slm.training.data_iterators import for_model_chunks, form_of, own_iterator
+from megatron_slm.training.device_timer import device_timer
 from megatron_slm.training.dump import TokenDumps
 from megatron_slm.training.micro_batch import MicroBatch, read_micro_batches
 from megatron_slm.training.objective import MicroBatchObjective, token_scores
@@ -199,7 +200,7 @@ class SelectiveStep:
             return {
                 "output_processor": loss_of_selected,
                 "output_processor_context": Selecting(
-                    objective.weigh, vocabulary, self._wants_entropies
+                    objective.weigh, vocabulary, self._wants_entropies, objective.most_counted
                 ),
             }
         if padded:
@@ -319,11 +320,11 @@ class SelectiveStep:
 
 @contextmanager
 def _timed(name: str, when: bool = True) -> Iterator[None]:
-    """Count the time in one of Megatron's timers, which waits for the device twice."""
+    """Count the device's time in a timer of Megatron's log."""
     if not when:
         yield
         return
-    timer = get_timers()(name, log_level=0)
+    timer = device_timer(name)
     timer.start()
     yield
     timer.stop()
