@@ -66,7 +66,7 @@ def open_source(
         UserError: nothing there, damaged, of another tokenizer or model, or arguments that
             contradict each other.
     """
-    check_options(args)
+    check_batches(args)
     if not reference_flags(args):
         return None
     if args.slm_reference_cache:
@@ -93,10 +93,11 @@ class _Cached:
         return micro_batches
 
 
-def check_options(args: Namespace) -> None:
-    """
+def check_batches(args: Namespace) -> None:
+    """Check how many samples the reference scores at once.
+
     Raises:
-        UserError: a batch that the run's micro-batches do not divide.
+        UserError: the run's micro-batches do not divide them.
     """
     size = args.slm_reference_micro_batch_size
     if size is not None and size % args.micro_batch_size:
