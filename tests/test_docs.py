@@ -28,6 +28,7 @@ OTHERS = set(
     """
     --nproc_per_node --help --no-build-isolation --cpus-per-task --cpu-bind --nodes
     --ntasks-per-node --gpus-per-node --check --exclusive --signal --requeue --open-mode --wrap
+    --modelopt-enabled
     """.split()
 )
 RUNS = ("megatron_slm.pretrain", "examples/your_own_pretrain.py")
