@@ -21,6 +21,7 @@ from megatron.training.initialize import initialize_megatron
 from megatron.training.training import get_train_valid_test_num_samples
 from megatron.training.utils import print_rank_0
 
+from megatron_slm.data.manifest_types import DumpOrigin
 from megatron_slm.data.token_dump import TokenDump, dump_path, read_dump, write_dump
 from megatron_slm.errors import UserError
 from megatron_slm.jobs.job_arguments import settle_arguments
@@ -103,10 +104,11 @@ def score_checkpoints(args: Namespace, layer_spec: Callable[..., Any] | None) ->
     micro_batches = samples.read(-(-count // (args.micro_batch_size * ranks)))
     model: OnlineReference | None = None
     for step, (checkpoint, own) in zip(args.ckpt_steps, opened, strict=True):
-        about = described_tokenizer() | {
-            "split": samples.split,
-            "checkpoint": checkpoint_fingerprint(checkpoint),
-        }
+        about = DumpOrigin(
+            **described_tokenizer(),
+            split=samples.split,
+            checkpoint=checkpoint_fingerprint(checkpoint),
+        )
         if _is_there(directory, step, checkpoint, samples, count):
             print_rank_0(f"> iteration {step}: scored before")
             continue
@@ -136,7 +138,7 @@ def _is_there(
         if not path.exists():
             return False
         dump = read_dump(path)
-        same = dump.about.get("checkpoint") == checkpoint_fingerprint(checkpoint)
+        same = dump.about.checkpoint == checkpoint_fingerprint(checkpoint)
         return same and np.array_equal(dump.tokens, samples.tokens(count)[0])
 
     found: bool = from_first_rank(look)
@@ -150,7 +152,7 @@ def _score(
     samples: FixedSamples,
     count: int,
     step: int,
-    about: dict[str, Any],
+    about: DumpOrigin,
     directory: Path,
 ) -> str | None:
     """Score with a checkpoint; why its losses could not be written, on the rank that writes."""

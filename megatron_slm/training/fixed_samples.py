@@ -95,7 +95,7 @@ def is_writer() -> bool:
     )
 
 
-def described_tokenizer() -> dict[str, Any]:
+def described_tokenizer() -> dict[str, str | None]:
     """What readers of a dump find the tokenizer by."""
     args = get_args()
     model = args.tokenizer_model

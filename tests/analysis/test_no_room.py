@@ -19,6 +19,7 @@ from megatron_slm.analysis.dynamics.write_dynamics import write_dynamics
 from megatron_slm.analysis.experiments.tasks import write_json
 from megatron_slm.analysis.inspect_cache import inspect
 from megatron_slm.analysis.report.page import write_report
+from megatron_slm.data.manifest_types import ScoredData
 from megatron_slm.data.score_cache import write_shard
 from megatron_slm.data.score_manifest import CacheManifest
 from megatron_slm.data.token_dump import read_dump, write_dump
@@ -48,7 +49,7 @@ def _dump(run: Path) -> None:
 
 
 def _cache(run: Path) -> None:
-    source: Any = {"tokenizer": "t", "vocabulary": 9, "datasets": {}, "blends": {}}
+    source = ScoredData("t", 9, {}, blends={})
     manifest = CacheManifest("sample", "float32", 2048, 1, {"train": 1}, source, {})
     manifest.write(run / "cache")
     ones = np.ones((1, 2048), np.float32)
