@@ -1,4 +1,4 @@
-"""What every job of ours does before anything else: look at its command line and at the machine."""
+"""Start a job: check its command line, and prepare this machine, before Megatron is imported."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_slm.errors import exit_on_user_error
 from megatron_slm.training.first_check import TRAINING, Job, first_check
 from megatron_slm.training.option_groups import add_group
 
-# What torchrun would tell a single rank; its port is any that is free.
+# What torchrun would set for a single rank.  Port 0 stands for any that is free.
 ONE_RANK = {
     "RANK": "0",
     "LOCAL_RANK": "0",
@@ -24,12 +24,15 @@ ONE_RANK = {
 
 
 def start(job: Job, work: Callable[[bool], None], cpu: bool | None = None) -> None:
-    """Check the command line, install the CPU platform where there is no GPU, and do the work, as
-    one rank where nothing says which.
+    """Check the command line, install the CPU platform where there is no GPU, and do the work.
+
+    A process that torchrun did not start works as the only rank.
 
     Args:
-        work: given whether that platform is installed, which comes before Megatron is imported.
-        cpu: if that is known.
+        job: says what the command line may contain.
+        work: does the work.  It is told whether the CPU platform is installed, and must not import
+            Megatron before it is called.
+        cpu: whether the CPU platform is installed, where that is known already.
     """
     with exit_on_user_error("the same command starts again"):
         go_on = first_check(sys.argv[1:], job)
@@ -40,7 +43,10 @@ def start(job: Job, work: Callable[[bool], None], cpu: bool | None = None) -> No
 
 
 def use_device() -> bool:
-    """Install the CPU platform if there is no GPU; True if so.  Before Megatron is imported."""
+    """Install the CPU platform if there is no GPU, and return whether it is installed.
+
+    Must be called before Megatron is imported.
+    """
     first_rank = int(os.getenv("RANK", "0")) == 0
     if not first_rank:
         warnings.filterwarnings("ignore")
@@ -57,7 +63,7 @@ def use_device() -> bool:
 
 
 def add_arguments(parser: ArgumentParser, cpu: bool, job: Job = TRAINING) -> ArgumentParser:
-    """Add a job's options, and the CPU's defaults if its platform is installed."""
+    """Add a job's options to Megatron's, with the CPU platform's defaults if it is installed."""
     from megatron_slm.training.arguments import add_arguments as add_own
     from megatron_slm.training.checkpoint_arguments import take_from_checkpoint
 

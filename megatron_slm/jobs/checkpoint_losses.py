@@ -1,8 +1,8 @@
-"""A job that scores the same validation samples with every checkpoint of a run, in any layout.
+"""Score the same validation samples with every checkpoint of a run, in any layout.
 
-Each checkpoint's losses become a token dump, DIR/losses/iter_*.safetensors; what is there already
-is not scored again.  Padding of the vocabulary is left out of the softmax, for it depends on the
-layout; a run's own losses have it in.
+Each checkpoint's losses become a token dump, DIR/losses/iter_*.safetensors; checkpoints whose dump
+exists are not scored again.  The softmax excludes padding of the vocabulary, which depends on the
+layout; the losses that a run logs include it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from megatron_slm.training.parsing import parse_job
 from megatron_slm.training.sources import open_reference
 from megatron_slm.training.tokenizer import record_tokenizer
 
-# What the number of a run's validation samples depends on, for those who do not give it.
+# What the number of validation samples depends on: taken from the checkpoint where not given.
 NUMBERS = """
     global_batch_size eval_global_batch_size train_iters train_samples eval_interval
 """.split()
@@ -54,7 +54,7 @@ NUMBER = re.compile(r"[0-9]{1,18}")
 
 
 def parse_dynamics_arguments(add_own: Callable[[ArgumentParser], ArgumentParser]) -> Namespace:
-    """The run's arguments, some of which mean nothing to this job, and its own.
+    """Parse the run's arguments and this job's own; some of the run's mean nothing to the job.
 
     Raises:
         UserError: the directory has fewer than two checkpoints.
@@ -67,23 +67,23 @@ def parse_dynamics_arguments(add_own: Callable[[ArgumentParser], ArgumentParser]
     if args.dynamics_tokens < 1:
         raise UserError("--dynamics-tokens must be at least 1")
     if len(args.ckpt_steps) < 2:
-        raise UserError(f"--load {args.load}: dynamics need two checkpoints at least")
+        raise UserError(f"--load {args.load}: dynamics need at least two checkpoints")
     saved = open_checkpoint(args.load, args.ckpt_steps[-1], CHECKPOINT_FLAGS).arguments
     settle_arguments(args, saved)
     for name in NUMBERS:
         if getattr(args, name) is None:
             setattr(args, name, getattr(saved, name, None))
-    # The run's own checkpoints are scored as its reference is not.
+    # The run's options for its reference do not apply to its own checkpoints.
     args.slm_reference_offload = args.slm_reference_fp8 = False
     args.slm_reference_micro_batch_size = None
     return args
 
 
 def score_checkpoints(args: Namespace, layer_spec: Callable[..., Any] | None) -> Path:
-    """Run the job; where the losses are.
+    """Run the job, and return the directory of the losses.
 
     Raises:
-        UserError: bad input, found on every rank alike.
+        UserError: bad input, which every rank finds alike.
     """
     record_tokenizer(args, get_tokenizer())
     check_files(args)
@@ -131,7 +131,7 @@ def _is_there(
     samples: FixedSamples,
     count: int,
 ) -> bool:
-    """Whether this very checkpoint has scored these very tokens."""
+    """Return whether this very checkpoint has already scored these very tokens."""
 
     def look() -> bool:
         path = dump_path(directory, step)
@@ -155,7 +155,12 @@ def _score(
     about: DumpOrigin,
     directory: Path,
 ) -> str | None:
-    """Score with a checkpoint; why its losses could not be written, on the rank that writes."""
+    """Score with one checkpoint and write its losses.
+
+    Returns:
+        On the rank that writes, why the losses could not be written; None if they were, and on all
+        other ranks.
+    """
     scored = list(model.score(iter(micro_batches), len(micro_batches), args.micro_batch_size))
     if not mpu.is_pipeline_last_stage():
         return None
@@ -172,7 +177,7 @@ def _score(
 
 
 def _of_any_rank(said: str | None) -> str | None:
-    """What the first of the ranks that have something to say does.  Collective over all ranks."""
+    """Return the message of the first rank that has one, on all ranks.  Collective over them."""
     everyone: list[str | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, said)
     return next((each for each in everyone if each is not None), None)

@@ -1,12 +1,12 @@
-"""A job that fills a score cache: the samples a training run will draw, or whole datasets.
+"""Fill a score cache: score the samples that a training run will draw, or whole datasets.
 
-    one rank       writes the manifest and lists the shards that are not there yet
-    each replica   (data-parallel rank) scores every so-manieth of them, a forward-only pipeline
-                   pass a shard, without waiting for the others
-    its last stage writes the shard, once, under its name only when it is on the disk
+    the first rank    writes the manifest and lists the shards that are still missing
+    each replica      (data-parallel rank, of n) scores every n-th of these, one forward-only
+                      pipeline pass a shard, without waiting for the other replicas
+    its last stage    writes each shard, which gets its name only once it is on the disk
 
-What a shard holds depends on neither the layout nor the number of replicas, so a job may be killed
-and go on in another layout.
+The content of a shard depends neither on the layout nor on the number of replicas, so a job that
+was killed can continue in another layout.
 """
 
 from __future__ import annotations
@@ -59,24 +59,27 @@ from megatron_slm.training.refusals import in_one_line
 from megatron_slm.training.sources import check_options, open_reference
 from megatron_slm.training.tokenizer import record_tokenizer
 
-# A shard is what a kill may cost a replica, what replicas share work by, and what they hold on
-# their devices at a time.
+# A shard is what a replica loses when it is killed, the unit of work that replicas share, and what
+# a device holds at a time.
 MOST_TOKENS, LEAST_RECORDS, SHARDS = 1 << 23, 16, 512
 OTHERS_POLL_SECONDS = 5.0
-FAILED = "megatron-slm: scoring failed"  # by the job's store, what a rank says of it
+FAILED = "megatron-slm: scoring failed"  # key of the job's store under which a rank says why
 
 
 def parse_scoring_arguments(add_own: Callable[[ArgumentParser], ArgumentParser]) -> Namespace:
-    """The training run's arguments, some of which mean nothing to this job, and its own.
+    """Parse the run's arguments and this job's own; some of the run's mean nothing to the job.
 
     Raises:
-        UserError: a run whose samples cannot be told.
+        UserError: bad arguments, or a run whose samples are not known beforehand.
     """
     args = parse_job(add_own)
     if args.by == "sample":
         for name in ("full_validation", "multiple_validation_sets", "step_batch_size_schedule"):
             if getattr(args, name):
-                raise UserError(f"--{name.replace('_', '-')}: score --by document")
+                raise UserError(
+                    f"--{name.replace('_', '-')}: which samples the run will draw is not known "
+                    "beforehand; score --by document"
+                )
     (load,) = args.slm_reference_load
     saved = open_checkpoint(load, args.slm_reference_ckpt_step).arguments
     settle_arguments(args, saved)
@@ -89,7 +92,7 @@ def score(args: Namespace, layer_spec: Callable[..., Any] | None) -> None:
     """Run the job.
 
     Raises:
-        UserError: bad input, found on every rank alike; a loss that is no number.
+        UserError: bad input, which every rank finds alike; or a loss that is NaN or infinite.
     """
     check_options(args)
     record_tokenizer(args, get_tokenizer())
@@ -124,12 +127,12 @@ def score(args: Namespace, layer_spec: Callable[..., Any] | None) -> None:
         for section, shard in mine:
             _score_shard(args, reference, batches, directory, manifest, section, shard, progress)
     except UserError as error:
-        with suppress(RuntimeError):  # the first rank, whose store it is, may have ended
+        with suppress(RuntimeError):  # the first rank, which holds the store, may have ended
             store.set(FAILED, str(error))
         raise
     progress.close()
-    # Others may need longer than a collective may wait.  The first rank stays: it is the job's
-    # store.
+    # Other replicas may take longer than a collective may wait.  The first rank stays, since it
+    # holds the job's store.
     while first and missing_shards(directory, manifest):
         if store.check([FAILED]):
             raise UserError(store.get(FAILED).decode())
@@ -172,22 +175,21 @@ def _score_shard(
 def _shown(
     batches: Iterator[MicroBatch], records: int, size: int, length: int, progress: tqdm[Any]
 ) -> Iterator[MicroBatch]:
-    """Micro-batches, whose tokens `progress` counts as they are asked for, without what fills up
-    the last."""
+    """Yield micro-batches, and count their tokens in `progress`, without the last one's padding."""
     for first, batch in zip(range(0, records, size), batches, strict=True):
         progress.update(min(size, records - first) * length)
         yield batch
 
 
 def _whole(parts: list[Tensor | None], records: int) -> Tensor:
-    """Rows of micro-batches [b, s/c] as [records, s]."""
+    """Gather the first `records` rows of micro-batches, each [b, s/c], as [records, s]."""
     return whole_sequences(torch.cat([part for part in parts if part is not None])[:records])
 
 
 def _begin(
     args: Namespace, checkpoint: ReferenceCheckpoint, directory: Path, datasets: dict[str, Any]
 ) -> tuple[CacheManifest, list[tuple[str, int]]]:
-    """Write the manifest; what remains to be scored."""
+    """Write the manifest, and return it with the shards that remain to be scored."""
     sections = {name: size for name, (_, size) in datasets.items() if size > 0}
     if not sections:
         raise UserError("there is nothing to score: no samples, or no --data-path")
@@ -206,14 +208,14 @@ def _begin(
         manifest = msgspec.convert(what, CacheManifest)
     except msgspec.ValidationError as error:
         raise UserError(
-            f"no score cache can be made of this ({error}); see --shard-samples"
+            f"no score cache can be made with these arguments: {error}; see --shard-samples"
         ) from error
     manifest.write(directory)
     return manifest, missing_shards(directory, manifest)
 
 
 def from_first_rank(function: Callable[[], Any]) -> Any:
-    """Its result, or its exception, on all ranks."""
+    """Call a function on the first rank, and return or raise on all ranks what it does there."""
     answer: list[Any] = [None]
     if torch.distributed.get_rank() == 0:
         try:
@@ -227,7 +229,7 @@ def from_first_rank(function: Callable[[], Any]) -> Any:
 
 
 def _samples() -> dict[str, tuple[Any, int]]:
-    """Datasets of the splits and how many samples of each a run draws.  The first rank has them."""
+    """Return each split's dataset, and how many of its samples the run draws, on the first rank."""
     wanted = get_train_valid_test_num_samples()
     built = DatasetProvider()(list(wanted))
     return {
@@ -237,7 +239,7 @@ def _samples() -> dict[str, tuple[Any, int]]:
 
 
 def _documents(args: Namespace) -> dict[str, tuple[Any, int]]:
-    """All tokens of each dataset."""
+    """Return all tokens of each dataset, as windows, and how many windows there are."""
     datasets = {}
     for prefix in data_prefixes(args):
         windows = None
@@ -254,8 +256,10 @@ def _load(
     manifest: CacheManifest,
     shards: list[tuple[str, int]],
 ) -> Iterator[Any] | None:
-    """Micro-batches of these shards, one after the other; None on ranks that read no data.  The
-    last of a shard is filled up with its last sample."""
+    """Load the micro-batches of these shards, one after the other; None on ranks that read no data.
+
+    The last micro-batch of a shard is padded with copies of its last sample.
+    """
     if not reads_data():
         return None
     size = args.micro_batch_size
@@ -278,7 +282,7 @@ def _load(
 
 
 class _Records(torch.utils.data.Dataset[dict[str, Any]]):
-    """Samples by (section, number), each with its dataset's number in the blend."""
+    """Samples by their section and number, each with its dataset's number in the blend."""
 
     def __init__(self, datasets: dict[str, Any]) -> None:
         self.datasets = datasets

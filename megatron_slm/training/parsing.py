@@ -1,8 +1,8 @@
-"""The command line as Megatron takes it, with our refusals before Megatron's.
+"""Parse and validate a command line as Megatron does, with our checks before Megatron's.
 
-parse      Megatron's parser, with our options
-check      what we refuse: Megatron's validation would refuse some of it with another reason
-validate   Megatron's validation, which fills in what the arguments leave open
+parse      by Megatron's parser, with our options added
+check      for what we refuse; Megatron's validation would give another reason for some of it
+validate   by Megatron's validation, which also fills in what the arguments leave open
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def parse_job(add_options: AddOptions, *, planned: bool = False) -> Namespace:
 
 
 def _without_yaml(parser: ArgumentParser) -> ArgumentParser:
-    """Refuse --yaml-cfg where it is parsed: Megatron reads the file at once, and takes it for all
-    arguments."""
+    """Refuse --yaml-cfg while it is parsed: Megatron would read the file right after parsing, and
+    let it replace all arguments."""
 
     def refuse(_: str) -> None:
         flag, why = UNSUPPORTED["yaml_cfg"]

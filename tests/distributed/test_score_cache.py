@@ -148,7 +148,7 @@ def test_a_run_goes_on_from_a_cache(
 
     other = f"--slm-reference-load {untied.policy}"
     run = resume(corpus, untied, saved, tmp_path / "other", other, check=False)
-    assert run.codes == [2] and "of the reference so far" in run.outputs[0]
+    assert run.codes == [2] and "so far, and now the reference is" in run.outputs[0]
     longer = f"{cached} --train-iters 7"
     run = train(corpus, untied, tmp_path / "longer", longer, check=False)
     assert run.codes == [2]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from launch import REPOSITORY
-from megatron_slm.planning.recipe import Recipe, parse, work_of
+from megatron_slm.planning.recipe import LaunchRecipe, parse, work_of
 from megatron_slm.training.arguments_page import page
 from megatron_slm.training.settings import settings_from_arguments
 
@@ -36,7 +36,7 @@ def test_the_page_is_generated() -> None:
 
 @pytest.mark.parametrize("more", DECIDED)
 def test_planning_decides_as_training_does(more: str) -> None:
-    args: Any = parse(Recipe([*RUN.split(), *more.split()], 1), 0, 256, cpu=True)
+    args: Any = parse(LaunchRecipe([*RUN.split(), *more.split()], 1), 0, 256, cpu=True)
     settings = settings_from_arguments(args)
     assert (settings.selective, settings.head) == DECIDED[more]
     assert work_of(args, "plain", "cpu").head == settings.head
