@@ -30,6 +30,7 @@ OTHERS = set(
     --ntasks-per-node --gpus-per-node --check --exclusive --signal --requeue --open-mode --wrap
     """.split()
 )
+RUNS = ("megatron_slm.pretrain", "examples/your_own_pretrain.py")
 JOBS = ("tools/score_reference.py", "tools/token_dynamics.py")  # beside training
 
 
@@ -125,7 +126,7 @@ def options_in(text: str) -> set[str]:
 @cache
 def options_of(program: str, subcommand: str) -> set[str]:
     """What a program takes: a job by its parser, a tool or benchmark by what its file declares."""
-    if program == "megatron_slm.pretrain":
+    if program in RUNS:
         return options_of_a_run()
     if program in JOBS:
         if subcommand in ("inspect", "classify"):

@@ -32,6 +32,11 @@ ARGUMENT_DEFAULTS = {
 _installed = False
 
 
+def installed() -> bool:
+    """Tell whether this process runs on the CPU platform."""
+    return _installed
+
+
 def install() -> None:
     """Make CUDA's names mean the CPU in this process.  Idempotent."""
     global _installed

@@ -16,8 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core import mpu
-from megatron.training import get_tokenizer
-from megatron.training.initialize import initialize_megatron
 from megatron.training.training import get_train_valid_test_num_samples
 from megatron.training.utils import print_rank_0
 
@@ -27,13 +25,15 @@ from megatron_slm.errors import UserError
 from megatron_slm.jobs.job_arguments import settle_arguments
 from megatron_slm.jobs.scoring import from_first_rank
 from megatron_slm.loss import Scoring
+from megatron_slm.model.gpt_config import installed_layers
 from megatron_slm.reference.checkpoint import (
     ReferenceCheckpoint,
     checkpoint_fingerprint,
     open_checkpoint,
 )
 from megatron_slm.reference.online import OnlineReference, frozen_reference, load_weights
-from megatron_slm.training.datasets import DatasetProvider, check_files, use_prebuilt_helpers
+from megatron_slm.selective import open_for_scoring
+from megatron_slm.training.datasets import DatasetProvider
 from megatron_slm.training.fixed_samples import (
     FixedSamples,
     described_tokenizer,
@@ -42,8 +42,6 @@ from megatron_slm.training.fixed_samples import (
 )
 from megatron_slm.training.micro_batch import MicroBatch
 from megatron_slm.training.parsing import parse_job
-from megatron_slm.training.sources import open_reference
-from megatron_slm.training.tokenizer import record_tokenizer
 
 # What the number of validation samples depends on: taken from the checkpoint where not given.
 NUMBERS = """
@@ -79,17 +77,13 @@ def parse_dynamics_arguments(add_own: Callable[[ArgumentParser], ArgumentParser]
     return args
 
 
-def score_checkpoints(args: Namespace, layer_spec: Callable[..., Any] | None) -> Path:
+def score_checkpoints(args: Namespace) -> Path:
     """Run the job, and return the directory of the losses.
 
     Raises:
         UserError: bad input, which every rank finds alike.
     """
-    record_tokenizer(args, get_tokenizer())
-    check_files(args)
-    opened = [open_reference(args, args.load, step, CHECKPOINT_FLAGS) for step in args.ckpt_steps]
-    use_prebuilt_helpers()
-    initialize_megatron()
+    opened = open_for_scoring(args, args.load, args.ckpt_steps, CHECKPOINT_FLAGS)
     provider = DatasetProvider()
     _, validation, _ = get_train_valid_test_num_samples()
     provider([1, validation, 0])
@@ -113,7 +107,9 @@ def score_checkpoints(args: Namespace, layer_spec: Callable[..., Any] | None) ->
             print_rank_0(f"> iteration {step}: scored before")
             continue
         if model is None:
-            model = frozen_reference(checkpoint, own, Scoring(args.slm_vocab_size), layer_spec)
+            model = frozen_reference(
+                checkpoint, own, Scoring(args.slm_vocab_size), installed_layers()
+            )
         else:
             load_weights(model.model, checkpoint)
         failed = _score(args, model, micro_batches, samples, count, step, about, directory)

@@ -24,7 +24,6 @@ import torch
 from megatron.core import mpu
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.training import get_tokenizer
-from megatron.training.initialize import initialize_megatron
 from megatron.training.training import get_train_valid_test_num_samples
 from megatron.training.utils import print_rank_0
 from torch import Tensor
@@ -36,19 +35,16 @@ from megatron_slm.data.scored_dataset import DocumentWindows, dataset_name
 from megatron_slm.errors import UserError
 from megatron_slm.jobs.job_arguments import settle_arguments
 from megatron_slm.loss import Scoring
+from megatron_slm.model.gpt_config import installed_layers
 from megatron_slm.reference.checkpoint import (
     ReferenceCheckpoint,
     checkpoint_fingerprint,
     open_checkpoint,
 )
 from megatron_slm.reference.online import OnlineReference, frozen_reference
+from megatron_slm.selective import open_for_scoring
 from megatron_slm.training.caches import SPLITS, data_prefixes, describe_data
-from megatron_slm.training.datasets import (
-    DatasetProvider,
-    check_files,
-    reads_data,
-    use_prebuilt_helpers,
-)
+from megatron_slm.training.datasets import DatasetProvider, reads_data
 from megatron_slm.training.micro_batch import (
     MicroBatch,
     read_micro_batches,
@@ -56,8 +52,6 @@ from megatron_slm.training.micro_batch import (
 )
 from megatron_slm.training.parsing import parse_job
 from megatron_slm.training.refusals import in_one_line
-from megatron_slm.training.sources import check_options, open_reference
-from megatron_slm.training.tokenizer import record_tokenizer
 
 # A shard is what a replica loses when it is killed, the unit of work that replicas share, and what
 # a device holds at a time.
@@ -88,22 +82,21 @@ def parse_scoring_arguments(add_own: Callable[[ArgumentParser], ArgumentParser])
     return args
 
 
-def score(args: Namespace, layer_spec: Callable[..., Any] | None) -> None:
+def score(args: Namespace) -> None:
     """Run the job.
 
     Raises:
         UserError: bad input, which every rank finds alike; or a loss that is NaN or infinite.
     """
-    check_options(args)
-    record_tokenizer(args, get_tokenizer())
-    check_files(args, draws=args.by == "sample")
-    checkpoint, own_arguments = open_reference(
-        args, args.slm_reference_load[0], args.slm_reference_ckpt_step
+    by_document = args.by == "document"
+    ((checkpoint, own_arguments),) = open_for_scoring(
+        args,
+        args.slm_reference_load[0],
+        [args.slm_reference_ckpt_step],
+        draws=not by_document,
     )
-    use_prebuilt_helpers()
     with in_one_line():
-        initialize_megatron()
-        datasets = _documents(args) if args.by == "document" else _samples()
+        datasets = _documents(args) if by_document else _samples()
     directory = Path(args.slm_reference_cache[0])
     manifest, missing = from_first_rank(lambda: _begin(args, checkpoint, directory, datasets))
     replicas = mpu.get_data_parallel_world_size()
@@ -113,7 +106,7 @@ def score(args: Namespace, layer_spec: Callable[..., Any] | None) -> None:
         f"{len(missing)} to score on {replicas} replicas"
     )
     scoring = Scoring(args.slm_vocab_size, dense=args.slm_head == "dense")
-    reference = frozen_reference(checkpoint, own_arguments, scoring, layer_spec)
+    reference = frozen_reference(checkpoint, own_arguments, scoring, installed_layers())
     batches = _load(args, datasets, manifest, mine)
     first = torch.distributed.get_rank() == 0
     progress = tqdm(

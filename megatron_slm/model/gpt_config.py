@@ -6,8 +6,17 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.transformer import TransformerConfig
 from megatron.training.argument_utils import gpt_config_from_args
+
+from megatron_slm.model.layer_spec import plain_block_spec
+
+
+def installed_layers() -> Callable[..., Any] | None:
+    """Return None, for Megatron's choice of layers, where Transformer Engine is installed, and the
+    layers of plain torch elsewhere."""
+    return None if HAVE_TE else plain_block_spec
 
 
 def gpt_config(

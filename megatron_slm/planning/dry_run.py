@@ -57,7 +57,7 @@ def dry_run(recipe: LaunchRecipe, rank: int, vocabulary: int) -> BuiltRank:
     """
     if not 0 <= rank < recipe.ranks:
         raise UserError(f"rank {rank}: the recipe's job has ranks 0 to {recipe.ranks - 1}")
-    args = parse(recipe, rank, vocabulary, cpu=True)
+    args = parse(recipe, rank, vocabulary)
     settings_from_arguments(args)
     args.slm_vocab_size = vocabulary
     args.perform_initialization = False

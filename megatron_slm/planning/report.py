@@ -34,7 +34,7 @@ GIB = 2**30
 
 def report(args: Namespace, recipe: LaunchRecipe) -> str:
     """Memory, FLOPs, time and layouts."""
-    megatron = parse(recipe, 0, args.vocabulary, cpu=True)
+    megatron = parse(recipe, 0, args.vocabulary)
     model = architecture_of(megatron, args.vocabulary)
     layout, work = layout_of(megatron), work_of(megatron, args.kernels, "cuda")
     references = references_of(megatron, model, work)

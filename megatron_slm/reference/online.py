@@ -39,6 +39,7 @@ from megatron_slm.errors import UserError
 from megatron_slm.loss import Scoring, all_losses
 from megatron_slm.model.gpt_config import gpt_config
 from megatron_slm.reference.checkpoint import UNSUPPORTED_MODELS, ReferenceCheckpoint
+from megatron_slm.reference.fp8 import check_fp8
 from megatron_slm.reference.offload import StreamedLayers
 
 
@@ -216,6 +217,7 @@ def reference_arguments(checkpoint: ReferenceCheckpoint, arguments: Namespace) -
         core_transformer_config_from_args(own)
     except (AssertionError, ValueError) as error:
         raise UserError(f"{where} does not fit this run's arguments: {error}") from error
+    check_fp8(own, where)
     return own
 
 

@@ -44,7 +44,9 @@ def random_scores(
     for sample in samples.tolist():
         draw.manual_seed(zlib.crc32(f"{seed} {iteration} {sample}".encode()))
         rows.append(torch.rand(length, generator=draw))
-    return torch.stack(rows).to(device, non_blocking=True)
+    whole = torch.stack(rows)
+    # From pinned memory the copy does not wait for the device.
+    return whole.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else whole
 
 
 def context_parallel_part(whole: Tensor, rank: int, size: int) -> Tensor:

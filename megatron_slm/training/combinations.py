@@ -7,6 +7,7 @@ parsed, before Megatron's validation.
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -153,7 +154,9 @@ def _check_shapes(args: Namespace) -> None:
 
 
 def _check_needs(args: Namespace) -> None:
-    """Refuse options that lack another one they need; Megatron would fail with a TypeError."""
+    """Refuse options that lack another one they need; Megatron would say little or nothing."""
+    if args.use_checkpoint_args and args.load is None and args.pretrained_checkpoint is None:
+        raise UserError("--use-checkpoint-args needs --load or --pretrained-checkpoint")
     if args.attention_backend.name == "local":
         raise UserError(
             "--attention-backend local needs --spec local, which is not for this model: leave it "
@@ -168,7 +171,7 @@ def _check_needs(args: Namespace) -> None:
 def _check_batches(args: Namespace) -> None:
     stages = args.pipeline_model_parallel_size
     ranks = args.tensor_model_parallel_size * stages * args.context_parallel_size
-    replicas, left = divmod(args.world_size, ranks)
+    replicas, left = divmod(int(os.getenv("WORLD_SIZE", "1")), ranks)
     micro, batch = args.micro_batch_size, args.global_batch_size
     if not micro or not batch or left:  # Megatron refuses it, or fills it in
         return

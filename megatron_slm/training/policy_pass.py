@@ -1,4 +1,4 @@
-"""The policy's losses of all tokens of some micro-batches, in a forward-only pass of its own."""
+"""Compute the policy's losses of all tokens in a forward-only pass of its own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_slm.loss import Scoring, all_losses
-from megatron_slm.training import seam
+from megatron_slm.training.data_iterators import for_model_chunks
 from megatron_slm.training.micro_batch import MicroBatch
 
 Scored = tuple[Tensor, Tensor | None]
@@ -22,15 +22,18 @@ def score_with_policy(
     arguments: dict[str, Any],
     scoring: Scoring,
 ) -> tuple[list[MicroBatch], list[Scored]]:
-    """Run the schedule on micro-batches without a gradient, a random number or a change of state.
+    """Score micro-batches with the policy, without gradients, random numbers or changes of state.
 
     Args:
-        form: of the data iterators that the schedule takes.
-        arguments: of the schedule, from a training step.
+        schedule: Megatron's schedule.
+        form: the form of the data iterators that it takes, from form_of.
+        micro_batches: the micro-batches to score.
+        arguments: the schedule's other arguments in a training step.
+        scoring: what to compute.
 
     Returns:
-        The micro-batches as they were read, and on the last pipeline stage each one's losses and
-        entropies, float32 [b, s/c]; no losses elsewhere.
+        The micro-batches as they were read and, on the last pipeline stage, the losses and
+        entropies of each, float32 [b, s/c]; on other stages an empty list.
     """
     read: list[MicroBatch] = []
 
@@ -45,7 +48,7 @@ def score_with_policy(
         return output, lambda scored, non_loss_data: scored
 
     models = arguments["model"]
-    # Dropout would draw numbers that the training pass has to draw.
+    # Dropout would draw random numbers that belong to the training pass.
     for model in models:
         model.eval()
     with torch.no_grad():
@@ -53,7 +56,7 @@ def score_with_policy(
             **arguments
             | {
                 "forward_step_func": score,
-                "data_iterator": seam.for_model_chunks(
+                "data_iterator": for_model_chunks(
                     form, noting(micro_batches, read), arguments["num_microbatches"]
                 ),
                 "forward_only": True,
@@ -66,7 +69,7 @@ def score_with_policy(
 
 
 def noting(micro_batches: Iterator[MicroBatch], seen: list[MicroBatch]) -> Iterator[MicroBatch]:
-    """The micro-batches, each added to `seen` as it is read."""
+    """Yield micro-batches, and add each to `seen` as it is read."""
     for micro_batch in micro_batches:
         seen.append(micro_batch)
         yield micro_batch

@@ -26,6 +26,7 @@ from megatron_slm.reference.checkpoint import (
     checkpoint_fingerprint,
     open_checkpoint,
 )
+from megatron_slm.reference.fp8 import check_fp8
 from megatron_slm.reference.moving_average import MovingAverage
 from megatron_slm.reference.online import (
     frozen_arguments,
@@ -66,7 +67,7 @@ def open_source(
         UserError: nothing there, damaged, of another tokenizer or model, or arguments that
             contradict each other.
     """
-    check_options(args)
+    check_batches(args)
     if not reference_flags(args):
         return None
     if args.slm_reference_cache:
@@ -93,10 +94,11 @@ class _Cached:
         return micro_batches
 
 
-def check_options(args: Namespace) -> None:
-    """
+def check_batches(args: Namespace) -> None:
+    """Check how many samples the reference scores at once.
+
     Raises:
-        UserError: a batch that the run's micro-batches do not divide.
+        UserError: the run's micro-batches do not divide them.
     """
     size = args.slm_reference_micro_batch_size
     if size is not None and size % args.micro_batch_size:
@@ -178,11 +180,13 @@ def _moving_average(
     ):
         if value:
             raise UserError(f"--slm-reference ema cannot be used with {flag}")
+    own = frozen_arguments(args)
+    check_fp8(own, "the policy, and so its average,")
 
     def build() -> Reference:
         resumes = args.load is not None and args.iteration > 0
         return MovingAverage(
-            frozen_arguments(args),
+            own,
             scoring,
             decay,
             layer_spec,

@@ -18,14 +18,16 @@ from typing import Any
 import torch
 from megatron.core import mpu
 from megatron.core.utils import get_attr_wrapped_model
-from megatron.training import get_args, get_timers
+from megatron.training import get_args
 from torch import Tensor
 
 from megatron_slm.loss import Scoring, Selecting, Telling, dense_losses, loss_of_selected
 from megatron_slm.reference import Reference
 from megatron_slm.reference.moving_average import MovingAverage
 from megatron_slm.selection import CarriedThreshold, Choice, Ranks, TokenSelector
-from megatron_slm.training import nan, seam
+from megatron_slm.training import nan
+from megatron_slm.training.data_iterators import for_model_chunks, form_of, own_iterator
+from megatron_slm.training.device_timer import device_timer
 from megatron_slm.training.dump import TokenDumps
 from megatron_slm.training.micro_batch import MicroBatch, read_micro_batches
 from megatron_slm.training.objective import MicroBatchObjective, token_scores
@@ -35,12 +37,12 @@ from megatron_slm.training.sources import Source
 
 
 class SelectiveStep:
-    """Runs steps.  `run`, `save` and `finish` go to seam.install, `forward_step` to Megatron.
+    """Runs steps.  megatron_hooks calls `run`, `save` and `finish`, Megatron `forward_step`.
 
     Args:
         source: of reference losses; None without a reference.
         dumps: None if none are asked for.
-        load_saved: for the arguments in the checkpoint that the policy resumed from.
+        resumed: arguments of the run that this one goes on with; empty where it starts afresh.
     """
 
     def __init__(
@@ -48,13 +50,13 @@ class SelectiveStep:
         settings: SelectiveSettings,
         source: Source | None,
         dumps: TokenDumps | None,
-        load_saved: Callable[[], Namespace],
+        resumed: Namespace,
     ) -> None:
         self.settings = settings
         self.source = source
         self.dumps = dumps
         self.dump: Callable[..., None] | None = None  # with the arguments of the last step
-        self.load_saved = load_saved
+        self.resumed = resumed
         self.reference: Reference | None = None
         self.step: Step | None = None
 
@@ -73,7 +75,7 @@ class SelectiveStep:
             self.reference = self.source.build()
         selection = self.settings.selection
         carries = selection.scope == "global-batch" and not selection.exact
-        saved = self.load_saved() if carries else Namespace()
+        saved = self.resumed if carries else Namespace()
         # Of another score or of other sets it would mean nothing.
         same = getattr(saved, "slm_carried_for", None) == self._carried_for
         state = getattr(saved, "slm_carried_threshold", None) if same else None
@@ -95,14 +97,14 @@ class SelectiveStep:
         # Validation alone (--skip-train) never sets the current iteration.
         iteration = getattr(get_args(), "curr_iteration", get_args().iteration)
         sizes = {"num_microbatches": num_microbatches, "micro_batch_size": micro_batch_size}
-        form = seam.form_of(data_iterator)
+        form = form_of(data_iterator)
         if self.dumps is not None and not forward_only:
             self.dump = partial(self._dump, schedule, form, sizes | rest)
             self.dump(iteration)
         self.step = step = self._begin(not forward_only, iteration)
         settings = self.settings
         micro_batches = read_micro_batches(
-            seam.own_iterator(data_iterator),
+            own_iterator(data_iterator),
             micro_batch_size,
             num_microbatches,
             with_domains=bool(settings.domains) and (step.training or self._by_domain),
@@ -127,7 +129,7 @@ class SelectiveStep:
                 micro_batches = noting(micro_batches, seen)
         try:
             result = schedule(
-                data_iterator=seam.for_model_chunks(form, micro_batches, num_microbatches),
+                data_iterator=for_model_chunks(form, micro_batches, num_microbatches),
                 forward_only=forward_only,
                 **sizes,
                 **rest,
@@ -167,6 +169,11 @@ class SelectiveStep:
         return self.source is not None and self.source.by_domain
 
     @property
+    def computes_reference(self) -> bool:
+        """Whether there is a reference that runs, and whose losses are not read from a cache."""
+        return self.source is not None and self.source.caches is None
+
+    @property
     def _cached(self) -> bool:
         return self.source is not None and self.source.caches is not None
 
@@ -193,7 +200,7 @@ class SelectiveStep:
             return {
                 "output_processor": loss_of_selected,
                 "output_processor_context": Selecting(
-                    objective.weigh, vocabulary, self._wants_entropies
+                    objective.weigh, vocabulary, self._wants_entropies, objective.most_counted
                 ),
             }
         if padded:
@@ -313,11 +320,11 @@ class SelectiveStep:
 
 @contextmanager
 def _timed(name: str, when: bool = True) -> Iterator[None]:
-    """Count the time in one of Megatron's timers, which waits for the device twice."""
+    """Count the device's time in a timer of Megatron's log."""
     if not when:
         yield
         return
-    timer = get_timers()(name, log_level=0)
+    timer = device_timer(name)
     timer.start()
     yield
     timer.stop()

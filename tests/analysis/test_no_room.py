@@ -122,4 +122,4 @@ def test_nowhere_to_write_from_the_start(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--slm-dump-dir .*/file/dump: Not a directory"):
         token_dumps(wanted, *[None] * 2)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"--tensorboard-dir .*/file: File exists"):
-        event_writer.install(str(tmp_path / "file"))
+        event_writer.check_directory(str(tmp_path / "file"))
