@@ -292,8 +292,8 @@ def test_kill_leaves_nothing_to_load(llama: Path, tmp_path: Path) -> None:
     slow = (
         "import sys, time; from pathlib import Path;"
         "from megatron_slm.model import import_hf;"
-        "write = import_hf.write_table;"
-        "import_hf.write_table = lambda *a: (write(*a), print('written', flush=True),"
+        "write = import_hf.write_checkpoint_table;"
+        "import_hf.write_checkpoint_table = lambda *a: (write(*a), print('written', flush=True),"
         " time.sleep(60));"
         "import_hf.import_hugging_face(Path(sys.argv[1]), Path(sys.argv[2]), 128)"
     )
