@@ -6,7 +6,6 @@ today's options from today's inputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -116,23 +115,21 @@ def serving(setup: Setup, found: Found) -> dict[str, Serving]:
     """Return what serves of each of this rank's tasks, by its name."""
     merged = found.merged if setup.settings.merge else {}
     return {
-        task.name: _serving(setup, task, [found.shards.get(task.name), merged.get(task.name)])
+        task.name: _serving(setup, task, found.shards.get(task.name), merged.get(task.name))
         for task in setup.own
     }
 
 
-def _serving(setup: Setup, task: Task, there: Iterable[ShardManifest | None]) -> Serving:
-    reasons = [
-        None
-        if manifest is None
-        else (manifest, what_changed(task, setup.options, manifest, setup.settings.engine))
-        for manifest in there
-    ]
-    shard, merged = (
-        None if found is None or found[1] is not None else found[0] for found in reasons
+def _serving(
+    setup: Setup, task: Task, shard: ShardManifest | None, merged: ShardManifest | None
+) -> Serving:
+    in_shards, in_dataset = (
+        None if there is None else what_changed(task, setup.options, there, setup.settings.engine)
+        for there in (shard, merged)
     )
-    changed = [found[1] for found in reasons if found is not None and found[1] is not None]
-    return Serving(shard, merged, changed[-1] if changed else None)
+    return Serving(
+        None if in_shards else shard, None if in_dataset else merged, in_dataset or in_shards
+    )
 
 
 def complete_datasets(
@@ -148,7 +145,7 @@ def complete_datasets(
         if [shard.name for shard in manifest.shards] != names:
             return None
     if setup.settings.merge:
-        return found.datasets if all(each.merged for each in serves.values()) else None
+        return found.datasets if all(each.merged is not None for each in serves.values()) else None
     for key, manifest in found.datasets.items():
         for recorded in manifest.shards:
             shard = serves[recorded.name].shard
