@@ -142,9 +142,8 @@ def frozen_arguments(arguments: Namespace) -> Namespace:
     own = copy(arguments)
     own.attention_dropout = own.hidden_dropout = 0.0
     own.perform_initialization = False
-    for (
-        name
-    ) in UNSUPPORTED_MODELS:  # what the reference is known not to have, though the policy may
+    # What the reference is known not to have, though the policy may.
+    for name in UNSUPPORTED_MODELS:
         setattr(own, name, None)
     own.multi_latent_attention = False
     # The reference has one model chunk per stage, whatever layout the policy's layers have.
