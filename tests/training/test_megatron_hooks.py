@@ -81,7 +81,9 @@ def test_another_megatron_is_refused(changed: Any) -> None:
     from megatron.training import training
 
     training.save_checkpoint, schedule = changed, training.get_forward_backward_func
-    with pytest.raises(UserError, match=r"save_checkpoint is .* in megatron-core 0\.19\.2, .*: install"):
+    with pytest.raises(
+        UserError, match=r"save_checkpoint is .* in megatron-core 0\.19\.2, .*: install"
+    ):
         hooks.install_for_training(RUN)
     assert training.get_forward_backward_func is schedule
 
