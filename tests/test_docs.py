@@ -30,6 +30,7 @@ OTHERS = set(
     --ntasks-per-node --gpus-per-node --check --exclusive --signal --requeue --open-mode --wrap
     """.split()
 )
+RUNS = ("megatron_slm.pretrain", "examples/your_own_pretrain.py")
 JOBS = ("tools/score_reference.py", "tools/token_dynamics.py")  # beside training
 
 
@@ -95,8 +96,9 @@ def test_paths(page: Path) -> None:
             found = next((f for room in ROOMS for f in (REPOSITORY / room).rglob(path)), None)
             assert found or (REPOSITORY / path).exists(), path
         elif re.fullmatch(r"megatron_slm(\.\w+)+", path):
-            module = REPOSITORY / path.replace(".", "/")
-            assert module.is_dir() or module.with_suffix(".py").exists(), path
+            parts = (path, path.rpartition(".")[0])  # the last may be a name in the module
+            modules = [REPOSITORY / part.replace(".", "/") for part in parts]
+            assert any(one.with_suffix(".py").exists() or one.is_dir() for one in modules), path
 
 
 @cache
@@ -125,7 +127,7 @@ def options_in(text: str) -> set[str]:
 @cache
 def options_of(program: str, subcommand: str) -> set[str]:
     """What a program takes: a job by its parser, a tool or benchmark by what its file declares."""
-    if program == "megatron_slm.pretrain":
+    if program in RUNS:
         return options_of_a_run()
     if program in JOBS:
         if subcommand in ("inspect", "classify"):
