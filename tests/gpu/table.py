@@ -6,17 +6,26 @@ import os
 from argparse import ArgumentParser, Namespace
 
 MARK = "| "
+WRONG = "WRONG"
 
 
 def row(what: str, figure: str, aim: str = "", right: bool | None = None) -> None:
-    """Print a figure, and whether it is what it has to be; None where nothing depends on it."""
-    verdict = {None: "", True: "ok", False: "WRONG"}[right]
-    print(f"{MARK}{what} | {figure} | {aim} | {verdict} |", flush=True)
+    """Print a figure that has to be right; None where nothing depends on it."""
+    _print(what, figure, aim, {None: "", True: "ok", False: WRONG}[right])
+
+
+def measured(what: str, figure: str, aim: str, met: bool) -> None:
+    """Print a figure that is hoped to meet an aim."""
+    _print(what, figure, aim, "met" if met else "missed")
 
 
 def skipped(what: str, why: str) -> None:
     """Print that something was not done."""
-    print(f"{MARK}{what} | skipped: {why} | | |", flush=True)
+    _print(what, f"skipped: {why}", "", "")
+
+
+def _print(*cells: str) -> None:
+    print(f"{MARK}{' | '.join(cells)} |", flush=True)
 
 
 def arguments(about: str | None) -> Namespace:
