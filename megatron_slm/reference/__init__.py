@@ -13,25 +13,24 @@ Scored = tuple[Tensor, Tensor | None]
 
 
 class Reference(Protocol):
-    """Scores tokens beside the policy, on the same ranks.  Every rank calls each moment."""
+    """A source of reference losses, and the moments of a run at which every rank calls it."""
 
     frozen: bool = True
-    """Whether it scores the same tokens in the same way throughout a run."""
+    """Whether the same tokens have the same losses throughout a run."""
 
     def before_step(self, policy: Sequence[torch.nn.Module], iteration: int | None) -> None:
-        """Run right before a step, or before a token dump, with the policy's model chunks: the
-        moment to learn from them.  `iteration` counts from 0 and is None where nothing is trained.
-        """
+        """Learn from the policy's model chunks: runs right before a step, a validation step or a
+        token dump, with the iteration, counted from 0, in the first case and None in the others."""
+        return
 
     def score(
         self, micro_batches: Iterator[Any], count: int, micro_batch_size: int
     ) -> list[Scored]:
         """Read `count` micro-batches (training/micro_batch.py) and return what each scores, on the
-        last pipeline stage, and nothing on the others; changes neither them nor itself.
-        """
+        last pipeline stage and an empty list on others, without changing them or anything else."""
         raise NotImplementedError
 
     def save(self, directory: str, iteration: int) -> None:
-        """Run right before the policy's checkpoint of `iteration` is written to `directory`: what
-        resuming from that checkpoint needs has to be there first.
-        """
+        """Write what resuming needs: runs right before the policy's checkpoint of `iteration` is
+        written to `directory`."""
+        return
