@@ -96,6 +96,29 @@ _check_names() {
     wrong+=("$1 names no $3: $value")
 }
 
+# Megatron's distributed optimizer resumes with the Adam of Transformer Engine or Apex alone.  A
+# single rank has nothing to distribute.
+_check_optimizer() {
+    local word kept=()
+    [[ " ${torchrun[*]} " == *" --use-distributed-optimizer "* ]] || return 0
+    ! python -c 'try: from transformer_engine.pytorch.optimizers import FusedAdam
+except ImportError: from apex.optimizers import FusedAdam' 2>/dev/null || return 0
+    if [ $((NODES * ranks_per_node)) -gt 1 ]; then
+        wrong+=("--use-distributed-optimizer needs Transformer Engine or Apex, and Python has \
+neither: see use_environment cuda and container in tools/environment.sh")
+        return
+    fi
+    for word in "${torchrun[@]}"; do
+        case "$word" in
+        --use-distributed-optimizer | --dist-ckpt-optim-fully-reshardable | --overlap-param-gather) ;;
+        *) kept+=("$word") ;;
+        esac
+    done
+    torchrun=("${kept[@]}")
+    echo "note: without Transformer Engine or Apex there is no distributed optimizer, which one GPU \
+does not need; layers are of plain torch, to try things out" >&2
+}
+
 # What goes wrong most often, before minutes are spent on it, and all of it at once.
 _check_node() {
     local found name path wrong=()
@@ -106,6 +129,7 @@ _check_node() {
         found="$( (nvidia-smi --query-gpu=ecc.errors.uncorrected.volatile.total \
             --format=csv,noheader,nounits 2>/dev/null || true) | grep -cE '^[1-9]' || true)"
         [ "$found" = 0 ] || wrong+=("$found GPUs have uncorrected memory errors; drain this node")
+        _check_optimizer
     }
     for name in "$MASTER_ADDR" $NODE_ADDR; do
         [ -n "$(getent ahosts "$name" || true)" ] || wrong+=("$name has no address here")

@@ -155,11 +155,11 @@ def _score(
         On the rank that writes, why the losses could not be written; None if they were, and on all
         other ranks.
     """
-    scored = list(model.score(iter(micro_batches), len(micro_batches), args.micro_batch_size))
+    scored = model.score(iter(micro_batches), len(micro_batches), args.micro_batch_size)
     if not mpu.is_pipeline_last_stage():
         return None
-    losses = [batch.reference_losses for batch in scored if batch.reference_losses is not None]
-    whole = of_all_ranks(torch.stack(losses)[None])[0, :count].cpu().numpy()
+    own = torch.stack([losses for losses, _ in scored])
+    whole = of_all_ranks(own[None])[0, :count].cpu().numpy()
     if is_writer():
         tokens, valid = samples.tokens(count)
         numbers = samples.numbers(count)

@@ -49,6 +49,9 @@ class Selecting:
     """Size of the vocabulary, without padding; None if the two losses need not be told apart."""
     entropies: bool = False
     """Whether to compute entropies as well."""
+    most: int | None = None
+    """How many tokens count at most, the same on all tensor-parallel ranks: so many rows are
+    computed.  None if it is not known: the host then waits to hear how many count."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,8 @@ def loss_of_selected(
         _sample_by_sample(scored.trained, hidden),
     )
     weights = counting.t().flatten()
-    index = weights.nonzero().squeeze(1)
+    index = _rows_that_count(weights, context.most)
+    all_count = weights.dtype == torch.bool and context.most is None
     return selected_loss(
         rows,
         weight,
@@ -147,11 +151,18 @@ def loss_of_selected(
         scored,
         index,
         group,
-        weights=None if weights.dtype == torch.bool else weights[index],
+        weights=None if all_count else weights[index].float(),
         reduce_hidden_gradient=not output_layer.sequence_parallel,
         scale_logits=scale,
         accumulate_into_main_grad=output_layer.gradient_accumulation_fusion,
     )
+
+
+def _rows_that_count(weights: Tensor, most: int | None) -> Tensor:
+    """Return the rows whose weights, [n], are not 0, in order; then others, up to `most`."""
+    if most is None:
+        return weights.nonzero().squeeze(1)
+    return (weights == 0).argsort(stable=True)[:most]
 
 
 def dense_losses(

@@ -38,11 +38,13 @@ from torch import Tensor
 from megatron_slm.errors import UserError
 from megatron_slm.loss import Scoring, all_losses
 from megatron_slm.model.gpt_config import gpt_config
+from megatron_slm.reference import Reference, Scored
 from megatron_slm.reference.checkpoint import UNSUPPORTED_MODELS, ReferenceCheckpoint
+from megatron_slm.reference.fp8 import check_fp8
 from megatron_slm.reference.offload import StreamedLayers
 
 
-class OnlineReference:
+class OnlineReference(Reference):
     """A frozen GPT and the pass that scores with it.
 
     Args:
@@ -61,18 +63,14 @@ class OnlineReference:
     @torch.no_grad()
     def score(
         self, micro_batches: Iterator[Any], count: int, micro_batch_size: int
-    ) -> Iterator[Any]:
-        """Read `count` micro-batches and set reference_losses (and reference_entropies), float32
-        [b, s/c], where the last pipeline stage is.  Collective over the pipeline, tensor- and
-        context-parallel ranks."""
+    ) -> list[Scored]:
+        """Score in one pass.  Collective over the pipeline, tensor- and context-parallel ranks."""
         joined = _joined(self.micro_batch_size, micro_batch_size, count)
-        read: list[Any] = []
 
         def forward_step(
             data_iterator: Iterator[Any], model: torch.nn.Module
         ) -> tuple[Tensor, Callable[..., Tensor]]:
             batches = [next(data_iterator) for _ in range(joined)]
-            read.extend(batches)
             output = model(
                 **_join([batch.model_inputs() for batch in batches]),
                 output_processor=all_losses,
@@ -100,14 +98,8 @@ class OnlineReference:
         )
         if self.streamed is not None:
             self.streamed.end()
-        if mpu.is_pipeline_last_stage():
-            parts = [part for values in scored for part in values.chunk(joined, dim=-2)]
-            for batch, values in zip(read, parts, strict=True):
-                if self.scoring.entropies:
-                    batch.reference_losses, batch.reference_entropies = values
-                else:
-                    batch.reference_losses = values
-        return iter(read)
+        parts = [part for values in scored for part in values.chunk(joined, dim=-2)]
+        return [tuple(part) if self.scoring.entropies else (part, None) for part in parts]
 
 
 def frozen_reference(
@@ -216,6 +208,7 @@ def reference_arguments(checkpoint: ReferenceCheckpoint, arguments: Namespace) -
         core_transformer_config_from_args(own)
     except (AssertionError, ValueError) as error:
         raise UserError(f"{where} does not fit this run's arguments: {error}") from error
+    check_fp8(own, where)
     return own
 
 

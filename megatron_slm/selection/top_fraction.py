@@ -9,8 +9,9 @@ The k-th largest score is found by a radix select on the bits of float32:
     ties         counts of ties per segment of the token order -> which of the ties fit
 
 That is four all-reduces of 8 KiB, 8 KiB, 4 KiB and 4 bytes a segment, whatever the number of
-tokens; on one rank there are none.  The same four all-reduces serve several sets of tokens
-(sequences, domains) at once.  Nothing synchronises with the host.
+tokens; on one rank there are none, and on a GPU top_fraction_triton.py does it all in one kernel.
+The same four all-reduces serve several sets of tokens (sequences, domains) at once.  Nothing
+synchronises with the host.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from megatron_slm.kernels import triton_kernels
 
 _DIGITS = ((21, 11), (10, 11), (0, 10))  # (shift, width) of the key, most significant first
 _RATIO_UNITS = 1_000_000
@@ -34,8 +37,9 @@ class Placement:
     This also says in which order the scope's tokens come: sample by sample, position by position.
     """
 
-    samples: Tensor
-    """Numbers within the scope of the local samples, int64 [b], ascending."""
+    samples: Tensor | None
+    """Numbers within the scope of the local samples, int64 [b], ascending; None if no other rank
+    has any."""
     total: int
     """Samples in the scope."""
     run: int = 1
@@ -85,7 +89,8 @@ def select_top_fraction(
     Args:
         scores: this rank's part of b samples, float32 [b, s]; not NaN where valid.
         valid: which tokens may be selected, bool [b, s].
-        ratios: the ratio of each set, in (0, 1].
+        ratios: the ratio of each set, in (0, 1].  Numbers that differ are copied to the device,
+            and the host waits for that.
         sets: the set of each sample, int64 [b]; None if there is a single set.
         placement: how the samples lie over ranks; None if this rank holds all of them, in order.
 
@@ -93,12 +98,15 @@ def select_top_fraction(
         ValueError: the scope has too many samples and ranks for the bound on traffic.
     """
     if placement is None:
-        placement = Placement(torch.arange(len(scores), device=scores.device), len(scores))
+        placement = Placement(None, len(scores))
     if sets is None:
         sets = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
     number_of_sets = len(ratios)
-    exact = torch.as_tensor(ratios, dtype=torch.float64, device=scores.device)
-    units = (exact * _RATIO_UNITS).round().long()
+    units = _in_units(ratios, scores.device)
+    if not placement.shared:
+        kernels = triton_kernels("megatron_slm.selection.top_fraction_triton", scores.device)
+        if kernels is not None:
+            return Selection(*kernels.select(scores, valid, units, sets))
     keys = _descending_keys(scores)
     candidates = valid
     prefix = torch.zeros(number_of_sets, dtype=torch.int64, device=scores.device)
@@ -122,6 +130,22 @@ def select_top_fraction(
     fits = _rank_among_ties(candidates, sets, placement, number_of_sets) < remaining[sets][:, None]
     selected = (valid & (keys < prefix[sets][:, None])) | (candidates & fits)
     return Selection(selected, _score_of(prefix), number_valid, number_selected)
+
+
+def _in_units(ratios: Sequence[float] | Tensor, device: torch.device) -> Tensor:
+    """Return ratios in millionths, int64 [sets]."""
+    if isinstance(ratios, Tensor):
+        return (ratios * _RATIO_UNITS).round().long()
+    units = [round(ratio * _RATIO_UNITS) for ratio in ratios]
+    if len(set(units)) == 1:
+        return torch.full((len(units),), units[0], dtype=torch.int64, device=device)
+    return torch.tensor(units, dtype=torch.int64, device=device)
+
+
+def selected_of(number: int, ratio: float) -> int:
+    """Return how many of `number` valid tokens a ratio selects, as select_top_fraction does."""
+    rounded = (2 * round(ratio * _RATIO_UNITS) * number + _RATIO_UNITS) // (2 * _RATIO_UNITS)
+    return min(max(rounded, 1), number)
 
 
 def _total(counts: Tensor, placement: Placement) -> Tensor:
@@ -176,6 +200,7 @@ def _rank_among_ties(
             f"a scope of {placement.total} samples over {placement.cp_size} context-parallel ranks "
             f"has {number} segments, more than {MAX_SEGMENTS}; use a narrower scope"
         )
+    assert placement.samples is not None
     length = ties.shape[1]
     chunk = torch.zeros(length, dtype=torch.int64, device=ties.device)
     if chunks > 1:

@@ -113,6 +113,12 @@ def validate_arguments(args: Namespace) -> None:
     ):
         if value and not HAVE_TE:
             raise UserError(f"{flag} needs Transformer Engine, which is not installed")
+    if args.fp8 and args.fp8_recipe == "delayed" and args.slm_dump_interval is not None:
+        raise UserError(
+            "--slm-dump-interval cannot be used with --fp8-format and --fp8-recipe delayed: the "
+            "dump's pass would change the scales that training goes by; take --fp8-recipe "
+            "tensorwise, or leave --slm-dump-interval out"
+        )
     if args.use_distributed_optimizer and not distrib_optimizer.HAVE_APEX_OR_TE:
         raise UserError(
             "--use-distributed-optimizer needs Transformer Engine or Apex: without them Megatron "

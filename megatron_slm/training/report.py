@@ -14,6 +14,8 @@ from megatron.training import get_args, get_tensorboard_writer, get_timers
 from megatron.training.global_vars import get_wandb_writer
 from megatron.training.utils import print_rank_last
 
+from megatron_slm.training.device_timer import device_timer
+
 TIMERS = ["slm-reference", "slm-ranking", "slm-dump"]
 # Beginnings of the names of what objective.py reports and is no loss.
 NO_LOSSES = ("selected ratio", "threshold", "excess loss")
@@ -125,10 +127,8 @@ class Validation:
 
 def _reference_share() -> float:
     """Time of the reference's passes over that of the log interval's steps."""
-    timers = get_timers()
-    reference = timers("slm-reference", log_level=0).elapsed(reset=False)
-    interval = timers("interval-time").elapsed(reset=False)
-    return float(reference / interval)
+    reference = device_timer("slm-reference").elapsed(reset=False)
+    return float(reference / get_timers()("interval-time").elapsed(reset=False))
 
 
 def _write(name: str, value: float, iteration: int) -> None:

@@ -236,6 +236,54 @@ def test_nodes_are_checked(base: Path, tmp_path: Path) -> None:
         assert f"port {port} is taken" in refused(MASTER_PORT=port, **there)
 
 
+@pytest.mark.parametrize("gpus", [1, 8])
+@pytest.mark.parametrize("package", [None, "transformer_engine.pytorch", "apex"])
+def test_a_distributed_optimizer_needs_its_adam(
+    gpus: int, package: str | None, base: Path, tmp_path: Path
+) -> None:
+    """Without one several GPUs are refused before torchrun starts; a single one does without."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, text in {
+        "nvidia-smi": f'[ "$1" != --list-gpus ] || seq {gpus}',
+        "torchrun": 'printf "%s\n" "$@"',
+    }.items():
+        (tools / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tools / name).chmod(0o755)
+    if package is not None:
+        module = tmp_path / "site" / package.replace(".", "/") / "optimizers"
+        module.mkdir(parents=True)
+        for directory in (module, *module.parents[: package.count(".") + 1]):
+            (directory / "__init__.py").write_text("class FusedAdam: ...\n")
+    there = {"TOKENIZER": base, "BASE": base, "REFERENCE": base, "SAVE": tmp_path / "save"}
+    for name in ("bin", "idx"):
+        (tmp_path / f"data.{name}").touch()
+    settings = {
+        "DATA": tmp_path / "data",
+        "GPUS_PER_NODE": gpus,
+        "PATH": f"{tools}:{os.environ['PATH']}",
+    }
+    paths = f"{tmp_path / 'site'}:{REPOSITORY}"
+    done = subprocess.run(
+        ["bash", str(RECIPE)],
+        env=recipe_environment(gpus, **there | settings, PYTHONPATH=paths),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    distributed = "--use-distributed-optimizer" in done.stdout.splitlines()
+    if package is None and gpus > 1:
+        assert done.returncode == 2 and not done.stdout
+        assert "--use-distributed-optimizer needs Transformer Engine or Apex" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+        assert distributed == (package is not None)
+        assert ("note: without Transformer Engine or Apex" in done.stderr) == (not distributed)
+        assert ("--overlap-param-gather" in done.stdout.splitlines()) == distributed
+        assert "--overlap-grad-reduce" in done.stdout.splitlines()
+
+
 def dry_run(script: str, **settings: str) -> list[str]:
     """A recipe's command."""
     done = subprocess.run(
