@@ -122,7 +122,7 @@ def options_of_a_run() -> set[str]:
 
 
 def options_in(text: str) -> set[str]:
-    return set(re.findall(r"(?<![\w-])--[a-z][\w-]*\w", text))
+    return set(re.findall(r"(?<![\w-])--[a-z][\w-]*+(?!\.\.\.)", text))
 
 
 @cache
