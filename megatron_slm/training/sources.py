@@ -35,8 +35,8 @@ from megatron_slm.reference.online import (
 )
 from megatron_slm.reference.several import SeveralReferences
 from megatron_slm.training.caches import Caches, open_caches
-from megatron_slm.training.decisions import reference_flags
-from megatron_slm.training.option_checks import decay_of
+from megatron_slm.training.command_line.decisions import reference_flags
+from megatron_slm.training.command_line.option_checks import decay_of
 from megatron_slm.training.tokenizer import check_tokenizer
 
 
