@@ -28,6 +28,7 @@ OTHERS = set(
     """
     --nproc_per_node --help --no-build-isolation --cpus-per-task --cpu-bind --nodes
     --ntasks-per-node --gpus-per-node --check --exclusive --signal --requeue --open-mode --wrap
+    --modelopt-enabled
     """.split()
 )
 RUNS = ("megatron_slm.pretrain", "examples/your_own_pretrain.py")
@@ -121,7 +122,7 @@ def options_of_a_run() -> set[str]:
 
 
 def options_in(text: str) -> set[str]:
-    return set(re.findall(r"(?<![\w-])--[a-z][\w-]*\w", text))
+    return set(re.findall(r"(?<![\w-])--[a-z][\w-]*+(?!\.\.\.)", text))
 
 
 @cache

@@ -13,18 +13,19 @@ Scored = tuple[Tensor, Tensor | None]
 
 
 class Reference(Protocol):
-    """Scores tokens beside the policy, on the same ranks.  Every rank calls each method."""
+    """A source of reference losses, whose methods every rank calls at set moments of a run."""
 
     frozen: bool = True
     """Whether the same tokens get the same losses throughout a run."""
 
     def before_step(self, policy: Sequence[torch.nn.Module], iteration: int | None) -> None:
-        """Learn from the policy.  Runs right before each step and before each token dump.
+        """Learn from the policy.  Runs right before a step, a validation step or a token dump.
 
         Args:
             policy: the policy's model chunks.
-            iteration: the step, counted from 0; None if it trains nothing.
+            iteration: the step of training, counted from 0; None in the other cases.
         """
+        return
 
     def score(
         self, micro_batches: Iterator[Any], count: int, micro_batch_size: int
@@ -49,3 +50,4 @@ class Reference(Protocol):
             directory: where the policy's checkpoints are written.
             iteration: the checkpoint's iteration.
         """
+        return

@@ -28,16 +28,14 @@ from megatron.core.pipeline_parallel.schedules import (
     forward_backward_no_pipelining,
     forward_backward_pipelining_without_interleaving,
 )
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 from megatron.training.argument_utils import core_transformer_config_from_args
-from megatron.training.models.gpt import GPTModelBuilder
 from megatron.training.utils import print_rank_0
 from torch import Tensor
 
 from megatron_slm.errors import UserError
 from megatron_slm.loss import Scoring, all_losses
-from megatron_slm.model.gpt_config import gpt_config
+from megatron_slm.model.gpt_config import build_gpt
 from megatron_slm.reference import Reference, Scored
 from megatron_slm.reference.checkpoint import UNSUPPORTED_MODELS, ReferenceCheckpoint
 from megatron_slm.reference.fp8 import check_fp8
@@ -228,22 +226,19 @@ def build_model(arguments: Namespace, layer_spec: Callable[..., Any] | None) -> 
         arguments: the reference's arguments.
         layer_spec: makes the layers from a (GPTModelConfig, vp_stage); None for Megatron's choice.
     """
-    config = core_transformer_config_from_args(arguments)
-    settings = gpt_config(arguments, layer_spec, config)
-    settings.finalize()
-    groups = ProcessGroupCollection.use_mpu_process_groups()
     # An embedding of learned positions draws its weights even if it is told not to.
     with torch.random.fork_rng(devices=[]):
-        model: torch.nn.Module = GPTModelBuilder(settings).build_model(
-            groups,
-            pre_process=mpu.is_pipeline_first_stage(),
-            post_process=mpu.is_pipeline_last_stage(),
+        model: torch.nn.Module = build_gpt(
+            arguments,
+            layer_spec,
+            first=mpu.is_pipeline_first_stage(),
+            last=mpu.is_pipeline_last_stage(),
         )
     model.requires_grad_(False)
     if not arguments.slm_reference_offload:
         model.cuda(torch.cuda.current_device())
     if arguments.fp16 or arguments.bf16:
-        model = Float16Module(config, model)
+        model = Float16Module(model.config, model)
     return model.eval()
 
 

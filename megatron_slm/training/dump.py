@@ -21,6 +21,7 @@ from megatron.training import get_args
 from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
 
+from megatron_slm.data.manifest_types import DumpOrigin
 from megatron_slm.data.token_dump import TokenDump, write_dump
 from megatron_slm.errors import UserError
 from megatron_slm.reference import Reference, Scored
@@ -145,14 +146,14 @@ class TokenDumps:
             losses=losses,
             valid=valid,
             samples=samples.numbers(len(losses)),
-            about=described_tokenizer()
-            | {
-                "split": samples.split,
-                "domains": domains,
-                "score": selection.score if self.settings.selective else None,
-                "scope": selection.scope,
-                "ratio": step.ratio,
-            },
+            about=DumpOrigin(
+                **described_tokenizer(),
+                split=samples.split,
+                domains=domains,
+                score=selection.score if self.settings.selective else None,
+                scope=selection.scope,
+                ratio=step.ratio,
+            ),
             reference_losses=reference[0] if reference else None,
             selected=selected > 0,
         )

@@ -110,17 +110,21 @@ class MicroBatchObjective:
             entropies,
             batch.reference_losses,
             batch.reference_entropies,
-            lambda: self._draw(*losses.shape, losses.device),
+            lambda: self._draw(losses),
         )
         return batch.scores
 
-    def _draw(self, samples: int, length: int, device: torch.device) -> Tensor:
-        """Return random scores, float32 [b, s/c], which do not depend on the layout."""
+    def _draw(self, losses: Tensor) -> Tensor:
+        """Return random scores for the tokens of these losses, which do not depend on the layout.
+
+        They are float32 [b, s/c].
+        """
+        samples, length = losses.shape
         number, size = self.micro_batch.number, mpu.get_context_parallel_world_size()
         first = number * mpu.get_data_parallel_world_size() + mpu.get_data_parallel_rank()
         numbers = torch.arange(samples) + first * samples
         seed, iteration = self.settings.seed, self.step.iteration
-        whole = random_scores(seed, iteration, numbers, length * size, device)
+        whole = random_scores(seed, iteration, numbers, length * size, losses.device)
         if size == 1:
             return whole
         return context_parallel_part(whole, mpu.get_context_parallel_rank(), size)
