@@ -28,6 +28,7 @@ OTHERS = set(
     """
     --nproc_per_node --help --no-build-isolation --cpus-per-task --cpu-bind --nodes
     --ntasks-per-node --gpus-per-node --check --exclusive --signal --requeue --open-mode --wrap
+    --modelopt-enabled
     """.split()
 )
 RUNS = ("megatron_slm.pretrain", "examples/your_own_pretrain.py")
@@ -96,8 +97,9 @@ def test_paths(page: Path) -> None:
             found = next((f for room in ROOMS for f in (REPOSITORY / room).rglob(path)), None)
             assert found or (REPOSITORY / path).exists(), path
         elif re.fullmatch(r"megatron_slm(\.\w+)+", path):
-            module = REPOSITORY / path.replace(".", "/")
-            assert module.is_dir() or module.with_suffix(".py").exists(), path
+            parts = (path, path.rpartition(".")[0])  # the last may be a name in the module
+            modules = [REPOSITORY / part.replace(".", "/") for part in parts]
+            assert any(one.with_suffix(".py").exists() or one.is_dir() for one in modules), path
 
 
 @cache
@@ -120,7 +122,7 @@ def options_of_a_run() -> set[str]:
 
 
 def options_in(text: str) -> set[str]:
-    return set(re.findall(r"(?<![\w-])--[a-z][\w-]*\w", text))
+    return set(re.findall(r"(?<![\w-])--[a-z][\w-]*+(?!\.\.\.)", text))
 
 
 @cache

@@ -11,15 +11,13 @@ work is shared out to all ranks.
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 import warnings
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from megatron_slm.errors import EXIT_CODE, UserError, exit_on_user_error
+from megatron_slm.errors import UserError, exit_on_user_error
 
 
 def number[T: (int, float)](kind: type[T], most: T) -> Callable[[str], T]:
@@ -84,30 +82,6 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def as_options(arguments: dict[str, Any]) -> str:
-    """Megatron's options for a command line that does without --use-checkpoint-args."""
-    names = {
-        "layernorm_epsilon": "norm-epsilon",
-        "untie_embeddings_and_output_weights": "untie-embeddings-and-output-weights",
-    }
-    shown = """
-        num_layers hidden_size ffn_hidden_size num_attention_heads group_query_attention
-        num_query_groups kv_channels max_position_embeddings position_embedding_type rotary_base
-        use_rope_scaling rope_scaling_factor window_size normalization layernorm_epsilon swiglu
-        untie_embeddings_and_output_weights attention_dropout hidden_dropout
-    """.split()
-    options = ["--disable-bias-linear"]
-    for name in shown:
-        value, flag = arguments[name], "--" + names.get(name, name).replace("_", "-")
-        if name == "rope_scaling_factor" and not arguments["use_rope_scaling"]:
-            continue
-        if value is True:
-            options.append(flag)
-        elif value is not None and value is not False:
-            options += [flag, str(value).replace(" ", "")]
-    return shlex.join(options)
-
-
 def convert(args: Namespace) -> None:
     """Do what the command line says.
 
@@ -117,7 +91,7 @@ def convert(args: Namespace) -> None:
     # After the command line, which needs no torch.
     from megatron_slm.model.conversion.destination import this_rank
     from megatron_slm.model.conversion.export_hf import export_hugging_face
-    from megatron_slm.model.conversion.import_hf import import_hugging_face
+    from megatron_slm.model.conversion.import_hf import as_options, import_hugging_face
     from megatron_slm.model.torch_dist import TRACKER, iteration_directory
 
     first = this_rank()[0] == 0
@@ -145,19 +119,13 @@ def main(arguments: list[str]) -> None:
     args = build_parser().parse_args(arguments)
     warnings.filterwarnings("ignore", module="megatron")
     with exit_on_user_error():
-        ranks, rank = (int(os.getenv(name, "0")) for name in ("WORLD_SIZE", "RANK"))
-        if ranks <= 1:
+        if int(os.getenv("WORLD_SIZE", "1")) == 1:
             convert(args)
             return
         from torch import distributed
 
         distributed.init_process_group("gloo")
-        try:
-            convert(args)
-        except UserError:  # all ranks have the same
-            if rank > 0:
-                sys.exit(EXIT_CODE)
-            raise
+        convert(args)
         distributed.destroy_process_group()
 
 

@@ -11,17 +11,14 @@ A Megatron checkpoint is exported to a temporary directory (of TMPDIR) first.  T
 
 from __future__ import annotations
 
-import json
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_slm.analysis.evaluation.benchmarks import MODELS, benchmarks
+from megatron_slm.analysis.evaluation.scores import table_line, table_row, write_scores
 from megatron_slm.errors import UserError, exit_on_user_error
-from megatron_slm.files import write_whole
 
 if TYPE_CHECKING:
     from megatron_slm.analysis.evaluation.evaluate import BenchmarkScore
@@ -61,51 +58,6 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def line(*cells: object) -> str:
-    """A line of the table: task, shots, samples, metric, score, stderr, the paper's four."""
-    widths = (-24, 11, 7, -28, 7, 7, *(7 for _ in MODELS))
-    return " ".join(
-        f"{cell!s:{'<' if width < 0 else '>'}{abs(width)}}"
-        for cell, width in zip(cells, widths, strict=True)
-    )
-
-
-def row(score: BenchmarkScore) -> str:
-    """A score beside the paper's."""
-    paper = score.benchmark.paper
-    shots = "-" if score.shots is None else str(score.shots)
-    return line(
-        score.task,
-        shots if score.benchmark.shots is not None else f"{shots} (default)",
-        score.samples,
-        score.metric,
-        f"{score.value:.4f}",
-        "-" if score.stderr is None else f"{score.stderr:.4f}",
-        *("-" * len(MODELS) if paper is None else (f"{value / 100:.3f}" for value in paper)),
-    )
-
-
-def entry(score: BenchmarkScore) -> dict[str, object]:
-    """A score as JSON; the paper's as parts of 1, too."""
-    written = asdict(score)
-    paper = written.pop("benchmark")["paper"]
-    if paper is not None:
-        written["paper"] = {
-            name: round(value / 100, 3) for name, value in zip(MODELS, paper, strict=True)
-        }
-    return written
-
-
-def write(output: Path, model: Path, scores: list[BenchmarkScore]) -> None:
-    """All scores as JSON, whole or not at all."""
-    written = {
-        "model": str(model),
-        "lm_eval": version("lm_eval"),
-        "scores": [entry(score) for score in scores],
-    }
-    write_whole(output, (json.dumps(written, indent=2) + "\n").encode())
-
-
 def run(args: Namespace) -> None:
     """Do what the command line says."""
     if args.output is not None and not args.output.parent.is_dir():
@@ -128,8 +80,8 @@ def run(args: Namespace) -> None:
         for some in evaluate(directory, tasks, args.batch_size, args.device):
             if not scores:
                 paper = [f"{name}*" for name in MODELS]
-                print(line("task", "shots", "samples", "metric", "score", "stderr", *paper))
-            print(*map(row, some), sep="\n", flush=True)
+                print(table_line("task", "shots", "samples", "metric", "score", "stderr", *paper))
+            print(*map(table_row, some), sep="\n", flush=True)
             scores += some
     if not scores:
         return  # not the first rank
@@ -139,7 +91,7 @@ def run(args: Namespace) -> None:
         if benchmark.differs:
             print(f"{benchmark.name}: {benchmark.differs}")
     if args.output is not None:
-        write(args.output, args.model, scores)
+        write_scores(args.output, args.model, scores)
 
 
 def main(arguments: list[str]) -> None:

@@ -12,6 +12,8 @@ import os
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
 
+from msgspec.structs import asdict
+
 from megatron_slm.corpus.preprocessing.finish import PreprocessingSummary
 from megatron_slm.corpus.preprocessing.preprocess import preprocess
 from megatron_slm.corpus.preprocessing.settings import STAGES, PreprocessingSettings
@@ -204,15 +206,13 @@ def report(summary: PreprocessingSummary) -> str:
     """What was written, and what was left out."""
     lines = []
     for key, manifest in summary.datasets.items():
-        counts = manifest["counts"]
+        counts = manifest.counts
         name = summary.layout.dataset(key)
-        files = ".bin and .idx" if manifest["merged"] else ".data-args.txt for --data-args-path"
-        lines.append(
-            f"{name}{files}: {counts['documents']:,} documents, {counts['tokens']:,} tokens"
-        )
+        files = ".bin and .idx" if manifest.merged else ".data-args.txt for --data-args-path"
+        lines.append(f"{name}{files}: {counts.documents:,} documents, {counts.tokens:,} tokens")
     left_out = [
         f"{count:,} {name.replace('_', ' ')}"
-        for name, count in summary.counts.items()
+        for name, count in asdict(summary.counts).items()
         if count and name not in ("read", "documents", "tokens")
     ]
     return "\n".join([*lines, *([f"left out: {', '.join(left_out)}"] if left_out else [])])

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from argparse import ArgumentParser, Namespace
-from typing import Any
 
 from megatron_slm.corpus.indexed.retokenize import check_deeply
 from megatron_slm.corpus.indexed.verify import check_wholly, pairs_of
 from megatron_slm.corpus.tokenizers.tokenizer_file import open_tokenizer
 from megatron_slm.data.dataset_check import check_quickly
+from megatron_slm.data.manifest_types import PairManifest
 from megatron_slm.errors import UserError, exit_on_user_error
 
 
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _checked(
-    args: Namespace, prefix: str, manifest: dict[str, Any] | None, vocab_size: int | None
+    args: Namespace, prefix: str, manifest: PairManifest | None, vocab_size: int | None
 ) -> str:
     """What is said of a pair of files that is right."""
     dataset = check_quickly(prefix, manifest=manifest)

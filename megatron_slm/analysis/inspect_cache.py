@@ -150,7 +150,7 @@ def _domains(manifest: CacheManifest, section: str) -> list[str]:
     """Name of each domain number in a section."""
     if manifest.kind == "document":
         return [section]
-    blends = manifest.source["blends"]
+    blends = manifest.source.blends or {}
     names, _ = blends.get(section) or blends.get("all") or (["mock data"], None)
     return names
 

@@ -11,7 +11,6 @@ import re
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from megatron.core import mpu
 from megatron.training.training import get_train_valid_test_num_samples
 from megatron.training.utils import print_rank_0
 
+from megatron_slm.data.manifest_types import DumpOrigin
 from megatron_slm.data.token_dump import TokenDump, dump_path, read_dump, write_dump
 from megatron_slm.errors import UserError
 from megatron_slm.jobs.job_arguments import settle_arguments
@@ -97,10 +97,11 @@ def score_checkpoints(args: Namespace) -> Path:
     micro_batches = samples.read(-(-count // (args.micro_batch_size * ranks)))
     model: OnlineReference | None = None
     for step, (checkpoint, own) in zip(args.ckpt_steps, opened, strict=True):
-        about = described_tokenizer() | {
-            "split": samples.split,
-            "checkpoint": checkpoint_fingerprint(checkpoint),
-        }
+        about = DumpOrigin(
+            **described_tokenizer(),
+            split=samples.split,
+            checkpoint=checkpoint_fingerprint(checkpoint),
+        )
         if _is_there(directory, step, checkpoint, samples, count):
             print_rank_0(f"> iteration {step}: scored before")
             continue
@@ -132,7 +133,7 @@ def _is_there(
         if not path.exists():
             return False
         dump = read_dump(path)
-        same = dump.about.get("checkpoint") == checkpoint_fingerprint(checkpoint)
+        same = dump.about.checkpoint == checkpoint_fingerprint(checkpoint)
         return same and np.array_equal(dump.tokens, samples.tokens(count)[0])
 
     found: bool = from_first_rank(look)
@@ -146,7 +147,7 @@ def _score(
     samples: FixedSamples,
     count: int,
     step: int,
-    about: dict[str, Any],
+    about: DumpOrigin,
     directory: Path,
 ) -> str | None:
     """Score with one checkpoint and write its losses.
@@ -155,11 +156,11 @@ def _score(
         On the rank that writes, why the losses could not be written; None if they were, and on all
         other ranks.
     """
-    scored = list(model.score(iter(micro_batches), len(micro_batches), args.micro_batch_size))
+    scored = model.score(iter(micro_batches), len(micro_batches), args.micro_batch_size)
     if not mpu.is_pipeline_last_stage():
         return None
-    losses = [batch.reference_losses for batch in scored if batch.reference_losses is not None]
-    whole = of_all_ranks(torch.stack(losses)[None])[0, :count].cpu().numpy()
+    own = torch.stack([losses for losses, _ in scored])
+    whole = of_all_ranks(own[None])[0, :count].cpu().numpy()
     if is_writer():
         tokens, valid = samples.tokens(count)
         numbers = samples.numbers(count)

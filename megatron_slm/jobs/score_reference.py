@@ -1,4 +1,4 @@
-"""Store a reference's losses, as tools/score_reference.py does:  torchrun ... -m this module."""
+"""The job of tools/score_reference.py: store the losses of a reference."""
 
 from __future__ import annotations
 

@@ -51,6 +51,7 @@ from megatron_slm.training.micro_batch import (
     whole_sequences,
 )
 from megatron_slm.training.parsing import parse_job
+from megatron_slm.training.passes import with_reference
 from megatron_slm.training.refusals import in_one_line
 
 # A shard is what a replica loses when it is killed, the unit of work that replicas share, and what
@@ -147,7 +148,7 @@ def _score_shard(
     count = -(-records // args.micro_batch_size)
     read = read_micro_batches(batches, args.micro_batch_size, count, with_domains=True)
     shown = _shown(read, records, args.micro_batch_size, manifest.sequence_length, progress)
-    scored = list(reference.score(shown, count, args.micro_batch_size))
+    scored = with_reference(reference, shown, count, args.micro_batch_size)
     if not mpu.is_pipeline_last_stage():
         return
     losses = _whole([batch.reference_losses for batch in scored], records)

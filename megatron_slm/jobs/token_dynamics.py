@@ -1,5 +1,5 @@
-"""Score validation tokens with every checkpoint of a run and classify them, as
-tools/token_dynamics.py does:  torchrun ... -m this module."""
+"""The job of tools/token_dynamics.py: score validation tokens with every checkpoint of a run, and
+classify them by what became of their losses."""
 
 from __future__ import annotations
 

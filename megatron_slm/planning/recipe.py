@@ -109,7 +109,6 @@ def parse(recipe: LaunchRecipe, rank: int, vocabulary: int) -> Namespace:
     from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
 
     from megatron_slm.entry import add_arguments
-    from megatron_slm.training.arguments import validate_arguments
     from megatron_slm.training.first_check import TRAINING, first_check
     from megatron_slm.training.parsing import parse_planned
 
@@ -117,7 +116,6 @@ def parse(recipe: LaunchRecipe, rank: int, vocabulary: int) -> Namespace:
     first_check(words, TRAINING)
     with _started_as(rank, recipe.ranks, words):
         args = parse_planned(add_arguments)
-    validate_arguments(args)
     if args.padded_vocab_size is None:
         args.padded_vocab_size = vocab_size_with_padding(vocabulary, args, logging_enabled=False)
     return args

@@ -18,6 +18,7 @@ Losses L and entropies H are in nats.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -28,6 +29,45 @@ Score = Literal[
 ]
 SCORES: tuple[Score, ...] = get_args(Score)
 NEED_REFERENCE: frozenset[Score] = frozenset({"excess", "lowest", "reference", "reference-entropy"})
+
+
+def token_scores(
+    score: Score,
+    losses: Tensor,
+    entropies: Tensor | None,
+    reference_losses: Tensor | None,
+    reference_entropies: Tensor | None,
+    draw: Callable[[], Tensor],
+) -> Tensor:
+    """Return the scores of tokens, float32 [b, s]; a higher score is selected sooner.
+
+    Args:
+        losses, entropies: the policy's, float32 [b, s].
+        reference_losses, reference_entropies: the reference's.  Of all these only those that the
+            score is made of are needed.
+        draw: returns random scores.
+    """
+
+    def known(values: Tensor | None) -> Tensor:
+        assert values is not None, f"{score} is made of it"
+        return values
+
+    match score:
+        case "excess":
+            scores = losses - known(reference_losses)
+        case "lowest":
+            scores = known(reference_losses) - losses
+        case "reference":
+            scores = -known(reference_losses)
+        case "reference-entropy":
+            scores = -known(reference_entropies)
+        case "policy":
+            scores = losses
+        case "policy-entropy":
+            scores = known(entropies)
+        case "random":
+            scores = draw()
+    return scores
 
 
 def random_scores(

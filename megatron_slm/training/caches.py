@@ -12,10 +12,10 @@ from typing import Any, Literal
 import msgspec
 from megatron.training.utils import get_blend_and_blend_per_split
 
+from megatron_slm.data.manifest_types import ScoredData
 from megatron_slm.data.score_cache import Section
 from megatron_slm.data.score_manifest import (
     CacheManifest,
-    ScoredData,
     cache_differences,
     read_cache_manifest,
 )
@@ -65,22 +65,28 @@ def describe_data(args: Namespace, kind: str) -> ScoredData:
     """
     prefixes = data_prefixes(args)
     check_names(prefixes)
-    source: dict[str, Any] = {
-        "tokenizer": args.slm_tokenizer,
-        "vocabulary": args.slm_vocab_size,
-        "datasets": {dataset_name(prefix): dataset_fingerprint(prefix) for prefix in prefixes},
-    }
-    if kind == "sample":
-        source |= {
-            "seed": args.seed,
-            "split": args.split,
-            "reset_position_ids": args.reset_position_ids,
-            "blends": {
-                split: [[dataset_name(prefix) for prefix in prefixes], weights]
-                for split, (prefixes, weights) in _blends(args).items()
-            },
-        }
-    return msgspec.convert(source, ScoredData)  # in the form in which it is read back
+    source = ScoredData(
+        tokenizer=args.slm_tokenizer,
+        vocabulary=args.slm_vocab_size,
+        datasets={dataset_name(prefix): dataset_fingerprint(prefix) for prefix in prefixes},
+    )
+    if kind == "document":
+        return source
+    return msgspec.structs.replace(
+        source,
+        seed=args.seed,
+        split=args.split,
+        reset_position_ids=args.reset_position_ids,
+        blends={
+            split: ([dataset_name(prefix) for prefix in prefixes], _as_floats(weights))
+            for split, (prefixes, weights) in _blends(args).items()
+        },
+    )
+
+
+def _as_floats(weights: Sequence[float] | None) -> list[float] | None:
+    """Return weights as they are read back, whole numbers too."""
+    return None if weights is None else list(map(float, weights))
 
 
 def open_caches(args: Namespace) -> Caches:
@@ -109,7 +115,7 @@ def open_caches(args: Namespace) -> Caches:
         if twice := sections.keys() & manifest.sections.keys():
             raise UserError(f"--slm-reference-cache: two have losses of {', '.join(sorted(twice))}")
         sections |= {name: Section(directory, manifest, name) for name in manifest.sections}
-    if kind == "document" and (lacking := own["datasets"].keys() - sections.keys()):
+    if kind == "document" and (lacking := own.datasets.keys() - sections.keys()):
         raise UserError(
             f"--slm-reference-cache {' '.join(map(str, directories))}: no losses of the datasets "
             f"{', '.join(sorted(lacking))}"
@@ -119,8 +125,8 @@ def open_caches(args: Namespace) -> Caches:
 
 
 def _check(args: Namespace, own: ScoredData, directory: Path, manifest: CacheManifest) -> None:
-    scored: dict[str, Any] = dict(manifest.source)
-    mine: dict[str, Any] = dict(own)
+    scored: dict[str, Any] = msgspec.to_builtins(manifest.source)
+    mine: dict[str, Any] = msgspec.to_builtins(own)
     # Documents serve any sequence length, and a cache may have more datasets than a run reads.
     if manifest.kind == "document":
         both = scored["datasets"].keys() & mine["datasets"].keys()

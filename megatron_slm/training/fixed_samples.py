@@ -111,7 +111,7 @@ def is_writer() -> bool:
     )
 
 
-def described_tokenizer() -> dict[str, Any]:
+def described_tokenizer() -> dict[str, str | None]:
     """Return what a dump says of the tokenizer, so that its readers find it."""
     args = get_args()
     model = args.tokenizer_model

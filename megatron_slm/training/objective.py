@@ -29,7 +29,13 @@ from torch import Tensor
 
 from megatron_slm.errors import UserError
 from megatron_slm.loss import same_on_ranks
-from megatron_slm.selection import Choice, TokenSelector, context_parallel_part, random_scores
+from megatron_slm.selection import (
+    Choice,
+    TokenSelector,
+    context_parallel_part,
+    random_scores,
+    token_scores,
+)
 from megatron_slm.training.loss_report import report_of
 from megatron_slm.training.micro_batch import MicroBatch
 from megatron_slm.training.nan import megatron_looks
@@ -39,48 +45,6 @@ from megatron_slm.training.settings import SelectiveSettings, Step
 SPIKY_LOSS_FACTOR = 10
 # What is looked for in each micro-batch, as errors call it.
 FAULTS = ("NaN in the loss", "Inf in the loss", "NaN in the token scores")
-
-
-def token_scores(
-    batch: MicroBatch,
-    losses: Tensor,
-    entropies: Tensor | None,
-    settings: SelectiveSettings,
-    step: Step,
-) -> Tensor:
-    """Scores of a micro-batch, float32 [b, s/c], given the policy's losses and entropies."""
-    match settings.selection.score:
-        case "policy":
-            scores = losses
-        case "policy-entropy":
-            assert entropies is not None
-            scores = entropies
-        case "random":
-            scores = _random(batch, losses, settings.seed, step.iteration)
-        case "reference-entropy":
-            assert batch.reference_entropies is not None
-            scores = -batch.reference_entropies
-        case score:
-            reference = batch.reference_losses
-            assert reference is not None
-            known = {
-                "excess": losses - reference,
-                "lowest": reference - losses,
-                "reference": -reference,
-            }
-            scores = known[score]
-    return scores
-
-
-def _random(batch: MicroBatch, losses: Tensor, seed: int, iteration: int) -> Tensor:
-    samples, length = losses.shape
-    size = mpu.get_context_parallel_world_size()
-    first = batch.number * mpu.get_data_parallel_world_size() + mpu.get_data_parallel_rank()
-    numbers = torch.arange(samples) + first * samples
-    whole = random_scores(seed, iteration, numbers, length * size, losses.device)
-    if size == 1:
-        return whole
-    return context_parallel_part(whole, mpu.get_context_parallel_rank(), size)
 
 
 class MicroBatchObjective:
@@ -131,9 +95,34 @@ class MicroBatchObjective:
         self.losses, self.trained = losses, trained
         if not self.step.selects:
             return batch.valid
-        batch.scores = token_scores(batch, losses, entropies, self.settings, self.step)
-        self.choice = batch.choice or self._choose(batch, batch.scores)
+        scores = self.score(losses, entropies)
+        self.choice = batch.choice or self._choose(batch, scores)
         return self.choice.selected if self.choice.weights is None else self.choice.weights
+
+    def score(self, losses: Tensor, entropies: Tensor | None) -> Tensor:
+        """Set and return what tokens are ranked by, given the policy's losses and entropies."""
+        batch = self.micro_batch
+        batch.scores = token_scores(
+            self.settings.selection.score,
+            losses,
+            entropies,
+            batch.reference_losses,
+            batch.reference_entropies,
+            lambda: self._draw(losses),
+        )
+        return batch.scores
+
+    def _draw(self, losses: Tensor) -> Tensor:
+        """Return random scores for the tokens of these losses; no layout changes them."""
+        samples, length = losses.shape
+        number, size = self.micro_batch.number, mpu.get_context_parallel_world_size()
+        first = number * mpu.get_data_parallel_world_size() + mpu.get_data_parallel_rank()
+        numbers = torch.arange(samples) + first * samples
+        seed, iteration = self.settings.seed, self.step.iteration
+        whole = random_scores(seed, iteration, numbers, length * size, losses.device)
+        if size == 1:
+            return whole
+        return context_parallel_part(whole, mpu.get_context_parallel_rank(), size)
 
     def _choose(self, batch: MicroBatch, scores: Tensor) -> Choice:
         if self.step.thresholds is not None:

@@ -57,6 +57,7 @@ def parse_planned(add_options: AddOptions) -> Namespace:
             load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
             load_args_from_checkpoint(args)
         validate_args(args, DEFAULTS)
+    validate_arguments(args)
     return args
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,20 +36,20 @@ from megatron_slm.reference.online import (
 from megatron_slm.reference.several import SeveralReferences
 from megatron_slm.training.caches import Caches, open_caches
 from megatron_slm.training.decisions import reference_flags
-from megatron_slm.training.micro_batch import MicroBatch
 from megatron_slm.training.option_checks import decay_of
 from megatron_slm.training.tokenizer import check_tokenizer
 
 
 @dataclass(frozen=True)
 class Source:
-    """build: called once on all ranks, when the policy has been built and loaded.
+    """build: called once on all ranks, when the policy has been built and loaded; None where the
+        losses come with the tokens.
     identity: what a resumed run must have in common with the run it goes on with.
     by_domain: whether it has to know which dataset a sample is from.
     caches: what the datasets read the losses from; None where the reference is computed.
     """
 
-    build: Callable[[], Reference]
+    build: Callable[[], Reference] | None
     identity: str
     by_domain: bool = False
     caches: Caches | None = None
@@ -74,7 +74,7 @@ def open_source(
         if args.slm_score == "reference-entropy":
             raise UserError("--slm-score reference-entropy: a score cache holds losses alone")
         caches = open_caches(args)
-        return Source(_Cached, caches.identity, caches=caches)
+        return Source(None, caches.identity, caches=caches)
     scoring = Scoring(
         args.slm_vocab_size,
         entropies=args.slm_score == "reference-entropy",
@@ -83,15 +83,6 @@ def open_source(
     if args.slm_reference:
         return _moving_average(args, scoring, layer_spec)
     return _checkpoints(args, domains, scoring, layer_spec)
-
-
-class _Cached:
-    """The losses came with the tokens."""
-
-    def score(
-        self, micro_batches: Iterator[MicroBatch], count: int, micro_batch_size: int
-    ) -> Iterator[MicroBatch]:
-        return micro_batches
 
 
 def check_batches(args: Namespace) -> None:

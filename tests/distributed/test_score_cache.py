@@ -183,7 +183,7 @@ def test_training_with_two_bytes_a_token(
     extra = f"--slm-reference-cache {tmp_path / 'cache'} --eval-iters 0 {DUMP}"
     run = train(corpus, untied, tmp_path / "run", extra)
     dumps = read_dumps(run.directory / "dump")
-    assert {dump.about["split"] for dump in dumps} == {"train"}
+    assert {dump.about.split for dump in dumps} == {"train"}
     first, second = records(run), records(online)
     differing = total = 0
     for one, other in zip(first, second, strict=True):

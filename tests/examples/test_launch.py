@@ -6,7 +6,6 @@ import contextlib
 import os
 import random
 import re
-import runpy
 import shlex
 import signal
 import socket
@@ -21,6 +20,7 @@ import torch
 from jobs import Corpus
 from launch import REPOSITORY, recipe_environment
 from megatron_slm.model.architecture import to_megatron
+from megatron_slm.model.conversion.import_hf import as_options
 from random_llama import small_llama, write_random_llama
 
 RECIPE = REPOSITORY / "examples" / "pretrain_slm_1b.sh"
@@ -303,9 +303,8 @@ def option(script: str, name: str, **settings: str) -> str:
 
 
 def test_extra_is_read_as_import_prints_it(tmp_path: Path) -> None:
-    convert = runpy.run_path(str(REPOSITORY / "tools" / "convert_checkpoint.py"))
     mistral = replace(small_llama(257, 64), window=10)
-    printed = convert["as_options"](to_megatron(mistral))
+    printed = as_options(to_megatron(mistral))
     assert "'(9,0)'" in printed
     more = f"--note \"it's  two\" '' * $HOME $(touch${{IFS}}{tmp_path}/ran) \\\\"
     words = dry_run(RECIPE.name, EXTRA=f"{printed}\n {more}")

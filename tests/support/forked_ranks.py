@@ -24,12 +24,12 @@ import megatron.training.arguments  # noqa: F401
 from megatron_slm import pretrain
 from megatron_slm.entry import add_arguments
 from megatron_slm.errors import exit_on_user_error
-from megatron_slm.training import scoring
+from megatron_slm.jobs import scoring
 from megatron_slm.training.first_check import SCORING
 
 
 def score() -> None:
-    scoring.score(scoring.parse_arguments(partial(add_arguments, job=SCORING)))
+    scoring.score(scoring.parse_scoring_arguments(partial(add_arguments, job=SCORING)))
 
 
 def run(rank: int, job: dict[str, Any]) -> int:

@@ -1,4 +1,4 @@
-"""Compute the policy's losses of all tokens in a forward-only pass of its own."""
+"""Forward-only passes over micro-batches, which come before a step's schedule."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from megatron_slm.loss import Scoring, all_losses
+from megatron_slm.reference import Reference, Scored
 from megatron_slm.training.data_iterators import for_model_chunks
 from megatron_slm.training.micro_batch import MicroBatch
-
-Scored = tuple[Tensor, Tensor | None]
 
 
 def score_with_policy(
@@ -66,6 +65,20 @@ def score_with_policy(
     for model in models:
         model.train()
     return read, [tuple(said) if scoring.entropies else (said, None) for said in scored]
+
+
+def with_reference(
+    reference: Reference,
+    micro_batches: Iterator[MicroBatch],
+    count: int,
+    micro_batch_size: int,
+) -> list[MicroBatch]:
+    """Read `count` micro-batches, and set what the reference scores, where the last stage is."""
+    read: list[MicroBatch] = []
+    scored = reference.score(noting(micro_batches, read), count, micro_batch_size)
+    for batch, (losses, entropies) in zip(read, scored, strict=False):  # other stages have none
+        batch.reference_losses, batch.reference_entropies = losses, entropies
+    return read
 
 
 def noting(micro_batches: Iterator[MicroBatch], seen: list[MicroBatch]) -> Iterator[MicroBatch]:
