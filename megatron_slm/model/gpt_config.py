@@ -1,4 +1,4 @@
-"""A GPT's configuration from Megatron's arguments."""
+"""A GPT's configuration, and a rank's part of the model, from Megatron's arguments."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron.core.extensions.transformer_engine import HAVE_TE
-from megatron.core.transformer import TransformerConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training.models.gpt import GPTModelBuilder
 
 from megatron_slm.model.layer_spec import plain_block_spec
 
@@ -19,19 +21,38 @@ def installed_layers() -> Callable[..., Any] | None:
     return None if HAVE_TE else plain_block_spec
 
 
-def gpt_config(
-    args: Namespace,
-    layer_spec: Callable[..., Any] | None,
-    config: TransformerConfig | None = None,
-) -> Any:
-    """Megatron's GPTModelConfig.
+def gpt_config(args: Namespace, layer_spec: Callable[..., Any] | None) -> Any:
+    """Return Megatron's GPTModelConfig.
 
     Args:
         layer_spec: layers of a (GPTModelConfig, vp_stage), None for Megatron's choice; --spec
             comes before either.
     """
-    model = gpt_config_from_args(args, config)
+    model = gpt_config_from_args(args)
     model.rope_scaling_factor = args.rope_scaling_factor  # Megatron 0.19 leaves it at 8
     if layer_spec is not None and args.spec is None:
         model.transformer_layer_spec = layer_spec
     return model
+
+
+def build_gpt(
+    args: Namespace,
+    layer_spec: Callable[..., Any] | None,
+    *,
+    first: bool,
+    last: bool,
+    vp_stage: int | None = None,
+) -> GPTModel:
+    """Build this rank's part of a GPT.
+
+    Args:
+        layer_spec: as for gpt_config.
+        first, last: whether this is the first and the last of all pipeline stages.
+        vp_stage: the virtual stage, from 0; None where a rank has one stage.
+    """
+    settings = gpt_config(args, layer_spec)
+    settings.finalize()
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return GPTModelBuilder(settings).build_model(
+        groups, pre_process=first, post_process=last, vp_stage=vp_stage
+    )
