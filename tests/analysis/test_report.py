@@ -500,4 +500,4 @@ def test_what_cannot_be_reported_on(tmp_path: Path) -> None:
     write_dump(run / "dump", changed)
     assert "other samples" in refused(run)
     (run / "results.json").write_text('{"format": 2}')
-    assert "not of a study" in refused(run)
+    assert "not in the format that this version reads" in refused(run)

@@ -205,7 +205,7 @@ STUDIES: dict[str, Case] = {
     "nothing said": (file("results.json", "{}"), "missing required field `format`"),
     "a format alone": (file("results.json", '{"format": 1}'), "missing required field"),
     "format is text": (results("format", "1"), "got `str` - at `$.format`"),
-    "format of tomorrow": (results("format", 2), "that this version knows"),
+    "format of tomorrow": (results("format", 2), "that this version reads"),
     "arms is a list": (results("arms", [1]), "got `array` - at `$.arms`"),
     "an arm without seeds": (results("arms.clm.seeds", {}), "length >= 1"),
     "seeds is a list": (results("arms.clm.seeds", [1]), "got `array`"),
@@ -215,7 +215,10 @@ STUDIES: dict[str, Case] = {
     "a curve without points": (results(f"{SEED}.curve", []), "length >= 1"),
     "a curve of text": (results(f"{SEED}.curve", ["abc"]), "got `str`"),
     "a curve of short points": (results(f"{SEED}.curve", [[1, 2]]), "length >= 3"),
-    "a curve of different points": (results(f"{SEED}.curve", [[1, 2, 3], [1, 2, 3, 4]]), "kinds"),
+    "a curve of different points": (
+        results(f"{SEED}.curve", [[1, 2, 3], [1, 2, 3, 4]]),
+        "differ in length",
+    ),
     "a loss that is null": (results("summary.arms.clm.final_loss.mean", None), "got `null`"),
     "a verdict that is a list": (results("summary.arms.clm.verdict", []), "got `array`"),
     "a summary of other arms": (results("summary.arms", {}), "not those of its summary"),
@@ -267,7 +270,10 @@ TOKENIZERS: dict[str, Case] = {
     "a tokenizer that is gone": (about(tokenizer_model="/none"), "No such file"),
 }
 EVENTS: dict[str, Case] = {
-    "events that are text": (file(LOG, "no events at all, just text\n" * 9), "no file of"),
+    "events that are text": (
+        file(LOG, "no events at all, just text\n" * 9),
+        "not a TensorBoard event file",
+    ),
     "a damaged value": (events(spoil=flip(14)), "damaged before byte"),
     "a damaged length": (events(spoil=flip(0)), "damaged before byte"),
     "no event inside": (events(b"\xff" * 40), "damaged before byte"),
@@ -315,16 +321,16 @@ TABLES: dict[str, Case] = {
     "a column more": (table(x=pa.array([1, 2])), "not a table of token dynamics"),
     "losses that are text": (table(loss_0000002=pa.array(["1", "2"])), "not a table"),
     "one checkpoint": (table(loss_0000002=None), "not a table of token dynamics"),
-    "values missing": (table(delta=pa.array([None, 1.0], pa.float32())), "are missing"),
+    "values missing": (table(delta=pa.array([None, 1.0], pa.float32())), "missing values"),
     "losses that are no numbers": (
         table(loss_0000002=pa.array([float("nan"), 1.0], pa.float32())),
-        "no numbers",
+        "NaN or infinite",
     ),
     "iterations that fall": (
         table(loss_0000000=pa.array([1.0, 2.0], pa.float32())),
-        "do not rise",
+        "out of order",
     ),
-    "classes of its own": (table(**{"class": strange_classes()}), "other classes"),
+    "classes of its own": (table(**{"class": strange_classes()}), "classes other than"),
     "too many values": (
         table(**{f"loss_{at:07d}": columns()["delta"] for at in range(3, 99)}),
         "too many to be read",
@@ -448,7 +454,7 @@ RECIPES: dict[str, Case] = {
     "an arm out of the study": (recipe("seeds: [1]\narms: {../x: {}}"), "cannot be a name in arms"),
     "stages of two kinds": (
         recipe(RECIPE + "stages: {a: {run: x, score: y}}"),
-        "stage a: a stage has one of",
+        "stage a: a stage needs exactly one of",
     ),
     "brackets and no end": (recipe(DEEP), "nested too deeply"),
     "thirty recipes in a row": (chain, "more than 20 recipes"),
@@ -463,7 +469,7 @@ STATES: dict[str, Case] = {
     "state that is text": (file(BEGUN, "x"), "move "),
     "a hash that is a number": (file(BEGUN, '{"hash": 5}'), "got `int` - at `$.hash`"),
     "a pipe as state": (fifo(BEGUN), "not a regular file"),
-    "a directory of others": (file("runs/clm-seed1/theirs", "x"), "this study has not made it"),
+    "a directory of others": (file("runs/clm-seed1/theirs", "x"), "this study did not make it"),
 }
 
 
