@@ -1,4 +1,4 @@
-"""A GPT's configuration from Megatron's arguments."""
+"""Make a GPT's configuration from Megatron's arguments."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ def gpt_config(
     layer_spec: Callable[..., Any] | None,
     config: TransformerConfig | None = None,
 ) -> Any:
-    """Megatron's GPTModelConfig.
+    """Return Megatron's GPTModelConfig.
 
     Args:
-        layer_spec: layers of a (GPTModelConfig, vp_stage), None for Megatron's choice; --spec
-            comes before either.
+        args: Megatron's arguments.
+        layer_spec: function that returns the layers for a GPTModelConfig and a vp_stage; None for
+            Megatron's choice. --spec takes precedence over both.
+        config: configuration of the transformer; None to make it from the arguments.
     """
     model = gpt_config_from_args(args, config)
     model.rope_scaling_factor = args.rope_scaling_factor  # Megatron 0.19 leaves it at 8
