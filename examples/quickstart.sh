@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# Selective Language Modeling on real text, from nothing to a table, in minutes and without a GPU:
+# Compare Selective Language Modeling with its controls on real text, from nothing, in minutes and
+# without a GPU:
 #
-#   bash examples/quickstart.sh [directory, default runs/quickstart]
+#   bash examples/quickstart.sh [DIRECTORY]      default: runs/quickstart
 #
 #   corpora      prose (clean), source files (noisy) and held-out prose (target) of this Python
-#   reference    a small GPT trained on the clean corpus
-#   clm, slm, random   the same GPT from the same start on the noisy corpus: all tokens; the 60% whose
-#                loss exceeds the reference's the most; 60% at random
-#   table        all of them on the target domain
-#   report       a page to look at: curves, the comparison, and which tokens are selected
+#   reference    a small GPT, trained on the clean corpus
+#   clm, slm, random   the same GPT, trained from the same start on the noisy corpus: on all tokens,
+#                on the 60% whose loss exceeds the reference's the most, and on 60% at random
+#   table        the loss of each on the target, and what it cost
+#   report       a page with curves, the comparison, and which tokens are selected
 #
-# The recipe is examples/experiments/quick.yaml.  Stopped, it goes on with the same command.
+# The recipe is examples/experiments/quick.yaml.  If it is stopped, the same command continues.
 set -euo pipefail
 root="$(cd "$(dirname "$0")/.." && pwd)"
 runs="${1:-$root/runs/quickstart}"
@@ -24,5 +25,5 @@ python "$root/tools/token_dynamics.py" classify "$slm/checkpoints/dump" --dynami
     > "$slm/dynamics.txt"
 echo
 python "$root/tools/report.py" "$runs"
-echo "> open it in a browser: which way of choosing tokens ended lowest and what that cost, the curves," \
-    "and every token of a few samples with what was learnt of it"
+echo "> open it in a browser: it shows which way of choosing tokens ended lowest, what each cost," \
+    "the curves, and every token of a few samples with what was learned of it"

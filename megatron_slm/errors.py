@@ -1,8 +1,8 @@
-"""How a command ends other than well: by one line, and exit code 2, or 130 for Ctrl-C.
+"""End a command that fails with one line and exit code 2, or 130 after Ctrl-C.
 
-torchrun starts several ranks on a machine, which mostly find the same fault: the first prints it.
-The message also goes into the file from which torchrun's own report, the last that is printed then,
-says what the cause was.
+torchrun starts several ranks on a machine, which mostly find the same fault: the first to do so
+prints it.  The message also goes into the file from which torchrun takes the cause for its own
+report, which is printed last.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import NoReturn
 
 EXIT_CODE = 2
 INTERRUPTED = 128 + signal.SIGINT
-# Of a place that the user named, not of the program.
+# These say that a place the user named cannot be used; other numbers are faults of the program.
 _PLACES = {
     errno.EACCES,
     errno.EDQUOT,
@@ -41,19 +41,21 @@ _PLACES = {
 
 
 class UserError(Exception):
-    """Bad input.  The message says what is wrong, where, and what to do."""
+    """An error in the input.  Its message says what is wrong, where, and what to do."""
 
 
 @contextmanager
 def exit_on_user_error(
     go_on: str = "the same command starts again", *, at_once: bool = False
 ) -> Iterator[None]:
-    """Leave with one line: exit code 2 for a UserError or a place that cannot be read or written,
-    130 for Ctrl-C.  Other exceptions are bugs.
+    """Exit with one line at a UserError, at a file that cannot be used, and at Ctrl-C.
+
+    The exit code is 2, or 130 for Ctrl-C.  Other exceptions are bugs, and pass.
 
     Args:
-        go_on: what Ctrl-C says, after "interrupted".
-        at_once: end at Ctrl-C without cleaning up, as a rank must that may wait for another.
+        go_on: how to continue after Ctrl-C, which is printed after "interrupted".
+        at_once: exit at Ctrl-C without cleaning up.  A rank has to, since cleaning up may wait for
+            another rank.
     """
     try:
         with _interrupt(go_on, at_once):
@@ -62,7 +64,7 @@ def exit_on_user_error(
         _say_once(f"interrupted: {go_on}")
         sys.exit(INTERRUPTED)
     except UserError as error:
-        # One from a loader's worker comes as the worker's traceback, with the message at its end.
+        # If a loader's worker raised it, the message stands at the end of the worker's traceback.
         _refuse(str(error).rpartition(f"{__name__}.UserError: ")[2].strip())
     except OSError as error:
         if error.errno not in _PLACES or error.filename is None:
@@ -72,8 +74,11 @@ def exit_on_user_error(
 
 @contextmanager
 def _interrupt(go_on: str, at_once: bool) -> Iterator[None]:
-    """Take Ctrl-C, which reaches all processes of a command: the first ends this process, a second
-    does so at once, and processes forked from it leave it to their parent."""
+    """Handle Ctrl-C, which reaches all processes of a command, while the block lasts.
+
+    The first Ctrl-C ends this process, and a second one ends it at once.  Processes forked from it
+    ignore both, and leave it to their parent to end them.
+    """
     before = signal.getsignal(signal.SIGINT)
     own = os.getpid()
 
@@ -87,14 +92,14 @@ def _interrupt(go_on: str, at_once: bool) -> Iterator[None]:
         os._exit(INTERRUPTED)
 
     def ignored(fault: sys.UnraisableHookArgs) -> None:
-        """Raise it again, a moment later, where Python drops it: in a callback of a fork, say."""
+        """Raise Ctrl-C again a moment later where Python drops it, for example while forking."""
         if fault.exc_type is not KeyboardInterrupt:
             hook(fault)
             return
         signal.signal(signal.SIGALRM, interrupted)
         signal.setitimer(signal.ITIMER_REAL, 0.05)
 
-    # Ignored where a script started the command in the background; a thread cannot set it.
+    # A script's background command ignores Ctrl-C, and only the main thread may set handlers.
     ours = before not in (signal.SIG_IGN, None)
     if not ours or threading.current_thread() is not threading.main_thread():
         yield
@@ -110,7 +115,7 @@ def _interrupt(go_on: str, at_once: bool) -> Iterator[None]:
 
 
 def say(line: str) -> None:
-    """Print a line about this run, on the first rank alone."""
+    """Print a line about this run, on the first rank only."""
     if os.getenv("RANK", "0") == "0":
         print(line, file=sys.stderr, flush=True)
 
@@ -126,10 +131,10 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _say_once(line: str) -> None:
-    """Print a line after all else, unless another rank that torchrun started here has."""
+    """Print a line after all else, unless another rank of this machine has printed it already."""
     if not _first_to_say(line):
         return
-    with suppress(RuntimeError, OSError):  # where this interrupts a print
+    with suppress(RuntimeError, OSError):  # Ctrl-C may have interrupted a print
         sys.stdout.flush()
     try:
         print(line, file=sys.stderr, flush=True)
@@ -138,7 +143,7 @@ def _say_once(line: str) -> None:
 
 
 def _first_to_say(line: str) -> bool:
-    file = os.getenv("TORCHELASTIC_ERROR_FILE")  # in a directory of each rank's, beside the others'
+    file = os.getenv("TORCHELASTIC_ERROR_FILE")  # each rank has a directory, beside the others'
     if not file:
         return True
     said = Path(file).parents[1] / f"said-{hashlib.sha256(line.encode()).hexdigest()[:16]}"

@@ -1,10 +1,10 @@
 """Read files that others wrote, within bounds, and write files whole.
 
 A file that this process did not just write may be a pipe, larger than memory, nested a hundred
-thousand deep, or of another shape than its name says.  So each kind of file has one reader that
+thousand levels deep, or not what its name promises.  So each kind of file has one reader, which
 opens a regular file of bounded size and decodes it into a declared type before anything uses it.
-Output goes to a name of this process's own first, reaches the disk, and then takes its final name,
-so that a reader finds the old content or the new.
+Output is written under a name of this process's own, synced to the disk, and only then given its
+final name, so that a reader finds either the old content or the new.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def open_regular(path: Path) -> BinaryIO:
     """Open a regular file (or a link to one) for reading, without waiting on a pipe or device.
 
     Raises:
-        UserError: it cannot be opened, or is no regular file.
+        UserError: it cannot be opened, or is not a regular file.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -66,13 +66,16 @@ def read_bounded(path: Path, limit: int = LIMIT) -> bytes:
 def decode_json[T](content: bytes | str, kind: type[T], where: Path | str) -> T:
     """Decode JSON into a type: a msgspec.Struct, a dataclass, or built-in types with parameters.
 
-    Types are strict: no number passes for text, no true for 1.
+    Types are strict: a number does not pass for text, nor true for 1.
 
     Args:
-        where: the file's name, for the error.
+        content: the JSON text.
+        kind: the type to decode it into.
+        where: the name of its file, for the error.
 
     Raises:
-        UserError: it is not JSON, too deeply nested, or not of this type; names the place in it.
+        UserError: it is not JSON, is nested too deeply, or is not of this type; names the place in
+            it.
     """
     try:
         return msgspec.json.decode(content, type=kind)
@@ -103,8 +106,11 @@ def read_yaml[T](path: Path, kind: type[T], limit: int = 1 << 20) -> T:
 
 
 class _LoaderWithoutAliases(yaml.SafeLoader):
-    """Refuse aliases: ten lines of them stand for more values than fit into memory.  Refuse a key
-    that occurs twice, of which the last would count."""
+    """A YAML loader that refuses aliases, and keys that occur twice.
+
+    Ten lines of aliases can stand for more values than fit into memory.  Of a key that occurs
+    twice, YAML would silently take the last.
+    """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -149,21 +155,22 @@ def sync(descriptor: int) -> None:
 
 @cache
 def _place() -> str:
-    """Return a name for where process ids are unique: containers may share a host's name and a file
-    system, and a host may be started again."""
+    """Return a name for the place in which process ids are unique, until it is started again.
+
+    The host's name is not enough: containers may share it together with a file system.
+    """
     boot = Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
     host = socket.gethostname().replace(".", "-")
     return f"{host}-{hashlib.sha256(boot.encode()).hexdigest()[:8]}"
 
 
 def temporary(path: Path) -> Path:
-    """Return the name of an output while it is written, which no other process uses."""
+    """Return the name under which this process, and no other, writes an output."""
     return path.with_name(f"{path.name}.{_place()}-{os.getpid()}.partial")
 
 
 def is_leftover(path: Path) -> bool:
-    """Return whether `temporary` named the file, for this process or for one of this machine that
-    has ended."""
+    """Return whether a file is an unfinished output of this process, or of one that ended here."""
     named = _NAMED.search(path.name)
     if named is None or named["place"] != _place():
         return False
@@ -171,7 +178,7 @@ def is_leftover(path: Path) -> bool:
 
 
 def publish(unfinished: Path, final: Path) -> None:
-    """Give a complete and synced file its name, durably."""
+    """Give a complete and synced file its final name, durably."""
     unfinished.replace(final)
     directory = os.open(final.parent, os.O_RDONLY)
     try:
@@ -182,9 +189,9 @@ def publish(unfinished: Path, final: Path) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Yield the name to write a file under; give it its own name, durably, when the block ends.
+    """Yield the name to write a file under, and give it its final name, durably, after the block.
 
-    Where the block fails, what it wrote is removed and what stood at `path` stays as it was.
+    If the block fails, what it wrote is removed, and what stood at `path` stays as it was.
 
     Raises:
         UserError: the file cannot be written: no space, no permission, a directory in its place.
@@ -220,18 +227,18 @@ def sha256_of(path: Path) -> str:
 
 @contextmanager
 def alone_at(path: Path, what: str, wait: float = 0.0) -> Iterator[None]:
-    """Be the only run on this machine that writes an output while the block lasts.
+    """Make sure that no other run on this machine writes an output while the block lasts.
 
     Holds a name that the system frees when the last process of the run ends, however it ends.  A
-    locked file could outlive its machine on some network file systems.
+    lock on a file could outlive its machine on some network file systems.
 
     Args:
-        path: of the output, whose directory exists.
-        what: the flag that names it, for the error.
-        wait: seconds that another run gets to end.
+        path: the output; its directory exists.
+        what: the flag that names the output, for the error.
+        wait: seconds to wait for another run to end.
 
     Raises:
-        UserError: another run is writing it.
+        UserError: another run is still writing the output.
     """
     directory = path.parent.stat()
     place = os.fsencode(f"{directory.st_dev} {directory.st_ino} {path.name}")
@@ -243,7 +250,7 @@ def alone_at(path: Path, what: str, wait: float = 0.0) -> Iterator[None]:
                 lock.bind(name)
                 break
             except OSError as error:
-                if error.errno != errno.EADDRINUSE:  # such names are not known here
+                if error.errno != errno.EADDRINUSE:  # this system has no such names
                     break
             if time.monotonic() > deadline:
                 raise UserError(

@@ -1,4 +1,4 @@
-"""Command lines whose faults are one line: what is wrong, and which option was perhaps meant."""
+"""Parse command lines, and report a fault in one line that names the option perhaps meant."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Parser(ArgumentParser):
 
 
 def refuse(parser: ArgumentParser, message: str) -> NoReturn:
-    """Raise what `parser` would have printed, after all of its options, and exited by.
+    """Raise a parser's error message, which argparse would print below all options and exit.
 
     Raises:
         UserError: always.
@@ -32,12 +32,12 @@ def refuse(parser: ArgumentParser, message: str) -> NoReturn:
     if message.startswith(_UNKNOWN):
         words = message.removeprefix(_UNKNOWN).split()
         raise UserError(f"{message}{_meant(words, parser._option_string_actions)}")
-    # Our types say what is wrong with a value in a sentence that begins with it.
+    # Messages of our own types continue the option's name to a sentence.
     raise UserError(re.sub(r"^argument (\S+): (?!invalid|expected|not allowed)", r"\1 ", message))
 
 
 def _meant(words: Iterable[str], options: Iterable[str]) -> str:
-    """Name the options that unknown words resemble."""
+    """Suggest the options that unknown words resemble; nothing if there are none."""
     known = {option.lstrip("-"): option for option in options}
     meant = dict[str, None]()
     for word in words:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import torch
 
@@ -18,6 +20,10 @@ from jobs import (
     write_dataset,
 )
 from real_text import docstrings
+
+# A shell ignores Ctrl-C for what it runs in the background, and every process started from there
+# inherits that; the tests interrupt processes.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

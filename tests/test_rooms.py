@@ -6,6 +6,7 @@ import ast
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 
 import pytest
@@ -17,7 +18,7 @@ MOST_LINES = 320
 # Each may use those above it; rooms of a line do not know each other.
 ROOMS = """
     errors
-    files parser
+    files kernels parser
     selection
     loss model data cpu_platform
     reference
@@ -34,9 +35,11 @@ SUBROOMS = {
     " | mixing",
     "analysis": "event_files token_text inspect_cache | dynamics evaluation experiments | report",
 }
-# One thing in two rooms: what starts a job, what installs itself, and what is told again where
-# torch is not imported yet.
-SHARED_NAMES = "main install add_arguments TRACKER Score Scope Weighting NEED_REFERENCE".split()
+# One thing in two rooms: what starts a job, what installs itself, what calls kernels once, and what
+# is told again where torch is not imported yet.
+SHARED_NAMES = (
+    "main install try_out add_arguments TRACKER Score Scope Weighting NEED_REFERENCE".split()
+)
 
 
 def modules() -> dict[str, ast.Module]:
@@ -53,6 +56,7 @@ def modules() -> dict[str, ast.Module]:
 MODULES = modules()
 
 
+@cache
 def imports(name: str) -> set[str]:
     """Modules of the package that a module imports, wherever in it."""
     found = set()

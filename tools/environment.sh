@@ -3,7 +3,10 @@
 #   source tools/environment.sh && use_environment [extra of setup.py]
 #
 #   use_environment             with torch from PyPI
-#   use_environment cuda        and Transformer Engine, and with an nvcc Apex, both built against it
+#   use_environment cuda        and Transformer Engine, whose torch part is built against it: that
+#                               takes a C++ compiler, CUDA's headers, and minutes of all cores
+#   use_environment cuda apex   and Apex, of which only the fused gradient of the output layer's
+#                               weight is of use beside Transformer Engine: git, nvcc, half an hour
 #   use_environment container   in NVIDIA's PyTorch container, with the image's torch, Transformer
 #                               Engine and Apex, of which nothing is replaced
 #
@@ -73,8 +76,38 @@ print(*(f"torch=={each}" for each in fit[-1:]))
 ' "$1/setup.py" 2> /dev/null || true
 }
 
+# Where CUDA's headers are, with those that only the toolkit has: torch's own wheels lack crt/.
+_cuda_headers() {
+    local nvcc home="${CUDA_HOME:-}"
+    if [ -z "$home" ] && nvcc="$(command -v nvcc)"; then
+        home="$(dirname "$(dirname "$(readlink -f "$nvcc")")")"
+    fi
+    home="${home:-/usr/local/cuda}"
+    [ ! -e "$home/include/crt/host_defines.h" ] || echo "$home/include"
+}
+
+# What building takes, before gigabytes are installed; all of what is missing at once.
+_check_build() {
+    local missing=()
+    command -v "${CXX:-c++}" > /dev/null ||
+        missing+=("a C++ compiler (${CXX:-c++}): apt install g++")
+    [ -n "$(_cuda_headers)" ] ||
+        missing+=("CUDA's headers (crt/host_defines.h): apt install cuda-crt-13-0 from NVIDIA's \
+repository, or a toolkit with CUDA_HOME set to it")
+    if [ "$1" = apex ]; then
+        command -v git > /dev/null || missing+=("git, for Apex: apt install git")
+        command -v nvcc > /dev/null ||
+            missing+=("nvcc, for Apex: apt install cuda-nvcc-13-0, or put the toolkit's on PATH")
+    fi
+    if [ ${#missing[@]} -gt 0 ]; then
+        echo "error: Transformer Engine cannot be built here without" \
+            "$(printf '; %s' "${missing[@]}" | cut -c3-)" >&2
+        return 2
+    fi
+}
+
 use_environment() {
-    local extra="${1:-}" root python candidate wanted stamp torch
+    local extra="${1:-}" apex="${2:-}" root python candidate wanted stamp torch
     local needs="venv ensurepip" options=() hint="apt install python3.12-venv, conda create -n slm \
 python=3.12, or pyenv install 3.12"
     root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -107,7 +140,7 @@ sys.exit(not ((3, 12) <= sys.version_info < (3, 14) and all(map(find_spec, sys.a
     fi
     # shellcheck disable=SC1091
     source "$root/.venv/bin/activate"
-    wanted="$extra $(cksum < "$root/setup.py")"
+    wanted="$extra $apex $(cksum < "$root/setup.py")"
     stamp="$root/.venv/installed${extra:+-$extra}"
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         if [ "$extra" = container ]; then
@@ -122,11 +155,17 @@ sys.exit(not ((3, 12) <= sys.version_info < (3, 14) and all(map(find_spec, sys.a
                 "$root/.venv/bin/python" > "$root/.venv/bin/torchrun"
             chmod +x "$root/.venv/bin/torchrun"
         elif [ "$extra" = cuda ]; then # what is built, is built against the torch that is there
+            _check_build "$apex" || return 2
             echo "> installing megatron-slm and what it needs into .venv (torch and CUDA: 5 GB)"
-            _install --editable "$root" ninja || return 1
-            _install --no-build-isolation --editable "$root[cuda]" || return 1
-            if command -v nvcc > /dev/null; then
-                echo "> building Apex, which takes a while"
+            _install --editable "$root" ninja packaging pybind11 setuptools wheel || return 1
+            echo "> building Transformer Engine's torch part, which takes minutes"
+            # Headers: those of torch's wheels, and of the toolkit what they lack.  NCCL's expert
+            # parallelism needs more of both, and is of use to mixtures of experts alone.
+            CPATH="$(_cuda_headers)${CPATH:+:$CPATH}" NVTE_BUILD_USE_NVIDIA_WHEELS=1 \
+                NVTE_WITH_NCCL_EP=0 \
+                _install --no-build-isolation --editable "$root[cuda]" || return 1
+            if [ "$apex" = apex ]; then
+                echo "> building Apex, which takes half an hour"
                 APEX_CPP_EXT=1 APEX_CUDA_EXT=1 _install --no-build-isolation "$APEX" || return 1
             fi
         else

@@ -163,7 +163,7 @@ def _domains(manifest: CacheManifest, section: str) -> list[str]:
     """Return the names of a section's domains, in the order of their numbers."""
     if manifest.kind == "document":
         return [section]
-    blends = manifest.source["blends"]
+    blends = manifest.source.blends or {}
     names, _ = blends.get(section) or blends.get("all") or (["mock data"], None)
     return names
 

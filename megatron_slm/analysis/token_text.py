@@ -65,7 +65,7 @@ def dump_tokenizer(dumps: list[TokenDump], given: str | None) -> TokenizerFile |
     """
     if given is not None:
         return open_tokenizer(given)
-    model = dumps[0].about["tokenizer_model"] if dumps else None
+    model = dumps[0].about.tokenizer_model if dumps else None
     if model is None:
         return None
     try:

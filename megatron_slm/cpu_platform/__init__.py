@@ -3,20 +3,20 @@
 Megatron 0.19 names CUDA in some 200 places (devices, streams, RNG, dtype checks).  Instead of
 touching Megatron, `install()` makes those names mean the CPU:
 
-    devices.py    torch: device="cuda", streams, events, memory statistics, barriers -> CPU
-    rng.py        a generator of its own behind "the CUDA RNG"; layer-wise initial weights
-    checkpoints.py  a writer of asynchronous saves, and copies of what it writes
-    optimizer.py  Adam with the state layout of Apex's FusedAdam, so that distributed-optimizer
-                  checkpoints save, load and reshard as they do on a GPU
+    devices.py      torch's device="cuda", streams, events, memory statistics and barriers
+    rng.py          a generator of its own in place of the CUDA generator; initial weights by layer
+    checkpoints.py  the writer of asynchronous saves, and copies of what it writes
+    optimizer.py    Adam with the state layout of Apex's FusedAdam, so that checkpoints of the
+                    distributed optimizer are saved, loaded and resharded as on a GPU
 
-Nothing else in the package patches torch or Megatron for the platform's sake, and only entry
-points import this one, when `torch.cuda.is_available()` is false.  `install()` must run before
+Nothing else in the package patches torch or Megatron for the platform's sake, and only entry points
+import this package, when `torch.cuda.is_available()` is false.  `install()` must run before
 `megatron.training` is imported; a second call does nothing.
 """
 
 import os
 
-# Defaults of Megatron's arguments that mean a GPU: NCCL, kernels of Apex or Transformer Engine.
+# In place of Megatron's defaults that need a GPU: NCCL, and kernels of Apex or Transformer Engine.
 ARGUMENT_DEFAULTS = {
     "distributed_backend": "gloo",
     "use_cpu_initialization": True,
@@ -32,19 +32,25 @@ ARGUMENT_DEFAULTS = {
 _installed = False
 
 
+def installed() -> bool:
+    """Tell whether this process runs on the CPU platform."""
+    return _installed
+
+
 def install() -> None:
-    """Redirect CUDA to the CPU in this process.  Idempotent."""
+    """Make CUDA's names mean the CPU in this process.  Idempotent."""
     global _installed
     if _installed:
         return
     _installed = True
-    # Read by torch._dynamo and by torch.compile at import: Megatron's jit_fuser is torch.compile,
-    # and a C++ compilation per fused function costs minutes at start-up on a CPU.
+    # torch._dynamo and torch.compile read this when they are imported.  Megatron's jit_fuser is
+    # torch.compile, and compiling each fused function costs minutes at start-up on a CPU.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    # Megatron asks for it with tensor parallelism; it has no meaning on a CPU.
+    # Megatron requires it for tensor parallelism; on a CPU it has no meaning.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
-    # Dynamo tabulates torch's functions by identity when first imported, and Megatron imports it.
+    # Dynamo tabulates torch's functions by identity when it is imported, as Megatron does: import
+    # it before they are replaced.
     import torch._dynamo  # noqa: F401
 
     from megatron_slm.cpu_platform import checkpoints, devices, optimizer, rng

@@ -1,8 +1,8 @@
-"""The process that writes asynchronous saves, and copies of what it writes.
+"""Fork the process that writes asynchronous saves, and copy what it writes.
 
-It is forked from this one: started afresh it would know nothing of the platform.  On a GPU it
-copies tensors to the host first, and training waits for that alone; here they are in memory that
-both share, and without a copy training would go on changing them while they are written.
+It has to be forked from this process: started afresh, it would not have the platform.  On a GPU it
+first copies tensors to the host, and training waits only for that.  Here tensors are in memory that
+both processes share: without a copy, training would change them while they are written.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def install() -> None:
-    """Called once, by `cpu_platform.install`."""
+    """Wrap Megatron's start of the writer and its preloading.  Called once, by the package."""
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
     from megatron.training import initialize
 

@@ -1,14 +1,15 @@
-"""torch's CUDA names on the CPU: devices, streams, events, memory statistics, barriers.
+"""Make torch's CUDA names mean the CPU: devices, streams, events, memory statistics, barriers.
 
-Functions are replaced rather than intercepted (a TorchFunctionMode would tax every operation of a
-step, and is not active in other threads, such as checkpoint writers).  Only calls that name a
-device pay: a factory function or `.to` runs one Python wrapper more.
+Functions are replaced rather than intercepted: a TorchFunctionMode would slow down every operation
+of a step, and is not active in other threads, such as checkpoint writers.  Only factory functions
+and `.to` become slower, by one Python wrapper.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import time
 import types
 from collections.abc import Callable
 from typing import Any
@@ -33,7 +34,7 @@ def _names_cuda(device: Any) -> bool:
 
 
 def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, with device="cuda..." read as the CPU and pin_memory as False."""
+    """Wrap a function so that device="cuda..." means the CPU, and pin_memory is ignored."""
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -47,7 +48,7 @@ def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _to_on_cpu(to: Callable[..., Any]) -> Callable[..., Any]:
-    """A `to` method, whose device may also come first, in the same way."""
+    """Wrap a `to` method, whose device may also be its first argument, in the same way."""
 
     @functools.wraps(to)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -61,7 +62,7 @@ def _to_on_cpu(to: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Stream:
-    """A CUDA stream on a device that runs everything in order."""
+    """A stand-in for a CUDA stream, on a device that runs everything in order."""
 
     device = CPU
     device_index = 0
@@ -94,13 +95,13 @@ class Stream:
 
 
 class Event:
-    """A CUDA event that has always happened already."""
+    """A stand-in for a CUDA event, which has always happened already."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
+        self.time = 0.0
 
     def record(self, stream: Any = None) -> None:
-        pass
+        self.time = time.perf_counter()
 
     def wait(self, stream: Any = None) -> None:
         pass
@@ -111,12 +112,12 @@ class Event:
     def query(self) -> bool:
         return True
 
-    def elapsed_time(self, end: Any) -> float:
-        return 0.0
+    def elapsed_time(self, end: Event) -> float:
+        return 1000 * (end.time - self.time)
 
 
 def install() -> None:
-    """Replace torch's CUDA entry points.  Called once, by `cpu_platform.install`."""
+    """Replace torch's CUDA entry points.  Called once, by the package."""
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     for name in TENSOR_FACTORIES:
@@ -183,7 +184,7 @@ def _install_cuda_module() -> None:
     torch.cuda.nvtx.range_push = nothing
     torch.cuda.nvtx.range_pop = nothing
 
-    # torch's DataLoader and Megatron ask the accelerator module which device there is: none.
+    # torch's DataLoader and Megatron ask this module which device there is: there is none.
     torch.accelerator.is_available = lambda *args: False
     torch.accelerator.current_accelerator = lambda *args, **kwargs: None
     torch.accelerator.current_device_index = lambda: 0
@@ -191,7 +192,7 @@ def _install_cuda_module() -> None:
 
 
 class _ZeroStatistics(dict[str, int]):
-    """torch.cuda.memory_stats() of a device that has no memory of its own."""
+    """The result of torch.cuda.memory_stats() on a device that has no memory of its own."""
 
     def __missing__(self, key: str) -> int:
         return 0

@@ -1,9 +1,10 @@
 """Adam with the state layout of Apex's FusedAdam, computed by torch.
 
 torch's AdamW keeps `step` as a tensor beside each parameter's moments; FusedAdam keeps one integer
-in the parameter group.  Megatron's distributed optimizer reloads only the latter (it asks the
-loaded state for a tensor it never saved), so with torch's AdamW a checkpoint saves and cannot be
-resumed.  This class closes that gap, and makes CPU and GPU checkpoints of one format.
+in the parameter group.  Megatron's distributed optimizer can reload only the latter: of the former
+it asks the loaded state for a tensor that it never saved, so that checkpoints with torch's AdamW
+are saved but cannot be resumed.  This class closes that gap, and gives CPU and GPU checkpoints the
+same format.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.optim.adamw import adamw
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """Decoupled (AdamW) or L2-regularised Adam.  Arguments as of apex.optimizers.FusedAdam."""
+    """Decoupled (AdamW) or L2-regularised Adam, with the arguments of apex.optimizers.FusedAdam."""
 
     def __init__(
         self,
@@ -29,7 +30,7 @@ class FusedAdam(torch.optim.Optimizer):
         capturable: bool = False,
     ) -> None:
         if capturable:
-            raise ValueError("optimizer CUDA graphs need a GPU")
+            raise ValueError("capturable=True: CUDA graphs of the optimizer need a GPU")
         self.adam_w_mode = adam_w_mode
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
@@ -80,8 +81,8 @@ def install() -> None:
     distrib_optimizer.HAVE_APEX_OR_TE = True
     distrib_optimizer.USING_APEX_OPTIMIZER = True
 
-    # Loading copies into the parameters themselves when they are float32, which autograd forbids.
-    # On a GPU few train in float32, and Megatron has the guard only on its other formats.
+    # Loading copies into the parameters themselves if they are float32, which autograd forbids.
+    # Megatron disables gradients for its other formats only; on a GPU few train in float32.
     optimizer = distrib_optimizer.DistributedOptimizer
     optimizer.load_parameter_state_from_dp_reshardable = torch.no_grad()(
         optimizer.load_parameter_state_from_dp_reshardable

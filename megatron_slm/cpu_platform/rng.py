@@ -1,9 +1,9 @@
-"""The CUDA RNG on the CPU, and initial weights that do not depend on the layout.
+"""Provide the CUDA generator on the CPU, and initial weights that do not depend on the layout.
 
 On a GPU, Megatron draws dropout from the CUDA generator, which its RNG tracker forks for tensor
-parallelism, and, under `--use-cpu-initialization`, initial weights from the CPU generator.  Were
-both one generator, seeding one would disturb the other, and every tensor-parallel size would start
-from other weights.  Here a generator of its own stands for CUDA's.
+parallelism, and, under `--use-cpu-initialization`, initial weights from the CPU generator.  If both
+were one generator, seeding one would disturb the other, and each tensor-parallel size would start
+from different weights.  Here a second CPU generator stands in for CUDA's.
 
 Megatron seeds the CPU generator with seed + 100 * pipeline rank and draws all weights of a stage
 from it in turn, so weights depend on how layers are spread over stages.  Here every transformer
@@ -25,7 +25,7 @@ _state: dict[str, Any] = {"seed": 1234, "inside": False}
 
 
 def install() -> None:
-    """Called once, by `cpu_platform.install`."""
+    """Replace the CUDA generator, dropout and initialization.  Called once, by the package."""
     _install_generator()
     _install_dropout()
     _install_layerwise_initialization()
@@ -48,7 +48,7 @@ def _install_generator() -> None:
         module.manual_seed_all = manual_seed
     torch.cuda.default_generators = (cuda_generator,)
 
-    # Megatron calls into torch's C++ bindings here, past the functions above.
+    # These call torch's C++ bindings directly, and not the functions replaced above.
     from megatron.core.tensor_parallel import random
 
     random._get_cuda_rng_state = get_state
@@ -72,7 +72,8 @@ def _install_dropout() -> None:
 
 @contextmanager
 def _stream(name: str) -> Iterator[None]:
-    """Draw from a CPU generator seeded by (seed, name); the outermost such block decides."""
+    """Draw from a CPU generator seeded by (seed, name) in the block; within another such block,
+    from that block's generator."""
     if _state["inside"]:
         yield
         return
@@ -94,14 +95,14 @@ def _install_layerwise_initialization() -> None:
     from megatron.training import initialize
 
     def layer_name(**kwargs: Any) -> str:
-        # The constructor receives the number within the stage and adds the stage's offset itself.
+        # The constructor receives the number within the stage, and adds the stage's offset itself.
         offset = get_transformer_layer_offset(kwargs["config"], kwargs["vp_stage"])
         return f"layer {kwargs['layer_number'] + offset}"
 
     _draw_from_stream(TransformerLayer, layer_name)
     _draw_from_stream(VocabParallelEmbedding, lambda **kwargs: "embedding")
-    # Inside a transformer layer the layer's stream is already open; outside there is one
-    # column-parallel layer, the output layer.
+    # Within a transformer layer the layer's stream is open already; the only column-parallel layer
+    # outside of them is the output layer.
     _draw_from_stream(ColumnParallelLinear, lambda **kwargs: "output_layer")
 
     set_random_seed = initialize._set_random_seed
@@ -115,7 +116,7 @@ def _install_layerwise_initialization() -> None:
 
 
 def _draw_from_stream(module: type[torch.nn.Module], name: Callable[..., str]) -> None:
-    """Construct `module` from the stream name(**keyword arguments of the constructor)."""
+    """Make a module's constructor draw from a stream, named by its keyword arguments."""
     construct = module.__init__
 
     @functools.wraps(construct)

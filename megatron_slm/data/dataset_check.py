@@ -6,7 +6,6 @@ checks them on every rank at its start.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 
 from megatron_slm.data.indexed_format import Index, open_index, token_dtype
 from megatron_slm.data.manifest import manifest_of_pair, manifest_path
+from megatron_slm.data.manifest_types import PairManifest
 from megatron_slm.errors import UserError
 from megatron_slm.files import sha256_of
 
@@ -37,7 +37,7 @@ class CheckedDataset:
 
     prefix: Path
     index: Index
-    manifest: dict[str, Any] | None
+    manifest: PairManifest | None
 
     @property
     def tokens(self) -> int:
@@ -48,7 +48,7 @@ class CheckedDataset:
 def check_quickly(
     prefix: str | Path,
     vocab_size: int | None = None,
-    manifest: dict[str, Any] | None = None,
+    manifest: PairManifest | None = None,
     tokenizer_model: str | None = None,
 ) -> CheckedDataset:
     """Open a dataset.
@@ -83,24 +83,25 @@ def check_quickly(
 def _check_manifest(
     prefix: Path,
     index: Index,
-    manifest: dict[str, Any],
+    manifest: PairManifest,
     vocab_size: int | None,
     tokenizer_model: str | None,
 ) -> None:
     """Against the files and the run, without reading the data."""
-    tokenizer = manifest["options"]["tokenizer"]
-    for suffix in ("bin", "idx"):
+    tokenizer = manifest.options.tokenizer
+    for suffix, recorded in (("bin", manifest.bin.size), ("idx", manifest.idx.size)):
         path = Path(f"{prefix}.{suffix}")
-        actual, recorded = path.stat().st_size, manifest[suffix]["size"]
+        actual = path.stat().st_size
         if actual != recorded:
             raise UserError(f"{path} has {actual} bytes, its manifest {recorded}; {REWRITE}")
-    made_with, dtype, sequences = tokenizer["vocab_size"], index.dtype, 0
-    for name, output in shard_outputs(manifest):
-        sequences += output["documents"]
-        if output["bin"]["size"] != output["tokens"] * dtype.itemsize:
+    made_with, dtype, sequences = tokenizer.vocab_size, index.dtype, 0
+    for shard in manifest.shards:
+        output = shard.output
+        sequences += output.documents
+        if output.bin.size != output.tokens * dtype.itemsize:
             raise UserError(
-                f"{prefix}: by its manifest {name} has {output['tokens']} tokens in "
-                f"{output['bin']['size']} bytes; {REWRITE}"
+                f"{prefix}: by its manifest {shard.name} has {output.tokens} tokens in "
+                f"{output.bin.size} bytes; {REWRITE}"
             )
     if sequences != len(index.lengths):
         raise UserError(
@@ -116,13 +117,13 @@ def _check_manifest(
             f"{prefix} was made with a tokenizer of {made_with} tokens, this run's has "
             f"{vocab_size}; use the same tokenizer, or write the dataset with this run's"
         )
-    file = None if tokenizer_model is None else _same_kind(Path(tokenizer_model), tokenizer["name"])
-    if file is not None and _tokenizer_hash(file) != tokenizer["sha256"]:
+    file = None if tokenizer_model is None else _same_kind(Path(tokenizer_model), tokenizer.name)
+    if file is not None and _tokenizer_hash(file) != tokenizer.sha256:
         of_pair = manifest_path(prefix)
         raise UserError(
             f"{prefix} was made with another tokenizer than this run's {file}: by the manifest in "
-            f"{of_pair if of_pair.exists() else prefix.parent} with {tokenizer['name']} of SHA-256 "
-            f"{tokenizer['sha256']}; use the same tokenizer, or write the dataset with this run's"
+            f"{of_pair if of_pair.exists() else prefix.parent} with {tokenizer.name} of SHA-256 "
+            f"{tokenizer.sha256}; use the same tokenizer, or write the dataset with this run's"
         )
 
 
@@ -167,10 +168,3 @@ def refuse_offsets(prefix: Path, at: Any, offsets: Any, expected: Any) -> None:
             f"{prefix}.idx: sequence {at[first]} begins at byte {offsets[first]}, but the one "
             f"before it ends at {expected[first]}; {REWRITE}"
         )
-
-
-def shard_outputs(manifest: dict[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
-    """Names of a dataset's shards and what they are in it."""
-    for shard in manifest["shards"]:
-        (output,) = shard["outputs"].values()
-        yield shard["name"], output

@@ -10,11 +10,13 @@ import json
 import zlib
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired, TypedDict
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
+from msgspec import UNSET
 
+from megatron_slm.data.manifest_types import ScoredData
 from megatron_slm.errors import UserError
 from megatron_slm.files import alone_at, decode_json, read_bounded, write_whole
 
@@ -25,19 +27,6 @@ STORED_TYPES = {"uint16": np.uint16, "float32": np.float32}
 
 _Positive = Annotated[int, msgspec.Meta(ge=1, le=1 << 50)]
 Name = Annotated[str, msgspec.Meta(pattern=r"^(?!\.{1,2}$)[^/\0]+$")]  # of a directory
-
-
-class ScoredData(TypedDict):
-    """Fingerprints of what decides the tokens of each record.  The order of samples (the last four)
-    is that of kind "sample" alone."""
-
-    tokenizer: str
-    vocabulary: int
-    datasets: dict[str, dict[str, str]]
-    seed: NotRequired[int]
-    split: NotRequired[str | None]
-    reset_position_ids: NotRequired[bool]
-    blends: NotRequired[dict[str, tuple[list[str], list[float] | None]]]
 
 
 class CacheManifest(msgspec.Struct, frozen=True, dict=True):
@@ -59,9 +48,9 @@ class CacheManifest(msgspec.Struct, frozen=True, dict=True):
     reference: dict[str, str]
 
     def __post_init__(self) -> None:
-        if self.kind == "sample" and "blends" not in self.source:
+        if self.kind == "sample" and self.source.blends is UNSET:
             raise ValueError("its source has no blends")
-        if self.kind == "document" and not self.sections.keys() <= self.source["datasets"].keys():
+        if self.kind == "document" and not self.sections.keys() <= self.source.datasets.keys():
             raise ValueError("its source has not the datasets of its sections")
         for section in self.sections:
             if self.shards(section) > MOST_SHARDS:

@@ -14,16 +14,18 @@ whole and on the disk.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
+import msgspec
 import numpy as np
+from msgspec import UNSET
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from megatron_slm.data.manifest_types import DumpOrigin
 from megatron_slm.errors import UserError
 from megatron_slm.files import decode_json, open_regular, write_whole
 
@@ -41,19 +43,6 @@ ARRAYS: dict[str, tuple[str, int | None]] = {
 OPTIONAL = {"reference_losses", "selected"}
 
 
-class About(TypedDict):
-    """What a dump says of itself.  checkpoint: its fingerprint, where one was scored."""
-
-    tokenizer_type: str | None
-    tokenizer_model: str | None
-    split: NotRequired[str]
-    domains: NotRequired[list[str] | None]
-    score: NotRequired[str | None]
-    scope: NotRequired[str]
-    ratio: NotRequired[float]
-    checkpoint: NotRequired[dict[str, str]]
-
-
 @dataclass(frozen=True)
 class TokenDump:
     """iteration: how many iterations the weights have been trained.  about: see above.
@@ -65,7 +54,7 @@ class TokenDump:
     losses: NDArray[np.float32]
     valid: NDArray[np.bool_]
     samples: NDArray[np.int64]
-    about: dict[str, Any]
+    about: DumpOrigin
     reference_losses: NDArray[np.float32] | None = None
     selected: NDArray[np.bool_] | None = None
 
@@ -90,7 +79,7 @@ def write_dump(directory: Path, dump: TokenDump) -> Path:
         {
             "format": DUMP_FORMAT,
             "iteration": str(dump.iteration),
-            "about": json.dumps(dump.about),
+            "about": msgspec.json.encode(dump.about).decode(),
         },
     )
     path = dump_path(directory, dump.iteration)
@@ -122,13 +111,13 @@ def read_dump(path: Path) -> TokenDump:
     iteration = decode_json(metadata.get("iteration", ""), int, f"the iteration of {path}")
     if path.name != dump_path(path.parent, iteration).name:
         raise UserError(f"{path} is of iteration {iteration}, which its name does not say")
-    about = decode_json(metadata.get("about", ""), About, f"what {path} says of itself")
-    if ("score" in about) != ("scope" in about):
+    about = decode_json(metadata.get("about", ""), DumpOrigin, f"what {path} says of itself")
+    if (about.score is UNSET) != (about.scope is UNSET):
         raise UserError(f"{path} says one of score and scope, without the other")
-    domains = about.get("domains")
-    if domains is not None and len(domains) != len(arrays["samples"]):
+    domains = about.domains
+    if isinstance(domains, list) and len(domains) != len(arrays["samples"]):
         raise UserError(f"{path} has {len(domains)} domains for {len(arrays['samples'])} samples")
-    return TokenDump(iteration=iteration, about=dict(about), **arrays)
+    return TokenDump(iteration=iteration, about=about, **arrays)
 
 
 def _check_arrays(path: Path, arrays: dict[str, NDArray[Any]]) -> None:

@@ -1,8 +1,8 @@
-"""A job that scores the same validation samples with every checkpoint of a run, in any layout.
+"""Score the same validation samples with every checkpoint of a run, in any layout.
 
-Each checkpoint's losses become a token dump, DIR/losses/iter_*.safetensors; what is there already
-is not scored again.  Padding of the vocabulary is left out of the softmax, for it depends on the
-layout; a run's own losses have it in.
+Each checkpoint's losses become a token dump, DIR/losses/iter_*.safetensors; checkpoints whose dump
+exists are not scored again.  The softmax excludes padding of the vocabulary, which depends on the
+layout; the losses that a run logs include it.
 """
 
 from __future__ import annotations
@@ -11,28 +11,28 @@ import re
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from megatron.core import mpu
-from megatron.training import get_tokenizer
-from megatron.training.initialize import initialize_megatron
 from megatron.training.training import get_train_valid_test_num_samples
 from megatron.training.utils import print_rank_0
 
+from megatron_slm.data.manifest_types import DumpOrigin
 from megatron_slm.data.token_dump import TokenDump, dump_path, read_dump, write_dump
 from megatron_slm.errors import UserError
 from megatron_slm.jobs.job_arguments import settle_arguments
 from megatron_slm.jobs.scoring import from_first_rank
 from megatron_slm.loss import Scoring
+from megatron_slm.model.gpt_config import installed_layers
 from megatron_slm.reference.checkpoint import (
     ReferenceCheckpoint,
     checkpoint_fingerprint,
     open_checkpoint,
 )
 from megatron_slm.reference.online import OnlineReference, frozen_reference, load_weights
-from megatron_slm.training.datasets import DatasetProvider, check_files, use_prebuilt_helpers
+from megatron_slm.selective import open_for_scoring
+from megatron_slm.training.datasets import DatasetProvider
 from megatron_slm.training.fixed_samples import (
     FixedSamples,
     described_tokenizer,
@@ -41,10 +41,8 @@ from megatron_slm.training.fixed_samples import (
 )
 from megatron_slm.training.micro_batch import MicroBatch
 from megatron_slm.training.parsing import parse_job
-from megatron_slm.training.sources import open_reference
-from megatron_slm.training.tokenizer import record_tokenizer
 
-# What the number of a run's validation samples depends on, for those who do not give it.
+# The number of validation samples depends on these; the checkpoint gives those left out.
 NUMBERS = """
     global_batch_size eval_global_batch_size train_iters train_samples eval_interval
 """.split()
@@ -53,10 +51,13 @@ NUMBER = re.compile(r"[0-9]{1,18}")
 
 
 def parse_dynamics_arguments(add_own: Callable[[ArgumentParser], ArgumentParser]) -> Namespace:
-    """The run's arguments, some of which mean nothing to this job, and its own.
+    """Parse the run's arguments and this job's own; arguments of training alone are ignored.
+
+    Args:
+        add_own: function that adds this project's arguments to the parser.
 
     Raises:
-        UserError: the directory has fewer than two checkpoints.
+        UserError: an argument is wrong, or the directory has fewer than two checkpoints.
     """
     args = parse_job(add_own)
     if args.ckpt_steps is None:
@@ -66,29 +67,25 @@ def parse_dynamics_arguments(add_own: Callable[[ArgumentParser], ArgumentParser]
     if args.dynamics_tokens < 1:
         raise UserError("--dynamics-tokens must be at least 1")
     if len(args.ckpt_steps) < 2:
-        raise UserError(f"--load {args.load}: dynamics need two checkpoints at least")
+        raise UserError(f"--load {args.load}: dynamics need at least two checkpoints")
     saved = open_checkpoint(args.load, args.ckpt_steps[-1], CHECKPOINT_FLAGS).arguments
     settle_arguments(args, saved)
     for name in NUMBERS:
         if getattr(args, name) is None:
             setattr(args, name, getattr(saved, name, None))
-    # The run's own checkpoints are scored as its reference is not.
+    # The run's options for its reference do not apply to its own checkpoints.
     args.slm_reference_offload = args.slm_reference_fp8 = False
     args.slm_reference_micro_batch_size = None
     return args
 
 
-def score_checkpoints(args: Namespace, layer_spec: Callable[..., Any] | None) -> Path:
-    """Run the job; where the losses are.
+def score_checkpoints(args: Namespace) -> Path:
+    """Run the job, and return the directory of the losses.
 
     Raises:
-        UserError: bad input, found on every rank alike.
+        UserError: the input is wrong, or losses cannot be written; raised on every rank.
     """
-    record_tokenizer(args, get_tokenizer())
-    check_files(args)
-    opened = [open_reference(args, args.load, step, CHECKPOINT_FLAGS) for step in args.ckpt_steps]
-    use_prebuilt_helpers()
-    initialize_megatron()
+    opened = open_for_scoring(args, args.load, args.ckpt_steps, CHECKPOINT_FLAGS)
     provider = DatasetProvider()
     _, validation, _ = get_train_valid_test_num_samples()
     provider([1, validation, 0])
@@ -103,15 +100,18 @@ def score_checkpoints(args: Namespace, layer_spec: Callable[..., Any] | None) ->
     micro_batches = samples.read(-(-count // (args.micro_batch_size * ranks)))
     model: OnlineReference | None = None
     for step, (checkpoint, own) in zip(args.ckpt_steps, opened, strict=True):
-        about = described_tokenizer() | {
-            "split": samples.split,
-            "checkpoint": checkpoint_fingerprint(checkpoint),
-        }
+        about = DumpOrigin(
+            **described_tokenizer(),
+            split=samples.split,
+            checkpoint=checkpoint_fingerprint(checkpoint),
+        )
         if _is_there(directory, step, checkpoint, samples, count):
             print_rank_0(f"> iteration {step}: scored before")
             continue
         if model is None:
-            model = frozen_reference(checkpoint, own, Scoring(args.slm_vocab_size), layer_spec)
+            model = frozen_reference(
+                checkpoint, own, Scoring(args.slm_vocab_size), installed_layers()
+            )
         else:
             load_weights(model.model, checkpoint)
         failed = _score(args, model, micro_batches, samples, count, step, about, directory)
@@ -129,14 +129,14 @@ def _is_there(
     samples: FixedSamples,
     count: int,
 ) -> bool:
-    """Whether this very checkpoint has scored these very tokens."""
+    """Return whether this very checkpoint has already scored these very tokens."""
 
     def look() -> bool:
         path = dump_path(directory, step)
         if not path.exists():
             return False
         dump = read_dump(path)
-        same = dump.about.get("checkpoint") == checkpoint_fingerprint(checkpoint)
+        same = dump.about.checkpoint == checkpoint_fingerprint(checkpoint)
         return same and np.array_equal(dump.tokens, samples.tokens(count)[0])
 
     found: bool = from_first_rank(look)
@@ -150,15 +150,20 @@ def _score(
     samples: FixedSamples,
     count: int,
     step: int,
-    about: dict[str, Any],
+    about: DumpOrigin,
     directory: Path,
 ) -> str | None:
-    """Score with a checkpoint; why its losses could not be written, on the rank that writes."""
-    scored = list(model.score(iter(micro_batches), len(micro_batches), args.micro_batch_size))
+    """Score with one checkpoint and write its losses.
+
+    Returns:
+        On the rank that writes, why the losses could not be written; None if they were, and on all
+        other ranks.
+    """
+    scored = model.score(iter(micro_batches), len(micro_batches), args.micro_batch_size)
     if not mpu.is_pipeline_last_stage():
         return None
-    losses = [batch.reference_losses for batch in scored if batch.reference_losses is not None]
-    whole = of_all_ranks(torch.stack(losses)[None])[0, :count].cpu().numpy()
+    own = torch.stack([losses for losses, _ in scored])
+    whole = of_all_ranks(own[None])[0, :count].cpu().numpy()
     if is_writer():
         tokens, valid = samples.tokens(count)
         numbers = samples.numbers(count)
@@ -170,7 +175,7 @@ def _score(
 
 
 def _of_any_rank(said: str | None) -> str | None:
-    """What the first of the ranks that have something to say does.  Collective over all ranks."""
+    """Return the message of the lowest rank that has one.  Collective over all ranks."""
     everyone: list[str | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, said)
     return next((each for each in everyone if each is not None), None)

@@ -1,4 +1,4 @@
-"""A training run's arguments, for a job that scores with a checkpoint instead of training."""
+"""Adapt a training run's arguments to a job that scores with a checkpoint instead of training."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from megatron_slm.training.refusals import in_one_line
 
 
 def settle_arguments(args: Namespace, model: Namespace) -> None:
-    """Let Megatron check the arguments and make them its own, without what only a run has.
+    """Let Megatron validate the arguments and make them its own, without those of training alone.
 
     Args:
-        model: arguments of the checkpoint to score with, for what Megatron asks of a policy.
+        args: the training run's arguments, as parsed; changed in place.
+        model: the arguments of the checkpoint that scores.  They fill in what Megatron requires of
+            a policy and the user left out.
     """
     for name in ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(model, name))
-    # The run's batch need not divide by this job's replicas, nor its layers by stages of stages.
+    # This job's replicas need not divide the run's batch, nor virtual stages its layers.
     batches = {
         name: getattr(args, name) for name in ("global_batch_size", "eval_global_batch_size")
     }
@@ -27,8 +29,8 @@ def settle_arguments(args: Namespace, model: Namespace) -> None:
         setattr(args, name, None)
     args.num_layers_per_virtual_pipeline_stage = args.num_virtual_stages_per_pipeline_rank = None
     args.pipeline_model_parallel_layout = None
-    args.tensorboard_dir, args.wandb_project = None, ""  # the run's logs are not this job's
-    args.exit_signal_handler = False  # a job that is killed goes on as well as one that ends
+    args.tensorboard_dir, args.wandb_project = None, ""  # this job does not write to the run's logs
+    args.exit_signal_handler = False  # a killed job can be continued like any other
     with in_one_line():
         validate_args(args, {"tokenizer_type": "GPT2BPETokenizer"})
         set_global_variables(args)

@@ -1,4 +1,4 @@
-"""Store a reference's losses, as tools/score_reference.py does:  torchrun ... -m this module."""
+"""The job of tools/score_reference.py: store the losses of a reference."""
 
 from __future__ import annotations
 
@@ -13,19 +13,14 @@ def main() -> None:
     start(SCORING, _score)
 
 
-def _score(cpu: bool) -> None:
-    # Megatron may be imported only when the platform is installed.
-    from megatron.core.extensions.transformer_engine import HAVE_TE
-
+def _score() -> None:
+    # Megatron may only be imported after the platform is installed.
     from megatron_slm.jobs.scoring import parse_scoring_arguments, score
-    from megatron_slm.model.layer_spec import plain_block_spec
-    from megatron_slm.training.arguments import validate_arguments
     from megatron_slm.training.data_faults import data_faults
 
-    args = parse_scoring_arguments(partial(add_arguments, cpu=cpu, job=SCORING))
-    validate_arguments(args)
+    args = parse_scoring_arguments(partial(add_arguments, job=SCORING))
     with data_faults(args, kept="the same command goes on with what was scored"):
-        score(args, None if HAVE_TE else plain_block_spec)
+        score(args)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""A job that fills a score cache: the samples a training run will draw, or whole datasets.
+"""Fill a score cache: score the samples that a training run will draw, or whole datasets.
 
-    one rank       writes the manifest and lists the shards that are not there yet
-    each replica   (data-parallel rank) scores every so-manieth of them, a forward-only pipeline
-                   pass a shard, without waiting for the others
-    its last stage writes the shard, once, under its name only when it is on the disk
+    the first rank    writes the manifest and lists the shards that are still missing
+    each replica      (data-parallel rank, of n) scores every n-th of these, one forward-only
+                      pipeline pass a shard, without waiting for the other replicas
+    its last stage    writes each shard, which gets its name only once it is on the disk
 
-What a shard holds depends on neither the layout nor the number of replicas, so a job may be killed
-and go on in another layout.
+The content of a shard depends neither on the layout nor on the number of replicas, so a job that
+was killed can continue in another layout.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ import torch
 from megatron.core import mpu
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.training import get_tokenizer
-from megatron.training.initialize import initialize_megatron
 from megatron.training.training import get_train_valid_test_num_samples
 from megatron.training.utils import print_rank_0
 from torch import Tensor
@@ -36,47 +35,49 @@ from megatron_slm.data.scored_dataset import DocumentWindows, dataset_name
 from megatron_slm.errors import UserError
 from megatron_slm.jobs.job_arguments import settle_arguments
 from megatron_slm.loss import Scoring
+from megatron_slm.model.gpt_config import installed_layers
 from megatron_slm.reference.checkpoint import (
     ReferenceCheckpoint,
     checkpoint_fingerprint,
     open_checkpoint,
 )
 from megatron_slm.reference.online import OnlineReference, frozen_reference
+from megatron_slm.selective import open_for_scoring
 from megatron_slm.training.caches import SPLITS, data_prefixes, describe_data
-from megatron_slm.training.datasets import (
-    DatasetProvider,
-    check_files,
-    reads_data,
-    use_prebuilt_helpers,
-)
+from megatron_slm.training.datasets import DatasetProvider, reads_data
 from megatron_slm.training.micro_batch import (
     MicroBatch,
     read_micro_batches,
     whole_sequences,
 )
 from megatron_slm.training.parsing import parse_job
+from megatron_slm.training.passes import with_reference
 from megatron_slm.training.refusals import in_one_line
-from megatron_slm.training.sources import check_options, open_reference
-from megatron_slm.training.tokenizer import record_tokenizer
 
-# A shard is what a kill may cost a replica, what replicas share work by, and what they hold on
-# their devices at a time.
+# A killed replica loses at most one shard.  A shard is also the unit of work that is shared among
+# replicas, and a device holds one at a time.
 MOST_TOKENS, LEAST_RECORDS, SHARDS = 1 << 23, 16, 512
 OTHERS_POLL_SECONDS = 5.0
-FAILED = "megatron-slm: scoring failed"  # by the job's store, what a rank says of it
+FAILED = "megatron-slm: scoring failed"  # key of the job's store under which a rank says why
 
 
 def parse_scoring_arguments(add_own: Callable[[ArgumentParser], ArgumentParser]) -> Namespace:
-    """The training run's arguments, some of which mean nothing to this job, and its own.
+    """Parse the run's arguments and this job's own; arguments of training alone are ignored.
+
+    Args:
+        add_own: function that adds this project's arguments to the parser.
 
     Raises:
-        UserError: a run whose samples cannot be told.
+        UserError: an argument is wrong, or the run's samples are not known beforehand.
     """
     args = parse_job(add_own)
     if args.by == "sample":
         for name in ("full_validation", "multiple_validation_sets", "step_batch_size_schedule"):
             if getattr(args, name):
-                raise UserError(f"--{name.replace('_', '-')}: score --by document")
+                raise UserError(
+                    f"--{name.replace('_', '-')}: which samples the run will draw is not known "
+                    "beforehand; score --by document"
+                )
     (load,) = args.slm_reference_load
     saved = open_checkpoint(load, args.slm_reference_ckpt_step).arguments
     settle_arguments(args, saved)
@@ -85,22 +86,21 @@ def parse_scoring_arguments(add_own: Callable[[ArgumentParser], ArgumentParser])
     return args
 
 
-def score(args: Namespace, layer_spec: Callable[..., Any] | None) -> None:
+def score(args: Namespace) -> None:
     """Run the job.
 
     Raises:
-        UserError: bad input, found on every rank alike; a loss that is no number.
+        UserError: the input is wrong, which every rank finds alike; or a loss is NaN or infinite.
     """
-    check_options(args)
-    record_tokenizer(args, get_tokenizer())
-    check_files(args, draws=args.by == "sample")
-    checkpoint, own_arguments = open_reference(
-        args, args.slm_reference_load[0], args.slm_reference_ckpt_step
+    by_document = args.by == "document"
+    ((checkpoint, own_arguments),) = open_for_scoring(
+        args,
+        args.slm_reference_load[0],
+        [args.slm_reference_ckpt_step],
+        draws=not by_document,
     )
-    use_prebuilt_helpers()
     with in_one_line():
-        initialize_megatron()
-        datasets = _documents(args) if args.by == "document" else _samples()
+        datasets = _documents(args) if by_document else _samples()
     directory = Path(args.slm_reference_cache[0])
     manifest, missing = from_first_rank(lambda: _begin(args, checkpoint, directory, datasets))
     replicas = mpu.get_data_parallel_world_size()
@@ -110,7 +110,7 @@ def score(args: Namespace, layer_spec: Callable[..., Any] | None) -> None:
         f"{len(missing)} to score on {replicas} replicas"
     )
     scoring = Scoring(args.slm_vocab_size, dense=args.slm_head == "dense")
-    reference = frozen_reference(checkpoint, own_arguments, scoring, layer_spec)
+    reference = frozen_reference(checkpoint, own_arguments, scoring, installed_layers())
     batches = _load(args, datasets, manifest, mine)
     first = torch.distributed.get_rank() == 0
     progress = tqdm(
@@ -124,12 +124,12 @@ def score(args: Namespace, layer_spec: Callable[..., Any] | None) -> None:
         for section, shard in mine:
             _score_shard(args, reference, batches, directory, manifest, section, shard, progress)
     except UserError as error:
-        with suppress(RuntimeError):  # the first rank, whose store it is, may have ended
+        with suppress(RuntimeError):  # the first rank, which holds the store, may have ended
             store.set(FAILED, str(error))
         raise
     progress.close()
-    # Others may need longer than a collective may wait.  The first rank stays: it is the job's
-    # store.
+    # Other replicas may take longer than a collective may wait.  The first rank stays, since it
+    # holds the job's store.
     while first and missing_shards(directory, manifest):
         if store.check([FAILED]):
             raise UserError(store.get(FAILED).decode())
@@ -151,7 +151,7 @@ def _score_shard(
     count = -(-records // args.micro_batch_size)
     read = read_micro_batches(batches, args.micro_batch_size, count, with_domains=True)
     shown = _shown(read, records, args.micro_batch_size, manifest.sequence_length, progress)
-    scored = list(reference.score(shown, count, args.micro_batch_size))
+    scored = with_reference(reference, shown, count, args.micro_batch_size)
     if not mpu.is_pipeline_last_stage():
         return
     losses = _whole([batch.reference_losses for batch in scored], records)
@@ -172,22 +172,21 @@ def _score_shard(
 def _shown(
     batches: Iterator[MicroBatch], records: int, size: int, length: int, progress: tqdm[Any]
 ) -> Iterator[MicroBatch]:
-    """Micro-batches, whose tokens `progress` counts as they are asked for, without what fills up
-    the last."""
+    """Yield micro-batches, and count their tokens in `progress`, without the last one's padding."""
     for first, batch in zip(range(0, records, size), batches, strict=True):
         progress.update(min(size, records - first) * length)
         yield batch
 
 
 def _whole(parts: list[Tensor | None], records: int) -> Tensor:
-    """Rows of micro-batches [b, s/c] as [records, s]."""
+    """Gather the first `records` rows of micro-batches, each [b, s/c], as [records, s]."""
     return whole_sequences(torch.cat([part for part in parts if part is not None])[:records])
 
 
 def _begin(
     args: Namespace, checkpoint: ReferenceCheckpoint, directory: Path, datasets: dict[str, Any]
 ) -> tuple[CacheManifest, list[tuple[str, int]]]:
-    """Write the manifest; what remains to be scored."""
+    """Write the manifest, and return it with the shards that remain to be scored."""
     sections = {name: size for name, (_, size) in datasets.items() if size > 0}
     if not sections:
         raise UserError("there is nothing to score: no samples, or no --data-path")
@@ -206,14 +205,14 @@ def _begin(
         manifest = msgspec.convert(what, CacheManifest)
     except msgspec.ValidationError as error:
         raise UserError(
-            f"no score cache can be made of this ({error}); see --shard-samples"
+            f"no score cache can be made with these arguments: {error}; see --shard-samples"
         ) from error
     manifest.write(directory)
     return manifest, missing_shards(directory, manifest)
 
 
 def from_first_rank(function: Callable[[], Any]) -> Any:
-    """Its result, or its exception, on all ranks."""
+    """Call a function on the first rank, and return or raise on all ranks what it does there."""
     answer: list[Any] = [None]
     if torch.distributed.get_rank() == 0:
         try:
@@ -227,7 +226,7 @@ def from_first_rank(function: Callable[[], Any]) -> Any:
 
 
 def _samples() -> dict[str, tuple[Any, int]]:
-    """Datasets of the splits and how many samples of each a run draws.  The first rank has them."""
+    """Return each split's dataset, and how many of its samples the run draws, on the first rank."""
     wanted = get_train_valid_test_num_samples()
     built = DatasetProvider()(list(wanted))
     return {
@@ -237,7 +236,7 @@ def _samples() -> dict[str, tuple[Any, int]]:
 
 
 def _documents(args: Namespace) -> dict[str, tuple[Any, int]]:
-    """All tokens of each dataset."""
+    """Return all tokens of each dataset, as windows, and how many windows there are."""
     datasets = {}
     for prefix in data_prefixes(args):
         windows = None
@@ -254,8 +253,10 @@ def _load(
     manifest: CacheManifest,
     shards: list[tuple[str, int]],
 ) -> Iterator[Any] | None:
-    """Micro-batches of these shards, one after the other; None on ranks that read no data.  The
-    last of a shard is filled up with its last sample."""
+    """Load the micro-batches of these shards, one after the other; None on ranks that read no data.
+
+    The last micro-batch of a shard is padded with copies of its last sample.
+    """
     if not reads_data():
         return None
     size = args.micro_batch_size
@@ -278,7 +279,7 @@ def _load(
 
 
 class _Records(torch.utils.data.Dataset[dict[str, Any]]):
-    """Samples by (section, number), each with its dataset's number in the blend."""
+    """Samples by their section and number, each with its dataset's number in the blend."""
 
     def __init__(self, datasets: dict[str, Any]) -> None:
         self.datasets = datasets

@@ -1,5 +1,5 @@
-"""Score validation tokens with every checkpoint of a run and classify them, as
-tools/token_dynamics.py does:  torchrun ... -m this module."""
+"""The job of tools/token_dynamics.py: score validation tokens with every checkpoint of a run, and
+classify them by how their losses change."""
 
 from __future__ import annotations
 
@@ -15,21 +15,16 @@ def main() -> None:
     start(DYNAMICS, _score_and_classify)
 
 
-def _score_and_classify(cpu: bool) -> None:
+def _score_and_classify() -> None:
     from megatron_slm.analysis.dynamics.dynamics_files import check_libraries
 
     check_libraries()
-    # Megatron may be imported only when the platform is installed.
-    from megatron.core.extensions.transformer_engine import HAVE_TE
-
+    # Megatron may only be imported after the platform is installed.
     from megatron_slm.analysis.dynamics.write_dynamics import write_dynamics
     from megatron_slm.jobs.checkpoint_losses import parse_dynamics_arguments, score_checkpoints
-    from megatron_slm.model.layer_spec import plain_block_spec
-    from megatron_slm.training.arguments import validate_arguments
 
-    args = parse_dynamics_arguments(partial(add_arguments, cpu=cpu, job=DYNAMICS))
-    validate_arguments(args)
-    losses = score_checkpoints(args, None if HAVE_TE else plain_block_spec)
+    args = parse_dynamics_arguments(partial(add_arguments, job=DYNAMICS))
+    losses = score_checkpoints(args)
     if args.rank == 0:
         write_dynamics(losses, Path(args.dynamics), None, args.ckpt_steps)
 

@@ -1,4 +1,4 @@
-"""The selective head: per-token losses without logits in memory, and the loss of the selected."""
+"""The selective head: losses of all tokens without logits in memory, and the loss to train on."""
 
 from megatron_slm.loss.chunked import TokenLosses, selected_loss, token_losses
 from megatron_slm.loss.head import (

@@ -2,7 +2,7 @@
 
     token_losses    for chunk of columns: logits = h W^T; update max, sum exp, target     (no grad)
                     then one all-reduce MAX [n] and one SUM [2, n] over TP make losses [n]
-    (selection)     k of the n rows, perhaps with a weight each
+    (selection)     k of the n rows, perhaps with a weight each, or of weight 0 where fewer count
     selected_loss   forward: sum of the losses already known, nothing is recomputed
                     backward, for chunk of columns, k rows: logits again, softmax - one-hot,
                     dh += dlogits W, this chunk's rows of dW = dlogits^T h
@@ -23,7 +23,8 @@ Megatron's dense head:
 With sequence parallelism the caller gathers hidden states (and its backward reduce-scatters); the
 dense head gathers them twice.  Entropies take one more SUM [n] and row of bcast, and the logits of
 token_losses two chunks.  On a GPU softmax_triton.py goes over a chunk's logits once in token_losses
-and once in the backward; elsewhere softmax.py does the same in plain torch.
+and once in the backward, and the products that add up to dh leave the matrix units in float32;
+elsewhere softmax.py does the same in plain torch, and a product is written before it is added.
 
 A model's vocabulary is padded to suit its tensor-parallel size.  Megatron trains with padding in
 the softmax; tokens are scored without.  Chunks of padding come last, and are added to a copy of the
@@ -35,7 +36,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -43,8 +43,10 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
+from megatron_slm.kernels import triton_kernels
 from megatron_slm.loss import softmax
 from megatron_slm.loss.softmax import raise_maximum
+from megatron_slm.loss.weight_gradient import WeightGradient, add_product
 
 # A CPU's cache holds a chunk; a GPU wants fewer and larger kernels.  Products of fewer than
 # MIN_COLUMNS are slow on both.
@@ -77,13 +79,8 @@ def chunk_columns(rows: int, device: str) -> int:
 
 
 def softmax_functions(device: torch.device) -> ModuleType:
-    """softmax_triton on a GPU with Triton (it comes with torch's CUDA and ROCm builds), else
-    softmax."""
-    if device.type == "cuda" and find_spec("triton") is not None:
-        from megatron_slm.loss import softmax_triton
-
-        return softmax_triton
-    return softmax
+    """Return softmax_triton where Triton works, else softmax."""
+    return triton_kernels("megatron_slm.loss.softmax_triton", device) or softmax
 
 
 def token_losses(
@@ -124,7 +121,7 @@ def token_losses(
     def add(sums: Tensor, maximum: Tensor, first: int, last: int) -> Tensor:
         for columns in _chunks(rows, hidden.device.type, first, last):
             logits = _logits(hidden, weight[columns], scale_logits)
-            maximum = functions.add_chunk(sums, maximum, logits, labels - (start + columns.start))
+            maximum = functions.add_chunk(sums, maximum, logits, labels, start + columns.start)
         return maximum
 
     sums = hidden.new_zeros((3 if entropies else 2, rows), dtype=torch.float32)
@@ -263,18 +260,19 @@ class _SelectedLoss(torch.autograd.Function):
             scale = scale * ctx.scale_logits(torch.ones_like(scale))
         scale = scale.expand(rows) if weights is None else scale * weights
         grad_selected = torch.zeros_like(hidden, dtype=torch.float32)
-        weight_gradient = _WeightGradient(weight, ctx.accumulate_into_main_grad)
+        weight_gradient = WeightGradient(weight, ctx.accumulate_into_main_grad)
         functions = softmax_functions(hidden.device)
         pending = None
         for columns in _chunks(rows, hidden.device.type, 0, columns_here):
             gradient = functions.logits_gradient(
                 _logits(hidden, weight[columns], ctx.scale_logits),
-                labels - (start + columns.start),
+                labels,
+                start + columns.start,
                 maximum,
                 sum_exp,
                 scale,
             )
-            _add_product(grad_selected, gradient, weight[columns])
+            add_product(grad_selected, gradient, weight[columns])
             if columns.stop == columns_here:
                 # Complete, and summed over ranks while the last rows of dW are computed.
                 grad_selected = grad_selected.to(hidden.dtype)
@@ -291,32 +289,6 @@ class _SelectedLoss(torch.autograd.Function):
         return grad_hidden, weight_gradient.result(), *[None] * 8
 
 
-class _WeightGradient:
-    """dW = dlogits^T h, a chunk of its rows at a time: in the weight's gradient or main_grad."""
-
-    def __init__(self, weight: Tensor, accumulate_into_main_grad: bool) -> None:
-        self.weight = weight
-        self.fused = accumulate_into_main_grad and weight.requires_grad
-        needs_own = weight.requires_grad and not self.fused
-        self.gradient = torch.empty_like(weight) if needs_own else None
-
-    def set(self, columns: slice, gradient: Tensor, hidden: Tensor) -> None:
-        if self.fused:
-            _add_product(self.weight.main_grad[columns], gradient.t(), hidden)
-        elif self.gradient is not None:
-            torch.mm(gradient.t(), hidden, out=self.gradient[columns])
-
-    def result(self) -> Tensor | None:
-        # As in Megatron's fused linear: the DDP hook must run, and must not add this tensor, unless
-        # the weight is tied and the hook expects a zero to add.
-        if not self.fused:
-            return self.gradient
-        self.weight.grad_added_to_main_grad = True
-        if getattr(self.weight, "zero_out_wgrad", False):
-            return torch.zeros_like(self.weight)
-        return torch.empty_like(self.weight)
-
-
 def _chunks(rows: int, device: str, first: int, last: int) -> Iterator[slice]:
     """Consecutive slices of columns [first, last), to be computed for all rows."""
     step = chunk_columns(rows, device)
@@ -330,11 +302,3 @@ def _logits(
     """[rows, columns] in the weight's dtype, contiguous and owned by the caller."""
     logits = hidden @ weight.t()
     return logits if scale_logits is None else scale_logits(logits)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left right, in total's dtype."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    else:
-        total.add_(left @ right)

@@ -1,13 +1,14 @@
-"""Losses in the place of GPTModel's own (`output_processor`): to be scored by, and to be trained.
+"""Output processors for GPTModel: they compute the losses to score tokens by, and to train on.
 
-GPTModel hands over the last hidden states instead of computing logits.  For the chunked head this
-module does with them what ColumnParallelLinear would: gather over sequence-parallel ranks, wait for
-overlapped parameter gathers, use the tied weight, say where gradients are summed; chunked.py does
-the arithmetic.  The dense head is Megatron's output layer and loss.
+GPTModel hands an `output_processor` its last hidden states instead of computing logits.  For the
+chunked head, this module does what ColumnParallelLinear would do with them: it gathers them over
+sequence-parallel ranks, waits for overlapped parameter gathers, uses the tied weight, and says
+where gradients are summed.  chunked.py does the arithmetic.  The dense head is Megatron's output
+layer and loss.
 
-The loss that is trained has the vocabulary's padding in its softmax, as in Megatron; the losses
-that tokens are scored by have not.  A score compares losses of one head, which of one model are the
-same to the bit.
+The softmax of the loss that is trained on includes the vocabulary's padding, as in Megatron; the
+softmax of the losses that tokens are scored by does not.  A score compares losses of the same head,
+which are bit for bit equal for equal models.
 """
 
 from __future__ import annotations
@@ -26,43 +27,41 @@ from megatron_slm.loss.chunked import selected_loss, token_losses
 
 @dataclass(frozen=True)
 class Scoring:
-    """Context of `all_losses`.
-
-    vocabulary: its size without padding.
-    entropies: whether they are wanted too.
-    dense: whether losses are compared with those of the dense head.
-    """
+    """The context of `all_losses`."""
 
     vocabulary: int
+    """Size of the vocabulary, without padding."""
     entropies: bool = False
+    """Whether to compute entropies as well."""
     dense: bool = False
+    """Whether the losses will be compared with losses of the dense head."""
 
 
 @dataclass(frozen=True)
 class Selecting:
-    """Context of `loss_of_selected`.
-
-    weigh: called with the losses of all tokens, their entropies (None unless wanted), and the
-        losses with padding in the softmax, each float32 [b, s]; returns how much each token
-        counts, float32 [b, s], or which, bool [b, s].
-    vocabulary: its size without padding; None if there is no need to tell padding from it.
-    """
+    """The context of `loss_of_selected`."""
 
     weigh: Callable[[Tensor, Tensor | None, Tensor], Tensor]
+    """Returns how much each token counts, float32 [b, s], or which tokens count, bool [b, s].  Its
+    arguments are the losses of all tokens, their entropies if wanted, and their losses with padding
+    in the softmax, each float32 [b, s]."""
     vocabulary: int | None = None
+    """Size of the vocabulary, without padding; None if the two losses need not be told apart."""
     entropies: bool = False
+    """Whether to compute entropies as well."""
+    most: int | None = None
+    """How many tokens count at most, the same on all tensor-parallel ranks: so many rows are
+    computed.  None if it is not known: the host then waits to hear how many count."""
 
 
 @dataclass(frozen=True)
 class Telling:
-    """Context of `dense_losses`.
-
-    tell: called with the losses without padding, float32 [b, s].
-    vocabulary: its size without padding.
-    """
+    """The context of `dense_losses`."""
 
     tell: Callable[[Tensor], None]
+    """Receives the losses without padding in the softmax, float32 [b, s]."""
     vocabulary: int
+    """Size of the vocabulary, without padding."""
 
 
 def all_losses(
@@ -77,8 +76,11 @@ def all_losses(
     context: Scoring,
     **_: Any,
 ) -> Tensor:
-    """Losses of all tokens, float32 [b, s], in nats, without gradient; with entropies, both as
-    [2, b, s].  An output processor."""
+    """Compute the losses of all tokens, without gradient.  An output processor.
+
+    Returns:
+        Losses in nats, float32 [b, s]; with entropies, losses and entropies, float32 [2, b, s].
+    """
     if context.dense:
         logits = scale_logits(output_layer(hidden_states, weight=output_weight)[0])
         losses = _without_padding(
@@ -114,8 +116,11 @@ def loss_of_selected(
     context: Selecting,
     **_: Any,
 ) -> Tensor:
-    """Weighted sum of the losses of tokens that count, float32 0-dim, differentiable.  An output
-    processor."""
+    """Compute the weighted sum of the losses of the tokens that count.  An output processor.
+
+    Returns:
+        The sum, float32 0-dim, differentiable.
+    """
     hidden, weight = _inputs(hidden_states, output_layer, output_weight)
     rows, row_labels = hidden.flatten(0, 1), labels.t().flatten()
     group = output_layer.tp_group
@@ -137,7 +142,8 @@ def loss_of_selected(
         _sample_by_sample(scored.trained, hidden),
     )
     weights = counting.t().flatten()
-    index = weights.nonzero().squeeze(1)
+    index = _rows_that_count(weights, context.most)
+    all_count = weights.dtype == torch.bool and context.most is None
     return selected_loss(
         rows,
         weight,
@@ -145,11 +151,18 @@ def loss_of_selected(
         scored,
         index,
         group,
-        weights=None if weights.dtype == torch.bool else weights[index],
+        weights=None if all_count else weights[index].float(),
         reduce_hidden_gradient=not output_layer.sequence_parallel,
         scale_logits=scale,
         accumulate_into_main_grad=output_layer.gradient_accumulation_fusion,
     )
+
+
+def _rows_that_count(weights: Tensor, most: int | None) -> Tensor:
+    """Return the rows whose weights, [n], are not 0, in order; then others, up to `most`."""
+    if most is None:
+        return weights.nonzero().squeeze(1)
+    return (weights == 0).argsort(stable=True)[:most]
 
 
 def dense_losses(
@@ -163,10 +176,15 @@ def dense_losses(
     context: Telling,
     **_: Any,
 ) -> Tensor:
-    """Losses of all tokens, [b, s], as GPTModel itself returns them, padding in the softmax.  An
-    output processor."""
+    """Compute the losses of all tokens as GPTModel itself does, and tell those without padding.
+
+    An output processor.
+
+    Returns:
+        Losses with padding in the softmax, [b, s].
+    """
     logits = scale_logits(output_layer(hidden_states, weight=output_weight)[0])
-    # Before Megatron's loss, which overwrites logits.
+    # This has to come first, since Megatron's loss overwrites logits.
     context.tell(
         _without_padding(
             logits.detach().clone(),
@@ -180,7 +198,10 @@ def dense_losses(
 
 
 def same_on_ranks(losses: Tensor, group: ProcessGroup) -> Tensor:
-    """Ranks that disagreed on a bit would train on different tokens."""
+    """Broadcast losses in place from the first rank of a group, and return them.
+
+    Ranks whose losses differed by a bit could select, and train on, different tokens.
+    """
     if group.size() > 1:
         torch.distributed.broadcast(losses, group=group, group_src=0)
     return losses
@@ -194,31 +215,39 @@ def _without_padding(
     group: ProcessGroup,
     loss: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """Megatron's losses of logits [s, b, v/t], which are overwritten, as if there was no padding,
-    float32 [b, s]."""
+    """Compute Megatron's losses as if there were no padding, float32 [b, s].
+
+    Args:
+        logits: [s, b, v/t]; overwritten.
+        labels: [b, s].
+        vocabulary: size of the vocabulary, without padding.
+        group: the tensor-parallel ranks.
+        loss: Megatron's loss of labels and logits.
+    """
     padding = max(0, vocabulary - group.rank() * logits.shape[-1])
-    # Of probability 0, and finite where a rank has nothing else.
+    # The probability becomes 0, and the maximum stays finite where a rank has nothing but padding.
     logits[..., padding:] = torch.finfo(logits.dtype).min
     return same_on_ranks(loss(labels, logits).float(), group)
 
 
 def _sample_by_sample(values: Tensor, hidden: Tensor) -> Tensor:
-    """[s * b] in the order of hidden states [s, b, h] -> [b, s], as labels and masks are."""
+    """Reorder values [s * b], which follow hidden states [s, b, h], as labels are, [b, s]."""
     return values.view(hidden.shape[:2]).t().contiguous()
 
 
 def _inputs(
     hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Hidden states [s, b, h] of the whole sequence, and the output layer's weight [v/t, h]."""
+    """Return the hidden states of whole sequences, [s, b, h], and the output weight, [v/t, h]."""
     hidden = hidden_states
     if output_layer.sequence_parallel:
-        # The backward is a reduce-scatter: it sums over the ranks, each of which sees v/t columns.
+        # Its backward is a reduce-scatter: it sums the gradients, to which each rank's v/t columns
+        # contribute.
         hidden = gather_from_sequence_parallel_region(
             hidden, tensor_parallel_output_grad=True, group=output_layer.tp_group
         )
-    # With overlapped parameter gathers DDP waits for a layer's weights in its forward pre-hook,
-    # which only calling the layer would run.
+    # With overlapped parameter gathers, DDP waits for a layer's weights in the layer's forward
+    # pre-hook, which would only run if the layer were called.
     for hook in output_layer._forward_pre_hooks.values():
         hook(output_layer, (hidden,))
     return hidden, output_layer.weight if output_weight is None else output_weight

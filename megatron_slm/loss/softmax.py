@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def add_chunk(sums: Tensor, maximum: Tensor, logits: Tensor, column: Tensor) -> Tensor:
+def add_chunk(sums: Tensor, maximum: Tensor, logits: Tensor, labels: Tensor, first: int) -> Tensor:
     """Add a chunk's logits, which may be overwritten, to sums; returns the maximum with them.
 
     Args:
@@ -18,9 +18,10 @@ def add_chunk(sums: Tensor, maximum: Tensor, logits: Tensor, column: Tensor) -> 
             x = logit - maximum, and with entropies sum of x e^x.
         maximum: float32 [n], may be overwritten.
         logits: [n, columns], of any float type.
-        column: int64 [n], of each label within the chunk; outside of it where it lies elsewhere.
+        labels: int64 [n].
+        first: number of the chunk's first column in the vocabulary that labels count.
     """
-    column, here = _inside(column, logits.shape[1])
+    column, here = _inside(labels - first, logits.shape[1])
     logits = logits.float()
     sums[0] += torch.where(here, logits.gather(-1, column[:, None]).squeeze(-1), 0.0)
     maximum = raise_maximum(maximum, torch.maximum(maximum, logits.amax(-1)), sums)
@@ -35,17 +36,17 @@ def add_chunk(sums: Tensor, maximum: Tensor, logits: Tensor, column: Tensor) -> 
 
 
 def logits_gradient(
-    logits: Tensor, column: Tensor, maximum: Tensor, sum_exp: Tensor, scale: Tensor
+    logits: Tensor, labels: Tensor, first: int, maximum: Tensor, sum_exp: Tensor, scale: Tensor
 ) -> Tensor:
-    """scale (softmax - one-hot), [k, columns], in the place of logits.
+    """Replace logits by scale (softmax - one-hot), [k, columns].
 
     Args:
         logits: [k, columns], of any float type.
-        column: int64 [k], as in add_chunk.
+        labels: int64 [k], first: as in add_chunk.
         maximum, sum_exp: float32 [k], of the rows' softmax over the whole vocabulary.
         scale: float32 [k], derivative by each row's loss.
     """
-    column, here = _inside(column, logits.shape[1])
+    column, here = _inside(labels - first, logits.shape[1])
     gradient = logits.float().sub_(maximum[:, None]).exp_().mul_((scale / sum_exp)[:, None])
     gradient.scatter_add_(-1, column[:, None], torch.where(here, -scale, 0.0)[:, None])
     return gradient if gradient is logits else logits.copy_(gradient)

@@ -7,6 +7,7 @@ the gradient replaces it in the same pass.  All arithmetic is float32.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,13 +16,24 @@ from torch import Tensor
 BLOCK, WARPS = 2048, 8
 
 
-def add_chunk(sums: Tensor, maximum: Tensor, logits: Tensor, column: Tensor) -> Tensor:
+def try_out(device: torch.device) -> None:
+    """Call every kernel once, on almost nothing; raises what Triton raises."""
+    logits, maximum, scale = (torch.zeros(shape, device=device) for shape in ((1, 2), 1, 1))
+    labels = torch.zeros(1, dtype=torch.int64, device=device)
+    for rows in (2, 3):
+        sums = torch.zeros(rows, 1, device=device)
+        add_chunk(sums, maximum, logits, labels, 0)
+    logits_gradient(logits, labels, 0, maximum, sums[1], scale)
+
+
+def add_chunk(sums: Tensor, maximum: Tensor, logits: Tensor, labels: Tensor, first: int) -> Tensor:
     """As softmax.add_chunk; maximum is overwritten, logits are not."""
     rows, columns = logits.shape
     assert logits.is_contiguous() and sums.is_contiguous() and maximum.is_contiguous()
     add_chunk_kernel[(rows,)](
         logits,
-        column,
+        labels,
+        first,
         maximum,
         sums,
         rows,
@@ -34,21 +46,37 @@ def add_chunk(sums: Tensor, maximum: Tensor, logits: Tensor, column: Tensor) -> 
 
 
 def logits_gradient(
-    logits: Tensor, column: Tensor, maximum: Tensor, sum_exp: Tensor, scale: Tensor
+    logits: Tensor, labels: Tensor, first: int, maximum: Tensor, sum_exp: Tensor, scale: Tensor
 ) -> Tensor:
     """As softmax.logits_gradient, in the place of logits."""
     rows, columns = logits.shape
     assert logits.is_contiguous()
     if rows > 0:
         logits_gradient_kernel[(rows, triton.cdiv(columns, BLOCK))](
-            logits, column, maximum, sum_exp, scale.contiguous(), columns, BLOCK, num_warps=WARPS
+            logits,
+            labels,
+            first,
+            maximum,
+            sum_exp,
+            scale.contiguous(),
+            columns,
+            BLOCK=BLOCK,
+            num_warps=WARPS,
         )
     return logits
 
 
 @triton.jit
 def add_chunk_kernel(  # type: ignore[no-untyped-def]
-    logits, column, maximum, sums, rows, columns, ENTROPIES: tl.constexpr, BLOCK: tl.constexpr
+    logits,
+    labels,
+    first,
+    maximum,
+    sums,
+    rows,
+    columns,
+    ENTROPIES: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """A program takes a row through its columns."""
     row = tl.program_id(0)
@@ -74,7 +102,7 @@ def add_chunk_kernel(  # type: ignore[no-untyped-def]
     tl.store(sums + rows + row, exp_sum)
     if ENTROPIES:
         tl.store(sums + 2 * rows + row, weighted)
-    label = tl.load(column + row)
+    label = tl.load(labels + row) - first
     if (label >= 0) & (label < columns):
         target = tl.load(sums + row) + tl.load(logits + label).to(tl.float32)
         tl.store(sums + row, target)
@@ -82,7 +110,7 @@ def add_chunk_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def logits_gradient_kernel(  # type: ignore[no-untyped-def]
-    logits, column, maximum, sum_exp, scale, columns, BLOCK: tl.constexpr
+    logits, labels, first, maximum, sum_exp, scale, columns, BLOCK: tl.constexpr
 ):
     """A program takes BLOCK columns of a row."""
     row = tl.program_id(0)
@@ -92,5 +120,6 @@ def logits_gradient_kernel(  # type: ignore[no-untyped-def]
     by_loss = tl.load(scale + row)
     logit = tl.load(logits + offsets, mask=inside, other=0.0).to(tl.float32)
     softmax = tl.exp(logit - tl.load(maximum + row)) / tl.load(sum_exp + row)
-    gradient = by_loss * tl.where(offsets == tl.load(column + row), softmax - 1.0, softmax)
+    label = tl.load(labels + row) - first
+    gradient = by_loss * tl.where(offsets == label, softmax - 1.0, softmax)
     tl.store(logits + offsets, gradient.to(logits.dtype.element_ty), mask=inside)

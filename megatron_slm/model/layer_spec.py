@@ -2,14 +2,22 @@
 
 Megatron's local layers refuse both without Transformer Engine: its torch norm has no
 sequence-parallel weight, its attention no context parallelism.  This spec replaces just these two,
-and is used only where Transformer Engine is absent.  Weights have the same names in checkpoints
-either way, and what is saved with either is loaded with the other.
+and is used only where Transformer Engine is absent: on CPUs, and on a GPU to try things out.  Long
+runs on GPUs want Transformer Engine, which has fused layers, fp8, and attention kernels for windows
+and context parallelism.  Weights have the same names in checkpoints either way, and what is saved
+with either is loaded with the other.
+
+Attention calls torch's fused kernels, which on a GPU keep no scores in memory.  They take grouped
+keys and values only without a mask, so a mask is built only where one cuts something, and then each
+group is repeated for its heads (with grouped ones torch would fall back to float32 scores of
+[heads, s, s] a layer).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -153,47 +161,67 @@ class GatheredAttention(MegatronModule):
         """[s/c, b, heads/t * d].  attention_mask is not read: the mask is causal."""
         length, batch = query.shape[:2]
         size, rank = self.cp_group.size(), self.cp_group.rank()
-        allowed = None
         if size > 1:
             key = _GatherSequence.apply(key, self.cp_group)
             value = _GatherSequence.apply(value, self.cp_group)
-        if size > 1 or self.window is not None or self._drops():
-            from_ = _positions(length, rank, size, query.device)
-            to = torch.cat([_positions(length, r, size, query.device) for r in range(size)])
-            distance = from_[:, None] - to[None, :]
-            allowed = distance >= 0
-            if self.window is not None and self.window[0] >= 0:
-                allowed &= distance <= self.window[0]
+        left = self._window_over(len(key))
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        if self._drops():
-            context = self._with_dropout(query, key, value, allowed)
-        else:
+        if size == 1 and left is None and not self._drops():
             context = scaled_dot_product_attention(
                 query,
                 key,
                 value,
-                attn_mask=allowed,
-                is_causal=allowed is None,
+                is_causal=True,
                 scale=self.scale,
                 enable_gqa=key.shape[1] != query.shape[1],
             )
+        else:
+            mask = _causal_mask(length, rank, size, left, query.dtype, query.device)
+            repeat = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+            if self._drops():
+                context = self._with_dropout(query, key, value, mask)
+            else:
+                context = scaled_dot_product_attention(
+                    query, key, value, attn_mask=mask, scale=self.scale
+                )
         return context.permute(2, 0, 1, 3).reshape(length, batch, -1)
+
+    def _window_over(self, length: int) -> int | None:
+        """Return how many positions before its own a token sees; None for all of `length`."""
+        left = -1 if self.window is None else self.window[0]
+        return left if 0 <= left < length - 1 else None
 
     def _drops(self) -> bool:
         return self.training and self.dropout > 0.0
 
-    def _with_dropout(
-        self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None
-    ) -> Tensor:
-        assert allowed is not None
-        repeat = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+    def _with_dropout(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
         scores = query.float() @ key.float().transpose(-1, -2) * self.scale
-        weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
+        weights = (scores + mask).softmax(-1)
         # Each tensor-parallel rank has heads of its own, and so dropout of its own.
         with get_cuda_rng_tracker().fork():
             weights = dropout(weights, self.dropout)
         return weights.to(value.dtype) @ value
+
+
+# Layers of a model share one mask, or two where only some have a window, and so do a reference's.
+# Kept from pass to pass: at its peak a pass needs them anyway.
+@lru_cache(maxsize=4)
+def _causal_mask(
+    length: int, rank: int, size: int, left: int | None, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Build what is added to the scores of a rank's queries with all keys, [s/c, s]: 0, or -inf at
+    positions after a token's own or more than `left` before it.
+
+    It has the scores' type, to which torch would convert a mask of bools anew in each layer.
+    """
+    own = _positions(length, rank, size, device)[:, None]
+    of_keys = torch.cat([_positions(length, r, size, device) for r in range(size)])[None, :]
+    hidden = of_keys > own
+    if left is not None:
+        hidden |= of_keys < own - left
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=device)
+    return mask.masked_fill_(hidden, -torch.inf)
 
 
 def _positions(length: int, rank: int, size: int, device: torch.device) -> Tensor:

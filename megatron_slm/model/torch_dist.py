@@ -236,7 +236,8 @@ def write_parts(
 def write_checkpoint_table(
     directory: Path, parts: Iterable[TensorPart], stored: Iterable[Stored]
 ) -> None:
-    """Write the table of a checkpoint whose ranks have written their files.
+    """Write the table of a checkpoint whose ranks have written their files, and that nobody reads
+    yet.
 
     Args:
         directory: the iteration's directory.
@@ -256,16 +257,8 @@ def write_checkpoint_table(
     (directory / FORMAT_FILE).write_text(
         json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
     )
-    _put_table(directory, Metadata(table, storage_data=lies, version="1.0.0"))
-
-
-def _put_table(directory: Path, table: Metadata) -> None:
-    new = directory / ".metadata.new"
-    with new.open("wb") as file:
-        pickle.dump(table, file)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(directory / ".metadata")
+    metadata = Metadata(table, storage_data=lies, version="1.0.0")
+    (directory / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
 def iteration_directory(load: Path, step: int | None, flag: str, step_flag: str) -> Path:

@@ -18,15 +18,12 @@ from typing import Any
 import torch
 from megatron.core import mpu
 from megatron.core.pipeline_parallel.schedules import get_tensor_shapes
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
-from megatron.training.argument_utils import core_transformer_config_from_args
-from megatron.training.models.gpt import GPTModelBuilder
 from torch import distributed
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_slm.errors import UserError
-from megatron_slm.model.gpt_config import gpt_config
+from megatron_slm.model.gpt_config import build_gpt
 from megatron_slm.model.layer_spec import plain_block_spec
 from megatron_slm.planning.recipe import LaunchRecipe, parse, reference_checkpoints
 from megatron_slm.reference.online import frozen_arguments, reference_arguments
@@ -68,7 +65,7 @@ def dry_run(recipe: LaunchRecipe, rank: int, vocabulary: int) -> BuiltRank:
     """
     if not 0 <= rank < recipe.ranks:
         raise UserError(f"rank {rank}: the recipe's job has ranks 0 to {recipe.ranks - 1}")
-    args = parse(recipe, rank, vocabulary, cpu=True)
+    args = parse(recipe, rank, vocabulary)
     settings_from_arguments(args)
     args.slm_vocab_size = vocabulary
     args.perform_initialization = False
@@ -156,15 +153,7 @@ def _build_and_pass(args: Namespace, vp_stage: int | None, what: str) -> int:
     virtual = {"ignore_virtual": vp_stage is None, "vp_stage": vp_stage}
     first, last = mpu.is_pipeline_first_stage(**virtual), mpu.is_pipeline_last_stage(**virtual)
     try:
-        config = core_transformer_config_from_args(args)
-        settings = gpt_config(args, plain_block_spec, config)
-        settings.finalize()
-        model: Any = GPTModelBuilder(settings).build_model(
-            ProcessGroupCollection.use_mpu_process_groups(),
-            pre_process=first,
-            post_process=last,
-            vp_stage=vp_stage,
-        )
+        model: Any = build_gpt(args, plain_block_spec, first=first, last=last, vp_stage=vp_stage)
     except (AssertionError, ValueError) as error:
         raise UserError(f"{what} cannot be built: {error}") from error
     # The shape that the schedule receives from the previous stage and sends to the next.
@@ -172,7 +161,7 @@ def _build_and_pass(args: Namespace, vp_stage: int | None, what: str) -> int:
         seq_length=args.seq_length,
         micro_batch_size=args.micro_batch_size,
         decoder_seq_length=None,
-        config=config,
+        config=model.config,
         tp_group=mpu.get_tensor_model_parallel_group(),
         cp_group=mpu.get_context_parallel_group(),
     )
@@ -181,7 +170,7 @@ def _build_and_pass(args: Namespace, vp_stage: int | None, what: str) -> int:
     if first:
         tokens = torch.zeros(args.micro_batch_size, length, dtype=torch.int64)
     else:
-        model.set_input_tensor(torch.zeros(between, dtype=config.params_dtype))
+        model.set_input_tensor(torch.zeros(between, dtype=model.config.params_dtype))
     columns = args.padded_vocab_size // args.tensor_model_parallel_size
     expected = (args.micro_batch_size, length, columns) if last else tuple(between)
     with torch.no_grad():

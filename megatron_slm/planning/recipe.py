@@ -19,7 +19,6 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,14 +106,13 @@ def _variables(script: Path) -> set[str]:
     return {name for name in found if not name.startswith(("SLURM_", "BASH_", "SLM_"))}
 
 
-def parse(recipe: LaunchRecipe, rank: int, vocabulary: int, cpu: bool) -> Namespace:
+def parse(recipe: LaunchRecipe, rank: int, vocabulary: int) -> Namespace:
     """Return the arguments that a rank of the recipe's job has once it has started.
 
     Args:
         recipe: the job's arguments and number of ranks.
         rank: the rank.
         vocabulary: number of tokens, since the tokenizer may not be available.
-        cpu: whether the CPU platform is installed, as it must be where there is no GPU.
 
     Raises:
         UserError: the job would refuse them.
@@ -122,15 +120,13 @@ def parse(recipe: LaunchRecipe, rank: int, vocabulary: int, cpu: bool) -> Namesp
     from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
 
     from megatron_slm.entry import add_arguments
-    from megatron_slm.training.arguments import validate_arguments
     from megatron_slm.training.first_check import TRAINING, first_check
-    from megatron_slm.training.parsing import parse_training
+    from megatron_slm.training.parsing import parse_planned
 
     words = _without_mix(recipe.arguments)
     first_check(words, TRAINING)
     with _started_as(rank, recipe.ranks, words):
-        args = parse_training(partial(add_arguments, cpu=cpu), planned=True)
-    validate_arguments(args)
+        args = parse_planned(add_arguments)
     if args.padded_vocab_size is None:
         args.padded_vocab_size = vocab_size_with_padding(vocabulary, args, logging_enabled=False)
     return args

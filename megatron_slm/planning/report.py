@@ -42,7 +42,7 @@ def report(args: Namespace, recipe: LaunchRecipe) -> str:
     Raises:
         UserError: the job would refuse its arguments, or a model is not a Llama.
     """
-    megatron = parse(recipe, 0, args.vocabulary, cpu=True)
+    megatron = parse(recipe, 0, args.vocabulary)
     model = architecture_of(megatron, args.vocabulary)
     layout, work = layout_of(megatron), work_of(megatron, args.kernels, "cuda")
     references = references_of(megatron, model, work)

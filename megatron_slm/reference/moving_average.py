@@ -44,6 +44,8 @@ class MovingAverage(OnlineReference):
             the average with the policy's weights at the first step.
     """
 
+    frozen = False
+
     def __init__(
         self,
         arguments: Namespace,
@@ -63,12 +65,9 @@ class MovingAverage(OnlineReference):
             self._load(Path(directory) / DIRECTORY, iteration)
 
     @torch.no_grad()
-    def follow(self, policy: Sequence[torch.nn.Module], iteration: int | None) -> None:
-        """Take the policy's weights into the average.  Call before each step.
-
-        Args:
-            iteration: of training, which may be repeated (Megatron's rerun machinery) and counts
-                once; None for a step that leaves the average as it is.
+    def before_step(self, policy: Sequence[torch.nn.Module], iteration: int | None) -> None:
+        """Take the policy's weights into the average: once for each iteration of training, which
+        Megatron's rerun machinery may repeat.
 
         Raises:
             UserError: the policy's layers are not cut as the reference's.
@@ -90,12 +89,12 @@ class MovingAverage(OnlineReference):
             average.lerp_(theirs[name].float(), 1.0 - self.decay)
             parameter.copy_(average)
 
-    def save(self, save: str, iteration: int) -> None:
-        """Write the average to SAVE/ema.  Collective over all ranks."""
-        directory = Path(save) / DIRECTORY / f"iter_{iteration:07d}"
+    def save(self, directory: str, iteration: int) -> None:
+        """Write the average to DIRECTORY/ema.  Collective over all ranks."""
+        own = Path(directory) / DIRECTORY / f"iter_{iteration:07d}"
         first = torch.distributed.get_rank() == 0
         if first:
-            directory.mkdir(parents=True, exist_ok=True)
+            own.mkdir(parents=True, exist_ok=True)
         torch.distributed.barrier()
         metadata = {"dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
         # Megatron warns of what differs between ranks.
@@ -103,11 +102,11 @@ class MovingAverage(OnlineReference):
         for name in ("rank", "local_rank"):
             vars(arguments).pop(name, None)
         state = {"args": arguments, "iteration": iteration, "model": self._sharded(metadata)}
-        dist_checkpointing.save(state, str(directory))
+        dist_checkpointing.save(state, str(own))
         if first:
-            write_whole(directory.parent / TRACKER, str(iteration).encode())
-            for old in directory.parent.glob("iter_*"):
-                if old != directory and not (Path(save) / old.name).exists():
+            write_whole(own.parent / TRACKER, str(iteration).encode())
+            for old in own.parent.glob("iter_*"):
+                if old != own and not (Path(directory) / old.name).exists():
                     shutil.rmtree(old, ignore_errors=True)  # the policy's is gone as well
         torch.distributed.barrier()
 

@@ -1,8 +1,10 @@
 """A frozen model whose weights stay in host memory and visit the device when they are needed.
 
     host     every layer's weights, one pinned buffer each (of a power of two of bytes, in torch)
-    device   two buffers of the largest layer's size: one computes, the other is filled meanwhile
-    begin()  embedding, last norm and output layer come for the whole pass, and leave at end()
+    device   two buffers of the largest layer's size: one computes, the other is filled meanwhile;
+             between passes one of them has the first layer
+    begin()  embedding, last norm and output layer come for the whole pass, and leave at end().
+             The pass waits for the embedding at once, for the others after its last layer
 
 A pass moves the weights once for each batch it scores, so batches should be large
 (--slm-reference-micro-batch-size): the copy hides behind the computation when a layer's 2 bytes a
@@ -28,13 +30,19 @@ class StreamedLayers:
 
     def __init__(self, model: GPTModel) -> None:
         self.layers = [_Buffer(list(layer.parameters())) for layer in model.decoder.layers]
-        of_layers = {id(p) for layer in self.layers for p in layer.parameters}
-        self.rest = _Buffer([p for p in model.parameters() if id(p) not in of_layers])
+        embedding = list(model.embedding.parameters()) if model.pre_process else []
+        placed = {id(p) for layer in self.layers for p in layer.parameters} | set(
+            map(id, embedding)
+        )
+        # A tied output layer's weight is the embedding's.
+        others = [parameter for parameter in model.parameters() if id(parameter) not in placed]
+        self.ends = [_Buffer(embedding), _Buffer(others)]
         size = max(layer.host.numel() for layer in self.layers)
         device = torch.cuda.current_device()
         self.buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
         self.free = [torch.cuda.Event(), torch.cuda.Event()]
         self.ready = [torch.cuda.Event(), torch.cuda.Event()]
+        self.ends_ready = [torch.cuda.Event(), torch.cuda.Event()]  # as in ends
         self.stream = torch.cuda.Stream()
         self.stream.wait_stream(torch.cuda.current_stream())  # what the buffers' memory was before
         self.buffer_of: dict[int, int] = {}  # of layers on the device
@@ -45,24 +53,35 @@ class StreamedLayers:
 
     def begin(self) -> None:
         """Bring what is not in a layer."""
-        whole = torch.empty_like(self.rest.host, device=torch.cuda.current_device())
-        whole.copy_(self.rest.host, non_blocking=True)
-        self.rest.place(whole)
+        current = torch.cuda.current_stream()
+        # Their memory is torch's, which may have lent it to what the device still computes.
+        wholes = [torch.empty_like(end.host, device=self.buffers[0].device) for end in self.ends]
+        self.stream.wait_stream(current)
+        for end, whole, ready in zip(self.ends, wholes, self.ends_ready, strict=True):
+            with torch.cuda.stream(self.stream):
+                whole.copy_(end.host, non_blocking=True)
+                ready.record(self.stream)
+            end.place(whole)
+        current.wait_event(self.ends_ready[0])
 
     def end(self) -> None:
         """Leave nothing on the device but the two buffers."""
-        self.rest.leave()
-        for number in list(self.buffer_of):
-            self._release(number)
+        # Whoever has the memory next must not be overtaken by a copy.
+        torch.cuda.current_stream().wait_event(self.ends_ready[1])
+        for end in self.ends:
+            end.leave()
 
     def _before(self, number: int, *_: Any) -> None:
         self._fetch(number)
         torch.cuda.current_stream().wait_event(self.ready[self.buffer_of[number]])
-        # After the last layer comes the first, of the next batch.
+        # After the last layer comes the first, of the next batch or of the next pass.
         self._fetch((number + 1) % len(self.layers))
 
     def _after(self, number: int, *_: Any) -> None:
-        self._release(number)
+        self.free[self.buffer_of.pop(number)].record(torch.cuda.current_stream())
+        self.layers[number].leave()
+        if number == len(self.layers) - 1:
+            torch.cuda.current_stream().wait_event(self.ends_ready[1])
 
     def _fetch(self, number: int) -> None:
         if number in self.buffer_of:
@@ -76,10 +95,6 @@ class StreamedLayers:
             self.ready[index].record(self.stream)
         layer.place(self.buffers[index])
         self.buffer_of[number] = index
-
-    def _release(self, number: int) -> None:
-        self.free[self.buffer_of.pop(number)].record(torch.cuda.current_stream())
-        self.layers[number].leave()
 
 
 class _Buffer:

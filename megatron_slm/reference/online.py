@@ -28,21 +28,21 @@ from megatron.core.pipeline_parallel.schedules import (
     forward_backward_no_pipelining,
     forward_backward_pipelining_without_interleaving,
 )
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 from megatron.training.argument_utils import core_transformer_config_from_args
-from megatron.training.models.gpt import GPTModelBuilder
 from megatron.training.utils import print_rank_0
 from torch import Tensor
 
 from megatron_slm.errors import UserError
 from megatron_slm.loss import Scoring, all_losses
-from megatron_slm.model.gpt_config import gpt_config
+from megatron_slm.model.gpt_config import build_gpt
+from megatron_slm.reference import Reference, Scored
 from megatron_slm.reference.checkpoint import UNSUPPORTED_MODELS, ReferenceCheckpoint
+from megatron_slm.reference.fp8 import check_fp8
 from megatron_slm.reference.offload import StreamedLayers
 
 
-class OnlineReference:
+class OnlineReference(Reference):
     """A frozen GPT and the pass that scores with it.
 
     Args:
@@ -61,18 +61,14 @@ class OnlineReference:
     @torch.no_grad()
     def score(
         self, micro_batches: Iterator[Any], count: int, micro_batch_size: int
-    ) -> Iterator[Any]:
-        """Read `count` micro-batches and set reference_losses (and reference_entropies), float32
-        [b, s/c], where the last pipeline stage is.  Collective over the pipeline, tensor- and
-        context-parallel ranks."""
+    ) -> list[Scored]:
+        """Score in one pass.  Collective over the pipeline, tensor- and context-parallel ranks."""
         joined = _joined(self.micro_batch_size, micro_batch_size, count)
-        read: list[Any] = []
 
         def forward_step(
             data_iterator: Iterator[Any], model: torch.nn.Module
         ) -> tuple[Tensor, Callable[..., Tensor]]:
             batches = [next(data_iterator) for _ in range(joined)]
-            read.extend(batches)
             output = model(
                 **_join([batch.model_inputs() for batch in batches]),
                 output_processor=all_losses,
@@ -100,14 +96,8 @@ class OnlineReference:
         )
         if self.streamed is not None:
             self.streamed.end()
-        if mpu.is_pipeline_last_stage():
-            parts = [part for values in scored for part in values.chunk(joined, dim=-2)]
-            for batch, values in zip(read, parts, strict=True):
-                if self.scoring.entropies:
-                    batch.reference_losses, batch.reference_entropies = values
-                else:
-                    batch.reference_losses = values
-        return iter(read)
+        parts = [part for values in scored for part in values.chunk(joined, dim=-2)]
+        return [tuple(part) if self.scoring.entropies else (part, None) for part in parts]
 
 
 def frozen_reference(
@@ -150,9 +140,8 @@ def frozen_arguments(arguments: Namespace) -> Namespace:
     own = copy(arguments)
     own.attention_dropout = own.hidden_dropout = 0.0
     own.perform_initialization = False
-    for (
-        name
-    ) in UNSUPPORTED_MODELS:  # what the reference is known not to have, though the policy may
+    # What the reference is known not to have, though the policy may.
+    for name in UNSUPPORTED_MODELS:
         setattr(own, name, None)
     own.multi_latent_attention = False
     # The reference has one model chunk per stage, whatever layout the policy's layers have.
@@ -216,27 +205,25 @@ def reference_arguments(checkpoint: ReferenceCheckpoint, arguments: Namespace) -
         core_transformer_config_from_args(own)
     except (AssertionError, ValueError) as error:
         raise UserError(f"{where} does not fit this run's arguments: {error}") from error
+    check_fp8(own, where)
     return own
 
 
 def build_model(arguments: Namespace, layer_spec: Callable[..., Any] | None) -> torch.nn.Module:
     """This rank's part of a frozen GPT with weights that mean nothing yet."""
-    config = core_transformer_config_from_args(arguments)
-    settings = gpt_config(arguments, layer_spec, config)
-    settings.finalize()
-    groups = ProcessGroupCollection.use_mpu_process_groups()
     # An embedding of learned positions draws its weights whatever it is told.
     with torch.random.fork_rng(devices=[]):
-        model: torch.nn.Module = GPTModelBuilder(settings).build_model(
-            groups,
-            pre_process=mpu.is_pipeline_first_stage(),
-            post_process=mpu.is_pipeline_last_stage(),
+        model: torch.nn.Module = build_gpt(
+            arguments,
+            layer_spec,
+            first=mpu.is_pipeline_first_stage(),
+            last=mpu.is_pipeline_last_stage(),
         )
     model.requires_grad_(False)
     if not arguments.slm_reference_offload:
         model.cuda(torch.cuda.current_device())
     if arguments.fp16 or arguments.bf16:
-        model = Float16Module(config, model)
+        model = Float16Module(model.config, model)
     return model.eval()
 
 

@@ -9,15 +9,17 @@ score all samples, one after the other, so each costs its memory and a forward; 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import tee
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_slm.reference import Reference, Scored
 from megatron_slm.reference.online import OnlineReference
 
 
-class SeveralReferences:
+class SeveralReferences(Reference):
     """Scores with all of them.
 
     Args:
@@ -31,30 +33,26 @@ class SeveralReferences:
 
     def score(
         self, micro_batches: Iterator[Any], count: int, micro_batch_size: int
-    ) -> Iterator[Any]:
-        """As OnlineReference.score."""
-        losses: list[list[Tensor | None]] = []
-        entropies: list[list[Tensor | None]] = []
-        batches: list[Any] = []
-        for reference in self.references:
-            batches = list(reference.score(micro_batches, count, micro_batch_size))
-            losses.append([batch.reference_losses for batch in batches])
-            entropies.append([batch.reference_entropies for batch in batches])
-            micro_batches = iter(batches)
-        for number, batch in enumerate(batches):
-            batch.reference_losses = self._together([said[number] for said in losses], batch)
-            batch.reference_entropies = self._together([said[number] for said in entropies], batch)
-        return iter(batches)
+    ) -> list[Scored]:
+        """Score with one after the other, and put their losses together."""
+        *theirs, read = tee(micro_batches, len(self.references) + 1)
+        scored = [
+            reference.score(batches, count, micro_batch_size)
+            for reference, batches in zip(self.references, theirs, strict=True)
+        ]
+        together: list[Scored] = []
+        for batch, *of_each in zip(read, *scored, strict=False):  # other stages have none
+            losses, entropies = zip(*of_each, strict=True)
+            known = [values for values in entropies if values is not None]
+            together.append((self._one(losses, batch), self._one(known, batch) if known else None))
+        return together
 
-    def _together(self, said: list[Tensor | None], batch: Any) -> Tensor | None:
-        """What each reference said of a micro-batch, [b, s/c], as one."""
-        known = [values for values in said if values is not None]
-        if not known:  # not the last pipeline stage, or not asked for
-            return None
+    def _one(self, values_of_each: Sequence[Tensor], batch: Any) -> Tensor:
+        """Return as one what the references said of a micro-batch, [b, s/c] each."""
         if self.domains is None:
-            return torch.stack(known).mean(0)
+            return torch.stack(list(values_of_each)).mean(0)
         assert batch.domains is not None
-        result = known[0]
-        for domain, values in zip(self.domains[1:], known[1:], strict=True):
+        result, *others = values_of_each
+        for domain, values in zip(self.domains[1:], others, strict=True):
             result = torch.where((batch.domains == domain)[:, None], values, result)
         return result

@@ -7,6 +7,7 @@ from megatron_slm.selection.scores import (
     SCORES,
     context_parallel_part,
     random_scores,
+    token_scores,
 )
 from megatron_slm.selection.selector import (
     SCOPES,
@@ -34,4 +35,5 @@ __all__ = [
     "context_parallel_part",
     "random_scores",
     "select_top_fraction",
+    "token_scores",
 ]

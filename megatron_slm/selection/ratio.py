@@ -1,4 +1,4 @@
-"""How the token selection ratio changes as training proceeds: a function of the iteration alone."""
+"""Schedules of the token selection ratio, which are functions of the iteration alone."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class RatioSchedule:
-    """From `start` to `end` over `decay_iterations`, or in steps.
-
-    start, end: ratios in (0, 1].
-    steps: (iteration, ratio): from that iteration on; ascending.  For kind "steps" alone.
-    """
+    """A token selection ratio that changes as training proceeds."""
 
     start: float
+    """Ratio at the first iteration, in (0, 1]."""
     kind: Literal["constant", "linear", "cosine", "steps"] = "constant"
+    """How the ratio changes."""
     end: float | None = None
+    """Ratio at the end of a linear or cosine schedule, in (0, 1]."""
     decay_iterations: int = 0
+    """Iterations that a linear or cosine schedule takes."""
     steps: tuple[tuple[int, float], ...] = ()
+    """Iterations, ascending, each with the ratio that holds from it on; for kind "steps"."""
 
     def at(self, iteration: int) -> float:
-        """The ratio of an iteration, counted from 0."""
+        """Return the ratio of an iteration, counted from 0."""
         if self.kind == "constant":
             return self.start
         if self.kind == "steps":

@@ -18,6 +18,7 @@ Losses L and entropies H are in nats.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -28,6 +29,45 @@ Score = Literal[
 ]
 SCORES: tuple[Score, ...] = get_args(Score)
 NEED_REFERENCE: frozenset[Score] = frozenset({"excess", "lowest", "reference", "reference-entropy"})
+
+
+def token_scores(
+    score: Score,
+    losses: Tensor,
+    entropies: Tensor | None,
+    reference_losses: Tensor | None,
+    reference_entropies: Tensor | None,
+    draw: Callable[[], Tensor],
+) -> Tensor:
+    """Return the scores of tokens, float32 [b, s]; a higher score is selected sooner.
+
+    Args:
+        losses, entropies: the policy's, float32 [b, s].
+        reference_losses, reference_entropies: the reference's.  Of all these only those that the
+            score is made of are needed.
+        draw: returns random scores.
+    """
+
+    def known(values: Tensor | None) -> Tensor:
+        assert values is not None, f"{score} is made of it"
+        return values
+
+    match score:
+        case "excess":
+            scores = losses - known(reference_losses)
+        case "lowest":
+            scores = known(reference_losses) - losses
+        case "reference":
+            scores = -known(reference_losses)
+        case "reference-entropy":
+            scores = -known(reference_entropies)
+        case "policy":
+            scores = losses
+        case "policy-entropy":
+            scores = known(entropies)
+        case "random":
+            scores = draw()
+    return scores
 
 
 def random_scores(
@@ -44,7 +84,9 @@ def random_scores(
     for sample in samples.tolist():
         draw.manual_seed(zlib.crc32(f"{seed} {iteration} {sample}".encode()))
         rows.append(torch.rand(length, generator=draw))
-    return torch.stack(rows).to(device, non_blocking=True)
+    whole = torch.stack(rows)
+    # From pinned memory the copy does not wait for the device.
+    return whole.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else whole
 
 
 def context_parallel_part(whole: Tensor, rank: int, size: int) -> Tensor:

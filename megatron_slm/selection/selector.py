@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, get_args
 
 import torch
@@ -11,7 +13,12 @@ from torch.distributed import ProcessGroup
 
 from megatron_slm.selection.carried import select_above
 from megatron_slm.selection.scores import Score
-from megatron_slm.selection.top_fraction import Placement, Selection, select_top_fraction
+from megatron_slm.selection.top_fraction import (
+    Placement,
+    Selection,
+    select_top_fraction,
+    selected_of,
+)
 from megatron_slm.selection.weights import Weighting, guard_weights, soft_weights
 
 Scope = Literal["sequence", "micro-batch", "data-parallel", "global-batch"]
@@ -115,18 +122,35 @@ class TokenSelector:
 
     def sets(
         self, samples: int, ratio: float, domains: Tensor | None, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        """The set of each sample, int64 [b], and the ratio of each set, float64 [sets]."""
+    ) -> tuple[Tensor, Sequence[float] | Tensor]:
+        """The set of each sample, int64 [b], and the ratio of each set."""
         own = self.settings.domain_ratios
+        of_domains = [ratio if value is None else value for value in own]
+        by_sample = self.settings.scope == "sequence"
         if not own or domains is None:
-            by_domain = torch.tensor([ratio], dtype=torch.float64, device=device)
-            domains = torch.zeros(samples, dtype=torch.int64, device=device)
-        else:
-            ratios = [ratio if value is None else value for value in own]
-            by_domain = torch.tensor(ratios, dtype=torch.float64, device=device)
-        if self.settings.scope == "sequence":
-            return torch.arange(samples, device=device), by_domain[domains]
-        return domains, by_domain
+            if by_sample:
+                return torch.arange(samples, device=device), [ratio] * samples
+            return torch.zeros(samples, dtype=torch.int64, device=device), [ratio]
+        ratios = _on_device(tuple(of_domains), device)
+        if by_sample:
+            return torch.arange(samples, device=device), ratios[domains]
+        return domains, ratios
+
+    def most_selected(self, samples: int, length: int, ratio: float) -> int | None:
+        """Return how many tokens of a micro-batch, [samples, length], count at most: so many do if
+        none of them is masked.
+
+        None where only the device knows: when tokens compete with those of other ranks or other
+        micro-batches, ratios depend on samples, or tokens that are not selected count too.
+        """
+        settings = self.settings
+        wide = settings.scope in ("data-parallel", "global-batch")
+        weighted = settings.weighting != "hard" or settings.unselected_weight > 0.0
+        if wide or weighted or settings.domain_ratios or self.ranks.cp_group.size() > 1:
+            return None
+        if settings.scope == "sequence":
+            return samples * selected_of(length, ratio)
+        return selected_of(samples * length, ratio)
 
     def _select(
         self,
@@ -147,14 +171,18 @@ class TokenSelector:
         """Of `count` micro-batches of `samples` each, over the data-parallel ranks if `wide`."""
         ranks = self.ranks
         rank, size = (ranks.dp_rank, ranks.dp_size) if wide else (0, 1)
-        first = (torch.arange(count, device=device) * size + rank) * samples
+        group = ranks.dp_cp_group if wide else ranks.cp_group
+        numbers = None
+        if group.size() > 1:
+            first = (torch.arange(count, device=device) * size + rank) * samples
+            numbers = (first[:, None] + torch.arange(samples, device=device)).flatten()
         return Placement(
-            samples=(first[:, None] + torch.arange(samples, device=device)).flatten(),
+            samples=numbers,
             total=count * size * samples,
             run=samples,
             cp_rank=ranks.cp_group.rank(),
             cp_size=ranks.cp_group.size(),
-            group=ranks.dp_cp_group if wide else ranks.cp_group,
+            group=group,
         )
 
     def _weigh(
@@ -181,10 +209,19 @@ class TokenSelector:
             guard = guard_weights(valid, selection, settings.unselected_weight, sets)
             weights = (selection.selected.float() if weights is None else weights) + guard
         with_tokens = selection.count > 0
-        sum_of_thresholds = torch.where(with_tokens, selection.threshold, 0.0).sum()
-        return Choice(
-            selected=selection.selected,
-            weights=weights,
-            threshold=sum_of_thresholds / with_tokens.sum().clamp(min=1),
-            any_valid=with_tokens.any(),
-        )
+        thresholds = torch.where(with_tokens, selection.threshold, 0.0)
+        if len(thresholds) == 1:
+            threshold, any_valid = thresholds[0], with_tokens[0]
+        else:
+            threshold = thresholds.sum() / with_tokens.sum().clamp(min=1)
+            any_valid = with_tokens.any()
+        return Choice(selection.selected, weights, threshold, any_valid)
+
+
+@lru_cache(maxsize=4)
+def _on_device(ratios: tuple[float, ...], device: torch.device) -> Tensor:
+    """Ratios as a float64 tensor, for which the host does not wait: a schedule changes them."""
+    if device.type != "cuda":
+        return torch.tensor(ratios, dtype=torch.float64)
+    host = torch.tensor(ratios, dtype=torch.float64, pin_memory=True)
+    return host.to(device, non_blocking=True)

@@ -1,6 +1,6 @@
-"""The exact top fraction of scores that may be spread over ranks, without gathering them.
+"""Select exactly the top fraction of scores that are spread over ranks, without gathering them.
 
-How the k-th largest score is found (a radix select on the bits of float32):
+The k-th largest score is found by a radix select on the bits of float32:
 
     key(score)   a 32-bit integer that sorts as the score does, highest score first
     digit 1      counts of the top 11 bits, summed over ranks -> N, k, and the digit that holds k
@@ -8,9 +8,10 @@ How the k-th largest score is found (a radix select on the bits of float32):
     digit 3      counts of the last 10 bits -> the k-th score itself, and how many of its ties fit
     ties         counts of ties per segment of the token order -> which of the ties fit
 
-That is four all-reduces of 8 + 8 + 4 KiB and 4 bytes a segment, whatever the number of tokens; on
-one rank there are none.  Several sets of tokens (sequences, domains) are selected from at once, in
-the same four all-reduces.  Nothing synchronises with the host.
+That is four all-reduces of 8 KiB, 8 KiB, 4 KiB and 4 bytes a segment, whatever the number of
+tokens; on one rank there are none, and on a GPU top_fraction_triton.py does it all in one kernel.
+The same four all-reduces serve several sets of tokens (sequences, domains) at once.  Nothing
+synchronises with the host.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_slm.kernels import triton_kernels
+
 _DIGITS = ((21, 11), (10, 11), (0, 10))  # (shift, width) of the key, most significant first
 _RATIO_UNITS = 1_000_000
 MAX_SEGMENTS = ((64 - 20) << 10) // 4
@@ -29,24 +32,26 @@ MAX_SEGMENTS = ((64 - 20) << 10) // 4
 
 @dataclass(frozen=True)
 class Placement:
-    """How the samples of a scope lie over the ranks of a group, and so the order of its tokens:
-    sample by sample, position by position.
+    """How the samples of a scope lie over the ranks of a group.
 
-    samples: int64 [b], the number within the scope of each local sample, ascending.
-    total: samples in the scope.
-    run: local samples come in runs of this many with consecutive numbers, the first of which is
-        divisible by it.
-    cp_rank, cp_size: of the c context-parallel ranks that share a sample, rank r holds chunks r
-        and 2c-1-r of its 2c (Megatron's zigzag order).
-    group: the ranks; None if this one has them all.
+    This also says in which order the scope's tokens come: sample by sample, position by position.
     """
 
-    samples: Tensor
+    samples: Tensor | None
+    """Numbers within the scope of the local samples, int64 [b], ascending; None if no other rank
+    has any."""
     total: int
+    """Samples in the scope."""
     run: int = 1
+    """Local samples come in runs of this many consecutive numbers, of which the first is divisible
+    by it."""
     cp_rank: int = 0
+    """Rank among the context-parallel ranks that share each sample: rank r of c holds the chunks r
+    and 2c - 1 - r of a sample's 2c (Megatron's zigzag order)."""
     cp_size: int = 1
+    """Number of these ranks, c."""
     group: ProcessGroup | None = None
+    """The ranks over which the scope is spread; None if this rank holds all of it."""
 
     @property
     def shared(self) -> bool:
@@ -56,14 +61,16 @@ class Placement:
 
 @dataclass(frozen=True)
 class Selection:
-    """selected: bool [b, s].  The rest are [sets] and hold for whole sets, over all ranks:
-    threshold: float32, the lowest selected score; valid, count: int64, valid and selected tokens.
-    """
+    """The tokens selected.  All but `selected` describe whole sets, over all ranks."""
 
     selected: Tensor
+    """Which of this rank's tokens are selected, bool [b, s]."""
     threshold: Tensor
+    """The lowest selected score of each set, float32 [sets]."""
     valid: Tensor
+    """The number of valid tokens of each set, int64 [sets]."""
     count: Tensor
+    """The number of selected tokens of each set, int64 [sets]."""
 
 
 def select_top_fraction(
@@ -75,27 +82,31 @@ def select_top_fraction(
 ) -> Selection:
     """Select exactly k = max(1, round_half_up(ratio * N)) of the N valid tokens of each set.
 
-    The k highest scores are selected; among equal scores those at lower token positions (+0 and -0
-    are equal).  N = 0 selects nothing.  Ratios count in millionths, so that 0.7 * 45 = 31.5 rounds
-    up as written and not as binary floats have it.
+    The k highest scores are selected; among equal scores (+0 and -0 are equal), those at lower
+    token positions.  Of N = 0 tokens none is selected.  Ratios are rounded to millionths, so that
+    0.7 * 45 = 31.5 is rounded up as it is written, and not down as binary floats might have it.
 
     Args:
-        scores: float32 [b, s], this rank's part of b samples; no NaN where valid.
-        valid: bool [b, s], tokens that may be selected.
-        ratios: of each set, in (0, 1].
-        sets: int64 [b], the set each sample belongs to; None if there is one.
-        placement: how the samples lie over ranks; None if this rank has all, in order.
+        scores: this rank's part of b samples, float32 [b, s]; not NaN where valid.
+        valid: which tokens may be selected, bool [b, s].
+        ratios: the ratio of each set, in (0, 1].  Numbers that differ are copied to the device,
+            and the host waits for that.
+        sets: the set of each sample, int64 [b]; None if there is a single set.
+        placement: how the samples lie over ranks; None if this rank holds all of them, in order.
 
     Raises:
-        ValueError: too many ranks and samples for the bound on traffic.
+        ValueError: the scope has too many samples and ranks for the bound on traffic.
     """
     if placement is None:
-        placement = Placement(torch.arange(len(scores), device=scores.device), len(scores))
+        placement = Placement(None, len(scores))
     if sets is None:
         sets = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
     number_of_sets = len(ratios)
-    exact = torch.as_tensor(ratios, dtype=torch.float64, device=scores.device)
-    units = (exact * _RATIO_UNITS).round().long()
+    units = _in_units(ratios, scores.device)
+    if not placement.shared:
+        kernels = triton_kernels("megatron_slm.selection.top_fraction_triton", scores.device)
+        if kernels is not None:
+            return Selection(*kernels.select(scores, valid, units, sets))
     keys = _descending_keys(scores)
     candidates = valid
     prefix = torch.zeros(number_of_sets, dtype=torch.int64, device=scores.device)
@@ -115,27 +126,50 @@ def select_top_fraction(
         candidates = candidates & (digits == digit[sets][:, None])
         prefix = (prefix << width) | digit
 
-    # candidates are now the ties at the thresholds, of which `remaining` fit.
+    # The candidates are now the ties at the thresholds, of which `remaining` fit.
     fits = _rank_among_ties(candidates, sets, placement, number_of_sets) < remaining[sets][:, None]
     selected = (valid & (keys < prefix[sets][:, None])) | (candidates & fits)
     return Selection(selected, _score_of(prefix), number_valid, number_selected)
 
 
+def _in_units(ratios: Sequence[float] | Tensor, device: torch.device) -> Tensor:
+    """Return ratios in millionths, int64 [sets]."""
+    if isinstance(ratios, Tensor):
+        return (ratios * _RATIO_UNITS).round().long()
+    units = [round(ratio * _RATIO_UNITS) for ratio in ratios]
+    if len(set(units)) == 1:
+        return torch.full((len(units),), units[0], dtype=torch.int64, device=device)
+    return torch.tensor(units, dtype=torch.int64, device=device)
+
+
+def selected_of(number: int, ratio: float) -> int:
+    """Return how many of `number` valid tokens a ratio selects, as select_top_fraction does."""
+    rounded = (2 * round(ratio * _RATIO_UNITS) * number + _RATIO_UNITS) // (2 * _RATIO_UNITS)
+    return min(max(rounded, 1), number)
+
+
 def _total(counts: Tensor, placement: Placement) -> Tensor:
-    """Sum over the ranks of a placement, int64."""
+    """Sum counts over the ranks of a placement, as int64."""
     if placement.shared:
         torch.distributed.all_reduce(counts, group=placement.group)
     return counts.long()
 
 
 def segments(samples: int, run: int, cp_size: int, number_of_sets: int) -> int:
-    """How many a scope has, at most MAX_SEGMENTS; arguments as in Placement."""
+    """Count the segments of a scope, of which there may be at most MAX_SEGMENTS.
+
+    Args:
+        samples: samples in the scope.
+        run: as in Placement.
+        cp_size: as in Placement.
+        number_of_sets: sets of tokens in the scope.
+    """
     length, chunks = _cut(run, cp_size, number_of_sets)
     return -(-samples // length) * chunks
 
 
 def _cut(run: int, cp_size: int, number_of_sets: int) -> tuple[int, int]:
-    """A segment is so many samples long, and a sample has so many segments; one of them is 1."""
+    """Return how many samples a segment spans, and how many segments a sample has; one is 1."""
     chunks = 2 * cp_size if cp_size > 1 else 1
     return (run if chunks == 1 and number_of_sets == 1 else 1), chunks
 
@@ -143,13 +177,13 @@ def _cut(run: int, cp_size: int, number_of_sets: int) -> tuple[int, int]:
 def _rank_among_ties(
     ties: Tensor, sets: Tensor, placement: Placement, number_of_sets: int
 ) -> Tensor:
-    """How many ties of a token's set come before it in token order, int64 [b, s].
+    """Count, for each token, the ties of its set that come before it in token order, int64 [b, s].
 
-    A segment is a run of consecutive positions that lies on one rank and in one set; the table of
-    ties per segment is all that ranks exchange.
+    A segment is a run of consecutive positions that lie on one rank and in one set.  All that ranks
+    exchange is a table of the ties in each segment.
     """
-    # Local positions ascend with token order, so a running count per set is the rank among local
-    # ties; what other ranks hold before a segment is the rest.
+    # Local positions ascend with token order, so a running count in each set is the rank among
+    # local ties.  The ties that other ranks hold before a token's segment are added to it.
     flat = ties.long()
     within = flat.cumsum(1) - flat
     per_sample = flat.sum(1)
@@ -166,6 +200,7 @@ def _rank_among_ties(
             f"a scope of {placement.total} samples over {placement.cp_size} context-parallel ranks "
             f"has {number} segments, more than {MAX_SEGMENTS}; use a narrower scope"
         )
+    assert placement.samples is not None
     length = ties.shape[1]
     chunk = torch.zeros(length, dtype=torch.int64, device=ties.device)
     if chunks > 1:
@@ -190,12 +225,12 @@ def _rank_among_ties(
 
 
 def _before_in_set(ties: Tensor, sets: Tensor, number_of_sets: int) -> Tensor:
-    """Ties in earlier segments of the same set, int64 [segments]."""
+    """Count the ties in earlier segments of the same set, int64 [segments]."""
     if number_of_sets == 1:
         return ties.cumsum(0) - ties
     order = sets.argsort(stable=True)
     running = ties[order].cumsum(0) - ties[order]
-    # Where a set begins in the order, what earlier sets counted is taken off.
+    # Take off what earlier sets in this order have counted.
     totals = torch.zeros(number_of_sets, dtype=torch.int64, device=ties.device)
     totals.index_add_(0, sets, ties)
     running -= (totals.cumsum(0) - totals)[sets[order]]
@@ -203,18 +238,23 @@ def _before_in_set(ties: Tensor, sets: Tensor, number_of_sets: int) -> Tensor:
 
 
 def _round_half_up(units: Tensor, number: Tensor) -> Tensor:
-    """max(1, floor(ratio * number + 1/2)) in integers; 0 of 0."""
+    """Return max(1, floor(ratio * number + 1/2)), or 0 if the number is 0, in integer arithmetic.
+
+    Args:
+        units: the ratio of each set, in millionths.
+        number: the valid tokens of each set.
+    """
     rounded = (2 * units * number + _RATIO_UNITS) // (2 * _RATIO_UNITS)
     return torch.minimum(rounded.clamp(min=1), number)
 
 
 def _descending_keys(scores: Tensor) -> Tensor:
-    """int64 in [0, 2^32) that sort in the opposite order of float32 scores."""
-    bits = (scores + 0.0).view(torch.int32).long()  # + 0.0 makes -0 the bits of +0
+    """Map float32 scores to integers in [0, 2^32), int64, that sort in the opposite order."""
+    bits = (scores + 0.0).view(torch.int32).long()  # adding 0.0 turns -0 into +0
     return torch.where(bits < 0, bits + (1 << 32), (1 << 31) - 1 - bits)
 
 
 def _score_of(key: Tensor) -> Tensor:
-    """The inverse of _descending_keys."""
+    """Map keys back to their scores; the inverse of _descending_keys."""
     bits = torch.where(key >= 1 << 31, key - (1 << 32), (1 << 31) - 1 - key)
     return bits.to(torch.int32).view(torch.float32)

@@ -1,13 +1,14 @@
-"""How much each token counts, once it is known which are selected.
+"""Weigh tokens, once it is known which are selected.
 
-    hard      1 for a selected token
+    hard      1 for a selected token, 0 for others
     relu      in proportion to max(score, 0)
     softmax   in proportion to exp(score / temperature)
 
-Soft weights go to all valid tokens of a set and add up to the number that hard selection would
-select, so that losses and gradients keep their scale.  On top of either, the guard gives every
-unselected token w * (selected / unselected): w times the mean loss of unselected tokens is added
-to the mean loss of selected ones (against the rise of the former that Rho-1 reports).
+Soft weights (relu and softmax) go to all valid tokens of a set, and add up to the number that hard
+selection would select, so that losses and gradients keep their scale.  To any of these, the guard
+adds w * (selected / unselected) for every unselected token.  This adds w times the mean loss of the
+unselected tokens to the mean loss of the selected ones, against the rise of the former that Rho-1
+reports.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch.distributed import ReduceOp
 from megatron_slm.selection.top_fraction import Placement, Selection
 
 Weighting = Literal["hard", "relu", "softmax"]
-# A sum of positive scores up to this counts as none: nothing could be divided by it.
+# A sum of positive scores up to this counts as 0, since nothing can be divided by it.
 TINY = 1e-30
 WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
 
@@ -35,10 +36,19 @@ def soft_weights(
     sets: Tensor,
     placement: Placement,
 ) -> Tensor:
-    """Weights, float32 [b, s], that add up to selection.count over each set.
+    """Return soft weights, float32 [b, s], that add up to selection.count over each set.
 
-    A set without any positive score has relu weights of its hard selection: there is nothing to be
-    in proportion to.
+    A set without a positive score gets the weights of hard selection in place of relu weights,
+    since there is nothing for them to be in proportion to.
+
+    Args:
+        scores: this rank's scores, float32 [b, s].
+        valid: which tokens may be selected, bool [b, s].
+        selection: the tokens that hard selection selects.
+        weighting: relu or softmax.
+        temperature: of softmax.
+        sets: the set of each sample, int64 [b].
+        placement: how the samples lie over ranks.
     """
     number_of_sets = len(selection.count)
     if weighting == "relu":
@@ -60,7 +70,14 @@ def soft_weights(
 
 
 def guard_weights(valid: Tensor, selection: Selection, guard: float, sets: Tensor) -> Tensor:
-    """Weights of unselected tokens, float32 [b, s], 0 elsewhere."""
+    """Return what the guard adds for unselected tokens, float32 [b, s]; 0 for the others.
+
+    Args:
+        valid: which tokens may be selected, bool [b, s].
+        selection: the tokens that are selected.
+        guard: the weight w of the unselected tokens' mean loss.
+        sets: the set of each sample, int64 [b].
+    """
     unselected = (selection.valid - selection.count).clamp(min=1)
     each = guard * selection.count / unselected
     return torch.where(valid & ~selection.selected, each[sets][:, None], 0.0).float()

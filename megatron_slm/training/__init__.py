@@ -1,1 +1,1 @@
-"""Selective language modeling inside `megatron.training`: arguments, forward step, step seam."""
+"""Selective language modeling inside `megatron.training`: arguments, steps, hooks."""

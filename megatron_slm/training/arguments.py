@@ -1,4 +1,4 @@
-"""The "selective language modeling" arguments, and what they cannot be combined with."""
+"""Add our arguments to Megatron's, and refuse those that cannot be combined with them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_slm.training.first_check import HELP_MEGATRON
 from megatron_slm.training.option_groups import add_group
 from megatron_slm.training.options import SelectiveOptions
 
-# Megatron's options that this loss cannot honour, and why.
+# Options of Megatron's that selective language modeling cannot honour: the flag, and the reason.
 UNSUPPORTED = {
     "mtp_num_layers": ("--mtp-num-layers", "its loss would count unselected tokens"),
     "num_experts": ("--num-experts", "the auxiliary losses would be scaled by all tokens"),
@@ -71,7 +71,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
             "apply_rope_fusion": False,
         }
     parser.set_defaults(**defaults)
-    # One of Megatron's help texts has a bare per cent sign, over which --help stumbles.
+    # One of Megatron's help texts contains a bare per cent sign, on which --help would fail.
     for action in parser._actions:
         if action.help is not None:
             action.help = re.sub(r"(?<!%)%(?![%(])", "%%", action.help)
@@ -82,10 +82,11 @@ def validate_arguments(args: Namespace) -> None:
     """Refuse Megatron's options that cannot be honoured.
 
     Args:
-        args: as parsed, and again after Megatron's validation, which may set some of them.
+        args: the arguments as parsed.  Check them again after Megatron's validation, which may set
+            some of these options itself.
 
     Raises:
-        UserError: naming the argument and what to do about it.
+        UserError: one of them is set; the message names it and the reason.
     """
     for name, (flag, why) in UNSUPPORTED.items():
         if getattr(args, name, None):
@@ -112,6 +113,12 @@ def validate_arguments(args: Namespace) -> None:
     ):
         if value and not HAVE_TE:
             raise UserError(f"{flag} needs Transformer Engine, which is not installed")
+    if args.fp8 and args.fp8_recipe == "delayed" and args.slm_dump_interval is not None:
+        raise UserError(
+            "--slm-dump-interval cannot be used with --fp8-format and --fp8-recipe delayed: the "
+            "dump's pass would change the scales that training goes by; take --fp8-recipe "
+            "tensorwise, or leave --slm-dump-interval out"
+        )
     if args.use_distributed_optimizer and not distrib_optimizer.HAVE_APEX_OR_TE:
         raise UserError(
             "--use-distributed-optimizer needs Transformer Engine or Apex: without them Megatron "

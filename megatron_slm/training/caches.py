@@ -1,4 +1,4 @@
-"""Score caches against a run's arguments: what was scored must be what the run draws."""
+"""Open score caches, and check that they hold the losses of the very tokens that a run draws."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any, Literal
 import msgspec
 from megatron.training.utils import get_blend_and_blend_per_split
 
+from megatron_slm.data.manifest_types import ScoredData
 from megatron_slm.data.score_cache import Section
 from megatron_slm.data.score_manifest import (
     CacheManifest,
-    ScoredData,
     cache_differences,
     read_cache_manifest,
 )
@@ -27,19 +27,20 @@ SPLITS = ("train", "valid", "test")
 
 @dataclass(frozen=True)
 class Caches:
-    """kind: of all of them.  sections: by name (score_cache.py says what these are).
-    identity: of the references that scored.
-    """
+    """The score caches of a run."""
 
     kind: Literal["sample", "document"]
+    """How all of them were scored."""
     sections: dict[str, Section]
+    """Their sections, by name; data/score_cache.py says what a section is."""
     identity: str
+    """The references that scored them, as a run that resumes must find them again."""
 
     def check_samples(self, datasets: Sequence[Any], wanted: Sequence[int | None]) -> None:
-        """Compare with the training, validation and test samples that a run draws.
+        """Check that all training, validation and test samples that a run draws were scored.
 
         Raises:
-            UserError: fewer were scored.
+            UserError: fewer were scored than the run draws.
         """
         for split, dataset, count in zip(SPLITS, datasets, wanted, strict=True):
             scored = len(self.sections[split]) if split in self.sections else 0
@@ -51,42 +52,49 @@ class Caches:
 
 
 def data_prefixes(args: Namespace) -> list[str]:
-    """Indexed datasets that the arguments name, each once, in order."""
+    """Return the prefixes of the indexed datasets that the arguments name, each once, in order."""
     blends = _blends(args).values()
     return list(dict.fromkeys(prefix for prefixes, _ in blends for prefix in prefixes))
 
 
 def describe_data(args: Namespace, kind: str) -> ScoredData:
-    """Fingerprint of what decides the tokens of each record, as a manifest's `source`.
+    """Describe everything that decides which tokens a record holds, as a manifest's `source` does.
 
     Raises:
         UserError: a dataset cannot be read, or two have one name.
     """
     prefixes = data_prefixes(args)
     check_names(prefixes)
-    source: dict[str, Any] = {
-        "tokenizer": args.slm_tokenizer,
-        "vocabulary": args.slm_vocab_size,
-        "datasets": {dataset_name(prefix): dataset_fingerprint(prefix) for prefix in prefixes},
-    }
-    if kind == "sample":
-        source |= {
-            "seed": args.seed,
-            "split": args.split,
-            "reset_position_ids": args.reset_position_ids,
-            "blends": {
-                split: [[dataset_name(prefix) for prefix in prefixes], weights]
-                for split, (prefixes, weights) in _blends(args).items()
-            },
-        }
-    return msgspec.convert(source, ScoredData)  # as it is read back
+    source = ScoredData(
+        tokenizer=args.slm_tokenizer,
+        vocabulary=args.slm_vocab_size,
+        datasets={dataset_name(prefix): dataset_fingerprint(prefix) for prefix in prefixes},
+    )
+    if kind == "document":
+        return source
+    return msgspec.structs.replace(
+        source,
+        seed=args.seed,
+        split=args.split,
+        reset_position_ids=args.reset_position_ids,
+        blends={
+            split: ([dataset_name(prefix) for prefix in prefixes], _as_floats(weights))
+            for split, (prefixes, weights) in _blends(args).items()
+        },
+    )
+
+
+def _as_floats(weights: Sequence[float] | None) -> list[float] | None:
+    """Return weights as they are read back, whole numbers too."""
+    return None if weights is None else list(map(float, weights))
 
 
 def open_caches(args: Namespace) -> Caches:
-    """The caches that --slm-reference-cache names.
+    """Open the score caches that --slm-reference-cache names.
 
     Raises:
-        UserError: incomplete, damaged, or made for other data, order, tokenizer or length.
+        UserError: one is incomplete, damaged, or was made for other data, another order, another
+            tokenizer or another sequence length.
     """
     if args.full_validation or args.multiple_validation_sets:
         raise UserError("--slm-reference-cache cannot be used with --full-validation")
@@ -107,7 +115,7 @@ def open_caches(args: Namespace) -> Caches:
         if twice := sections.keys() & manifest.sections.keys():
             raise UserError(f"--slm-reference-cache: two have losses of {', '.join(sorted(twice))}")
         sections |= {name: Section(directory, manifest, name) for name in manifest.sections}
-    if kind == "document" and (lacking := own["datasets"].keys() - sections.keys()):
+    if kind == "document" and (lacking := own.datasets.keys() - sections.keys()):
         raise UserError(
             f"--slm-reference-cache {' '.join(map(str, directories))}: no losses of the datasets "
             f"{', '.join(sorted(lacking))}"
@@ -117,9 +125,10 @@ def open_caches(args: Namespace) -> Caches:
 
 
 def _check(args: Namespace, own: ScoredData, directory: Path, manifest: CacheManifest) -> None:
-    scored: dict[str, Any] = dict(manifest.source)
-    mine: dict[str, Any] = dict(own)
-    if manifest.kind == "document":  # of any length, and of more datasets than one run may read
+    scored: dict[str, Any] = msgspec.to_builtins(manifest.source)
+    mine: dict[str, Any] = msgspec.to_builtins(own)
+    # Documents serve any sequence length, and a cache may have more datasets than a run reads.
+    if manifest.kind == "document":
         both = scored["datasets"].keys() & mine["datasets"].keys()
         for source in (scored, mine):
             source["datasets"] = {name: source["datasets"][name] for name in both}
@@ -131,7 +140,7 @@ def _check(args: Namespace, own: ScoredData, directory: Path, manifest: CacheMan
 
 
 def _blends(args: Namespace) -> dict[str, tuple[list[str], list[float] | None]]:
-    """Prefixes and weights of "all" splits, or of each."""
+    """Return the prefixes and weights of each split's datasets, or of "all" splits together."""
     blend, per_split = get_blend_and_blend_per_split(args)
     named = {"all": blend, **dict(zip(SPLITS, per_split or [], strict=False))}
     return {split: each for split, each in named.items() if each is not None}

@@ -1,8 +1,9 @@
-"""The checkpoint that a policy starts from: what the run takes over, and what it must agree in.
+"""Compare a run with the checkpoint that its policy starts from, and take over its architecture.
 
-Megatron 0.19 takes over some of a checkpoint's architecture with --use-checkpoint-args, and without
-compares little of it; nothing with --pretrained-checkpoint or --finetune.  Weights of one rotary
-base, window or activation load into a model of another without a word.
+With --use-checkpoint-args, Megatron 0.19 takes over some of a checkpoint's architecture.  Without
+it, Megatron compares little of the architecture, and with --pretrained-checkpoint or --finetune
+nothing.  So weights trained with one rotary base, window or activation load silently into a model
+with another; what Megatron does not compare is compared here.
 """
 
 from __future__ import annotations
@@ -30,27 +31,28 @@ STEP = "--ckpt-step"
 
 @dataclass(frozen=True)
 class Start:
-    """flag, directory: the option that names a checkpoint, and that of its iteration.
-    resumes: whether the run goes on where the checkpoint's ended.
-    """
+    """The checkpoint that a run starts from."""
 
     flag: str
+    """The option that names it."""
     directory: Path
+    """The directory of its iteration."""
     resumes: bool
+    """Whether the run continues the one that wrote it."""
 
     @property
     def iteration(self) -> int:
-        """0 for a model that was imported."""
+        """The iteration it was written after; 0 for an imported model."""
         return int(self.directory.name.removeprefix("iter_").replace("release", "0"))
 
 
 def take_from_checkpoint(parser: ArgumentParser) -> None:
-    """Make the checkpoint's the defaults of `parser`, if the command line asks for them.
+    """Make the checkpoint's architecture the defaults of `parser` if --use-checkpoint-args asks.
 
-    From here on no checkpoint that torch or Megatron reads runs code in this process.
+    From here on, no checkpoint that torch or Megatron reads can run code in this process.
 
     Raises:
-        UserError: a damaged checkpoint.
+        UserError: the checkpoint is damaged.
     """
     refuse_code()
     asked = ArgumentParser(add_help=False, allow_abbrev=False)
@@ -65,7 +67,7 @@ def take_from_checkpoint(parser: ArgumentParser) -> None:
     args, _ = asked.parse_known_args()
     if not args.use_checkpoint_args:
         return
-    # Megatron takes over some of either, and of --load last.
+    # Megatron takes over some of both checkpoints; where they differ, --load wins.
     for load in (None, args.load):
         start = _start(Namespace(**vars(args) | {"load": load}))
         if start is None or not _is_torch_dist(start, args):
@@ -84,22 +86,25 @@ def take_from_checkpoint(parser: ArgumentParser) -> None:
 def check_start(args: Namespace) -> Namespace:
     """Check the checkpoint that the run starts from, and compare its model with this run's.
 
-    Sets what checkpoints carry of the model that the run started from: slm_model_vocab_size, its
-    tokens, of which the tokenizer may have fewer, and slm_model_type.
+    Also sets the arguments by which later checkpoints remember the original model: slm_model_type,
+    and slm_model_vocab_size, the size of its vocabulary, which may exceed the tokenizer's.
 
     Returns:
-        arguments of the run that this one goes on with; empty where it starts afresh.
+        The arguments of the run that this one resumes; empty if it starts afresh.
 
     Raises:
-        UserError: naming every option that differs; a damaged checkpoint, one that would run code,
-            or one that this run cannot go on with.
+        UserError: the models differ, and the message names every difference; or the checkpoint is
+            damaged, would run code, or cannot be resumed by this run.
     """
     if args.save is not None:
         _check_save(Path(args.save))
     args.slm_model_vocab_size = args.slm_vocab_size
     unknown = set(args.slm_changed) - {*ARCHITECTURE, "vocab_size", *CHANGES}
     if unknown:
-        raise UserError(f"--slm-changed: {', '.join(sorted(unknown))} shapes no model")
+        raise UserError(
+            f"--slm-changed: unknown argument {', '.join(sorted(unknown))}; known: "
+            f"{', '.join(sorted({*ARCHITECTURE, 'vocab_size', *CHANGES}))}"
+        )
     start = _start(args)
     if start is None or not _is_torch_dist(start, args):
         return Namespace()
@@ -128,9 +133,9 @@ def check_start(args: Namespace) -> Namespace:
 def differences(
     saved: Namespace, args: Namespace, allowed: Collection[str] = ()
 ) -> list[tuple[str, Any, Any]]:
-    """Names by which two models differ, with their values in `saved` and in `args`.
+    """Return the arguments in which two models differ, with their values in `saved` and in `args`.
 
-    What `saved` lacks is not compared, and the vocabulary up to its padding.
+    Arguments that `saved` lacks are not compared; vocabularies may differ within their padding.
     """
     there, here = _shape(vars(saved)), _shape(vars(args))
     found = [
@@ -147,10 +152,10 @@ def differences(
 
 
 def _check_save(save: Path) -> None:
-    """Find out before the first step, and not when hours of them are to be saved.
+    """Check that checkpoints can be written, before any step that would be lost if they could not.
 
     Raises:
-        UserError: there can be no checkpoints.
+        UserError: they cannot.
     """
     try:
         save.mkdir(parents=True, exist_ok=True)
@@ -165,7 +170,7 @@ def _start(args: Namespace) -> Start | None:
     """Find the checkpoint that Megatron will load; None where there is none.
 
     Raises:
-        UserError: there is a tracker file, and not what it names.
+        UserError: a tracker file names a checkpoint that is not there.
     """
     step = args.ckpt_step
     if step is not None and step < 1:
@@ -183,7 +188,7 @@ def _start(args: Namespace) -> Start | None:
         start = Start(flag, directory, resumes)
     if args.non_persistent_ckpt_type != "global":
         return start
-    # Megatron prefers a later one that is not for keeps.
+    # Megatron prefers a non-persistent checkpoint if it is a later one.
     temporary = args.non_persistent_global_ckpt_dir or (load and load / "non_persistent")
     if temporary is None or not os.path.lexists(Path(temporary) / TRACKER):
         return start
@@ -193,11 +198,13 @@ def _start(args: Namespace) -> Start | None:
 
 
 def _is_torch_dist(start: Start, args: Namespace) -> bool:
-    """Whether a checkpoint is of the format that is compared and checked here; the others are
-    Megatron's to load, who runs no code of theirs either.
+    """Return whether a checkpoint has the format that is compared and checked here.
+
+    Megatron loads the other formats itself, and they cannot run code either.
 
     Raises:
-        UserError: of Megatron's older format and damaged, for which it would leave without a word.
+        UserError: the checkpoint has Megatron's older format and is damaged, at which Megatron
+            would exit without a message.
     """
     directory = start.directory
     if os.path.lexists(directory / FORMAT_FILE):
@@ -209,7 +216,7 @@ def _is_torch_dist(start: Start, args: Namespace) -> bool:
 
 
 def _shape(arguments: dict[str, Any]) -> dict[str, Any]:
-    """What shapes a model, without what has no effect in it."""
+    """Return the arguments that shape a model, without those that have no effect on it."""
     shape = {name: arguments[name] for name in ARCHITECTURE if name in arguments}
     if not shape.pop("group_query_attention", True):
         shape["num_query_groups"] = shape.get("num_attention_heads")
@@ -223,4 +230,4 @@ def _shape(arguments: dict[str, Any]) -> dict[str, Any]:
 def _same(one: Any, other: Any) -> bool:
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
         return list(one) == list(other)
-    return bool(one == other) or not (one or other)  # None, False and 0 mean the same
+    return bool(one == other) or not (one or other)  # None, False and 0 mean the same here

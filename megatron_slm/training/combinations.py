@@ -1,11 +1,13 @@
-"""Command lines that Megatron would refuse by an assertion, late, or not at all, with the remedy.
+"""Refuse command lines that Megatron would refuse late, by a bare assertion, or not at all.
 
-These are the ones that people write: what Megatron itself says of others comes in one line by
-refusals.py.  All of it is told by the arguments as they were parsed, before Megatron's validation.
+These are mistakes that people do make, so each message names the remedy; what Megatron says of
+other mistakes is put into one line by refusals.py.  All checks use the arguments as they were
+parsed, before Megatron's validation.
 """
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -28,23 +30,26 @@ AT_LEAST_ONE = """
 NOT_NEGATIVE = ("eval_iters", "num_workers")
 OF_ONE_SPLIT = ("train_data_path", "valid_data_path", "test_data_path")
 SOURCES = ("data_path", "data_args_path", "per_split_data_args_path", "mock_data")
-# Parts of a layer whose recomputation Megatron leaves to Transformer Engine.
+# Parts of a layer that only Transformer Engine can recompute.
 RECOMPUTED_BY_TE = ("layernorm", "mla_up_proj", "moe_act")
 
 
 class PerSplit(msgspec.Struct):
-    """What Megatron reads of --per-split-data-args-path: prefixes, with weights before them."""
+    """The content of --per-split-data-args-path: prefixes, each after its weight if it has one."""
 
     train: list[str] | str | None
+    """The training datasets."""
     valid: list[str] | str | None
+    """The validation datasets."""
     test: list[str] | str | None
+    """The test datasets."""
 
 
 def check_job(args: Namespace) -> None:
-    """Check what training and scoring have in common.
+    """Check the arguments that training and scoring have in common.
 
     Raises:
-        UserError: what contradicts itself, and what to do.
+        UserError: some contradict each other; the message says what to do.
     """
     for names, least in ((AT_LEAST_ONE, 1), (NOT_NEGATIVE, 0)):
         for name in names:
@@ -57,10 +62,10 @@ def check_job(args: Namespace) -> None:
 
 
 def check_training(args: Namespace) -> None:
-    """Check what only a training run has.
+    """Check the arguments that only a training run uses.
 
     Raises:
-        UserError: what contradicts itself, and what to do.
+        UserError: some contradict each other; the message says what to do.
     """
     _check_needs(args)
     _check_batches(args)
@@ -149,7 +154,9 @@ def _check_shapes(args: Namespace) -> None:
 
 
 def _check_needs(args: Namespace) -> None:
-    """Refuse options that need another, of which Megatron says nothing but a TypeError."""
+    """Refuse options that lack another one they need; Megatron would say little or nothing."""
+    if args.use_checkpoint_args and args.load is None and args.pretrained_checkpoint is None:
+        raise UserError("--use-checkpoint-args needs --load or --pretrained-checkpoint")
     if args.attention_backend.name == "local":
         raise UserError(
             "--attention-backend local needs --spec local, which is not for this model: leave it "
@@ -164,9 +171,9 @@ def _check_needs(args: Namespace) -> None:
 def _check_batches(args: Namespace) -> None:
     stages = args.pipeline_model_parallel_size
     ranks = args.tensor_model_parallel_size * stages * args.context_parallel_size
-    replicas, left = divmod(args.world_size, ranks)
+    replicas, left = divmod(int(os.getenv("WORLD_SIZE", "1")), ranks)
     micro, batch = args.micro_batch_size, args.global_batch_size
-    if not micro or not batch or left:  # which Megatron refuses, or decides itself
+    if not micro or not batch or left:  # Megatron refuses it, or fills it in
         return
     number, left = divmod(batch, micro * replicas)
     if left:
@@ -234,7 +241,7 @@ def _check_saving(args: Namespace) -> None:
 
 
 def _check_validation(args: Namespace) -> None:
-    """Refuse what Megatron would find at the first evaluation, with the steps before it lost."""
+    """Refuse what Megatron would only refuse at the first evaluation, after steps of training."""
     if args.eval_interval is None and not args.skip_train:
         raise UserError("--eval-interval N is missing, which Megatron needs without validation too")
     if args.multiple_validation_sets and not args.full_validation:
@@ -249,8 +256,8 @@ def _check_validation(args: Namespace) -> None:
 
 
 def _check_has_data(args: Namespace) -> None:
-    """Refuse a run without the data that it asks for; without training data Megatron would train
-    nothing, without a word."""
+    """Refuse a run that lacks the data it asks for; without training data, Megatron would silently
+    train nothing."""
     if args.mock_data:
         return
     blend, per_split = get_blend_and_blend_per_split(args)
@@ -280,7 +287,7 @@ def _check_full_validation(args: Namespace) -> None:
         raise UserError("--full-validation needs --multiple-validation-sets, also for a single set")
     size = args.eval_micro_batch_size or args.micro_batch_size or 1
     ranks = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
-    if size > 1 and ranks > 1:  # which pass on what one of them has read
+    if size > 1 and ranks > 1:  # the ranks share what one of them has read
         raise UserError(
             f"--full-validation reads one sample at a time, and micro-batches are of {size}: give "
             "--eval-micro-batch-size 1"

@@ -1,7 +1,7 @@
-"""Data that can no longer be read in the middle of a run, in one line.
+"""Report in one line that data can no longer be read in the middle of a run.
 
-Files that are truncated under a run end a loader's worker by a bus error, as memory that runs out
-does by a kill; torch then raises a RuntimeError without the file.
+If a file is truncated during a run, a worker of the data loader dies of a bus error; if memory runs
+out, it is killed.  In both cases torch raises a RuntimeError that does not name the file.
 """
 
 from __future__ import annotations
@@ -20,26 +20,30 @@ from megatron_slm.model.torch_dist import TRACKER
 from megatron_slm.training.datasets import check_files
 
 WORKER = "DataLoader worker"
-OF_DATA = ("megatron/core/datasets/", "megatron_slm/data/")  # files of frames
+# Frames of a traceback in these directories show that data was being read.
+OF_DATA = ("megatron/core/datasets/", "megatron_slm/data/")
 
 
 def _no_raising_handler() -> None:
-    """Keep torch from raising, in a handler of SIGCHLD, wherever the main process is when a worker
-    ends: a checkpoint is cut off by it, or the report of the fault itself."""
+    """Keep torch's SIGCHLD handler from raising in the main process when a worker dies.
+
+    It would raise wherever the main process happens to be, and so could cut off a checkpoint, or
+    the report of the fault itself.
+    """
     before = signal.getsignal(signal.SIGCHLD)
-    _set_SIGCHLD_handler()  # which it does once in a process
+    _set_SIGCHLD_handler()  # torch does so only once in a process
     signal.signal(signal.SIGCHLD, before)
 
 
 @contextmanager
 def data_faults(args: Namespace, kept: str | None = None) -> Iterator[None]:
-    """Say in one line what failed when data was read.
+    """Turn exceptions of reading data into a UserError.
 
     Args:
-        kept: what remains of the job; by default the last checkpoint of --save.
+        kept: what remains of the job, in words; by default, the last checkpoint of --save.
 
     Raises:
-        UserError: in the place of an exception of reading data, with the file.
+        UserError: data could not be read; the message names the file.  Other exceptions pass.
     """
     _no_raising_handler()
     try:
@@ -54,8 +58,11 @@ def data_faults(args: Namespace, kept: str | None = None) -> Iterator[None]:
 
 
 def _changed(args: Namespace) -> str | None:
-    """Say which dataset is no longer what it was at the start, whatever failure that led to: ids
-    beyond the vocabulary, or a rank that waits for another."""
+    """Say which dataset is no longer what it was at the start, if one is not.
+
+    A change can surface as any failure: ids beyond the vocabulary, or a rank that waits for
+    another.
+    """
     try:
         check_files(args, draws=False)
     except UserError as found:
@@ -64,15 +71,15 @@ def _changed(args: Namespace) -> str | None:
 
 
 def _cause(error: Exception) -> str | None:
-    """Say what failed where data is read; None for another failure."""
+    """Say what failed when data was read; return None if something else failed."""
     text = str(error).strip() or repr(error)
     files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-    # torch notices the end of a worker where it waits for data, or where it takes it from a pipe.
+    # torch notices a worker's end when it waits for data, or when it reads data from a pipe.
     cut_off = isinstance(error, OSError | EOFError) and any("multiprocessing/" in f for f in files)
     if cut_off or (WORKER in text and "exited unexpectedly" in text):
         return (
             "a worker that loads data was killed, though the datasets' files are whole: see "
-            "whether memory or /dev/shm ran out, or take fewer with --num-workers"
+            "whether memory or /dev/shm ran out, or use fewer workers (--num-workers)"
         )
     if WORKER in text or any(part in file for file in files for part in OF_DATA):
         return f"reading the data failed: {text.splitlines()[-1 if 'Traceback' in text else 0]}"

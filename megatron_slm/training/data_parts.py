@@ -1,9 +1,9 @@
-"""Whether the parts that Megatron cuts datasets into have what a run draws from them.
+"""Check that the parts into which Megatron cuts datasets hold what a run draws from them.
 
 --split cuts the documents of each dataset into a training, a validation and a test part.  Megatron
-builds all three, whether or not a run draws from them, and goes through a part as often as the
-samples need: through one without tokens for ever, on all ranks, without a word.  A member of a
-blend without weights, and a set of --full-validation, are read once and need a whole sample.
+builds all three, even those that a run draws nothing from, and passes through a part as often as
+its samples need: if the part has no tokens, it does so for ever, silently, on all ranks.  A dataset
+of a blend without weights, and one of --full-validation, is read once and must hold a whole sample.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron_slm.errors import UserError
 from megatron_slm.training.caches import SPLITS
 
 NAMES = dict(zip(SPLITS, ("training", "validation", "test"), strict=True))
-# Megatron counts the passes one by one, and lists every document of each.
+# A limit, because Megatron counts the passes one by one and lists every document of each.
 MOST_PASSES = 10**8
 
 Blend = tuple[list[str], list[float] | None]
@@ -33,17 +33,28 @@ Span = tuple[float, float]
 
 @dataclass(frozen=True)
 class SplitPart:
-    """Documents first to end (exclusive) of a dataset, of `documents`, with their tokens."""
+    """A part of a dataset: some of its documents, in a row."""
 
     prefix: str
+    """The dataset."""
     first: int
+    """Number of the first document."""
     end: int
+    """Number after that of the last document."""
     documents: int
+    """Documents in the whole dataset."""
     tokens: int
+    """Tokens in this part."""
 
     @classmethod
     def of(cls, prefix: str, index: Index, span: Span) -> SplitPart:
-        """Cut out what Megatron does, by its own rounding."""
+        """Cut out the part that Megatron would, with its own rounding.
+
+        Args:
+            prefix: the dataset.
+            index: the dataset's index.
+            span: where the part starts and ends, as shares of the dataset's documents.
+        """
         documents = len(index.lengths)
         first, end = (round(edge * float(documents)) for edge in span)
         tokens = 0
@@ -54,14 +65,14 @@ class SplitPart:
 
 
 def check_parts(args: Namespace, indices: Mapping[str, Index]) -> None:
-    """Look at every part that the datasets are cut into.
+    """Check every part that the datasets are cut into.
 
     Args:
-        args: after Megatron's validation.
-        indices: of the datasets, by prefix; one that is not there is not looked at.
+        args: the arguments after Megatron's validation.
+        indices: the datasets' indices, by prefix; datasets that are not among them are skipped.
 
     Raises:
-        UserError: a part on which Megatron would hang or fail, with its dataset and documents.
+        UserError: Megatron would hang or fail on a part; names its dataset and documents.
     """
     blend, per_split = get_blend_and_blend_per_split(args)
     spans = [(0.0, 1.0)] * len(SPLITS) if blend is None else split_spans(args.split)
@@ -74,10 +85,12 @@ def check_parts(args: Namespace, indices: Mapping[str, Index]) -> None:
 
 
 def split_spans(split: str) -> list[Span | None]:
-    """Return the training, validation and test part of --split, from 0 to 1; None for share 0.
+    """Return where the training, validation and test parts of --split start and end, from 0 to 1.
+
+    A part with a share of 0 is None.
 
     Raises:
-        UserError: not such a list.
+        UserError: the option is not a list of shares.
     """
     try:
         shares = parse_and_normalize_split(split)
@@ -92,10 +105,10 @@ def split_spans(split: str) -> list[Span | None]:
 
 
 def drawn_samples(args: Namespace) -> tuple[int, int | None, int]:
-    """Return the samples of each split that Megatron asks for; None for all there are, once."""
+    """Return how many samples of each split Megatron asks for; None means all of them, once."""
     batch = args.global_batch_size
     train = args.train_samples or (args.train_iters or 0) * batch
-    if args.phase_transition_iterations:  # only those of the current phase, in a resumed run
+    if args.phase_transition_iterations:  # a resumed run asks for those of its phase alone
         train = min(train, 1)
     iterations = args.train_iters or train // batch
     points = 1 if args.skip_train else iterations // args.eval_interval + 1
@@ -139,7 +152,7 @@ def _check_split(
 
 
 def _empty(args: Namespace, split: str, part: SplitPart, of_its_own: bool) -> str:
-    """Say which part of the documents it is that has no tokens."""
+    """Say which documents make up a part without tokens."""
     number = f"{part.prefix} has {part.documents} document{'s' * (part.documents != 1)}"
     if of_its_own:
         return f"{number}, none of which has a token"
@@ -149,7 +162,7 @@ def _empty(args: Namespace, split: str, part: SplitPart, of_its_own: bool) -> st
         has = f"documents {part.first} to {part.end - 1}, which have no tokens"
     return (
         f"{number}, of which --split {shares} leaves the {NAMES[split]} part {has}; Megatron would "
-        "wait for ever: give that part a larger share, or 0 if the run does not need it"
+        "wait for ever: give that part a larger share, or a share of 0 if the run does not need it"
     )
 
 
@@ -159,8 +172,8 @@ def _check_weights(
     for part, weight in zip(parts, weights, strict=True):
         if not 0.0 < weight < math.inf:
             raise UserError(
-                f"{part.prefix}: its weight in the blend is {weight:g}; give one above 0, or leave "
-                "the dataset out"
+                f"{part.prefix}: its weight in the blend is {weight:g}; give it one above 0, or "
+                "leave the dataset out"
             )
     if wanted is None:
         raise UserError(

@@ -1,8 +1,9 @@
-"""Megatron's own GPT datasets, as pretrain_gpt.py builds them."""
+"""Check and build a run's datasets: Megatron's own, as in pretrain_gpt.py, or a script's."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,28 +23,19 @@ from megatron_slm.training.caches import SPLITS, Caches, data_prefixes
 from megatron_slm.training.data_parts import check_parts
 
 
-def use_prebuilt_helpers() -> None:
-    """Keep Megatron from compiling its dataset helpers, as the wheel has them compiled and no
-    Makefile to compile them by."""
-    try:
-        from megatron.core.datasets import helpers_cpp  # noqa: F401
-    except ImportError:
-        return
-    from megatron.core.datasets import utils
-
-    utils.compile_helpers = lambda: None
-
-
 def check_files(args: Any, draws: bool = True) -> None:
-    """Look at every dataset's files before anything is built.  Done on every rank, so that none
-    waits for one that has ended.  Files in object storage, and conversations, are left to Megatron.
+    """Check every dataset's files before anything is built.
+
+    Every rank checks them, so that none waits for another that has exited.  Files in object storage
+    and conversations are left to Megatron.
 
     Args:
-        draws: whether the samples of a run are drawn from them.
+        args: the arguments after Megatron's validation.
+        draws: whether a run's samples are drawn from the datasets.
 
     Raises:
         UserError: files are missing or truncated, do not belong together, or were made with a
-            larger vocabulary or another tokenizer; or a part of them has not what is drawn.
+            larger vocabulary or another tokenizer; or a part of a dataset lacks what is drawn.
     """
     if args.sft:
         return
@@ -59,33 +51,42 @@ def check_files(args: Any, draws: bool = True) -> None:
 
 
 class DatasetProvider:
-    """Megatron's `train_valid_test_dataset_provider`.
-
-    Args:
-        caches: where samples get their reference losses from; None where they need none.
-    """
+    """Megatron's `train_valid_test_dataset_provider`: builds datasets, and adds cached losses."""
 
     # Every rank calls the provider; it decides by itself which of them build.
     is_distributed = True
 
-    def __init__(self, caches: Caches | None = None) -> None:
+    def __init__(
+        self, caches: Caches | None = None, build: Callable[..., Any] | None = None
+    ) -> None:
+        """Make a provider, which builds nothing until it is called.
+
+        Args:
+            caches: where samples get their reference losses from; None if they need none.
+            build: a provider that builds datasets of the script's own; None for those of
+                Megatron's pretrain_gpt.py.
+
+        Raises:
+            UserError: the losses are stored by document, and the datasets are the script's own.
+        """
+        if build is not None and caches is not None and caches.kind == "document":
+            raise UserError(
+                "--slm-reference-cache: losses stored by document are for Megatron's own GPT "
+                "datasets, and this script has its own: score --by sample"
+            )
         self.caches = caches
-        self.built: list[Any] = [None] * len(SPLITS)  # the datasets, when they are
+        self.build = build or self._build
+        self.built: list[Any] = [None] * len(SPLITS)  # the datasets, once they are built
 
     def __call__(self, samples: list[int | None], vp_stage: int | None = None) -> Any:
-        """Training, validation and test datasets of `samples` samples each; None on ranks that read
-        no data."""
-        args = get_args()
-        caches = self.caches if mpu.is_pipeline_last_stage() else None
-        print_rank_0("> building train, validation, and test datasets for GPT ...")
-        kind: Any = SFTDataset if args.sft else MockGPTDataset if args.mock_data else GPTDataset
-        if caches is not None and caches.kind == "document":
-            kind = document_scored(caches.sections)
-        builder = BlendedMegatronDatasetBuilder(
-            kind, samples, partial(reads_data, vp_stage), _dataset_config(args)
-        )
-        datasets = _built(builder)
-        print_rank_0("> finished creating GPT datasets ...")
+        """Build the training, validation and test datasets; None each on ranks that read no data.
+
+        Args:
+            samples: how many samples of each are drawn.
+            vp_stage: the model chunk that they are for.
+        """
+        datasets = list(self.build(samples, vp_stage=vp_stage))
+        caches = self._caches_here()
         if caches is not None and caches.kind == "sample":
             caches.check_samples(datasets, samples)
             # A split that a run draws nothing from has no section.
@@ -99,15 +100,38 @@ class DatasetProvider:
             self.built = datasets
         return datasets
 
+    def _caches_here(self) -> Caches | None:
+        return self.caches if mpu.is_pipeline_last_stage() else None
+
+    def _build(self, samples: list[int | None], vp_stage: int | None = None) -> list[Any]:
+        """Build datasets as pretrain_gpt.py does; if losses are stored by document, with these."""
+        args = get_args()
+        caches = self._caches_here()
+        print_rank_0("> building train, validation, and test datasets for GPT ...")
+        kind: Any = SFTDataset if args.sft else MockGPTDataset if args.mock_data else GPTDataset
+        if caches is not None and caches.kind == "document":
+            kind = document_scored(caches.sections)
+        builder = BlendedMegatronDatasetBuilder(
+            kind, samples, partial(reads_data, vp_stage), _dataset_config(args)
+        )
+        datasets = _built(builder)
+        print_rank_0("> finished creating GPT datasets ...")
+        return datasets
+
 
 def reads_data(vp_stage: int | None = None) -> bool:
-    """Whether this rank reads samples."""
+    """Return whether this rank reads samples."""
     return mpu.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(vp_stage)
 
 
 def _built(builder: BlendedMegatronDatasetBuilder) -> list[Any]:
-    """Build, without the datasets that have no samples: of those, which nothing is drawn from,
-    Megatron would make a loader and refuse it."""
+    """Build datasets, and leave out those without samples, from which nothing is drawn.
+
+    Megatron would make a loader of an empty dataset, and refuse it.
+
+    Raises:
+        UserError: their indices cannot be written.
+    """
     try:
         datasets = builder.build()
     except Exception as error:
@@ -115,8 +139,8 @@ def _built(builder: BlendedMegatronDatasetBuilder) -> list[Any]:
         if not isinstance(cause, OSError):
             raise
         raise UserError(
-            f"{cause.filename}: {cause.strerror}: name a directory where the datasets' indices can "
-            "be written with --data-cache-path"
+            f"{cause.filename}: {cause.strerror}: name a directory to which the datasets' indices "
+            "can be written, with --data-cache-path"
         ) from error
     return [None if dataset is not None and len(dataset) == 0 else dataset for dataset in datasets]
 

@@ -21,10 +21,10 @@ from megatron.training import get_args
 from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
 
+from megatron_slm.data.manifest_types import DumpOrigin
 from megatron_slm.data.token_dump import TokenDump, write_dump
 from megatron_slm.errors import UserError
-from megatron_slm.reference import Reference
-from megatron_slm.reference.moving_average import MovingAverage
+from megatron_slm.reference import Reference, Scored
 from megatron_slm.selection import TokenSelector
 from megatron_slm.training.datasets import DatasetProvider
 from megatron_slm.training.fixed_samples import (
@@ -35,7 +35,7 @@ from megatron_slm.training.fixed_samples import (
 )
 from megatron_slm.training.micro_batch import MicroBatch
 from megatron_slm.training.objective import MicroBatchObjective
-from megatron_slm.training.policy_pass import Scored
+from megatron_slm.training.passes import with_reference
 from megatron_slm.training.settings import SelectiveSettings, Step
 
 
@@ -105,9 +105,9 @@ class TokenDumps:
                 with_domains=self._knows_domains(),
                 with_losses=self.provider.caches is not None,
             )
-        if reference is not None and (not known or isinstance(reference, MovingAverage)):
+        if reference is not None and not (known and reference.frozen):
             count, size = len(self.micro_batches), get_args().micro_batch_size
-            self.micro_batches = list(reference.score(iter(self.micro_batches), count, size))
+            with_reference(reference, iter(self.micro_batches), count, size)
         return self.micro_batches
 
     def _knows_domains(self) -> bool:
@@ -129,14 +129,14 @@ class TokenDumps:
             losses=losses,
             valid=valid,
             samples=samples.numbers(len(losses)),
-            about=described_tokenizer()
-            | {
-                "split": samples.split,
-                "domains": domains,
-                "score": selection.score if self.settings.selective else None,
-                "scope": selection.scope,
-                "ratio": step.ratio,
-            },
+            about=DumpOrigin(
+                **described_tokenizer(),
+                split=samples.split,
+                domains=domains,
+                score=selection.score if self.settings.selective else None,
+                scope=selection.scope,
+                ratio=step.ratio,
+            ),
             reference_losses=reference[0] if reference else None,
             selected=selected > 0,
         )

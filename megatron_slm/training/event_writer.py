@@ -1,37 +1,49 @@
-"""TensorBoard's events where they cannot be written: training goes on without them.
+"""Keep a run going when TensorBoard's events cannot be written.
 
-TensorBoard writes from a thread of its own, whose fault would end the run at some later call, and
-with it the steps since the last checkpoint.  Its events are there to be looked at.
+TensorBoard writes from a thread of its own.  A failure there would end the run at some later call,
+and the steps since the last checkpoint would be lost for events that are only there to look at.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from megatron_slm.errors import UserError
 
 
-def install(directory: str | None) -> None:
-    """Say once that events cannot be written, and write no more.  Call once, before `pretrain()`.
+def check_directory(directory: str | None) -> None:
+    """Check that TensorBoard's events can be written to a directory.
 
     Args:
-        directory: that of the events (--tensorboard-dir), or None.
+        directory: --tensorboard-dir; None if no events are to be written.
 
     Raises:
-        UserError: it cannot be written to from the start.
+        UserError: they cannot.
     """
-    if directory is None:
+    if directory is None or "://" in directory:
         return
-    if "://" not in directory:
-        _check(Path(directory))
+    path = Path(directory)
     try:
-        from tensorboard.summary.writer.record_writer import RecordWriter
-    except ImportError:  # Megatron says that there will be no events
-        return
-    write = RecordWriter.write
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--tensorboard-dir {directory}: {error.strerror}") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UserError(f"--tensorboard-dir {directory} cannot be written to")
+
+
+def wrap_write(
+    write: Callable[..., None], directory: Callable[[], str | None]
+) -> Callable[..., None]:
+    """Wrap the `write` of TensorBoard's RecordWriter: warn of a failure once, and stop writing.
+
+    Args:
+        write: the original.
+        directory: returns the directory of the events, for the warning.
+    """
     failed = set[int]()  # a record behind a torn one could not be read
 
     @functools.wraps(write)
@@ -43,18 +55,9 @@ def install(directory: str | None) -> None:
         except OSError as error:
             failed.add(id(self))
             print(
-                f"WARNING: cannot write to {directory}: {error.strerror}; training goes on without "
-                "TensorBoard's events",
+                f"WARNING: cannot write to {directory()}: {error.strerror}; training goes on "
+                "without TensorBoard's events",
                 flush=True,
             )
 
-    RecordWriter.write = write_or_say
-
-
-def _check(directory: Path) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--tensorboard-dir {directory}: {error.strerror}") from error
-    if not os.access(directory, os.W_OK | os.X_OK):
-        raise UserError(f"--tensorboard-dir {directory} cannot be written to")
+    return write_or_say

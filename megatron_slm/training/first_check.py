@@ -1,7 +1,7 @@
-"""The first look at a command line of training or scoring: in a moment, before torch and Megatron.
+"""Check a command line of training or scoring, and answer --help, before torch is imported.
 
-Shows our options and those that every run needs, and refuses what cannot be meant: options of ours
-with wrong values, that contradict each other or are misspelt, and what is missing, all at once.
+--help shows our options and those that every run needs.  The check refuses options of ours that are
+misspelt, have wrong values or contradict each other, and names all that is missing at once.
 Megatron's parser and checks follow.
 """
 
@@ -42,14 +42,14 @@ class Job:
 
 
 def first_check(command: Sequence[str], job: Job) -> str:
-    """Check a command line as far as that needs neither torch nor Megatron.
+    """Check a command line as far as is possible without torch and Megatron.
 
     Returns:
-        How to go on after Ctrl-C.
+        How to continue after Ctrl-C, for the line that Ctrl-C prints.
 
     Raises:
         UserError: something is wrong or missing.
-        SystemExit: it asks for --help, which is printed.
+        SystemExit: the command line asks for --help, which has been printed.
     """
     parser = Parser(
         usage=job.usage,
@@ -58,7 +58,7 @@ def first_check(command: Sequence[str], job: Job) -> str:
     )
     if {"-h", "--help", HELP_MEGATRON} & set(command) and os.getenv("RANK", "0") != "0":
         sys.exit()  # the first rank prints it
-    if HELP_MEGATRON in command:  # for its parser
+    if HELP_MEGATRON in command:  # Megatron's parser answers it
         return ""
     groups: tuple[type[Any], ...] = (SelectiveOptions, *job.options)
     for options in groups:
@@ -73,7 +73,7 @@ def first_check(command: Sequence[str], job: Job) -> str:
 
 
 def options_in(command: Sequence[str]) -> set[str]:
-    """Return the options that are on a command line."""
+    """Return the options that are written out on a command line."""
     return {word.partition("=")[0] for word in command if word.startswith("--")}
 
 

@@ -1,6 +1,8 @@
-"""A few samples that are scored again and again: the first of the validation dataset, or of the
-training dataset where there is none or it is wanted, divided among data-parallel ranks as a step's
-are."""
+"""Read the few samples that a run scores again and again.
+
+These are the first samples of the validation dataset or, if there is none or the user asks for it,
+of the training dataset.  Data-parallel ranks share them as they share a step's samples.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +23,18 @@ from megatron_slm.training.micro_batch import MicroBatch, read_micro_batches, wh
 
 
 class FixedSamples:
-    """The samples of a run.  Where no data is read there is no dataset, and `available` is 0.
+    """The fixed samples of a run.
 
-    Args:
-        training: those of the training dataset, whatever else there is.
-
-    split: "valid" or "train".  available: how many samples there are.
+    On ranks that read no data there is no dataset, and no sample is available.
     """
 
     def __init__(self, provider: DatasetProvider, training: bool = False) -> None:
+        """Choose the dataset.
+
+        Args:
+            provider: holds the datasets, which have been built.
+            training: take the training dataset even if there is a validation dataset.
+        """
         train, valid, _ = provider.built
         if isinstance(valid, list):  # --multiple-validation-sets
             valid = valid[0]
@@ -42,10 +47,11 @@ class FixedSamples:
                 self.split, self.dataset, self.available = split, dataset, available
 
     def read(self, count: int, **wanted: bool) -> list[MicroBatch]:
-        """This rank's `count` micro-batches.  Collective over the tensor-parallel ranks.
+        """Read this rank's first `count` micro-batches.  Collective over the tensor-parallel ranks.
 
         Args:
-            wanted: with_domains, with_losses, as for read_micro_batches.
+            count: micro-batches to read.
+            wanted: with_domains and with_losses, as for read_micro_batches.
         """
         size = get_args().micro_batch_size
         batches = None if self.dataset is None else self._batches(size, count)
@@ -59,26 +65,36 @@ class FixedSamples:
             yield torch.utils.data.default_collate(rows)
 
     def numbers(self, count: int) -> NDArray[np.int64]:
-        """Which samples of the dataset the first `count` are: if there are fewer, some again."""
+        """Return the numbers in the dataset of the first `count` samples; if there are not as many,
+        they repeat."""
         return np.arange(count) % self.available
 
     def tokens(self, count: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-        """Of the first `count`: ids, int32 [count, s + 1], and which have a loss that counts, bool
-        [count, s]."""
+        """Return the token ids of the first `count` samples, int32 [count, s + 1], and which of
+        their losses count, bool [count, s]."""
         rows = [self.dataset[int(number)] for number in self.numbers(count)]
         ids = [np.append(row["tokens"][:1].numpy(), row["labels"].numpy()) for row in rows]
         valid = [row["loss_mask"].numpy() > 0 for row in rows]
         return np.stack(ids).astype(np.int32), np.stack(valid)
 
     def domains(self, count: int) -> list[int]:
-        """The dataset in its blend of each of the first `count`."""
+        """Return the number in the blend of the dataset that each of the first `count` samples is
+        from."""
         return [int(self.dataset[int(number)]["dataset_id"]) for number in self.numbers(count)]
 
 
 def of_all_ranks(fields: Tensor) -> Tensor:
-    """[f, m, b, s/c] of this rank's m micro-batches as [f, n, s] in the order of samples: a
-    micro-batch of each data-parallel rank before anyone's next.  Collective over the data- and
-    context-parallel ranks."""
+    """Gather fields of every rank's micro-batches, in the order of the samples.
+
+    That order takes a micro-batch of each data-parallel rank before the next of any.  Collective
+    over the data- and context-parallel ranks.
+
+    Args:
+        fields: f fields of this rank's m micro-batches, [f, m, b, s/c].
+
+    Returns:
+        The fields of all n samples, whole sequences, [f, n, s].
+    """
     whole = whole_sequences(fields.flatten(0, 2)).view(*fields.shape[:3], -1)
     group = mpu.get_data_parallel_group()
     of_ranks = [torch.empty_like(whole) for _ in range(group.size())]
@@ -87,7 +103,7 @@ def of_all_ranks(fields: Tensor) -> Tensor:
 
 
 def is_writer() -> bool:
-    """Whether this rank, of those with the whole of the samples, is the one that writes."""
+    """Return whether this rank writes, of the ranks that hold the gathered fields."""
     return (
         mpu.is_pipeline_last_stage()
         and mpu.get_data_parallel_rank(with_context_parallel=True) == 0
@@ -95,10 +111,10 @@ def is_writer() -> bool:
     )
 
 
-def described_tokenizer() -> dict[str, Any]:
-    """What readers of a dump find the tokenizer by."""
+def described_tokenizer() -> dict[str, str | None]:
+    """Return what a dump says of the tokenizer, so that its readers find it."""
     args = get_args()
     model = args.tokenizer_model
-    # A name on the hub, or a path that holds wherever a report is made.
+    # A name on the hub stays as it is; a path must hold wherever a report is made.
     path = str(Path(model).resolve()) if model and Path(model).exists() else model
     return {"tokenizer_type": args.tokenizer_type, "tokenizer_model": path}

@@ -1,7 +1,8 @@
-"""Processes that this one forks end when it does, however it does: also by kill -9.
+"""Make the processes that this one forks end with it, even if it is ended by kill -9.
 
-Importing this module arranges it.  The server from which Megatron forks the writer of --async-save
-imports it as well, so that the writer ends with the server, and that with the training process.
+Importing this module is enough.  Megatron forks the writer of --async-save from a server process,
+which imports the module as well: the writer ends with the server, and the server with the training
+process.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import threading
 
 PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
-_forking: dict[str, int] = {}  # the process that forks from its main thread
+# The id of this process while its main thread forks; 0 while another thread does.
+_forking: dict[str, int] = {}
 
 
 def _before() -> None:
-    # The system counts the end of the forking thread as the parent's end.
+    # The kernel takes the end of the thread that forked for the end of the parent.
     main = threading.current_thread() is threading.main_thread()
     _forking["process"] = os.getpid() if main else 0
 
@@ -25,7 +27,7 @@ def _before() -> None:
 def _in_child() -> None:
     if _forking["process"]:
         _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != _forking["process"]:  # it has ended already
+        if os.getppid() != _forking["process"]:  # the parent has ended already
             os._exit(1)
 
 

@@ -1,7 +1,8 @@
-"""Options that were given and have no effect beside the others, each said in a line.
+"""Find the options on a command line that have no effect beside the others.
 
-They change nothing that is computed, so a run goes on: what would cost something or train another
-model than was asked for is refused (option_checks.py, arguments.py).
+A run prints a line for each and goes on, since such an option changes nothing that is computed.
+Options that would waste time or train another model than the user asked for are refused instead
+(option_checks.py, arguments.py).
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ def without_effect(
     """Return a line for each option on the command line that has no effect.
 
     Args:
-        args: after Megatron's validation.
+        args: the arguments after Megatron's validation.
         given: the options on the command line.
-        transformer_engine: whether it is installed.
-        head: the policy's, dense or chunked.
+        transformer_engine: whether Transformer Engine is installed.
+        head: the policy's head, dense or chunked.
     """
     ours = [(flag, why) for flag, idle, why in _ours(args) if idle and flag in given]
     return [
@@ -32,7 +33,7 @@ def without_effect(
 
 
 def _ours(args: Namespace) -> list[tuple[str, bool, str]]:
-    """Each option, whether it is idle, and why."""
+    """Return each option of ours with whether it is idle, and why it would be."""
     selecting, all_alike = weighs_tokens(args), "all tokens are trained on alike"
     no_dumps = args.slm_dump_interval is None, "there is no --slm-dump-interval"
     unranked = (
@@ -82,7 +83,7 @@ def _ours(args: Namespace) -> list[tuple[str, bool, str]]:
 def _megatrons(
     args: Namespace, given: Collection[str], transformer_engine: bool, head: str
 ) -> list[tuple[str, str]]:
-    """Each option of Megatron's that is idle, and why."""
+    """Return each option of Megatron's that is idle, and why it is."""
     found = []
     if "--use-flash-attn" in given:
         found.append(("--use-flash-attn", "Megatron 0.19 goes by --attention-backend"))

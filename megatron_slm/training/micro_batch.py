@@ -1,4 +1,5 @@
-"""Micro-batches as the forward step takes them: on this rank's device, cut for its layout."""
+"""Read micro-batches in the form that the forward step takes: on this rank's device, cut for its
+layout."""
 
 from __future__ import annotations
 
@@ -20,36 +21,42 @@ FIELDS = ("tokens", "position_ids", "labels", "loss_mask")
 
 @dataclass
 class MicroBatch:
-    """One micro-batch of b samples on one rank: tensors [b, s/c] for c context-parallel ranks.
+    """One micro-batch of b samples on one rank.
 
-    number: position within the step, from 0.
-    tokens, position_ids: int64, on the first pipeline stage, None elsewhere.
-    labels: int64 and loss_mask: float32, on the last pipeline stage, None elsewhere.
-    domains: int64 [b], the blend's dataset of each sample, on the last stage of a blended run.
-    reference_losses, reference_entropies: float32 in nats, on the last stage, as far as known.
-    scores: float32, what tokens were ranked by, set on the last stage when they have been.
-    choice: the tokens chosen, if that was done before the policy's pass.
+    Its tensors are [b, s/c] for c context-parallel ranks, if not said otherwise.  A pipeline stage
+    that does not need a tensor has None.
     """
 
     number: int
+    """Position within the step, from 0."""
     tokens: Tensor | None = None
+    """Token ids, int64; on the first pipeline stage."""
     position_ids: Tensor | None = None
+    """Positions of the tokens, int64; on the first pipeline stage."""
     labels: Tensor | None = None
+    """The tokens to predict, int64; on the last pipeline stage."""
     loss_mask: Tensor | None = None
+    """1 where a token's loss counts and 0 elsewhere, float32; on the last pipeline stage."""
     domains: Tensor | None = None
+    """The number in the blend of each sample's dataset, int64 [b]; on the last stage, in runs on a
+    blend."""
     reference_losses: Tensor | None = None
+    """Losses of the reference, float32, in nats; on the last stage, once they are known."""
     reference_entropies: Tensor | None = None
+    """Entropies of the reference, float32, in nats; on the last stage, if the score needs them."""
     scores: Tensor | None = None
+    """What tokens are ranked by, float32; on the last stage, once they have been ranked."""
     choice: Choice | None = None
+    """The tokens chosen, if that was done before the policy's pass."""
 
     @property
     def valid(self) -> Tensor:
-        """Tokens that may be selected, bool [b, s/c]; on the last pipeline stage."""
+        """The tokens that may be selected, bool [b, s/c]; on the last pipeline stage."""
         assert self.loss_mask is not None
         return self.loss_mask > 0
 
     def model_inputs(self) -> dict[str, Tensor | None]:
-        """Arguments of GPTModel.forward.  No attention mask: attention is causal."""
+        """Return the arguments of GPTModel.forward; attention is causal and needs no mask."""
         return {
             "input_ids": self.tokens,
             "position_ids": self.position_ids,
@@ -66,11 +73,16 @@ def read_micro_batches(
     with_domains: bool = False,
     with_losses: bool = False,
 ) -> Iterator[MicroBatch]:
-    """Read `count` micro-batches lazily; empty ones on a pipeline stage that needs no data.
+    """Read `count` micro-batches lazily; on a pipeline stage that needs no data, yield empty ones.
 
-    Collective over the tensor-parallel ranks, of which only the first has a data iterator.
-    `with_domains` needs samples of a blend, which carry the number of their dataset, `with_losses`
-    samples with reference losses.
+    Collective over the tensor-parallel ranks.
+
+    Args:
+        data_iterator: yields samples, collated; None but on the first tensor-parallel rank.
+        micro_batch_size: samples of a micro-batch.
+        count: micro-batches to read.
+        with_domains: read the number of each sample's dataset, which samples of a blend carry.
+        with_losses: read reference losses, which samples of a score cache carry.
     """
     args = get_args()
     first = mpu.is_pipeline_first_stage()
@@ -122,8 +134,11 @@ def read_micro_batches(
 
 
 def whole_sequences(own: Tensor) -> Tensor:
-    """Rows [n, s/c] of this rank as [n, s]: context-parallel rank r of c has the chunks r and
-    2c - 1 - r of 2c.  Collective over the context-parallel ranks."""
+    """Gather whole sequences, [n, s], from this rank's part of them, [n, s/c].
+
+    Of a sequence's 2c chunks, context-parallel rank r of c holds the chunks r and 2c - 1 - r.
+    Collective over the context-parallel ranks.
+    """
     group = mpu.get_context_parallel_group()
     if group.size() == 1:
         return own
@@ -134,7 +149,7 @@ def whole_sequences(own: Tensor) -> Tensor:
 
 
 def _shared(values: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """The first tensor-parallel rank's values, on all of them."""
+    """Broadcast the values of the first tensor-parallel rank to all of them."""
     group = mpu.get_tensor_model_parallel_group()
     result = torch.empty(shape, dtype=dtype, device=torch.cuda.current_device())
     if mpu.get_tensor_model_parallel_rank() == 0:
@@ -146,12 +161,12 @@ def _shared(values: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -
 
 
 def _check_one_conversation(sample: dict[str, Tensor]) -> None:
-    """Attention is causal over a whole sample, so conversations in one would see each other.
+    """Refuse samples with several conversations: attention would reach from one to the next.
 
-    Prompts' labels, -100, become any token: their loss mask is zero.
+    Also replaces the labels of prompts, -100, by a valid token, whose loss is masked.
 
     Raises:
-        UserError: several conversations in a sample.
+        UserError: a sample has several conversations.
     """
     starts = sample["cu_seqlens"]  # [b, s + 1]: where conversations start, then s
     if (starts[:, 1:] < sample["tokens"].shape[1]).any():

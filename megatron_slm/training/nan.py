@@ -1,7 +1,7 @@
-"""NaN ends a run on all ranks with one line, and no checkpoint is written after it.
+"""End a run at a NaN: with one line, on all ranks, and without writing another checkpoint.
 
-Megatron repeats a step in which loss or gradients are NaN, then saves weights that may be NaN as
-well, and leaves.  In the first step after a start it does not look, so that weights become NaN, and
+Left alone, Megatron repeats a step whose loss or gradients are NaN, saves weights that may be NaN
+as well, and exits.  In the first step after a start it does not look, and the weights become NaN;
 in validation it raises on the ranks concerned while the others wait for them.
 """
 
@@ -26,17 +26,17 @@ from megatron_slm.training.settings import Step
 
 
 def megatron_looks(step: Step) -> bool:
-    """Whether Megatron acts upon what is found wrong in this step's losses."""
+    """Return whether Megatron itself acts upon what is wrong with this step's losses."""
     return step.training and get_rerun_state_machine().first_iteration_complete
 
 
 def check_step(step: Step) -> None:
-    """Call after the schedule.  Collective over all ranks, but for steps in which all is well and
-    Megatron looks.
+    """Check a step's losses after its schedule has run.
+
+    Collective over all ranks, except in steps that Megatron checks and finds well.
 
     Raises:
-        UserError: losses or gradients are NaN or infinite, and were again when Megatron repeated
-            the step.
+        UserError: losses or gradients are NaN or infinite, even after Megatron repeated the step.
     """
     if not get_args().check_for_nan_in_loss_and_grad:
         return
@@ -52,9 +52,10 @@ def check_step(step: Step) -> None:
 
 
 def check_error(error: RuntimeError, step: Step) -> None:
-    """
+    """Turn the error that Megatron raises for a NaN, as with --rerun-mode disabled, into one line.
+
     Raises:
-        UserError: Megatron raised the error for a NaN on this rank, as with --rerun-mode disabled.
+        UserError: Megatron raised `error` for a NaN on this rank.  Other errors are left alone.
     """
     found = re.search(r"Unexpected result .*\(message='(.*)'\)", str(error))
     if found is not None:
@@ -64,7 +65,7 @@ def check_error(error: RuntimeError, step: Step) -> None:
 
 
 def check_weights(model: list[torch.nn.Module], iteration: int) -> None:
-    """Call before a checkpoint is written.  Collective over all ranks.
+    """Check the policy's weights before a checkpoint is written.  Collective over all ranks.
 
     Raises:
         UserError: a weight is NaN or infinite.
@@ -75,12 +76,12 @@ def check_weights(model: list[torch.nn.Module], iteration: int) -> None:
 
 
 def _raise_together(found: list[str], when: str) -> None:
-    """Raise on all ranks if one has found something."""
+    """Raise a UserError on all ranks if one of them has found something."""
     of_ranks: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(of_ranks, found)
     ranks = [rank for rank, of_rank in enumerate(of_ranks) if of_rank]
     if ranks:
-        # What is still being written is from before.
+        # A checkpoint that is still being written is from before the fault: complete it.
         maybe_finalize_async_save(blocking=True, terminate=True)
         raise UserError(_message(of_ranks[ranks[0]][0], ranks, when))
 

@@ -1,4 +1,4 @@
-"""What a run needs on its command line, all of it at once; Megatron asks for one at a time."""
+"""Name all that a command line lacks at once; Megatron would ask for one option at a time."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from megatron_slm.errors import UserError
 from megatron_slm.files import read_bounded
 
 TRACKER = "latest_checkpointed_iteration.txt"
+# Types of tokenizers that are read from a file.
 OF_A_FILE = (
     "SentencePieceTokenizer",
     "GPTSentencePieceTokenizer",
@@ -18,12 +19,13 @@ OF_A_FILE = (
     "TikTokenizer",
     "SFTTokenizer",
 )
-# What --use-checkpoint-args takes from a checkpoint, and more from one that was not imported.
+# What --use-checkpoint-args takes from any checkpoint, and from one that training wrote.
 OF_THE_MODEL = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")
 OF_TRAINING = ("seq_length", "tokenizer_type")
 OF_THE_DATA = ("seq_length", "micro_batch_size", "tokenizer_type", "data")
 OF_A_RUN = (*OF_THE_MODEL, *OF_THE_DATA, "length", "lr", "eval_interval", "save_interval")
 
+# Options that stand in for a needed one, whose name in the parsed arguments they share.
 STAND_INS = {
     "--encoder-num-layers": "num_layers",
     "--encoder-seq-length": "seq_length",
@@ -36,7 +38,7 @@ STAND_INS = {
 
 
 def add_needed(parser: ArgumentParser) -> None:
-    """Declare Megatron's options that a run needs, and those that stand in for them."""
+    """Declare those of Megatron's options that a run needs, and those that stand in for them."""
     group = parser.add_argument_group("what every run needs, of Megatron's options")
     add = group.add_argument
     add("--num-layers", type=int, metavar="N", help="Layers of the model.")
@@ -88,17 +90,17 @@ def add_needed(parser: ArgumentParser) -> None:
 
 
 def check_needed(args: Namespace, given: Collection[str], needs: Collection[str]) -> None:
-    """Refuse a command line that lacks something, naming all of it.
+    """Refuse a command line that lacks something the job needs.
 
     Args:
-        args: the options that `add_needed` declares.
+        args: values of the options that `add_needed` declares.
         given: all options on the command line.
-        needs: names of those that this job cannot do without.
+        needs: names of the options that this job cannot do without.
 
     Raises:
-        UserError: something is missing.
+        UserError: something is missing; the message names all of it.
     """
-    if "--yaml-cfg" in given:  # refused when Megatron has read it
+    if "--yaml-cfg" in given:  # it is refused when Megatron's parser reads it
         return
     missing = list(_missing(args, given, needs))
     if missing:
@@ -107,17 +109,17 @@ def check_needed(args: Namespace, given: Collection[str], needs: Collection[str]
 
 def _missing(args: Namespace, given: Collection[str], needs: Collection[str]) -> Iterator[str]:
     starts = [load for load in (args.load, args.pretrained_checkpoint) if load is not None]
-    takes = args.use_checkpoint_args and "num_layers" in needs  # scoring takes nothing
+    takes = args.use_checkpoint_args and "num_layers" in needs  # scoring takes no arguments from it
     trackers = [Path(load) / TRACKER for load in starts if takes]
     begun = [read_bounded(tracker).strip() for tracker in trackers if tracker.is_file()]
-    if takes and "--non-persistent-ckpt-type" in given:  # elsewhere
+    if takes and "--non-persistent-ckpt-type" in given:  # the checkpoint may be in another place
         begun.append(b"")
     from_checkpoint = set(OF_THE_MODEL if takes else ())
     if any(iteration != b"release" for iteration in begun):
         from_checkpoint |= set(OF_TRAINING)
     stands_in = {
         "data": args.mock_data,
-        "tokenizer_type": args.vocab_file,  # of GPT-2, the type by default
+        "tokenizer_type": args.vocab_file,  # GPT-2's tokenizer is Megatron's default
         "lr": args.skip_train,
         "eval_interval": args.skip_train,
         "save_interval": args.save is None,

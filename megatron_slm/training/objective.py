@@ -10,11 +10,16 @@ Training maximises nothing but the log-likelihood of the selected tokens (Rho-1,
 
 The schedule is given sum and number; Megatron's per-token-loss path adds both up over micro-batches
 and data- and context-parallel ranks, and divides once.
+
+The host waits for the device once a micro-batch, to hear whether anything is NaN or infinite: that
+is Megatron's own check of a loss, for which plain Megatron waits twice.  With the chunked head it
+waits a second time where only the device knows how many tokens count (TokenSelector.most_selected),
+and with --sft, whose masked prompts would be computed for nothing.
 """
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 
 import torch
 from megatron.core import mpu
@@ -24,55 +29,22 @@ from torch import Tensor
 
 from megatron_slm.errors import UserError
 from megatron_slm.loss import same_on_ranks
-from megatron_slm.selection import Choice, TokenSelector, context_parallel_part, random_scores
+from megatron_slm.selection import (
+    Choice,
+    TokenSelector,
+    context_parallel_part,
+    random_scores,
+    token_scores,
+)
+from megatron_slm.training.loss_report import report_of
 from megatron_slm.training.micro_batch import MicroBatch
 from megatron_slm.training.nan import megatron_looks
 from megatron_slm.training.settings import SelectiveSettings, Step
 
 # Megatron's own definition of a spiky loss: this many times the largest loss so far.
 SPIKY_LOSS_FACTOR = 10
-
-
-def token_scores(
-    batch: MicroBatch,
-    losses: Tensor,
-    entropies: Tensor | None,
-    settings: SelectiveSettings,
-    step: Step,
-) -> Tensor:
-    """Scores of a micro-batch, float32 [b, s/c], given the policy's losses and entropies."""
-    match settings.selection.score:
-        case "policy":
-            scores = losses
-        case "policy-entropy":
-            assert entropies is not None
-            scores = entropies
-        case "random":
-            scores = _random(batch, losses, settings.seed, step.iteration)
-        case "reference-entropy":
-            assert batch.reference_entropies is not None
-            scores = -batch.reference_entropies
-        case score:
-            reference = batch.reference_losses
-            assert reference is not None
-            known = {
-                "excess": losses - reference,
-                "lowest": reference - losses,
-                "reference": -reference,
-            }
-            scores = known[score]
-    return scores
-
-
-def _random(batch: MicroBatch, losses: Tensor, seed: int, iteration: int) -> Tensor:
-    samples, length = losses.shape
-    size = mpu.get_context_parallel_world_size()
-    first = batch.number * mpu.get_data_parallel_world_size() + mpu.get_data_parallel_rank()
-    numbers = torch.arange(samples) + first * samples
-    whole = random_scores(seed, iteration, numbers, length * size, losses.device)
-    if size == 1:
-        return whole
-    return context_parallel_part(whole, mpu.get_context_parallel_rank(), size)
+# What is looked for in each micro-batch, as errors call it.
+FAULTS = ("NaN in the loss", "Inf in the loss", "NaN in the token scores")
 
 
 class MicroBatchObjective:
@@ -97,6 +69,18 @@ class MicroBatchObjective:
         self.trained: Tensor | None = None
         self.choice: Choice | None = None
 
+    @property
+    def most_counted(self) -> int | None:
+        """How many tokens count at most; None where that is not known without asking the device, or
+        where it would be many more than do."""
+        if get_args().sft:
+            return None
+        assert self.micro_batch.labels is not None
+        samples, length = self.micro_batch.labels.shape
+        if not self.step.selects:
+            return samples * length
+        return self.selector.most_selected(samples, length, self.step.ratio)
+
     def tell(self, losses: Tensor) -> None:
         """Hear the dense head's losses without padding before the model returns those with it."""
         self.losses = losses
@@ -111,9 +95,34 @@ class MicroBatchObjective:
         self.losses, self.trained = losses, trained
         if not self.step.selects:
             return batch.valid
-        batch.scores = token_scores(batch, losses, entropies, self.settings, self.step)
-        self.choice = batch.choice or self._choose(batch, batch.scores)
+        scores = self.score(losses, entropies)
+        self.choice = batch.choice or self._choose(batch, scores)
         return self.choice.selected if self.choice.weights is None else self.choice.weights
+
+    def score(self, losses: Tensor, entropies: Tensor | None) -> Tensor:
+        """Set and return what tokens are ranked by, given the policy's losses and entropies."""
+        batch = self.micro_batch
+        batch.scores = token_scores(
+            self.settings.selection.score,
+            losses,
+            entropies,
+            batch.reference_losses,
+            batch.reference_entropies,
+            lambda: self._draw(losses),
+        )
+        return batch.scores
+
+    def _draw(self, losses: Tensor) -> Tensor:
+        """Return random scores for the tokens of these losses; no layout changes them."""
+        samples, length = losses.shape
+        number, size = self.micro_batch.number, mpu.get_context_parallel_world_size()
+        first = number * mpu.get_data_parallel_world_size() + mpu.get_data_parallel_rank()
+        numbers = torch.arange(samples) + first * samples
+        seed, iteration = self.settings.seed, self.step.iteration
+        whole = random_scores(seed, iteration, numbers, length * size, losses.device)
+        if size == 1:
+            return whole
+        return context_parallel_part(whole, mpu.get_context_parallel_rank(), size)
 
     def _choose(self, batch: MicroBatch, scores: Tensor) -> Choice:
         if self.step.thresholds is not None:
@@ -151,37 +160,19 @@ class MicroBatchObjective:
         return loss, count, self._report(loss, count)
 
     def _report(self, loss: Tensor, count: Tensor) -> dict[str, Tensor]:
-        objective = torch.stack([loss.detach().clone(), count.float()])
         if self.choice is None:
-            return {"lm loss": objective}
-        batch, choice = self.micro_batch, self.choice
+            return {"lm loss": torch.stack([loss.detach().clone(), count.float()])}
         assert self.losses is not None and self.trained is not None
-        assert batch.scores is not None
-        valid, selected = batch.valid, choice.selected
-        # The policy's losses are Megatron's, as CLM's are; scores and excess leave padding out.
-        all_tokens = _pair(self.trained, valid)
-        report = {
+        return report_of(
+            self.micro_batch,
+            self.choice,
+            loss.detach(),
+            losses=self.losses,
+            trained=self.trained,
+            domains=self.settings.domains,
             # In validation lm loss means what it means in every Megatron run: all tokens.
-            "lm loss": objective if self.step.training else all_tokens,
-            "selected loss": _pair(self.trained, selected),
-            "unselected loss": _pair(self.trained, valid & ~selected),
-            "all-token loss": all_tokens,
-            "selected ratio": _ratio(selected, valid),
-            # Averaged over micro-batches; of one without valid tokens there is none.
-            "threshold": torch.stack(
-                [torch.where(choice.any_valid, choice.threshold, 0.0), choice.any_valid.float()]
-            ),
-        }
-        if batch.reference_losses is not None:
-            report["reference loss"] = _pair(batch.reference_losses, valid)
-            report["excess loss"] = _pair(self.losses - batch.reference_losses, valid)
-        if batch.domains is not None:
-            for number, name in enumerate(self.settings.domains):
-                here = valid & (batch.domains == number)[:, None]
-                report[f"selected loss {name}"] = _pair(self.trained, here & selected)
-                report[f"unselected loss {name}"] = _pair(self.trained, here & ~selected)
-                report[f"selected ratio {name}"] = _ratio(here & selected, here)
-        return {name: _nonzero_denominator(pair) for name, pair in report.items()}
+            of_all=not self.step.training,
+        )
 
     def _check(self, loss: Tensor) -> None:
         """Megatron's checks of a loss, and none of the scores may be NaN.
@@ -192,27 +183,25 @@ class MicroBatchObjective:
         """
         args = get_args()
         batch = self.micro_batch
-        if batch.scores is not None and batch.reference_losses is not None:
-            nan = batch.reference_losses.isnan() & batch.valid
-            if samples := nan.any(1).nonzero().flatten().tolist():
-                raise UserError(
-                    f"the reference's losses of samples {samples} of micro-batch {batch.number} "
-                    f"are NaN (rank {torch.distributed.get_rank()}, iteration "
-                    f"{self.step.iteration}): its checkpoint is bad, or it needs --bf16"
-                )
+        read = cache(self._faults(loss).tolist)  # once for all checks: here the host waits
+
+        def found(number: int) -> bool:
+            flags = read()
+            if flags[-1] and len(flags) > len(FAULTS):
+                self._refuse_reference()
+            return number < len(flags) and bool(flags[number])
+
         rerun = get_rerun_state_machine()
         validate = partial(rerun.validate_result, result=loss, tolerance=0.0)
         if args.check_for_nan_in_loss_and_grad:
-            for what, found in (
-                ("NaN in the loss", loss.isnan()),
-                ("Inf in the loss", loss.isinf()),
-                ("NaN in the token scores", self._nan_in_scores()),
-            ):
+            for number, what in enumerate(FAULTS):
                 message = f"found {what} of micro-batch {batch.number}"
                 if megatron_looks(self.step):
-                    validate(rejection_func=lambda _, found=found: found, message=message)
-                elif found:
+                    validate(rejection_func=lambda _, it=number: found(it), message=message)
+                elif found(number):
                     self.step.faults.append(message)
+        elif batch.scores is not None and batch.reference_losses is not None:
+            found(0)
         if args.check_for_spiky_loss:
             validate(
                 rejection_func=partial(
@@ -222,21 +211,23 @@ class MicroBatchObjective:
                 fatal=False,
             )
 
-    def _nan_in_scores(self) -> Tensor | bool:
+    def _faults(self, loss: Tensor) -> Tensor:
+        """Whether each of FAULTS is there, and the last: whether the reference's losses are NaN; as
+        far as there are scores and a reference, bool [2, 3 or 4]."""
         batch = self.micro_batch
-        return batch.scores is not None and (batch.scores.isnan() & batch.valid).any()
+        of_loss = torch.stack([loss.isnan(), loss.isinf()])
+        if batch.scores is None:
+            return of_loss
+        known = [batch.scores, batch.reference_losses]
+        of_tokens = torch.stack([one for one in known if one is not None]).isnan() & batch.valid
+        return torch.cat([of_loss, of_tokens.flatten(1).any(1)])
 
-
-def _pair(values: Tensor, where: Tensor) -> Tensor:
-    """[sum, count] of the values at `where`, float32."""
-    return torch.stack([torch.where(where, values, 0.0).sum(), where.sum().float()])
-
-
-def _ratio(part: Tensor, whole: Tensor) -> Tensor:
-    return torch.stack([part.sum().float(), whole.sum().float()])
-
-
-def _nonzero_denominator(pair: Tensor) -> Tensor:
-    """So that the mean over no token is 0: a NaN would spoil the average of a whole log interval.
-    Too small to change any count."""
-    return torch.stack([pair[0], pair[1].clamp(min=1e-30)])
+    def _refuse_reference(self) -> None:
+        batch = self.micro_batch
+        assert batch.reference_losses is not None
+        nan = batch.reference_losses.isnan() & batch.valid
+        raise UserError(
+            f"the reference's losses of samples {nan.any(1).nonzero().flatten().tolist()} of "
+            f"micro-batch {batch.number} are NaN (rank {torch.distributed.get_rank()}, iteration "
+            f"{self.step.iteration}): its checkpoint is bad, or it needs --bf16"
+        )

@@ -14,10 +14,11 @@ def check_options(args: Namespace, given: Collection[str]) -> None:
     """Refuse options of training that contradict each other.
 
     Args:
-        given: the options on the command line, whose others in `args` are defaults.
+        args: values of all options.
+        given: the options on the command line; the others have their defaults in `args`.
 
     Raises:
-        UserError: naming them and what to do.
+        UserError: two contradict each other; the message names them and what to do.
     """
     references = reference_flags(args)
     if len(references) > 1:
@@ -58,10 +59,10 @@ def _check_schedule(args: Namespace) -> None:
 
 
 def check_reference(args: Namespace) -> None:
-    """Refuse options of a reference that do not suit the one that is named.
+    """Refuse options for a reference that do not suit the reference that is named.
 
     Raises:
-        UserError: naming them and what to do.
+        UserError: one does not; the message names it and what to do.
     """
     if args.slm_reference_ckpt_step is not None and len(args.slm_reference_load or []) != 1:
         raise UserError("--slm-reference-ckpt-step needs --slm-reference-load with one directory")
@@ -78,10 +79,10 @@ def check_reference(args: Namespace) -> None:
 
 
 def decay_of(reference: str) -> float:
-    """Return the decay of a moving average, which ema:DECAY names.
+    """Return the decay of a moving average from its name, ema:DECAY.
 
     Raises:
-        UserError: it is not of that form, or not in (0, 1).
+        UserError: the name does not have that form, or the decay is not in (0, 1).
     """
     kind, _, text = reference.partition(":")
     try:

@@ -1,18 +1,18 @@
-"""The command line as Megatron takes it, with our refusals before Megatron's.
+"""Parse and validate a command line as Megatron does, with our checks before Megatron's.
 
-parse      Megatron's parser, with our options
-check      what we refuse: Megatron's validation would refuse some of it with another reason
-validate   Megatron's validation, which fills in what the arguments leave open
+parse      by Megatron's parser, with our options added
+check      for what we refuse; Megatron's validation would give another reason for some of it
+validate   by Megatron's validation, which also fills in what the arguments leave open
 """
 
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
+from typing import Any
 
-from megatron.training.arguments import parse_args, validate_args
+from megatron.training.arguments import parse_and_validate_args, parse_args, validate_args
 from megatron.training.checkpointing import load_args_from_checkpoint
-from megatron.training.global_vars import set_global_variables
 
 from megatron_slm.errors import UserError
 from megatron_slm.training.arguments import UNSUPPORTED, validate_arguments
@@ -23,55 +23,91 @@ AddOptions = Callable[[ArgumentParser], ArgumentParser]
 DEFAULTS = {"tokenizer_type": "GPT2BPETokenizer"}
 
 
-def parse_training(add_options: AddOptions, *, planned: bool = False) -> Namespace:
-    """Parse and validate a training run's command line, as Megatron's parse_and_validate_args does.
+def parse_training(add_options: AddOptions) -> Namespace:
+    """Parse, check and validate a training run's arguments, and make them Megatron's own.
 
     Args:
-        planned: the run is to start elsewhere.  Neither the packages that it needs nor its
-            tokenizer have to be here, and Megatron's global variables are not set.
+        add_options: adds options to Megatron's parser, and the checks of check_when_parsed.
 
     Raises:
         UserError: arguments that we or Megatron refuse.
     """
-    args = parse_job(add_options, planned=planned)
-    check_training(args)
     with in_one_line():
+        args: Namespace = parse_and_validate_args(add_options, args_defaults=DEFAULTS)
+    return args
+
+
+def parse_planned(add_options: AddOptions) -> Namespace:
+    """Parse, check and validate the arguments of a run that is to start elsewhere.
+
+    Neither the packages that it needs nor its tokenizer have to be on this machine, and the
+    arguments do not become Megatron's own.
+
+    Args:
+        add_options: adds options to Megatron's parser.
+
+    Raises:
+        UserError: arguments that we or Megatron refuse.
+    """
+    with in_one_line():
+        args: Namespace = parse_args(
+            lambda parser: check_when_parsed(add_options(parser), check_job, check_training)
+        )
         if args.use_checkpoint_args:
-            if args.load is None and args.pretrained_checkpoint is None:
-                raise UserError("--use-checkpoint-args needs --load or --pretrained-checkpoint")
             load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
             load_args_from_checkpoint(args)
         validate_args(args, DEFAULTS)
-        if not planned:
-            set_global_variables(args)
+    validate_arguments(args)
     return args
 
 
-def parse_job(add_options: AddOptions, *, planned: bool = False) -> Namespace:
-    """Parse a command line, and check all that can be told without Megatron's validation.
-
-    Args:
-        planned: as for parse_training.
+def parse_job(add_options: AddOptions) -> Namespace:
+    """Parse a scoring job's arguments, and check what can be told without Megatron's validation.
 
     Raises:
         UserError: arguments that we or Megatron refuse.
     """
     with in_one_line():
-        args: Namespace = parse_args(lambda parser: _without_yaml(add_options(parser)))
-    validate_arguments(args)
-    check_job(args)
-    if not planned:
-        check_packages(args)
+        args: Namespace = parse_args(
+            lambda parser: check_when_parsed(add_options(parser), check_job, check_packages)
+        )
     return args
 
 
-def _without_yaml(parser: ArgumentParser) -> ArgumentParser:
-    """Refuse --yaml-cfg where it is parsed: Megatron reads the file at once, and takes it for all
-    arguments."""
+def check_when_parsed(
+    parser: ArgumentParser, *checks: Callable[[Namespace], None]
+) -> ArgumentParser:
+    """Make Megatron's parser check arguments as soon as they are parsed, before Megatron does.
 
-    def refuse(_: str) -> None:
-        flag, why = UNSUPPORTED["yaml_cfg"]
-        raise UserError(f"{flag} cannot be used with selective language modeling: {why}")
+    Args:
+        parser: Megatron's parser, with our options; changed in place and returned.
+        checks: called with the arguments, after the checks that every job has.
+    """
+    parse = parser.parse_args
 
-    next(action for action in parser._actions if action.dest == "yaml_cfg").type = refuse
+    def parse_and_check(*words: Any, **settings: Any) -> Namespace:
+        args: Namespace = parse(*words, **settings)
+        for check in (validate_arguments, *checks):
+            check(args)
+        return args
+
+    parser.parse_args = parse_and_check  # type: ignore[method-assign,assignment]
+    # Megatron would read the file right after parsing, and let it replace all arguments.
+    next(action for action in parser._actions if action.dest == "yaml_cfg").type = _refuse_yaml
     return parser
+
+
+def check_run(args: Namespace) -> None:
+    """Check a training run's arguments as they were parsed.
+
+    Raises:
+        UserError: some are faulty or contradict each other; the message says what to do.
+    """
+    check_job(args)
+    check_packages(args)
+    check_training(args)
+
+
+def _refuse_yaml(_: str) -> None:
+    flag, why = UNSUPPORTED["yaml_cfg"]
+    raise UserError(f"{flag} cannot be used with selective language modeling: {why}")

@@ -1,7 +1,7 @@
-"""Megatron's refusals, which are tracebacks, in one line.
+"""Turn Megatron's refusals of arguments, which are tracebacks, into one line.
 
 Megatron checks arguments in many places between the command line and the first step, often by an
-assertion without a word.  What it says, or else the line of its source, becomes a UserError that
+assertion without a message.  Its message, or else the line of its source, becomes a UserError that
 names the place.
 """
 
@@ -28,34 +28,36 @@ MEGATRON = tuple(
 
 @contextmanager
 def in_one_line(begun: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """Say what Megatron refuses by an exception in one line.
+    """Turn an exception by which Megatron refuses arguments into a UserError.
 
     Args:
-        begun: whether training has, after which an exception is no longer about arguments.
+        begun: tells whether training has begun, after which exceptions are not about arguments.
 
     Raises:
-        UserError: in the place of an exception raised in Megatron; others pass.
+        UserError: Megatron raised an exception.  Exceptions that others raised pass.
     """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        # A package may be missed as late as in a step.
+        # A missing package may show as late as in a step.
         late = begun() and not isinstance(error, ImportError)
         frame = None if late else _refusing_frame(error)
         if frame is None:
             raise
-        if isinstance(error, OSError) and error.filename:  # a place that the user named
+        if isinstance(error, OSError) and error.filename:  # the user named the file
             raise UserError(f"{error.filename}: {error.strerror}") from error
         raise UserError(f"Megatron refuses these arguments: {_words(error, frame)}") from error
 
 
 def _refusing_frame(error: Exception) -> traceback.FrameSummary | None:
-    """Find the frame of Megatron's that raised the error, or called what raised it; None for what
-    is no refusal, but an error of ours or of the machine."""
+    """Find the frame of Megatron's that raised the error, or that called what raised it.
+
+    Return None if the error is not a refusal, but a fault of ours or of the machine.
+    """
     frames = traceback.extract_tb(error.__traceback__)
-    # The platform stands in for functions of torch that Megatron calls.
+    # The platform's functions are called by Megatron in place of torch's.
     known = [
         frame
         for frame in frames
@@ -75,7 +77,7 @@ def _is_in(frame: traceback.FrameSummary, directories: tuple[Path, ...]) -> bool
 
 
 def _words(error: Exception, frame: traceback.FrameSummary) -> str:
-    """Put the message, or else the source that failed, into one line, with the place."""
+    """Put the error's message, or else the source that raised it, into one line with its place."""
     words = " ".join(str(error).split())
     if not words:
         first = frame.lineno or 1

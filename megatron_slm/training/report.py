@@ -7,29 +7,26 @@ perplexity, which a ratio, a threshold or a difference of losses has not.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
-from megatron.training import get_args, get_tensorboard_writer, get_timers, training
+from megatron.training import get_args, get_tensorboard_writer, get_timers
 from megatron.training.global_vars import get_wandb_writer
 from megatron.training.utils import print_rank_last
+
+from megatron_slm.training.device_timer import device_timer
 
 TIMERS = ["slm-reference", "slm-ranking", "slm-dump"]
 # Beginnings of the names of what objective.py reports and is no loss.
 NO_LOSSES = ("selected ratio", "threshold", "excess loss")
 
 
-def install(timed: bool) -> None:
-    """Print, after Megatron's lines, what they leave out.  Call once, before `pretrain()`.
+def wrap_log(training_log: Callable[..., Any], timed: Callable[[], bool]) -> Callable[..., Any]:
+    """Return Megatron's `training_log`, which then prints, after its line, what that leaves out.
 
     Args:
-        timed: whether there is a reference whose time is to be reported, as part of the step's.
+        timed: tells whether there is a reference whose share of a step's time is to be reported.
     """
-    _report_training(timed)
-    _report_validation()
-
-
-def _report_training(timed: bool) -> None:
-    training_log = training.training_log
 
     @functools.wraps(training_log)
     def log(
@@ -46,7 +43,7 @@ def _report_training(timed: bool) -> None:
         first = kwargs.get("is_first_iteration", False)
         due = iteration % get_args().log_interval == 0 or first
         before = dict(total_loss_dict)  # which Megatron resets when it prints
-        share = _reference_share() if due and timed else None
+        share = _reference_share() if due and timed() else None
         result = training_log(
             loss_dict,
             total_loss_dict,
@@ -70,41 +67,55 @@ def _report_training(timed: bool) -> None:
             get_timers().log(TIMERS, normalizer=get_args().log_interval, reset=not first)
         return result
 
-    training.training_log = log
+    return log
 
 
-def _report_validation() -> None:
-    """Take what is no loss from Megatron's results, and report it after them."""
-    evaluate, evaluate_and_print = training.evaluate, training.evaluate_and_print_results
-    taken: list[dict[str, float]] = []  # of each validation set
+class Validation:
+    """Wrappers that take what is no loss from the results of Megatron's validation, and report it
+    after them."""
 
-    @functools.wraps(evaluate)
-    def evaluate_losses(*args: Any, **kwargs: Any) -> Any:
-        averages, *rest = evaluate(*args, **kwargs)
-        names = [name for name in averages or {} if name.startswith(NO_LOSSES)]
-        taken.append({name: averages.pop(name).item() for name in names})
-        return averages, *rest
+    def __init__(self) -> None:
+        self.taken: list[dict[str, float]] = []
+        """Averages of what is no loss, of each validation set."""
 
-    training.evaluate = evaluate_losses
+    def wrap_evaluate(self, evaluate: Callable[..., Any]) -> Callable[..., Any]:
+        """Return Megatron's `evaluate`, whose averages are of losses alone."""
 
-    @functools.wraps(evaluate_and_print)
-    def evaluate_and_print_all(
-        prefix: str,
-        forward_step: Any,
-        data_iterator: Any,
-        model: Any,
-        iteration: int,
-        *args: Any,
-        write_to_tensorboard: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        taken.clear()
-        written = {"write_to_tensorboard": write_to_tensorboard}
-        evaluate_and_print(
-            prefix, forward_step, data_iterator, model, iteration, *args, **written, **kwargs
-        )
-        names = get_args().validation_set_names or range(len(taken))
-        for name, averages in zip(names, taken, strict=False):
+        @functools.wraps(evaluate)
+        def evaluate_losses(*args: Any, **kwargs: Any) -> Any:
+            averages, *rest = evaluate(*args, **kwargs)
+            names = [name for name in averages or {} if name.startswith(NO_LOSSES)]
+            self.taken.append({name: averages.pop(name).item() for name in names})
+            return averages, *rest
+
+        return evaluate_losses
+
+    def wrap_print(self, evaluate_and_print: Callable[..., None]) -> Callable[..., None]:
+        """Return Megatron's `evaluate_and_print_results`, which then reports what was taken."""
+
+        @functools.wraps(evaluate_and_print)
+        def evaluate_and_print_all(
+            prefix: str,
+            forward_step: Any,
+            data_iterator: Any,
+            model: Any,
+            iteration: int,
+            *args: Any,
+            write_to_tensorboard: bool = True,
+            **kwargs: Any,
+        ) -> None:
+            self.taken.clear()
+            written = {"write_to_tensorboard": write_to_tensorboard}
+            evaluate_and_print(
+                prefix, forward_step, data_iterator, model, iteration, *args, **written, **kwargs
+            )
+            self._report(prefix, iteration, write_to_tensorboard)
+
+        return evaluate_and_print_all
+
+    def _report(self, prefix: str, iteration: int, write_to_tensorboard: bool) -> None:
+        names = get_args().validation_set_names or range(len(self.taken))
+        for name, averages in zip(names, self.taken, strict=False):
             part = f"validation-{name}" if get_args().multiple_validation_sets else "validation"
             values = "".join(f" {key} value: {value:.6E} |" for key, value in averages.items())
             if values:
@@ -113,15 +124,11 @@ def _report_validation() -> None:
                 for key, value in averages.items():
                     _write(f"{key} {part}", value, iteration)
 
-    training.evaluate_and_print_results = evaluate_and_print_all
-
 
 def _reference_share() -> float:
     """Time of the reference's passes over that of the log interval's steps."""
-    timers = get_timers()
-    reference = timers("slm-reference", log_level=0).elapsed(reset=False)
-    interval = timers("interval-time").elapsed(reset=False)
-    return float(reference / interval)
+    reference = device_timer("slm-reference").elapsed(reset=False)
+    return float(reference / get_timers()("interval-time").elapsed(reset=False))
 
 
 def _write(name: str, value: float, iteration: int) -> None:

@@ -1,6 +1,6 @@
-"""What a resumed run must have in common with the run that it goes on with.
+"""Check that a resumed run has in common with the run it continues what it must.
 
-Megatron's checkpoints keep the arguments of the run that wrote them, and so what we put there.
+Megatron's checkpoints keep the arguments of the run that wrote them, and so what we add to these.
 """
 
 from __future__ import annotations
@@ -12,21 +12,22 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_slm.errors import UserError
 
-# What --slm-changed may name beside arguments of the model.
+# What --slm-changed may name besides arguments of the model.
 CHANGES = ("reference", "selection")
 LAYOUT = ("tensor", "pipeline", "virtual_pipeline")
 
 
 def check_resumed(args: Namespace, common: dict[str, Any], where: str) -> None:
-    """Compare a run with the one that wrote a checkpoint.
+    """Compare a run with the one that wrote the checkpoint it resumes from.
 
     Args:
-        args: with slm_selects and slm_reference_identity, as checkpoints carry them.
-        common: what the checkpoint has beside tensors.
-        where: the checkpoint, for errors.
+        args: the run's arguments, with slm_selects and slm_reference_identity.
+        common: the checkpoint's common state: everything in it but tensors.
+        where: how errors name the checkpoint.
 
     Raises:
-        UserError: going on would change what the model learns, or cannot load the optimizer.
+        UserError: the model would learn something else from here on, or the optimizer's state
+            cannot be loaded.
     """
     saved = common["args"]
     _check_selection(args, saved, where)
@@ -39,28 +40,28 @@ def _check_selection(args: Namespace, saved: Namespace, where: str) -> None:
     selected = getattr(saved, "slm_selects", None) or before is not None
     if selected and not args.slm_selects and "selection" not in args.slm_changed:
         raise UserError(
-            f"{where} is of a run that selected tokens, and this one would train on all of them: "
-            "give the selection's arguments again, or allow it with --slm-changed selection"
+            f"{where} was written by a run that selected tokens, and this run would train on all "
+            "tokens: give the selection's arguments again, or allow it with --slm-changed selection"
         )
     asked = args.slm_reference_ckpt_step is not None or {*CHANGES} & {*args.slm_changed}
     if before in (None, now) or asked:
         return
     if now is None:
         raise UserError(
-            f"{where} is of a run that selected tokens by the reference {before}, and this one has "
-            "none: give the reference again, or allow it with --slm-changed reference"
+            f"{where} was written by a run that selected tokens by the reference {before}, and "
+            "this run has none: give the reference again, or allow it with --slm-changed reference"
         )
     raise UserError(
-        f"{where}: this run selected tokens by {before} of the reference so far, and now that is "
-        f"{now}: give the same; a checkpoint that is to take its place is named by "
-        "--slm-reference-ckpt-step as well, and any other by --slm-changed reference"
+        f"{where}: the run selected tokens by the reference {before} so far, and now the reference "
+        f"is {now}: give the same one, or allow another checkpoint of it by "
+        "--slm-reference-ckpt-step, and any other change by --slm-changed reference"
     )
 
 
 def _check_optimizer(
     args: Namespace, saved: Namespace, content: dict[str, Any], where: str
 ) -> None:
-    """Compare how the model is cut with what the distributed optimizer's state can be loaded by."""
+    """Check that the distributed optimizer's state can be loaded into this run's layout."""
     kind = content.get("distrib_optim_sharding_type")
     if (
         not args.use_distributed_optimizer
@@ -80,7 +81,7 @@ def _check_optimizer(
         )
         raise UserError(
             f"{where} has the distributed optimizer's state for model-parallel sizes {there}, and "
-            f"this run has {here}: it was saved without --dist-ckpt-optim-fully-reshardable.  Go "
-            "on with the old sizes and that flag until the next checkpoint, and then with the new "
-            "ones; or start the optimizer afresh with --no-load-optim"
+            f"this run has {here}: it was saved without --dist-ckpt-optim-fully-reshardable.  "
+            "Continue with the old sizes and that flag until the next checkpoint, and then with "
+            "the new sizes; or start the optimizer afresh with --no-load-optim"
         )

@@ -1,4 +1,4 @@
-"""What the arguments ask for, as the rest of training/ takes it."""
+"""Settings of selective training, made from the arguments once and then passed around."""
 
 from __future__ import annotations
 
@@ -18,47 +18,48 @@ from megatron_slm.training.decisions import head_of, is_selective
 
 @dataclass(frozen=True)
 class SelectiveSettings:
-    """selection, schedule: which tokens are selected, and how large a part of them.
-    warmup_tokens: tokens of causal language modeling before the first selection.
-    selective: whether any selection takes place; if not, this is causal language modeling.
-    head: how the policy's output layer and loss are computed (loss/chunked.py compares the two).
-    domains: names of the blend's datasets, empty where there is no blend.
-    seed: of random scores.
-    """
+    """What a run's arguments ask for."""
 
     selection: SelectionSettings
+    """Which tokens are selected."""
     schedule: RatioSchedule
+    """Which fraction of the tokens is selected, by iteration."""
     warmup_tokens: int
+    """Tokens of causal language modeling before the first selection."""
     selective: bool
+    """Whether the run selects tokens at all; if not, it is causal language modeling."""
     head: Literal["dense", "chunked"]
+    """How the policy's output layer and loss are computed; loss/chunked.py compares the two."""
     domains: tuple[str, ...]
+    """Names of the blend's datasets; empty if there is no blend."""
     seed: int
+    """Seed of random scores."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step, or one validation step.
-
-    iteration: from 0.  training: False in validation.
-    selects: False while all tokens are trained on: no selection, or warm-up.
-    ratio: token selection ratio, in (0, 1].
-    thresholds: float32 [sets], carried from the steps before; None if they are not.
-    faults: what was found wrong in its losses on this rank, where Megatron does not look.
-    """
+    """One step of training or of validation."""
 
     iteration: int
+    """Number of the iteration, from 0."""
     training: bool
+    """Whether this is a step of training, and not of validation."""
     selects: bool
+    """Whether tokens are selected; not during warm-up, nor in a run that does not select."""
     ratio: float
+    """The token selection ratio, in (0, 1]."""
     thresholds: Tensor | None = None
+    """Thresholds carried from the steps before, float32 [sets]; None if they are not carried."""
     faults: list[str] = field(default_factory=list)
+    """What is wrong with the step's losses on this rank, where Megatron itself does not look."""
 
 
 def settings_from_arguments(args: Namespace) -> SelectiveSettings:
-    """What the rest of training needs of the arguments.
+    """Make the settings of a run from its arguments.
 
     Raises:
-        UserError: a dataset that is not there, or arguments that contradict each other.
+        UserError: an argument names a dataset that the blend does not have, or arguments contradict
+            each other.
     """
     schedule = _schedule(args)
     domains = _domains(args)
@@ -70,7 +71,7 @@ def settings_from_arguments(args: Namespace) -> SelectiveSettings:
         )
     if selective:
         _check_scope(args, max(1, len(own_ratios)))
-        # What a resumed run takes over from its checkpoint is read by these only.
+        # Only from these checkpoints can a resumed run read what it has to take over.
         if args.ckpt_format != "torch_dist":
             raise UserError(f"--ckpt-format {args.ckpt_format}: selection needs torch_dist")
         if args.non_persistent_ckpt_type == "local":
@@ -95,7 +96,7 @@ def settings_from_arguments(args: Namespace) -> SelectiveSettings:
 
 
 def _check_scope(args: Namespace, sets: int) -> None:
-    """Whether ranks can agree on ties in a scope."""
+    """Refuse a scope so wide that ranks could not agree on its ties."""
     micro_batch = args.micro_batch_size
     scope = {
         "global-batch": args.global_batch_size,
@@ -106,7 +107,7 @@ def _check_scope(args: Namespace, sets: int) -> None:
     if found > MAX_SEGMENTS:
         raise UserError(
             f"--slm-scope {args.slm_scope} has {samples} samples over {size} context-parallel "
-            f"ranks, {found} segments; at most {MAX_SEGMENTS} can be ranked: take a narrower one"
+            f"ranks, {found} segments; at most {MAX_SEGMENTS} can be ranked: take a narrower scope"
         )
 
 
@@ -124,7 +125,7 @@ def _schedule(args: Namespace) -> RatioSchedule:
 
 
 def _domains(args: Namespace) -> tuple[str, ...]:
-    """Names of the training blend's datasets; none where it is a single dataset."""
+    """Return the names of the training blend's datasets; none if it is a single dataset."""
     blend, per_split = get_blend_and_blend_per_split(args)
     training = blend if blend is not None else (per_split or [None])[0]
     paths = [] if training is None else training[0]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from megatron_slm.reference.checkpoint import (
     checkpoint_fingerprint,
     open_checkpoint,
 )
+from megatron_slm.reference.fp8 import check_fp8
 from megatron_slm.reference.moving_average import MovingAverage
 from megatron_slm.reference.online import (
     frozen_arguments,
@@ -35,20 +36,20 @@ from megatron_slm.reference.online import (
 from megatron_slm.reference.several import SeveralReferences
 from megatron_slm.training.caches import Caches, open_caches
 from megatron_slm.training.decisions import reference_flags
-from megatron_slm.training.micro_batch import MicroBatch
 from megatron_slm.training.option_checks import decay_of
 from megatron_slm.training.tokenizer import check_tokenizer
 
 
 @dataclass(frozen=True)
 class Source:
-    """build: called once on all ranks, when the policy has been built and loaded.
+    """build: called once on all ranks, when the policy has been built and loaded; None where the
+        losses come with the tokens.
     identity: what a resumed run must have in common with the run it goes on with.
     by_domain: whether it has to know which dataset a sample is from.
     caches: what the datasets read the losses from; None where the reference is computed.
     """
 
-    build: Callable[[], Reference]
+    build: Callable[[], Reference] | None
     identity: str
     by_domain: bool = False
     caches: Caches | None = None
@@ -66,14 +67,14 @@ def open_source(
         UserError: nothing there, damaged, of another tokenizer or model, or arguments that
             contradict each other.
     """
-    check_options(args)
+    check_batches(args)
     if not reference_flags(args):
         return None
     if args.slm_reference_cache:
         if args.slm_score == "reference-entropy":
             raise UserError("--slm-score reference-entropy: a score cache holds losses alone")
         caches = open_caches(args)
-        return Source(_Cached, caches.identity, caches=caches)
+        return Source(None, caches.identity, caches=caches)
     scoring = Scoring(
         args.slm_vocab_size,
         entropies=args.slm_score == "reference-entropy",
@@ -84,19 +85,11 @@ def open_source(
     return _checkpoints(args, domains, scoring, layer_spec)
 
 
-class _Cached:
-    """The losses came with the tokens."""
+def check_batches(args: Namespace) -> None:
+    """Check how many samples the reference scores at once.
 
-    def score(
-        self, micro_batches: Iterator[MicroBatch], count: int, micro_batch_size: int
-    ) -> Iterator[MicroBatch]:
-        return micro_batches
-
-
-def check_options(args: Namespace) -> None:
-    """
     Raises:
-        UserError: a batch that the run's micro-batches do not divide.
+        UserError: the run's micro-batches do not divide them.
     """
     size = args.slm_reference_micro_batch_size
     if size is not None and size % args.micro_batch_size:
@@ -178,11 +171,13 @@ def _moving_average(
     ):
         if value:
             raise UserError(f"--slm-reference ema cannot be used with {flag}")
+    own = frozen_arguments(args)
+    check_fp8(own, "the policy, and so its average,")
 
     def build() -> Reference:
         resumes = args.load is not None and args.iteration > 0
         return MovingAverage(
-            frozen_arguments(args),
+            own,
             scoring,
             decay,
             layer_spec,

@@ -18,29 +18,31 @@ from typing import Any
 import torch
 from megatron.core import mpu
 from megatron.core.utils import get_attr_wrapped_model
-from megatron.training import get_args, get_timers
+from megatron.training import get_args
 from torch import Tensor
 
 from megatron_slm.loss import Scoring, Selecting, Telling, dense_losses, loss_of_selected
-from megatron_slm.reference import Reference
-from megatron_slm.reference.moving_average import MovingAverage
-from megatron_slm.selection import CarriedThreshold, Choice, Ranks, TokenSelector
-from megatron_slm.training import nan, seam
+from megatron_slm.reference import Reference, Scored
+from megatron_slm.selection import Choice, Ranks, TokenSelector
+from megatron_slm.training import nan
+from megatron_slm.training.carried_thresholds import CarriedThresholds
+from megatron_slm.training.data_iterators import for_model_chunks, form_of, own_iterator
+from megatron_slm.training.device_timer import device_timer
 from megatron_slm.training.dump import TokenDumps
 from megatron_slm.training.micro_batch import MicroBatch, read_micro_batches
-from megatron_slm.training.objective import MicroBatchObjective, token_scores
-from megatron_slm.training.policy_pass import Scored, noting, score_with_policy
+from megatron_slm.training.objective import MicroBatchObjective
+from megatron_slm.training.passes import noting, score_with_policy, with_reference
 from megatron_slm.training.settings import SelectiveSettings, Step
 from megatron_slm.training.sources import Source
 
 
 class SelectiveStep:
-    """Runs steps.  `run`, `save` and `finish` go to seam.install, `forward_step` to Megatron.
+    """Runs steps.  megatron_hooks calls `run`, `save` and `finish`, Megatron `forward_step`.
 
     Args:
         source: of reference losses; None without a reference.
         dumps: None if none are asked for.
-        load_saved: for the arguments in the checkpoint that the policy resumed from.
+        resumed: arguments of the run that this one goes on with; empty where it starts afresh.
     """
 
     def __init__(
@@ -48,18 +50,25 @@ class SelectiveStep:
         settings: SelectiveSettings,
         source: Source | None,
         dumps: TokenDumps | None,
-        load_saved: Callable[[], Namespace],
+        resumed: Namespace,
     ) -> None:
         self.settings = settings
         self.source = source
         self.dumps = dumps
-        self.dump: Callable[..., None] | None = None  # with the arguments of the last step
-        self.load_saved = load_saved
+        self.dump: Callable[..., None] | None = None
+        """Writes a token dump, with the arguments of the last step."""
         self.reference: Reference | None = None
+        """None until the first step, and where there is none to run."""
         self.step: Step | None = None
+        """The step that runs, or ran last."""
+        selection = settings.selection
+        self.ranks_whole_steps = selection.scope == "global-batch"
+        self.carried: CarriedThresholds | None = None
+        if self.ranks_whole_steps and not selection.exact:
+            self.carried = CarriedThresholds(settings, resumed)
 
     def _build(self) -> None:
-        """What needs process groups and the loaded policy."""
+        """Build what needs process groups and the loaded policy."""
         self.selector = TokenSelector(
             self.settings.selection,
             Ranks(
@@ -69,76 +78,70 @@ class SelectiveStep:
                 dp_size=mpu.get_data_parallel_world_size(),
             ),
         )
-        if self.source is not None:
+        if self.source is not None and self.source.build is not None:
             self.reference = self.source.build()
-        selection = self.settings.selection
-        carries = selection.scope == "global-batch" and not selection.exact
-        saved = self.load_saved() if carries else Namespace()
-        # Of another score or of other sets it would mean nothing.
-        same = getattr(saved, "slm_carried_for", None) == self._carried_for
-        state = getattr(saved, "slm_carried_threshold", None) if same else None
-        self.carried = CarriedThreshold.from_state(state)
 
     def run(
         self,
         schedule: Callable[..., Any],
         *,
         data_iterator: Any,
-        num_microbatches: int,
-        micro_batch_size: int,
         forward_only: bool = False,
-        **rest: Any,
+        **arguments: Any,
     ) -> Any:
         """Call the schedule, with what has to be known before, and after, it."""
         if self.step is None:
             self._build()
         # Validation alone (--skip-train) never sets the current iteration.
         iteration = getattr(get_args(), "curr_iteration", get_args().iteration)
-        sizes = {"num_microbatches": num_microbatches, "micro_batch_size": micro_batch_size}
-        form = seam.form_of(data_iterator)
+        form = form_of(data_iterator)
         if self.dumps is not None and not forward_only:
-            self.dump = partial(self._dump, schedule, form, sizes | rest)
+            self.dump = partial(self._dump, schedule, form, arguments)
             self.dump(iteration)
         self.step = step = self._begin(not forward_only, iteration)
-        settings = self.settings
-        micro_batches = read_micro_batches(
-            seam.own_iterator(data_iterator),
-            micro_batch_size,
-            num_microbatches,
-            with_domains=bool(settings.domains) and (step.training or self._by_domain),
-            with_losses=self._cached,
-        )
-        if isinstance(self.reference, MovingAverage):
-            self.reference.follow(rest["model"], iteration if step.training else None)
-        if self.reference is not None and step.selects:
-            # Of training steps alone, as Megatron's own interval is.
-            with _timed("slm-reference", when=step.training and not self._cached):
-                micro_batches = self.reference.score(
-                    micro_batches, num_microbatches, micro_batch_size
-                )
-        whole_step = step.training and step.selects and settings.selection.scope == "global-batch"
+        if self.reference is not None:
+            self.reference.before_step(arguments["model"], iteration if step.training else None)
+        micro_batches = self._read(step, own_iterator(data_iterator), arguments)
+        ranks_whole = self.ranks_whole_steps and step.training and step.selects
         seen: list[MicroBatch] = []
-        if whole_step:
-            if settings.selection.exact:
-                with _timed("slm-ranking"):
-                    ranked = self._rank_step(schedule, form, micro_batches, sizes | rest)
-                micro_batches = iter(ranked)
-            else:
-                micro_batches = noting(micro_batches, seen)
+        if ranks_whole and self.carried is None:
+            with _timed("slm-ranking"):
+                micro_batches = iter(self._rank_step(schedule, form, micro_batches, arguments))
+        elif ranks_whole:
+            micro_batches = noting(micro_batches, seen)
         try:
             result = schedule(
-                data_iterator=seam.for_model_chunks(form, micro_batches, num_microbatches),
+                data_iterator=for_model_chunks(form, micro_batches, arguments["num_microbatches"]),
                 forward_only=forward_only,
-                **sizes,
-                **rest,
+                **arguments,
             )
         except RuntimeError as error:
             nan.check_error(error, step)
             raise
         nan.check_step(step)
-        if whole_step and not settings.selection.exact:
-            self._carry(seen)
+        if ranks_whole and self.carried is not None:
+            last = mpu.is_pipeline_last_stage()
+            exact = self.selector.select_from_step(*self._whole_step(seen)) if last else None
+            self.carried.after(iteration, exact)
         return result
+
+    def _read(
+        self, step: Step, data_iterator: Any, arguments: dict[str, Any]
+    ) -> Iterator[MicroBatch]:
+        """Read a step's micro-batches, with reference losses where it selects."""
+        count, size = arguments["num_microbatches"], arguments["micro_batch_size"]
+        micro_batches = read_micro_batches(
+            data_iterator,
+            size,
+            count,
+            with_domains=bool(self.settings.domains) and (step.training or self._by_domain),
+            with_losses=self.source is not None and self.source.caches is not None,
+        )
+        if self.reference is None or not step.selects:
+            return micro_batches
+        # Of training steps alone, as Megatron's own interval is.
+        with _timed("slm-reference", when=step.training):
+            return iter(with_reference(self.reference, micro_batches, count, size))
 
     def forward_step(
         self, data_iterator: Iterator[MicroBatch], model: torch.nn.Module
@@ -153,22 +156,17 @@ class SelectiveStep:
 
     def save(self, iteration: int) -> None:
         """What has to be on the disk before the policy's checkpoint.  Collective over all ranks."""
-        if isinstance(self.reference, MovingAverage):
+        if self.reference is not None:
             self.reference.save(get_args().save, iteration)
-
-    @property
-    def _carried_for(self) -> tuple[str, ...]:
-        """What the carried thresholds are of: the score and, with ratios of their own, the sets."""
-        selection = self.settings.selection
-        return (selection.score, *(self.settings.domains if selection.domain_ratios else ()))
 
     @property
     def _by_domain(self) -> bool:
         return self.source is not None and self.source.by_domain
 
     @property
-    def _cached(self) -> bool:
-        return self.source is not None and self.source.caches is not None
+    def computes_reference(self) -> bool:
+        """Whether there is a reference that runs, rather than a cache of its losses."""
+        return self.source is not None and self.source.build is not None
 
     @property
     def _scoring(self) -> Scoring:
@@ -193,7 +191,7 @@ class SelectiveStep:
             return {
                 "output_processor": loss_of_selected,
                 "output_processor_context": Selecting(
-                    objective.weigh, vocabulary, self._wants_entropies
+                    objective.weigh, vocabulary, self._wants_entropies, objective.most_counted
                 ),
             }
         if padded:
@@ -206,17 +204,13 @@ class SelectiveStep:
     def _begin(self, training: bool, iteration: int) -> Step:
         args, settings = get_args(), self.settings
         warming_up = args.consumed_train_samples * args.seq_length < settings.warmup_tokens
-        thresholds = None
-        if training and settings.selection.scope == "global-batch":
-            carried = self.carried.before(iteration)
-            if carried is not None:
-                thresholds = torch.tensor(carried, device=torch.cuda.current_device())
+        carried = self.carried if training else None
         return Step(
             iteration=iteration,
             training=training,
             selects=settings.selective and not (training and warming_up),
             ratio=settings.schedule.at(iteration),
-            thresholds=thresholds,
+            thresholds=None if carried is None else carried.before(iteration),
         )
 
     def _rank_step(
@@ -231,7 +225,7 @@ class SelectiveStep:
         if mpu.is_pipeline_last_stage():
             assert self.step is not None
             for batch, said in zip(read, scored, strict=True):
-                batch.scores = token_scores(batch, *said, self.settings, self.step)
+                MicroBatchObjective(batch, self.settings, self.step, self.selector).score(*said)
             choice = self.selector.choose_from_step(*self._whole_step(read))
             for batch, part in zip(read, _split(choice, len(read)), strict=True):
                 batch.choice = part
@@ -257,8 +251,8 @@ class SelectiveStep:
         # With a training step's thresholds, but of no training step.
         step = self._begin(True, iteration)
         step = replace(step, training=False, selects=self.settings.selective)
-        if isinstance(self.reference, MovingAverage):
-            self.reference.follow(arguments["model"], None)
+        if self.reference is not None:
+            self.reference.before_step(arguments["model"], None)
 
         def score(batches: list[MicroBatch]) -> list[Scored]:
             sizes = {"num_microbatches": len(batches)}
@@ -268,8 +262,7 @@ class SelectiveStep:
             return scored
 
         with _timed("slm-dump"):
-            reference = None if self._cached else self.reference
-            self.dumps.take(step, self.selector, reference, score)
+            self.dumps.take(step, self.selector, self.reference, score)
 
     def _whole_step(
         self, read: list[MicroBatch]
@@ -286,38 +279,14 @@ class SelectiveStep:
             len(read),
         )
 
-    def _carry(self, seen: list[MicroBatch]) -> None:
-        """Take this step's exact thresholds into the running ones, on every pipeline stage: any of
-        them may write the checkpoint."""
-        assert self.step is not None
-        number = max(1, len(self.settings.selection.domain_ratios))
-        found = torch.zeros(2, number, device=torch.cuda.current_device())
-        if mpu.is_pipeline_last_stage():
-            selection = self.selector.select_from_step(*self._whole_step(seen))
-            # A step that overflows must not stay in the average.
-            known = (selection.count > 0) & selection.threshold.isfinite()
-            found[0] = torch.where(known, selection.threshold, 0.0)
-            found[1] = known
-        if mpu.get_pipeline_model_parallel_world_size() > 1:
-            torch.distributed.broadcast(
-                found,
-                mpu.get_pipeline_model_parallel_last_rank(),
-                group=mpu.get_pipeline_model_parallel_group(),
-            )
-        thresholds, has_tokens = found.tolist()
-        self.carried.after(self.step.iteration, thresholds, [bool(any_) for any_ in has_tokens])
-        # Megatron's checkpoints carry the arguments, and so this.
-        get_args().slm_carried_threshold = self.carried.state()
-        get_args().slm_carried_for = self._carried_for
-
 
 @contextmanager
 def _timed(name: str, when: bool = True) -> Iterator[None]:
-    """Count the time in one of Megatron's timers, which waits for the device twice."""
+    """Count the device's time in a timer of Megatron's log."""
     if not when:
         yield
         return
-    timer = get_timers()(name, log_level=0)
+    timer = device_timer(name)
     timer.start()
     yield
     timer.stop()

@@ -1,4 +1,4 @@
-"""What a run's tokenizer is: the same for policy and reference, with padding that is not text."""
+"""Identify a run's tokenizer, which the reference must share, and keep its padding out of text."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ IN_TEXT = ("bos", "eos", "eod", "unk")  # special tokens that a dataset may cont
 
 
 def record_tokenizer(args: Namespace, tokenizer: Any) -> None:
-    """Put what identifies the tokenizer into the arguments, which checkpoints carry, and keep its
-    padding apart from text."""
+    """Record in the arguments, which checkpoints carry, what identifies the tokenizer.
+
+    Also makes Megatron keep its padding apart from text.
+    """
     args.slm_vocab_size = int(tokenizer.vocab_size)
     args.slm_tokenizer = tokenizer_fingerprint(args, tokenizer)
     bos, eos, pad = (_id(tokenizer, name) for name in ("bos", "eod", "pad"))
@@ -27,17 +29,17 @@ def record_tokenizer(args: Namespace, tokenizer: Any) -> None:
 def _id(tokenizer: Any, name: str) -> int | None:
     try:
         found = getattr(tokenizer, name)
-    except Exception:  # each of Megatron's tokenizers raises another
+    except Exception:  # each of Megatron's tokenizers raises its own
         return None
     return found if isinstance(found, int) and found >= 0 else None
 
 
 def _keep_padding_apart(args: Namespace, tokenizer: Any, pad: int) -> None:
-    """Have Megatron take a pad token that may stand in text for text.
+    """Make Megatron read a pad token that also occurs in text as text.
 
-    Its datasets feed 0 for each pad token and mask it as a label, wherever it stands.  They leave
-    that out when it is the end of text as well, and any other special token of `tokenizer`'s own
-    list, which Megatron's tokenizers lack.
+    Megatron's datasets replace each pad token by token 0 and mask it as a label, wherever it
+    stands, unless it is the end-of-text token as well, or another of the special tokens that
+    `tokenizer` lists.  Megatron's tokenizers lack that list, so it is added here.
     """
     special = {name: _id(tokenizer, name) for name in IN_TEXT}
     same = [name for name, at in special.items() if at == pad]
@@ -71,11 +73,11 @@ def _text(tokenizer: Any, at: int) -> str:
 def check_tokenizer(args: Namespace, checkpoint: ReferenceCheckpoint) -> None:
     """Refuse a reference that was trained on other tokens.
 
-    A checkpoint saved by this entry carries the tokenizer's fingerprint; for any other the
-    vocabulary must fit, which is all that can be told.
+    A checkpoint that our pretraining saved carries the tokenizer's fingerprint.  Of any other, only
+    the size of the vocabulary can be compared.
 
     Raises:
-        UserError: another vocabulary or tokenizer.
+        UserError: the reference has another vocabulary or tokenizer.
     """
     saved = checkpoint.arguments
     where = f"the reference in {checkpoint.directory}"

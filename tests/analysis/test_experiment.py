@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +120,7 @@ def test_recipes_of_the_repository(path: Path, monkeypatch: pytest.MonkeyPatch) 
         if one.task.kind in ("arm", "pretrain") and one.seed in (None, 1):
             (words,) = one.commands(Path())
             monkeypatch.setattr(sys, "argv", words[words.index("megatron_slm.pretrain") :])
-            assert parse_args(partial(add_arguments, cpu=True)).train_iters > 0, one.name
+            assert parse_args(add_arguments).train_iters > 0, one.name
 
 
 CURVE = ((10, 100, 5.0), (20, 200, 4.0), (30, 300, 3.5))

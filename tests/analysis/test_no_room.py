@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import resource
-import subprocess
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,11 +16,13 @@ from megatron_slm.analysis.dynamics.write_dynamics import write_dynamics
 from megatron_slm.analysis.experiments.tasks import write_json
 from megatron_slm.analysis.inspect_cache import inspect
 from megatron_slm.analysis.report.page import write_report
+from megatron_slm.data.manifest_types import ScoredData
 from megatron_slm.data.score_cache import write_shard
 from megatron_slm.data.score_manifest import CacheManifest
 from megatron_slm.data.token_dump import read_dump, write_dump
 from megatron_slm.errors import UserError
 from report_page import write_run
+from small_disk import full_disk, small_disk
 
 ROOM = 4096  # bytes of a file
 
@@ -48,7 +47,7 @@ def _dump(run: Path) -> None:
 
 
 def _cache(run: Path) -> None:
-    source: Any = {"tokenizer": "t", "vocabulary": 9, "datasets": {}, "blends": {}}
+    source = ScoredData("t", 9, {}, blends={})
     manifest = CacheManifest("sample", "float32", 2048, 1, {"train": 1}, source, {})
     manifest.write(run / "cache")
     ones = np.ones((1, 2048), np.float32)
@@ -79,13 +78,9 @@ def test_what_stood_there_stays(kind: str, run: Path) -> None:
     write, name = WRITERS[kind]
     write(run)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, limits[1]))
-    try:
-        with pytest.raises(UserError, match=f"cannot write .*/{name}: File too large") as error:
-            write(run)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = f"cannot write .*/{name}: File too large"
+    with full_disk(ROOM), pytest.raises(UserError, match=said) as error:
+        write(run)
     assert "\n" not in str(error.value)
     assert ("the same command goes on" in str(error.value)) == (kind == "score cache")
     after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -94,14 +89,8 @@ def test_what_stood_there_stays(kind: str, run: Path) -> None:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, of hardly any size."""
-    directory = tmp_path / "disk"
-    directory.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=24K", "tmpfs", directory]
-    if os.geteuid() != 0 or subprocess.run(command, check=False, capture_output=True).returncode:
-        pytest.skip("may not mount a file system")
-    yield directory
-    subprocess.run(["umount", "--lazy", directory], check=True)
+    with small_disk(tmp_path / "disk", "24K") as directory:
+        yield directory
 
 
 def test_training_goes_on(corpus: Corpus, untied: Checkpoints, disk: Path, tmp_path: Path) -> None:
@@ -133,4 +122,4 @@ def test_nowhere_to_write_from_the_start(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--slm-dump-dir .*/file/dump: Not a directory"):
         token_dumps(wanted, *[None] * 2)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"--tensorboard-dir .*/file: File exists"):
-        event_writer.install(str(tmp_path / "file"))
+        event_writer.check_directory(str(tmp_path / "file"))

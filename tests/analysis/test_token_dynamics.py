@@ -19,6 +19,7 @@ from jobs import SEQUENCE, VOCABULARY, Checkpoints, Corpus
 from launch import REPOSITORY, Run, launch, pretrain
 from megatron_slm.analysis.dynamics.dynamics_files import read_dynamics_table
 from megatron_slm.analysis.dynamics.token_dynamics import TokenDynamics, classify
+from megatron_slm.data.manifest_types import DumpOrigin
 from megatron_slm.data.token_dump import TokenDump, read_dumps
 from megatron_slm.errors import UserError
 
@@ -30,7 +31,7 @@ def dumps_of(losses: np.ndarray, iterations: list[int], valid: np.ndarray) -> li
     """losses: [K, n, s]."""
     tokens = np.arange(losses[0].size + len(valid), dtype=np.int32).reshape(len(valid), -1)
     return [
-        TokenDump(at, tokens, each, valid, np.arange(len(valid)), {})
+        TokenDump(at, tokens, each, valid, np.arange(len(valid)), DumpOrigin(None, None))
         for at, each in zip(iterations, losses, strict=True)
     ]
 

@@ -39,7 +39,7 @@ from megatron_slm.loss import Scoring
 from megatron_slm.loss.chunked import chunk_columns
 from megatron_slm.model.layer_spec import plain_block_spec
 from megatron_slm.reference.online import OnlineReference, build_model, frozen_arguments
-from megatron_slm.training.datasets import use_prebuilt_helpers
+from megatron_slm.training.megatron_hooks import install_for_scoring
 from megatron_slm.training.micro_batch import MicroBatch
 from resident import resident
 
@@ -73,8 +73,8 @@ def main() -> None:
     sys.argv[1:] = [*MODEL.split(), *(["--slm-reference-offload"] if offload else [])]
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29777"}
-    args = parse_and_validate_args(extra_args_provider=lambda p: add_arguments(p, cpu=True))
-    use_prebuilt_helpers()
+    args = parse_and_validate_args(extra_args_provider=add_arguments)
+    install_for_scoring()
     initialize_megatron()
     start = resident("VmRSS")
     model = build_model(frozen_arguments(args), plain_block_spec)

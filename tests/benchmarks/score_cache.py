@@ -23,6 +23,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.indexed_dataset import DType, _IndexWriter
 
 from gpt_datasets import gpt_config
+from megatron_slm.data.manifest_types import ScoredData
 from megatron_slm.data.score_cache import Section, write_shard
 from megatron_slm.data.score_manifest import CacheManifest
 from megatron_slm.data.scored_dataset import SampleScored, document_scored
@@ -48,7 +49,7 @@ def build(prefix: str, kind: Any) -> Any:
 
 def write_cache(directory: Path, kind: Any, name: str, labels: np.ndarray) -> Section:
     """Losses that mean nothing, for these labels [records, s]."""
-    source: Any = {"datasets": {"random": {}}, "blends": {}}
+    source = ScoredData("t", 1 << 16, {"random": {}}, blends={})
     manifest = CacheManifest(kind, "uint16", LENGTH, 2048, {name: len(labels)}, source, {})
     manifest.write(directory)
     for shard in range(manifest.shards(name)):

@@ -3,7 +3,6 @@ whole, and when there is room again the same command goes on."""
 
 from __future__ import annotations
 
-import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from corpus import preprocess, texts, write_jsonl
+from small_disk import small_disk
 
 STEP = 20  # KiB by which the disk grows
 PAIR = [f"out_text_document.{suffix}" for suffix in ("bin", "idx")]
@@ -18,14 +18,8 @@ PAIR = [f"out_text_document.{suffix}" for suffix in ("bin", "idx")]
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, of hardly any size."""
-    directory = tmp_path / "disk"
-    directory.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={STEP}K", "tmpfs", directory]
-    if os.geteuid() != 0 or subprocess.run(command, check=False, capture_output=True).returncode:
-        pytest.skip("may not mount a file system")
-    yield directory
-    subprocess.run(["umount", "--lazy", directory], check=True)  # maps of it may be open
+    with small_disk(tmp_path / "disk", f"{STEP}K") as directory:
+        yield directory
 
 
 @pytest.mark.parametrize("merge", ["--merge", "--no-merge"])

@@ -20,6 +20,8 @@ from megatron_slm.corpus.reading.documents import Wanted, read_documents
 from megatron_slm.corpus.reading.input_records import what_changed
 from megatron_slm.corpus.reading.inputs import Task, open_piece
 from megatron_slm.corpus.reading.lines import InputHash
+from megatron_slm.data.manifest import read_manifest
+from megatron_slm.data.manifest_types import ShardManifest
 
 TEXTS = texts()
 
@@ -99,9 +101,10 @@ def test_a_file_that_changes_under_a_run(
     source.write_bytes(zstandard.compress((with_text("same") * 2).encode()))
     found = preprocess_module.make_verdicts
 
-    def make_verdicts(setup: Any) -> None:
-        found(setup)
+    def make_verdicts(*arguments: Any) -> Any:
+        verdicts = found(*arguments)
         source.write_bytes(zstandard.compress("".join(map(with_text, words)).encode()))
+        return verdicts
 
     monkeypatch.setattr(preprocess_module, "make_verdicts", make_verdicts)
     result = preprocess(source, tmp_path / "out", "--dedup", "exact", check=False)
@@ -149,8 +152,9 @@ def test_another_file_of_the_same_size_and_time(tmp_path: Path) -> None:
         os.utime(source, (1, 1))
     preprocess(tmp_path / "one.jsonl", tmp_path / "out", "--no-merge")
     shard = next((tmp_path / "out_shards").glob("*.json"))
-    manifest = json.loads(shard.read_text())
+    manifest = read_manifest(shard, ShardManifest)
+    assert manifest is not None
     task = Task("x", (open_piece(str(tmp_path / "two.jsonl")),))
-    assert what_changed(task, manifest["options"], manifest) == "its input has changed"
+    assert what_changed(task, manifest.options, manifest) == "its input has changed"
     task = Task("x", (open_piece(str(tmp_path / "one.jsonl")),))
-    assert what_changed(task, manifest["options"], manifest) is None
+    assert what_changed(task, manifest.options, manifest) is None

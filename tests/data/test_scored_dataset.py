@@ -14,6 +14,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 
 from gpt_datasets import gpt_config
 from megatron_slm.data import score_cache
+from megatron_slm.data.manifest_types import ScoredData
 from megatron_slm.data.score_cache import Section, write_shard
 from megatron_slm.data.score_manifest import CacheManifest
 from megatron_slm.data.scored_dataset import (
@@ -27,7 +28,7 @@ from megatron_slm.errors import UserError
 TOKENS, EOD = 5000, 60000
 SCORED_LENGTH, LENGTH = 48, 32
 DATASETS: dict[str, dict[str, str]] = {"positions": {}, "web": {}, "code": {}}
-SOURCE: Any = {"tokenizer": "t", "vocabulary": EOD + 1, "datasets": DATASETS, "blends": {}}
+SOURCE = ScoredData("t", EOD + 1, DATASETS, blends={})
 
 
 @pytest.fixture(scope="module")

@@ -59,8 +59,8 @@ def dumps_are_of_the_blend(dump: Path, prefixes: dict[str, Path]) -> None:
     """Samples of training, half of them of each domain."""
     first, last = read_dumps(dump)
     assert (first.iteration, last.iteration) == (0, 4)
-    assert last.about["split"] == "train"
-    domains = last.about["domains"]
+    assert last.about.split == "train"
+    domains = last.about.domains
     assert len(last.tokens) == len(domains) == 7
     assert sorted(map(domains.count, prefixes)) == [3, 4]
     texts = {name: np.fromfile(f"{prefix}.bin", np.uint16) for name, prefix in prefixes.items()}

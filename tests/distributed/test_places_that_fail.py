@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from distributed.test_kills import ASYNC, AVERAGE
 from forked_jobs import Server
 from jobs import GLOBAL_BATCH, Checkpoints, Corpus
 from megatron_slm.model.torch_dist import TRACKER
+from small_disk import small_disk
 
 RANKS, STEPS = 2, 4
 OF = "the checkpoint of iteration 2 cannot be written to"
@@ -37,14 +37,8 @@ def errors(server: Server, command: list[str], directory: Path) -> list[str]:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, of hardly any size."""
-    directory = tmp_path / "disk"
-    directory.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=5M", "tmpfs", directory]
-    if os.geteuid() != 0 or subprocess.run(command, check=False, capture_output=True).returncode:
-        pytest.skip("may not mount a file system")
-    yield directory
-    subprocess.run(["umount", "--lazy", directory], check=True)
+    with small_disk(tmp_path / "disk", "5M") as directory:
+        yield directory
 
 
 @pytest.mark.parametrize(("extra", "room"), [("", 5), (ASYNC, 5), (AVERAGE, 7)])

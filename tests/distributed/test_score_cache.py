@@ -148,7 +148,7 @@ def test_a_run_goes_on_from_a_cache(
 
     other = f"--slm-reference-load {untied.policy}"
     run = resume(corpus, untied, saved, tmp_path / "other", other, check=False)
-    assert run.codes == [2] and "of the reference so far" in run.outputs[0]
+    assert run.codes == [2] and "so far, and now the reference is" in run.outputs[0]
     longer = f"{cached} --train-iters 7"
     run = train(corpus, untied, tmp_path / "longer", longer, check=False)
     assert run.codes == [2]
@@ -183,7 +183,7 @@ def test_training_with_two_bytes_a_token(
     extra = f"--slm-reference-cache {tmp_path / 'cache'} --eval-iters 0 {DUMP}"
     run = train(corpus, untied, tmp_path / "run", extra)
     dumps = read_dumps(run.directory / "dump")
-    assert {dump.about["split"] for dump in dumps} == {"train"}
+    assert {dump.about.split for dump in dumps} == {"train"}
     first, second = records(run), records(online)
     differing = total = 0
     for one, other in zip(first, second, strict=True):

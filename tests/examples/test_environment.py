@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ elif sys.argv[1] == "index":
 else:
     with (pathlib.Path(__file__).parents[2] / "asked").open("a") as asked:
         print("pip", *sys.argv[1:], "APEX_CUDA_EXT" in os.environ, file=asked)
+    (pathlib.Path(__file__).parents[2] / "headers").write_text(os.environ.get("CPATH", ""))
     print("Collecting one\\nCollecting two\\n  Downloading two-1.0.whl (900.1 MB)", flush=True)
     time.sleep(float(os.environ.get("TAKES", "0")))
     if os.environ.get("FAILS", "none") in sys.argv:
@@ -83,6 +85,25 @@ def test_a_container_keeps_what_it_has(image: Path) -> None:
     assert not asked(image)  # nothing to do
 
 
+def test_a_container_is_built_from_what_is_here(image: Path) -> None:
+    """Each file that the Dockerfile copies exists, and what it runs when it has copied them makes
+    the environment that it puts on the PATH."""
+    lines = (REPOSITORY / "examples" / "docker" / "Dockerfile").read_text().splitlines()
+    root = image.with_name("root")
+    for line in lines:
+        word, _, rest = line.partition(" ")
+        if word == "COPY":
+            *sources, target = shlex.split(rest)
+            assert all((REPOSITORY / source).exists() for source in sources), line
+            assert target in ("./", *sources)
+        if word == "RUN":
+            command = shlex.split(rest)
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(image), "PYTHON": sys.executable}
+    subprocess.run(command, cwd=root, env=environment, check=True, capture_output=True)
+    assert (root / ".venv" / "bin" / "torchrun").exists()
+    assert "PATH=/opt/megatron-slm/.venv/bin" in lines[-1]
+
+
 def test_elsewhere_it_is_refused(image: Path) -> None:
     (image / "transformer_engine").rename(image / "elsewhere")
     done = use(image, "container")
@@ -95,22 +116,76 @@ def test_elsewhere_it_is_refused(image: Path) -> None:
     assert "remove it first" in done.stderr
 
 
-@pytest.mark.parametrize("nvcc", [True, False])
-def test_apex_is_built_where_there_is_a_compiler(image: Path, nvcc: bool) -> None:
-    image.with_name("bin").mkdir()
+@pytest.fixture
+def builder(image: Path) -> dict[str, str]:
+    """Variables of a machine with a compiler, CUDA's headers, nvcc and git, and with nothing else
+    on its PATH than what a shell script needs."""
     venv.create(image.with_name("root") / ".venv")  # and not with pip, which takes long
-    if nvcc:
-        (image.with_name("bin") / "nvcc").touch(0o755)
-    done = use(image, "cuda")
+    tools = image.with_name("bin")
+    tools.mkdir()
+    for name in ("bash", "cat", "cksum", "cut", "dirname", "grep", "readlink", "tail", "tee"):
+        (tools / name).symlink_to(shutil.which(name) or name)
+    for name in ("c++", "git", "nvcc"):
+        (tools / name).touch(0o755)
+    header = image.with_name("cuda") / "include" / "crt" / "host_defines.h"
+    header.parent.mkdir(parents=True)
+    header.touch()
+    return {"PATH": str(tools), "CUDA_HOME": str(image.with_name("cuda"))}
+
+
+@pytest.mark.parametrize("apex", ["", "apex"])
+def test_apex_is_an_option(image: Path, builder: dict[str, str], apex: str) -> None:
+    done = use(image, f"cuda {apex}", **builder)
     assert done.returncode == 0, done.stderr
-    first, engine, *apex = asked(image)
+    first, engine, *apexes = asked(image)
     root = image.with_name("root")
-    assert first.endswith(f" --editable {root} ninja False")
+    assert first.endswith(f" --editable {root} ninja packaging pybind11 setuptools wheel False")
     assert engine.endswith(f" --no-build-isolation --editable {root}[cuda] False")
-    assert len(apex) == (nvcc or shutil.which("nvcc", path="/usr/bin:/bin") is not None)
-    for line in apex:
+    assert len(apexes) == (apex == "apex")
+    for line in apexes:
         assert "--no-build-isolation git+https://github.com/NVIDIA/apex@" in line
         assert line.endswith(" True")
+    use(image, f"cuda {apex}", **builder)
+    assert not asked(image)  # nothing to do
+
+
+def test_the_compiler_is_told_of_the_headers(image: Path, builder: dict[str, str]) -> None:
+    """Those of CUDA_HOME, or else of the toolkit that nvcc is of, before those it knows."""
+    headers = str(image.with_name("cuda") / "include")
+    use(image, "cuda", **builder | {"CPATH": "/more"})
+    assert image.with_name("headers").read_text() == f"{headers}:/more"
+    nvcc = image.with_name("cuda") / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.touch(0o755)
+    (image.with_name("bin") / "nvcc").unlink()
+    (image.with_name("bin") / "nvcc").symlink_to(nvcc)
+    done = use(image, "cuda; _cuda_headers", **builder | {"CUDA_HOME": ""})
+    assert done.stdout.splitlines()[-1] == headers
+
+
+@pytest.mark.parametrize(
+    ("lacks", "apex", "package"),
+    [
+        ("c++", "", "apt install g++"),
+        ("headers", "", "apt install cuda-crt-13-0"),
+        ("git", "apex", "apt install git"),
+        ("nvcc", "apex", "apt install cuda-nvcc-13-0"),
+    ],
+)
+def test_what_cannot_be_built_is_said_first(
+    image: Path, builder: dict[str, str], lacks: str, apex: str, package: str
+) -> None:
+    if lacks == "headers":
+        shutil.rmtree(image.with_name("cuda"))
+    else:
+        (image.with_name("bin") / lacks).unlink()
+    done = use(image, f"cuda {apex}", **builder)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: Transformer Engine cannot be built here without ")
+    assert package in done.stderr and done.stderr.count("apt install") == 1
+    assert not asked(image)
+    if apex:  # Transformer Engine alone needs neither
+        assert use(image, "cuda", **builder).returncode == 0
 
 
 @pytest.fixture

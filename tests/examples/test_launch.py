@@ -6,7 +6,6 @@ import contextlib
 import os
 import random
 import re
-import runpy
 import shlex
 import signal
 import socket
@@ -21,6 +20,7 @@ import torch
 from jobs import Corpus
 from launch import REPOSITORY, recipe_environment
 from megatron_slm.model.architecture import to_megatron
+from megatron_slm.model.conversion.import_hf import as_options
 from random_llama import small_llama, write_random_llama
 
 RECIPE = REPOSITORY / "examples" / "pretrain_slm_1b.sh"
@@ -236,6 +236,54 @@ def test_nodes_are_checked(base: Path, tmp_path: Path) -> None:
         assert f"port {port} is taken" in refused(MASTER_PORT=port, **there)
 
 
+@pytest.mark.parametrize("gpus", [1, 8])
+@pytest.mark.parametrize("package", [None, "transformer_engine.pytorch", "apex"])
+def test_a_distributed_optimizer_needs_its_adam(
+    gpus: int, package: str | None, base: Path, tmp_path: Path
+) -> None:
+    """Without one several GPUs are refused before torchrun starts; a single one does without."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, text in {
+        "nvidia-smi": f'[ "$1" != --list-gpus ] || seq {gpus}',
+        "torchrun": 'printf "%s\n" "$@"',
+    }.items():
+        (tools / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tools / name).chmod(0o755)
+    if package is not None:
+        module = tmp_path / "site" / package.replace(".", "/") / "optimizers"
+        module.mkdir(parents=True)
+        for directory in (module, *module.parents[: package.count(".") + 1]):
+            (directory / "__init__.py").write_text("class FusedAdam: ...\n")
+    there = {"TOKENIZER": base, "BASE": base, "REFERENCE": base, "SAVE": tmp_path / "save"}
+    for name in ("bin", "idx"):
+        (tmp_path / f"data.{name}").touch()
+    settings = {
+        "DATA": tmp_path / "data",
+        "GPUS_PER_NODE": gpus,
+        "PATH": f"{tools}:{os.environ['PATH']}",
+    }
+    paths = f"{tmp_path / 'site'}:{REPOSITORY}"
+    done = subprocess.run(
+        ["bash", str(RECIPE)],
+        env=recipe_environment(gpus, **there | settings, PYTHONPATH=paths),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    distributed = "--use-distributed-optimizer" in done.stdout.splitlines()
+    if package is None and gpus > 1:
+        assert done.returncode == 2 and not done.stdout
+        assert "--use-distributed-optimizer needs Transformer Engine or Apex" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+        assert distributed == (package is not None)
+        assert ("note: without Transformer Engine or Apex" in done.stderr) == (not distributed)
+        assert ("--overlap-param-gather" in done.stdout.splitlines()) == distributed
+        assert "--overlap-grad-reduce" in done.stdout.splitlines()
+
+
 def dry_run(script: str, **settings: str) -> list[str]:
     """A recipe's command."""
     done = subprocess.run(
@@ -255,9 +303,8 @@ def option(script: str, name: str, **settings: str) -> str:
 
 
 def test_extra_is_read_as_import_prints_it(tmp_path: Path) -> None:
-    convert = runpy.run_path(str(REPOSITORY / "tools" / "convert_checkpoint.py"))
     mistral = replace(small_llama(257, 64), window=10)
-    printed = convert["as_options"](to_megatron(mistral))
+    printed = as_options(to_megatron(mistral))
     assert "'(9,0)'" in printed
     more = f"--note \"it's  two\" '' * $HOME $(touch${{IFS}}{tmp_path}/ran) \\\\"
     words = dry_run(RECIPE.name, EXTRA=f"{printed}\n {more}")

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, distributed
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from launch import launch
-from megatron_slm.loss import chunked
+from megatron_slm.kernels import triton_kernels
+from megatron_slm.loss import chunked, softmax
+from megatron_slm.loss.weight_gradient import WeightGradient, add_product
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -36,8 +41,9 @@ def test_triton_kernels_compile(capability: int) -> None:
 
     from megatron_slm.loss.softmax_triton import BLOCK, add_chunk_kernel, logits_gradient_kernel
 
-    pointers = {"column": "*i64", "maximum": "*fp32", "sums": "*fp32", "sum_exp": "*fp32"}
-    pointers |= {"scale": "*fp32", "logits": "*bf16", "rows": "i32", "columns": "i32"}
+    pointers = {"labels": "*i64", "maximum": "*fp32", "sums": "*fp32", "sum_exp": "*fp32"}
+    pointers |= {"scale": "*fp32", "logits": "*bf16"}
+    pointers |= {"rows": "i32", "columns": "i32", "first": "i32"}
     for kernel, constants in (
         (add_chunk_kernel, {"ENTROPIES": True, "BLOCK": BLOCK}),
         (logits_gradient_kernel, {"BLOCK": BLOCK}),
@@ -45,6 +51,57 @@ def test_triton_kernels_compile(capability: int) -> None:
         signature = {name: pointers.get(name, "constexpr") for name in kernel.arg_names}
         source = ASTSource(kernel, signature, constexprs=constants)
         assert triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="torch is built for CPUs alone")
+def test_products_are_added_in_one_kernel() -> None:
+    """On a GPU a bfloat16 product goes into a float32 sum without being written itself."""
+    called: list[Any] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            called.append(function)
+            try:
+                return function(*args, **(kwargs or {}))
+            except TypeError:  # torch 2.11 cannot tell the shape of this one without a GPU
+                return kwargs["out"]
+
+    with FakeTensorMode():
+        left, right, total, main_grad = (
+            torch.empty(shape, dtype=dtype, device="cuda")
+            for shape, dtype in (
+                ((6, 8), torch.bfloat16),
+                ((8, 4), torch.bfloat16),
+                ((6, 4), torch.float32),
+                ((8, 8), torch.float32),
+            )
+        )
+        main_grad.main_grad, main_grad.requires_grad = torch.empty_like(main_grad), True
+        with Watch():
+            add_product(total, left, right)
+            WeightGradient(main_grad, True).set(slice(0, 8), left, left)
+    products = [one for one in called if "addmm" in str(one) or one == torch.ops.aten.mm.default]
+    assert products == [torch.ops.aten.addmm.dtype_out] * 2
+    assert not [one for one in called if one == torch.ops.aten.add_.Tensor]
+
+
+def test_the_plain_form_where_triton_cannot_compile(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As here, where it finds no driver: said in a line, once, and no step fails."""
+    pytest.importorskip("triton", reason="comes with torch's CUDA and ROCm builds")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here, for which it compiles")
+    device = torch.device("cuda", 0)
+    triton_kernels.cache_clear()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    for _ in range(2):
+        assert chunked.softmax_functions(device) is softmax
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("WARNING: Triton cannot compile megatron_slm.loss.softmax_triton here (")
+    triton_kernels.cache_clear()
+    assert chunked.softmax_functions(torch.device("cpu")) is softmax
+    assert not capsys.readouterr().out
 
 
 def test_no_logits_of_all_tokens(
@@ -59,7 +116,7 @@ def test_no_logits_of_all_tokens(
     labels = torch.randint(0, vocabulary, (rows,))
     largest = 0
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
             nonlocal largest
             result = function(*args, **(kwargs or {}))

@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from launch import REPOSITORY
 from megatron_slm.errors import UserError
 from megatron_slm.model.conversion.export_hf import export_hugging_face
 from megatron_slm.model.conversion.import_hf import import_hugging_face
 from megatron_slm.model.torch_dist import TorchDistReader
+from random_llama import save_llama
 
 TOOL = str(REPOSITORY / "tools" / "convert_checkpoint.py")
 
@@ -31,16 +31,7 @@ TOOL = str(REPOSITORY / "tools" / "convert_checkpoint.py")
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("llama")
-    config = LlamaConfig(
-        vocab_size=131,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
-    return directory
+    return save_llama(directory, vocab_size=131, num_hidden_layers=2, num_key_value_heads=1)
 
 
 def change_config(**changes: Any) -> Callable[[Path], None]:
@@ -301,8 +292,8 @@ def test_kill_leaves_nothing_to_load(llama: Path, tmp_path: Path) -> None:
     slow = (
         "import sys, time; from pathlib import Path;"
         "from megatron_slm.model import import_hf;"
-        "write = import_hf.write_table;"
-        "import_hf.write_table = lambda *a: (write(*a), print('written', flush=True),"
+        "write = import_hf.write_checkpoint_table;"
+        "import_hf.write_checkpoint_table = lambda *a: (write(*a), print('written', flush=True),"
         " time.sleep(60));"
         "import_hf.import_hugging_face(Path(sys.argv[1]), Path(sys.argv[2]), 128)"
     )

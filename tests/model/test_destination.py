@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import random
-import resource
 import select
 import shutil
 import signal
@@ -15,34 +14,27 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from runpy import run_path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from launch import REPOSITORY, SUPPORT, launch
 from megatron_slm import files
+from megatron_slm.analysis.evaluation.scores import write_scores
 from megatron_slm.errors import UserError
 from megatron_slm.model.conversion.export_hf import export_hugging_face
 from megatron_slm.model.conversion.import_hf import import_hugging_face
+from random_llama import save_llama
+from small_disk import full_disk
 
 KILLS = 30
 
 
 def llama(directory: Path, hidden: int, seed: int = 0) -> Path:
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=2000,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
-    return directory
+    sizes = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": 4}
+    return save_llama(directory, vocab_size=2000, num_attention_heads=4, **sizes)
 
 
 @pytest.fixture(scope="module")
@@ -209,17 +201,6 @@ def test_a_link_stands_for_what_it_points_to(small: Path, tmp_path: Path) -> Non
     assert sorted(path.name for path in disk.iterdir()) == ["empty", "new"]
 
 
-@contextmanager
-def full_disk(most: int) -> Iterator[None]:
-    """No file becomes larger than that many bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize("most", [10, 500, 50_000])
 def test_full_disk(most: int, small: Path, tmp_path: Path) -> None:
     """Before, within and between tensors."""
@@ -236,25 +217,29 @@ def test_full_disk(most: int, small: Path, tmp_path: Path) -> None:
 
 def test_scores(tmp_path: Path) -> None:
     """tools/evaluate.py's file: whole, beside what others have there."""
-    write = run_path(str(REPOSITORY / "tools" / "evaluate.py"))["write"]
     output, other = tmp_path / "scores.json", tmp_path / "scores.json.partial"
     other.write_text("precious")
-    write(output, tmp_path, [])
+    write_scores(output, tmp_path, [])
     before = json.loads(output.read_text())
     assert before["scores"] == []
     with full_disk(5), pytest.raises(UserError, match=f"^cannot write {output}: "):
-        write(output, tmp_path / "another", [])
+        write_scores(output, tmp_path / "another", [])
     assert json.loads(output.read_text()) == before
     assert other.read_text() == "precious"
     assert sorted(tmp_path.iterdir()) == [output, other]
 
 
-def test_full_disk_of_one_rank(small: Path, tmp_path: Path) -> None:
+def test_full_disk_of_one_rank(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All ranks end, one of them says why, and nothing is left."""
     script = str(SUPPORT / "convert_on_a_small_disk.py")
     target = tmp_path / "out" / "megatron"
     command = [script, "import", "--hf", str(small), "--save", str(target)]
-    run = launch(2, command, tmp_path / "run", check=False, timeout=120)
+    as_torchrun_does = tmp_path / "job" / "0" / "error.json"
+    as_torchrun_does.parent.mkdir(parents=True)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(as_torchrun_does))
+    run = launch(2, command, tmp_path / "run", check=False, timeout=120, fresh_threads=1)
     assert run.codes == [2, 2]
     said = [line for output in run.outputs for line in output.splitlines() if "error: " in line]
     assert said == [f"error: cannot write {target}: File too large; nothing of it is kept"]

@@ -10,12 +10,13 @@ import mistral_common
 import pytest
 import torch
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
-from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoTokenizer
 
 from megatron_slm.errors import UserError
 from megatron_slm.model.conversion.export_hf import export_hugging_face
 from megatron_slm.model.conversion.import_hf import import_hugging_face
 from megatron_slm.model.torch_dist import TorchDistReader
+from random_llama import save_llama
 from real_text import docstrings
 
 PLAIN = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
@@ -72,14 +73,7 @@ def train(directory: Path, **options: Any) -> Path:
 
 def checkpoint_of(tmp_path: Path, vocabulary: int, **arguments: Any) -> Path:
     """A model whose run had these arguments."""
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "hf")
+    save_llama(tmp_path / "hf", vocab_size=vocabulary, intermediate_size=16)
     import_hugging_face(tmp_path / "hf", tmp_path / "megatron", 8)
     release = tmp_path / "megatron" / "release"
     common = TorchDistReader(release).common_state

@@ -6,14 +6,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, distributed
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from jobs import LLAMA, OPTIMIZER, POLICY, UNTIED, Corpus
 from launch import SUPPORT, launch, pretrain
+from megatron_slm.model import layer_spec
 from megatron_slm.model.layer_spec import GatheredAttention
 from random_llama import small_llama, write_random_llama
 
@@ -42,18 +45,23 @@ def written_out(query: Tensor, key: Tensor, value: Tensor, window: int | None) -
     return result.reshape(length, batch, heads * width)
 
 
-@pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("groups", [1, 2, 4])
-def test_causal_attention(alone: SimpleNamespace, window: int | None, groups: int) -> None:
+def layer(groups: SimpleNamespace, window: int | None, grouped: int) -> GatheredAttention:
+    """Attention of 4 heads in `grouped` groups."""
     config = TransformerConfig(
         num_layers=1,
         hidden_size=32,
         num_attention_heads=4,
-        num_query_groups=groups,
+        num_query_groups=grouped,
         attention_dropout=0.0,
         window_size=None if window is None else (window, 0),
     )
-    attention = GatheredAttention(config, 1, None, "self", pg_collection=alone)
+    return GatheredAttention(config, 1, None, "self", pg_collection=groups)
+
+
+@pytest.mark.parametrize("window", [None, 3, 10, 11])  # of 12 positions the last sees 11 before it
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_causal_attention(alone: SimpleNamespace, window: int | None, groups: int) -> None:
+    attention = layer(alone, window, groups)
     query = torch.randn(12, 2, 4, 8, requires_grad=True)
     key, value = (torch.randn(12, 2, groups, 8, requires_grad=True) for _ in range(2))
     got = attention(query, key, value, None)
@@ -64,6 +72,39 @@ def test_causal_attention(alone: SimpleNamespace, window: int | None, groups: in
         (mine,) = torch.autograd.grad((got * weight).sum(), tensor, retain_graph=True)
         (theirs,) = torch.autograd.grad((expected * weight).sum(), tensor, retain_graph=True)
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("window", "cuts"), [(None, False), (11, False), (10, True)])
+def test_fused_kernels_can_take_it(
+    alone: SimpleNamespace, window: int | None, cuts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mask only where it cuts something, and then no groups: both at once leave a GPU only the
+    kernel that keeps all scores.  One mask serves all layers, and no table of positions is made."""
+    calls: list[dict[str, Any]] = []
+    attend = layer_spec.scaled_dot_product_attention
+
+    def watched(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        calls.append(options | {"grouped": key.shape[1] != query.shape[1]})
+        return attend(query, key, value, **options)
+
+    class Positions(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, Tensor) and result.dtype == torch.int64:
+                assert result.numel() < 12 * 12, function
+            return result
+
+    monkeypatch.setattr(layer_spec, "scaled_dot_product_attention", watched)
+    layer_spec._causal_mask.cache_clear()
+    query, key = torch.randn(12, 2, 4, 8), torch.randn(12, 2, 2, 8)
+    with Positions():
+        for _ in range(2):
+            layer(alone, window, 2)(query, key, key, None)
+    masks = [call.get("attn_mask") for call in calls]
+    assert [mask is not None for mask in masks] == [cuts, cuts]
+    assert masks[0] is masks[1]
+    for call in calls:
+        assert call["grouped"] == call.get("enable_gqa", False) == (not cuts)
 
 
 def test_transformer_engine_loads_what_plain_layers_save(corpus: Corpus, tmp_path: Path) -> None:

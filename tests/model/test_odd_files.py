@@ -17,13 +17,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from launch import REPOSITORY
 from megatron_slm.errors import UserError
 from megatron_slm.model.conversion.export_hf import export_hugging_face
 from megatron_slm.model.conversion.import_hf import import_hugging_face
 from megatron_slm.model.torch_dist import TorchDistReader
+from random_llama import save_llama
 from resident import resident
 
 SECONDS, BYTES = 20, 1 << 30
@@ -53,16 +53,7 @@ def bounded() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("llama")
-    config = LlamaConfig(
-        vocab_size=100,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
-    return directory
+    return save_llama(directory, vocab_size=100, num_attention_heads=4, num_key_value_heads=2)
 
 
 Spoil = Callable[[Path], object]

@@ -29,7 +29,7 @@ SIZES = ("1b", "7b", "13b", "70b")
 def built(script: str, settings: dict[str, str], every_stage: bool) -> list[dict[str, Any]]:
     """The last rank, and by choice one of every pipeline stage."""
     read = recipe.read_launch_recipe(REPOSITORY / "examples" / script, settings)
-    args = recipe.parse(read, 0, 32000, cpu=True)
+    args = recipe.parse(read, 0, 32000)
     a, layout = recipe.architecture_of(args, 32000), recipe.layout_of(args)
     per_stage = read.ranks // layout.pp
     ranks = {read.ranks - 1}
@@ -45,7 +45,7 @@ def built(script: str, settings: dict[str, str], every_stage: bool) -> list[dict
 def largest_rank(script: str, settings: dict[str, str]) -> tuple[int, int]:
     """Ranks of a recipe's job, and bytes of the one that needs most."""
     read = recipe.read_launch_recipe(REPOSITORY / "examples" / script, settings)
-    args = recipe.parse(read, 0, 32000, cpu=True)
+    args = recipe.parse(read, 0, 32000)
     a, work = recipe.architecture_of(args, 32000), recipe.work_of(args, "te", "cuda")
     found = recipe.references_of(args, a, work)
     made = plan(a, found, recipe.layout_of(args), work, Cluster(read.ranks))
@@ -60,7 +60,7 @@ def references(extra: str, **settings: str) -> dict[str, Any]:
     if "ema" in extra:
         at = read.arguments.index("--slm-reference-load")
         del read.arguments[at : at + 2]
-    args = recipe.parse(read, 0, 32000, cpu=True)
+    args = recipe.parse(read, 0, 32000)
     policy, work = recipe.architecture_of(args, 32000), recipe.work_of(args, "te", "cuda")
     found = recipe.references_of(args, policy, work)
     held = memory(policy, found, recipe.layout_of(args), work, 0).reference

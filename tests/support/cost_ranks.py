@@ -54,7 +54,9 @@ def collectives() -> Iterator[list[tuple[Any, ...]]]:
     def watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             of_two = next((n for n in ("all_gather", "reduce_scatter") if n in name), None)
-            is_maximum = distributed.ReduceOp.MAX in (*args[1:2], kwargs.get("op"))
+            second = args[1] if len(args) > 1 else kwargs.get("op")
+            # A release of torch refuses to compare an operation with a tensor.
+            is_maximum = not isinstance(second, Tensor) and second == distributed.ReduceOp.MAX
             given = args[1 if of_two else 0]
             calls.append((of_two or name, *(["MAX"] if is_maximum else []), tuple(given.shape)))
             return function(*args, **kwargs)

@@ -24,20 +24,12 @@ import megatron.training.arguments  # noqa: F401
 from megatron_slm import pretrain
 from megatron_slm.entry import add_arguments
 from megatron_slm.errors import exit_on_user_error
-from megatron_slm.model.layer_spec import plain_block_spec
-from megatron_slm.training import scoring, seam, step  # noqa: F401
-from megatron_slm.training.arguments import validate_arguments
+from megatron_slm.jobs import scoring
 from megatron_slm.training.first_check import SCORING
 
 
-def train() -> None:
-    pretrain._pretrain(pretrain._parse_arguments(cpu=True))
-
-
 def score() -> None:
-    args = scoring.parse_arguments(partial(add_arguments, cpu=True, job=SCORING))
-    validate_arguments(args)
-    scoring.score(args, plain_block_spec)
+    scoring.score(scoring.parse_scoring_arguments(partial(add_arguments, job=SCORING)))
 
 
 def run(rank: int, job: dict[str, Any]) -> int:
@@ -50,7 +42,7 @@ def run(rank: int, job: dict[str, Any]) -> int:
     sys.argv = [job["tool"], *job["arguments"]]
     try:
         with exit_on_user_error():
-            {"train": train, "score": score}[job["tool"]]()
+            {"train": pretrain.train, "score": score}[job["tool"]]()
     except SystemExit as left:
         return int(left.code or 0)
     return 0

@@ -32,6 +32,7 @@ from megatron_slm.analysis.experiments.tasks import Instance
 from megatron_slm.analysis.inspect_cache import inspect
 from megatron_slm.analysis.report.page import write_report
 from megatron_slm.data import score_cache
+from megatron_slm.data.manifest_types import ScoredData
 from megatron_slm.data.score_cache import Section, write_shard
 from megatron_slm.data.score_manifest import CacheManifest, read_cache_manifest
 from megatron_slm.errors import UserError
@@ -348,7 +349,8 @@ def cache(section: str = "train", **changes: Any) -> Callable[[Path], None]:
     """A cache of four records in two shards, with another manifest."""
 
     def make(directory: Path) -> None:
-        manifest = CacheManifest("sample", "float32", 3, 2, {section: 4}, SOURCE, {})
+        source = ScoredData(**SOURCE)
+        manifest = CacheManifest("sample", "float32", 3, 2, {section: 4}, source, {})
         manifest.write(directory)
         for shard in range(2):
             losses = np.full((2, 3), 1.0 + shard, np.float32)

@@ -21,6 +21,20 @@ def small_llama(vocabulary: int, positions: int) -> Architecture:
     return Architecture(2, 64, 128, 4, 2, 16, vocabulary, positions, tied=False, **shape)
 
 
+def save_llama(directory: Path, **sizes: int) -> Path:
+    """A tiny Llama with random weights as transformers saves it.
+
+    Args:
+        sizes: by transformers' names, where they are others.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tiny = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    config = LlamaConfig(**tiny | {"num_attention_heads": 2} | sizes)
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
 def write_random_llama(
     directory: Path,
     architecture: Architecture,

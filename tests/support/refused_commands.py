@@ -17,8 +17,7 @@ cpu_platform.install()
 import megatron.core.tokenizers.text
 import megatron.training.arguments  # noqa: F401
 
-from megatron_slm import pretrain
-from megatron_slm.training import seam, step  # noqa: F401
+from megatron_slm import pretrain, selective  # noqa: F401
 
 PATIENCE = 60  # seconds, before a rank counts as hanging
 
@@ -40,7 +39,7 @@ def begin(arguments: list[str], rank: int) -> tuple[int, Path]:
         sys.argv = ["pretrain", *arguments]
         code = 0
         try:
-            pretrain.run(cpu=True)
+            pretrain.main()
         except SystemExit as end:
             code = end.code
         except BaseException as error:

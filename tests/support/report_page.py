@@ -13,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from corpus import MODEL, PIECES, texts
 from megatron_slm.analysis.dynamics.write_dynamics import write_dynamics
+from megatron_slm.data.manifest_types import DumpOrigin
 from megatron_slm.data.token_dump import TokenDump, write_dump
 
 SAMPLES, LENGTH = 8, 6272  # 50,176 tokens
@@ -70,15 +71,15 @@ def write_run(
                 losses=losses,
                 valid=valid,
                 samples=np.arange(samples),
-                about={
-                    "tokenizer_type": "SentencePieceTokenizer",
-                    "tokenizer_model": str(MODEL),
-                    "split": "valid",
-                    "domains": ["<b>web</b>", *["code"] * (samples - 1)],
-                    "score": "excess",
-                    "scope": "micro-batch",
-                    "ratio": 0.6,
-                },
+                about=DumpOrigin(
+                    tokenizer_type="SentencePieceTokenizer",
+                    tokenizer_model=str(MODEL),
+                    split="valid",
+                    domains=["<b>web</b>", *["code"] * (samples - 1)],
+                    score="excess",
+                    scope="micro-batch",
+                    ratio=0.6,
+                ),
                 reference_losses=reference,
                 selected=excess >= np.quantile(excess[valid], 0.4),
             )

@@ -182,7 +182,7 @@ def test_interrupted_where_python_drops_it(tmp_path: Path) -> None:
 def notes(more: str) -> list[str]:
     """Options that a run says have no effect."""
     command = [*COMPLETE.split(), *more.split()]
-    args: Any = parse(LaunchRecipe(command, 1), 0, 256, cpu=True)
+    args: Any = parse(LaunchRecipe(command, 1), 0, 256)
     lines = without_effect(args, options_in(command), False, args.slm_head or "chunked")
     assert all(line.startswith("note: --") and "\n" not in line for line in lines)
     return [line.split()[1] for line in lines]

@@ -36,7 +36,7 @@ def test_the_page_is_generated() -> None:
 
 @pytest.mark.parametrize("more", DECIDED)
 def test_planning_decides_as_training_does(more: str) -> None:
-    args: Any = parse(LaunchRecipe([*RUN.split(), *more.split()], 1), 0, 256, cpu=True)
+    args: Any = parse(LaunchRecipe([*RUN.split(), *more.split()], 1), 0, 256)
     settings = settings_from_arguments(args)
     assert (settings.selective, settings.head) == DECIDED[more]
     assert work_of(args, "plain", "cpu").head == settings.head

@@ -51,9 +51,13 @@ def old(**values: Any) -> Namespace:
         (arguments(), arguments(**CLM), "--slm-changed selection"),
         (old(), arguments(**CLM), "--slm-changed selection"),
         (arguments(**NONE), arguments(**CLM), "--slm-changed selection"),  # random tokens
-        (arguments(), arguments(**NONE), "this one has none: give the reference again"),
-        (arguments(), arguments(slm_reference_identity=WEB), "of the reference so far, and now"),
-        (arguments(), arguments(slm_reference_identity="ema:0.9"), "of the reference so far"),
+        (arguments(), arguments(**NONE), "this run has none: give the reference again"),
+        (arguments(), arguments(slm_reference_identity=WEB), "so far, and now the reference is"),
+        (
+            arguments(),
+            arguments(slm_reference_identity="ema:0.9"),
+            "so far, and now the reference is",
+        ),
     ],
 )
 def test_another_selection(saved: Namespace, args: Namespace, message: str) -> None:

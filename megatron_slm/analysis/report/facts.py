@@ -154,8 +154,8 @@ def score_of(run: RunFiles) -> str:
 
 def _told(run: RunFiles, name: str) -> str:
     """Return an option of the selection from the dumps, or else from the arguments."""
-    about = run.dumps[-1].about if run.dumps else {}
-    return str(about.get(name) or run.settings.text(f"slm_{name}") or "")
+    told = getattr(run.dumps[-1].about, name) if run.dumps else None
+    return str(told or run.settings.text(f"slm_{name}") or "")
 
 
 def _losses(run: RunFiles) -> str:

@@ -59,7 +59,7 @@ def token_map(
     cut = np.s_[:count, :length]
     first = shown[0]
     unique, ids = np.unique(first.tokens[:count, : length + 1], return_inverse=True)
-    names = first.about.get("domains") or [None] * count
+    names = first.about.domains or [None] * count
     opens = _opens(shown, count, length)
     return {
         "length": length,
@@ -87,7 +87,7 @@ def token_map(
 
 def _data(dump: TokenDump, settings: RunSettings) -> str:
     """Say whether a dump is of training or validation data, and of which datasets."""
-    training = dump.about.get("split") == "train"
+    training = dump.about.split == "train"
     names = settings.names("train_data_path" if training else "validation_set_names")
     names = names or settings.names("data_path" if training else "valid_data_path")
     named = ", ".join((names or settings.names("data_path"))[: None if training else 1])

@@ -18,7 +18,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +30,7 @@ from megatron_slm.corpus.reading.inputs import Task
 from megatron_slm.corpus.reading.lines import InputHash
 from megatron_slm.data.indexed_format import BLOCK
 from megatron_slm.data.manifest import write_manifest
+from megatron_slm.data.manifest_types import Fingerprints, ReadingOptions
 from megatron_slm.errors import UserError
 from megatron_slm.files import publish, sync, temporary
 
@@ -67,14 +67,14 @@ def fingerprint_path(directory: Path, task: Task, kind: str) -> Path:
 
 
 def fingerprint_documents(
-    task: Task, directory: Path, wanted: Wanted, options: dict[str, Any], progress: Progress
-) -> dict[str, Any]:
+    task: Task, directory: Path, wanted: Wanted, options: ReadingOptions, progress: Progress
+) -> Fingerprints:
     """Write a task's fingerprints; returns their manifest.
 
     Raises:
         UserError: an input is damaged, or the disk is full.
     """
-    kinds = ("exact", "rows") if options["dedup"] == "near" else ("exact",)
+    kinds = ("exact", "rows") if options.dedup == "near" else ("exact",)
     unfinished = {kind: temporary(fingerprint_path(directory, task, kind)) for kind in kinds}
     fingerprint_path(directory, task, "json").unlink(missing_ok=True)
     inputs, documents = [], 0
@@ -100,7 +100,7 @@ def fingerprint_documents(
             unfinished["rows"].unlink()
     except OSError as error:
         raise UserError(f"cannot write fingerprints to {directory}: {error}") from error
-    manifest = {"inputs": inputs, "options": options, "documents": documents}
+    manifest = Fingerprints(inputs, options, documents)
     write_manifest(fingerprint_path(directory, task, "json"), manifest)
     return manifest
 

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from megatron_slm.data.indexed_format import Lengths, length_blocks, open_index, write_index
+from megatron_slm.data.manifest_types import FileContent, FileSize
 from megatron_slm.errors import UserError
 from megatron_slm.files import publish, sha256_of, sync, temporary
 
@@ -38,11 +38,11 @@ class DocumentRange:
 
 def merge(
     prefix: Path, parts: Sequence[DocumentRange], dtype: np.dtype, workers: int
-) -> dict[str, Any]:
+) -> tuple[FileSize, FileContent]:
     """Write PREFIX.bin.next and .idx.next.
 
     Returns:
-        sizes and the hash of the index, for the manifest.
+        what manifests record of .bin and .idx.
 
     Raises:
         UserError: the disk is full.
@@ -63,7 +63,7 @@ def merge(
     finally:
         unfinished.unlink(missing_ok=True)
         index.unlink(missing_ok=True)
-    return {"bin": {"size": total}, "idx": {"size": size, "sha256": digest}}
+    return FileSize(total), FileContent(size, digest)
 
 
 def _all_lengths(parts: Sequence[DocumentRange]) -> Iterator[Lengths]:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_slm.data.indexed_format import length_blocks, token_dtype, write_index
+from megatron_slm.data.manifest_types import FileContent, ShardOutput
 from megatron_slm.errors import UserError
 from megatron_slm.files import publish, sha256_of, sync, temporary
 
@@ -46,7 +47,7 @@ class PairWriter:
         self.documents += len(lengths)
         self.tokens += ids.size
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> ShardOutput:
         """Publish the pair; returns its part of the manifest."""
         for file in (self.bin_file, self.lengths_file):
             file.flush()
@@ -64,12 +65,13 @@ class PairWriter:
         self.bin_file.close()
         publish(self.bin, Path(f"{self.prefix}.bin"))
         publish(index, Path(f"{self.prefix}.idx"))
-        return {
-            "documents": self.documents,
-            "tokens": self.tokens,
-            "bin": {"size": self.tokens * self.dtype.itemsize, "sha256": self.digest.hexdigest()},
-            "idx": {"size": size, "sha256": idx_digest},
-        }
+        written = self.tokens * self.dtype.itemsize
+        return ShardOutput(
+            self.documents,
+            self.tokens,
+            bin=FileContent(written, self.digest.hexdigest()),
+            idx=FileContent(size, idx_digest),
+        )
 
     def discard(self) -> None:
         """Remove what was not published."""

@@ -24,6 +24,7 @@ from megatron_slm.corpus.reading.lines import InputHash
 from megatron_slm.corpus.tokenizers.engines import ENGINES, Encode, load_engine, surround
 from megatron_slm.corpus.tokenizers.tokenizer_file import open_tokenizer
 from megatron_slm.data.dataset_check import CheckedDataset
+from megatron_slm.data.manifest_types import ShardManifest
 from megatron_slm.errors import UserError
 from megatron_slm.files import sha256_of
 
@@ -42,18 +43,18 @@ def check_deeply(
     manifest = dataset.manifest
     if manifest is None:
         raise UserError(f"{dataset.prefix} has no manifest, so its texts are not known")
-    options = manifest["options"]
+    options = manifest.options
     file = open_tokenizer(tokenizer_model)
-    if file.sha256 != options["tokenizer"]["sha256"]:
+    if file.sha256 != options.tokenizer.sha256:
         raise UserError(f"{dataset.prefix} was not made with {tokenizer_model}, but another file")
-    render = _renderer(dataset.prefix, options["chat_template"], chat_template)
-    special = options["special_tokens_in_text"] == "ids"
+    render = _renderer(dataset.prefix, options.chat_template, chat_template)
+    special = options.special_tokens_in_text == "ids"
     encode = load_engine(list(ENGINES[file.kind])[-1], file, special)
-    ends = np.cumsum([_documents(shard) for shard in manifest["shards"]]).tolist()
-    draw = random.Random(manifest["idx"]["sha256"])
+    ends = np.cumsum([shard.output.documents for shard in manifest.shards]).tolist()
+    draw = random.Random(manifest.idx.sha256)
     chosen = draw.sample(range(len(ends)), min(shards, len(ends)))
     parts = [
-        _Shard(dataset, manifest["shards"][at], range(ends[at - 1] if at else 0, ends[at]))
+        _Shard(dataset, manifest.shards[at], range(ends[at - 1] if at else 0, ends[at]))
         for at in sorted(chosen)
     ]
     return sum(part.check(render, encode, draw) for part in parts)
@@ -68,26 +69,21 @@ def _renderer(prefix: Path, recorded: str | None, template: str | None) -> Rende
     return render
 
 
-def _documents(shard: dict[str, Any]) -> int:
-    (output,) = shard["outputs"].values()
-    return int(output["documents"])
-
-
 @dataclass(frozen=True)
 class _Shard:
     """documents: their numbers in the dataset."""
 
     dataset: CheckedDataset
-    manifest: dict[str, Any]
+    manifest: ShardManifest
     documents: range
 
     def check(self, render: Render | None, encode: Encode, draw: random.Random) -> int:
         """Compare some documents; returns how many."""
-        options = self.manifest["options"]
-        gaps = options["dedup"] is not None or options["decontaminate"] is not None
+        options = self.manifest.options
+        gaps = options.dedup is not None or options.decontaminate is not None
         pieces = [
-            open_piece(recorded["path"], recorded["start"], recorded["end"])
-            for recorded in self.manifest["inputs"]
+            open_piece(recorded.path, recorded.start, recorded.end)
+            for recorded in self.manifest.inputs
         ]
         if gaps or any(piece.kind != "jsonl" for piece in pieces):
             return self._check_first(self._texts(pieces, render, encode), gaps, draw)
@@ -97,7 +93,7 @@ class _Shard:
             if texts:
                 return self._check_consecutive(texts)
         if self.documents:
-            raise UserError(f"{self.dataset.prefix}: {self.manifest['name']} has no text any more")
+            raise UserError(f"{self.dataset.prefix}: {self.manifest.name} has no text any more")
         return 0
 
     def _check_first(self, texts: Iterator[_Text], gaps: bool, draw: random.Random) -> int:
@@ -114,7 +110,7 @@ class _Shard:
                     raise self._other(document, text)
             else:
                 raise UserError(
-                    f"{self.dataset.prefix}: document {document} is not in {self.manifest['name']}"
+                    f"{self.dataset.prefix}: document {document} is not in {self.manifest.name}"
                 )
         return len(chosen)
 
@@ -134,7 +130,7 @@ class _Shard:
                 most, first = found, self.documents[place]
         if most == 0:
             raise UserError(
-                f"{self.dataset.prefix}: no document of {self.manifest['name']} has the ids of the "
+                f"{self.dataset.prefix}: no document of {self.manifest.name} has the ids of the "
                 f"text in {texts[0].where}"
             )
         raise self._other(first + most, texts[most])
@@ -155,13 +151,12 @@ class _Shard:
         self, pieces: Iterable[Piece], render: Render | None, encode: Encode
     ) -> Iterator[_Text]:
         """Those that have any ids."""
-        options = self.manifest["options"]
-        (key,) = self.manifest["outputs"]
-        keys = tuple(options["json_keys"])
-        wanted = Wanted(keys, tuple(map(tuple, options["filters"])), render)
+        options = self.manifest.options
+        (key,) = self.manifest.outputs
+        keys = tuple(options.json_keys)
+        wanted = Wanted(keys, tuple(options.filters), render)
         before, after = (
-            () if options[name] is None else (options[name],)
-            for name in ("prepend_bos", "append_eod")
+            () if token is None else (token,) for token in (options.prepend_bos, options.append_eod)
         )
         for piece in pieces:
             for batch in read_documents(piece, wanted, InputHash(lambda _: None)):

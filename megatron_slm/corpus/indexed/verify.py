@@ -12,7 +12,6 @@ import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -20,28 +19,28 @@ from megatron_slm.data.dataset_check import (
     REWRITE,
     CheckedDataset,
     refuse_offsets,
-    shard_outputs,
 )
 from megatron_slm.data.indexed_format import BLOCK
-from megatron_slm.data.manifest import dataset_manifest
+from megatron_slm.data.manifest import read_dataset_manifest
+from megatron_slm.data.manifest_types import PairManifest
 from megatron_slm.errors import UserError
 from megatron_slm.files import inside, sha256_of
 
 READ_BYTES = 1 << 24
 
 
-def pairs_of(prefix: str) -> Iterator[tuple[str, dict[str, Any] | None]]:
+def pairs_of(prefix: str) -> Iterator[tuple[str, PairManifest | None]]:
     """Prefixes and manifests of a dataset's pairs of files: several if it was not merged."""
-    manifest = dataset_manifest(prefix)
-    if manifest is None or manifest["merged"]:
-        yield prefix, manifest
+    manifest = read_dataset_manifest(prefix)
+    if manifest is None or manifest.pair is not None:
+        yield prefix, None if manifest is None else manifest.pair
         return
-    for shard in manifest["shards"]:
-        ((key, output),) = shard["outputs"].items()
-        if output["documents"]:
+    for shard in manifest.shards:
+        ((key, output),) = shard.outputs.items()
+        if output.documents:
             directory = Path(prefix.removesuffix(f"_{key}_document") + "_shards")
-            own = manifest | output | {"shards": [shard]}
-            yield str(inside(directory, f"{shard['name']}_{key}_document")), own
+            pair = str(inside(directory, f"{shard.name}_{key}_document"))
+            yield pair, PairManifest.of_shard(shard, key)
 
 
 def check_wholly(dataset: CheckedDataset, vocab_size: int | None, workers: int) -> None:
@@ -56,18 +55,18 @@ def check_wholly(dataset: CheckedDataset, vocab_size: int | None, workers: int) 
     prefix, manifest = dataset.prefix, dataset.manifest
     _check_index(dataset)
     if vocab_size is None and manifest is not None:
-        vocab_size = manifest["options"]["tokenizer"]["vocab_size"]
+        vocab_size = manifest.options.tokenizer.vocab_size
     ranges = [("", 0, Path(f"{prefix}.bin").stat().st_size)]
     hashes: list[str | None] = [None]
     if manifest is not None:
-        if sha256_of(Path(f"{prefix}.idx")) != manifest["idx"]["sha256"]:
+        if sha256_of(Path(f"{prefix}.idx")) != manifest.idx.sha256:
             raise UserError(f"{prefix}.idx is not the one that its manifest describes; {REWRITE}")
         ranges, hashes, at = [], [], 0
-        for name, output in shard_outputs(manifest):
-            size = output["bin"]["size"]
-            ranges.append((name, at, at + size))
-            hashes.append(output["bin"]["sha256"])
-            at += size
+        for shard in manifest.shards:
+            own = shard.output.bin
+            ranges.append((shard.name, at, at + own.size))
+            hashes.append(own.sha256)
+            at += own.size
     with ThreadPoolExecutor(workers) as pool:
         found = pool.map(lambda span: _check_ids(dataset, span[1], span[2], vocab_size), ranges)
         for (name, start, _), digest, recorded in zip(ranges, found, hashes, strict=True):

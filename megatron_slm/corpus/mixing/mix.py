@@ -19,21 +19,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta
 
 from megatron_slm.corpus.indexed.verify import pairs_of
 from megatron_slm.corpus.progress import announce
 from megatron_slm.corpus.reading.input_files import Identity, identity_of
-from megatron_slm.data.dataset_check import check_quickly, shard_outputs
+from megatron_slm.data.dataset_check import check_quickly
 from megatron_slm.data.manifest import (
+    is_mix,
     manifest_of_pair,
     manifest_path,
     write_data_args,
     write_manifest,
-    written_manifest,
+)
+from megatron_slm.data.manifest_types import (
+    MixedDataset,
+    MixedSource,
+    MixManifest,
+    PairManifest,
 )
 from megatron_slm.errors import UserError
 from megatron_slm.files import alone_at, read_yaml, sha256_of
@@ -168,7 +174,7 @@ def build_mix(recipe: Mix, root: Path) -> list[Share]:
                     announce(f"{prefix} has no manifest: its tokenizer and domain are not checked")
                 else:
                     _check_domain(recipe, source, prefix, manifest)
-                    tokenizers.setdefault(manifest["options"]["tokenizer"]["sha256"], prefix)
+                    tokenizers.setdefault(manifest.options.tokenizer.sha256, prefix)
                 found = check_quickly(prefix, manifest=manifest)
                 file = identity_of(f"{prefix}.bin")  # which a recipe can spell in many ways
                 if file in seen:
@@ -188,8 +194,8 @@ def build_mix(recipe: Mix, root: Path) -> list[Share]:
     return shares
 
 
-def _check_domain(recipe: Mix, source: MixSource, prefix: str, manifest: dict[str, Any]) -> None:
-    domain = manifest["options"]["domain"]
+def _check_domain(recipe: Mix, source: MixSource, prefix: str, manifest: PairManifest) -> None:
+    domain = manifest.options.domain
     if source.domain is not None and domain is not None and source.domain != domain:
         raise UserError(
             f"{recipe.path}: {source.name} is of domain {source.domain}, but {prefix} of {domain}"
@@ -219,29 +225,16 @@ def write_mix(recipe: Mix, shares: Sequence[Share], prefix: str) -> None:
     for path in weights:
         if len(path.split()) > 1:
             raise UserError(f"{path} has a space, which Megatron takes for the end of a path")
-    manifest = {
-        "recipe": sha256_of(Path(recipe.path)),
-        "budget": recipe.budget,
-        "sources": [
-            {
-                "name": share.source.name,
-                "domain": share.source.domain,
-                "tokens": share.tokens,
-                "epochs": share.epochs,
-                "datasets": [
-                    {"path": path, "weight": weight, "available": share.available[path]}
-                    | _identity(path)
-                    for path, weight in share.weights.items()
-                ],
-            }
-            for share in shares
-        ],
-    }
+    manifest = MixManifest(
+        recipe=sha256_of(Path(recipe.path)),
+        budget=recipe.budget,
+        sources=[_mixed(share) for share in shares],
+    )
     final = manifest_path(prefix)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         with alone_at(final, "--output-prefix"):
-            if "recipe" not in (written_manifest(final) or {"recipe": None}):
+            if final.exists() and not is_mix(final):
                 raise UserError(
                     f"--output-prefix {prefix}: a dataset has that name; choose another"
                 )
@@ -253,11 +246,27 @@ def write_mix(recipe: Mix, shares: Sequence[Share], prefix: str) -> None:
         raise UserError(f"--output-prefix {prefix}: {error.strerror}") from error
 
 
-def _identity(prefix: str) -> dict[str, Any]:
-    """A dataset's hashes: of its .bin those of the parts that shards made, one after the other."""
-    found: dict[str, Any] = {"idx_sha256": sha256_of(Path(f"{prefix}.idx"))}
+def _mixed(share: Share) -> MixedSource:
+    """Return a share as manifests have it."""
+    return MixedSource(
+        name=share.source.name,
+        domain=share.source.domain,
+        tokens=share.tokens,
+        epochs=share.epochs,
+        datasets=[
+            _mixed_dataset(path, weight, share.available[path])
+            for path, weight in share.weights.items()
+        ],
+    )
+
+
+def _mixed_dataset(prefix: str, weight: int, available: int) -> MixedDataset:
     manifest = manifest_of_pair(Path(prefix))
-    if manifest is not None:
-        found["bin_sha256"] = [output["bin"]["sha256"] for _, output in shard_outputs(manifest)]
-        found["tokenizer_sha256"] = manifest["options"]["tokenizer"]["sha256"]
-    return found
+    return MixedDataset(
+        path=prefix,
+        weight=weight,
+        available=available,
+        idx_sha256=sha256_of(Path(f"{prefix}.idx")),
+        bin_sha256=UNSET if manifest is None else [s.output.bin.sha256 for s in manifest.shards],
+        tokenizer_sha256=UNSET if manifest is None else manifest.options.tokenizer.sha256,
+    )

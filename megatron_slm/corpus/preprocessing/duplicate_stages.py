@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,6 @@ from megatron_slm.corpus.cleaning.duplicates import (
     fingerprint_documents,
     fingerprint_path,
 )
-from megatron_slm.corpus.preprocessing.output_paths import OutputPaths
 from megatron_slm.corpus.preprocessing.pool import over_all_cores
 from megatron_slm.corpus.preprocessing.settings import Setup, reading_options, wanted_of
 from megatron_slm.corpus.progress import Progress
@@ -24,82 +24,99 @@ from megatron_slm.data.manifest_types import Fingerprints, VerdictsManifest
 from megatron_slm.errors import UserError
 
 
-def verdicts_path(layout: OutputPaths) -> Path:
-    """Of the documents of all tasks, one after the other."""
-    return layout.shards / "duplicates.verdicts"
+@dataclass(frozen=True)
+class AllVerdicts:
+    """The verdicts on the documents of all tasks, in a file one after the other."""
+
+    path: Path
+    tasks: dict[str, tuple[slice, list[str]]]
+    """By a task's name its part of the file, and the hashes of its pieces."""
+
+    def on(self, task: Task) -> Verdicts:
+        """Return the verdicts on a task's documents."""
+        part, hashes = self.tasks[task.name]
+        count = part.stop - part.start
+        return Verdicts(np.fromfile(self.path, np.uint8, count, offset=part.start), hashes)
 
 
-def make_fingerprints(setup: Setup) -> None:
-    """Of this rank's tasks."""
+def make_fingerprints(setup: Setup) -> list[Fingerprints]:
+    """Fingerprint the documents of this rank's tasks, and return the manifests in their order."""
     directory = setup.layout.shards
     wanted, options = wanted_of(setup.settings), reading_options(setup.settings)
-    missing = []
-    for task in setup.own:
-        manifest = read_manifest(fingerprint_path(directory, task, "json"), Fingerprints)
-        if manifest is None or what_changed(task, options, manifest) is not None:
-            missing.append(task)
+    found = _known_fingerprints(setup, setup.own)
 
-    def work(task: Task, progress: Progress) -> dict[str, Any]:
+    def work(task: Task, progress: Progress) -> Fingerprints:
         with setup.layout.alone_on(fingerprint_path(directory, task, "json")):
             return fingerprint_documents(task, directory, wanted, options, progress)
 
-    for _ in over_all_cores("fingerprint", missing, work, setup.settings.workers):
-        pass
+    missing = [task for task in setup.own if task.name not in found]
+    for task, made in over_all_cores("fingerprint", missing, work, setup.settings.workers):
+        found[task.name] = made
+    return [found[task.name] for task in setup.own]
 
 
-def all_fingerprints(setup: Setup) -> list[dict[str, Any]]:
-    """Manifests of all tasks' fingerprints.
+def all_fingerprints(setup: Setup) -> list[Fingerprints]:
+    """Return the manifests of all tasks' fingerprints, which ranks have made.
 
     Raises:
         UserError: some are missing, or of other inputs or options.
     """
-    options = reading_options(setup.settings)
-    found = []
+    found = _known_fingerprints(setup, setup.tasks)
     for task in setup.tasks:
-        manifest = read_manifest(fingerprint_path(setup.layout.shards, task, "json"), Fingerprints)
-        if manifest is None or what_changed(task, options, manifest) is not None:
+        if task.name not in found:
             raise UserError(f"{task.name} has no fingerprints yet: run --stage fingerprint first")
-        found.append(manifest)
+    return [found[task.name] for task in setup.tasks]
+
+
+def _known_fingerprints(setup: Setup, tasks: Sequence[Task]) -> dict[str, Fingerprints]:
+    """Return those that still hold, by the task's name."""
+    options = reading_options(setup.settings)
+    found = {}
+    for task in tasks:
+        path = fingerprint_path(setup.layout.shards, task, "json")
+        manifest = read_manifest(path, Fingerprints)
+        if manifest is not None and what_changed(task, options, manifest) is None:
+            found[task.name] = manifest
     return found
 
 
-def make_verdicts(setup: Setup) -> None:
-    """On all documents, unless they are there."""
-    fingerprints = all_fingerprints(setup)
-    path = verdicts_path(setup.layout)
-    content = {"fingerprints": fingerprints}
-    before = read_manifest(manifest_path(path), VerdictsManifest)
-    if before is not None and before["fingerprints"] == fingerprints:
-        return
-    counts = [manifest["documents"] for manifest in fingerprints]
-    near = setup.settings.dedup == "near"
-    with setup.layout.alone_on(path):
-        manifest_path(path).unlink(missing_ok=True)
-        find_duplicates(setup.tasks, setup.layout.shards, counts, near, path)
-        write_manifest(manifest_path(path), content)
+def make_verdicts(setup: Setup, fingerprints: list[Fingerprints]) -> AllVerdicts:
+    """Find the duplicates among all documents, unless they are known."""
+    path = _verdicts_path(setup)
+    if not _are_known(setup, fingerprints):
+        counts = [manifest.documents for manifest in fingerprints]
+        near = setup.settings.dedup == "near"
+        with setup.layout.alone_on(path):
+            manifest_path(path).unlink(missing_ok=True)
+            find_duplicates(setup.tasks, setup.layout.shards, counts, near, path)
+            write_manifest(manifest_path(path), VerdictsManifest(fingerprints))
+    return _verdicts(setup, fingerprints)
 
 
-def slices_of_verdicts(setup: Setup) -> dict[str, tuple[slice, list[str]]]:
-    """Each task's part of the verdicts, and the hashes of its pieces; empty without dedup."""
-    if setup.settings.dedup is None:
-        return {}
-    fingerprints = all_fingerprints(setup)
-    before = read_manifest(manifest_path(verdicts_path(setup.layout)), VerdictsManifest)
-    if before is None or before["fingerprints"] != fingerprints:
+def known_verdicts(setup: Setup, fingerprints: list[Fingerprints]) -> AllVerdicts:
+    """Return the verdicts of an earlier stage.
+
+    Raises:
+        UserError: there are none on these documents.
+    """
+    if not _are_known(setup, fingerprints):
         raise UserError("the duplicates are not known yet: run --stage duplicates first")
-    ends = np.cumsum([0, *(manifest["documents"] for manifest in fingerprints)]).tolist()
-    spans = map(slice, ends, ends[1:])
-    hashes = ([piece["sha256"] for piece in found["inputs"]] for found in fingerprints)
-    names = (task.name for task in setup.tasks)
-    return dict(zip(names, zip(spans, hashes, strict=True), strict=True))
+    return _verdicts(setup, fingerprints)
 
 
-def verdicts_of(
-    task: Task, layout: OutputPaths, slices: dict[str, tuple[slice, list[str]]]
-) -> Verdicts | None:
-    """On a task's documents; None without dedup."""
-    if not slices:
-        return None
-    own, hashes = slices[task.name]
-    count = own.stop - own.start
-    return Verdicts(np.fromfile(verdicts_path(layout), np.uint8, count, offset=own.start), hashes)
+def _are_known(setup: Setup, fingerprints: list[Fingerprints]) -> bool:
+    before = read_manifest(manifest_path(_verdicts_path(setup)), VerdictsManifest)
+    return before is not None and before.fingerprints == fingerprints
+
+
+def _verdicts(setup: Setup, fingerprints: list[Fingerprints]) -> AllVerdicts:
+    tasks, start = {}, 0
+    for task, manifest in zip(setup.tasks, fingerprints, strict=True):
+        part = slice(start, start + manifest.documents)
+        tasks[task.name] = part, [piece.sha256 for piece in manifest.inputs]
+        start = part.stop
+    return AllVerdicts(_verdicts_path(setup), tasks)
+
+
+def _verdicts_path(setup: Setup) -> Path:
+    return setup.layout.shards / "duplicates.verdicts"

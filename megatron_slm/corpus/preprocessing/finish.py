@@ -11,28 +11,29 @@ PREFIX_rejects/                      lines that could not be used
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_slm.corpus.file_names import is_ours
 from megatron_slm.corpus.indexed.merge import DocumentRange, merge
+from megatron_slm.corpus.preprocessing.found import Found
 from megatron_slm.corpus.preprocessing.output_paths import OutputPaths
+from megatron_slm.corpus.preprocessing.settings import Setup
 from megatron_slm.corpus.preprocessing.settle import settle
-from megatron_slm.corpus.preprocessing.shard import COUNTS, remove_shard, shard_prefix
-from megatron_slm.corpus.reading.input_records import what_changed
-from megatron_slm.corpus.reading.inputs import Task
+from megatron_slm.corpus.preprocessing.shard import remove_shard, shard_prefix
 from megatron_slm.data.indexed_format import token_dtype
-from megatron_slm.data.manifest import (
-    check_dataset,
-    dataset_manifest,
-    manifest_path,
-    read_manifest,
-    write_data_args,
-    write_manifest,
+from megatron_slm.data.manifest import manifest_path, write_data_args, write_manifest
+from megatron_slm.data.manifest_types import (
+    DatasetCounts,
+    DatasetManifest,
+    DecidedDatasets,
+    DocumentCounts,
+    Reject,
+    ShardManifest,
+    ShardOptions,
+    total_counts,
 )
-from megatron_slm.data.manifest_types import Decided, Reject, ShardManifest
 from megatron_slm.errors import UserError
 from megatron_slm.files import decode_json, open_regular
 
@@ -42,109 +43,29 @@ LONGEST_REJECT = 1 << 20  # bytes of a line of a list of rejects
 
 @dataclass(frozen=True)
 class PreprocessingSummary:
-    """datasets: manifests by key."""
+    """The datasets of a run."""
 
     layout: OutputPaths
-    datasets: dict[str, dict[str, Any]]
+    datasets: dict[str, DatasetManifest]
+    """Manifests by key."""
 
     @property
-    def shards(self) -> list[dict[str, Any]]:
-        """Their manifests, with the counts over all keys."""
-        return self.datasets[self.layout.keys[0]]["shards"]
+    def shards(self) -> list[ShardManifest]:
+        """Manifests of their shards, with the counts over all keys."""
+        return self.datasets[self.layout.keys[0]].shards
 
     @property
-    def counts(self) -> dict[str, int]:
-        """Over all shards."""
-        return total_counts(self.shards)
+    def counts(self) -> DocumentCounts:
+        """What became of the documents of all shards."""
+        return total_counts([shard.counts for shard in self.shards])
 
 
-def shard_manifest(layout: OutputPaths, task: Task) -> dict[str, Any] | None:
-    """A finished shard's manifest."""
-    path = layout.shards / f"{task.name}.json"
-    manifest = read_manifest(path, ShardManifest)
-    if manifest is None:
-        return None
-    keys = set(manifest["options"]["json_keys"])
-    if manifest["name"] != task.name or manifest["outputs"].keys() != keys:
-        raise UserError(f"{path} is damaged: it is of another shard; delete it and run again")
-    for key, output in manifest["outputs"].items():
-        if not has_sizes(shard_prefix(layout.shards, task.name, key), output):
-            return None
-    return manifest
-
-
-def has_sizes(prefix: Path, output: dict[str, Any]) -> bool:
-    """Whether .bin and .idx are as long as a manifest says."""
-    files = {suffix: Path(f"{prefix}.{suffix}") for suffix in ("bin", "idx")}
-    return all(
-        path.exists() and path.stat().st_size == output[suffix]["size"]
-        for suffix, path in files.items()
-    )
-
-
-def datasets(layout: OutputPaths) -> dict[str, dict[str, Any]] | None:
-    """Manifests of the datasets that are there, or are about to be, if all keys have theirs."""
-    decided = read_manifest(layout.decided, Decided)
-    if decided is not None:
-        for manifest in decided["datasets"].values():
-            check_dataset(layout.decided, manifest)
-        return decided["datasets"]
-    found = {}
-    for key in layout.keys:
-        manifest = dataset_manifest(layout.dataset(key))
-        if manifest is None or (
-            manifest["merged"] and not has_sizes(layout.dataset(key), manifest)
-        ):
-            return None
-        found[key] = manifest
-    return found
-
-
-def merged_shards(layout: OutputPaths) -> dict[str, dict[str, Any]]:
-    """Shards that are part of merged datasets, by name, with the outputs of all keys."""
-    found: dict[str, dict[str, Any]] = {}
-    manifests = datasets(layout)
-    if manifests is None or not all(manifest["merged"] for manifest in manifests.values()):
-        return {}
-    for manifest in manifests.values():
-        for shard in manifest["shards"]:
-            merged = found.setdefault(shard["name"], {**shard, "outputs": {}})
-            merged["outputs"] |= shard["outputs"]
-    return found
-
-
-def remove_lists(layout: OutputPaths) -> None:
+def remove_lists(found: Found, layout: OutputPaths) -> None:
     """Remove what makes datasets of shards that are not merged, before any of these changes."""
-    for key in layout.keys:
-        path = manifest_path(layout.dataset(key))
-        manifest = dataset_manifest(layout.dataset(key))
-        if manifest is None or not manifest["merged"]:
-            path.unlink(missing_ok=True)
+    for key, manifest in found.in_place.items():
+        if manifest is None or not manifest.merged:
+            manifest_path(layout.dataset(key)).unlink(missing_ok=True)
             Path(f"{layout.dataset(key)}.data-args.txt").unlink(missing_ok=True)
-
-
-def is_complete(
-    layout: OutputPaths, tasks: Sequence[Task], options: dict[str, Any], merged: bool, engine: str
-) -> PreprocessingSummary | None:
-    """The datasets as they are, if they are what a run would make."""
-    manifests = datasets(layout)
-    if manifests is None:
-        return None
-    for manifest in manifests.values():
-        shards = manifest["shards"]
-        if manifest["merged"] is not merged or len(shards) != len(tasks):
-            return None
-        for task, shard in zip(tasks, shards, strict=True):
-            if shard["name"] != task.name or what_changed(task, options, shard, engine) is not None:
-                return None
-            if not merged and shard_manifest(layout, task) is None:
-                return None
-    return PreprocessingSummary(layout, manifests)
-
-
-def total_counts(shards: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """Over all shards."""
-    return {name: sum(shard["counts"][name] for shard in shards) for name in COUNTS}
 
 
 def remove_strangers(layout: OutputPaths, names: set[str]) -> None:
@@ -158,146 +79,157 @@ def remove_strangers(layout: OutputPaths, names: set[str]) -> None:
             path.unlink()
 
 
-def check_rejects(layout: OutputPaths, shards: Sequence[dict[str, Any]], most: float) -> None:
+def check_rejects(layout: OutputPaths, shards: Sequence[ShardManifest], most: float) -> None:
     """Raises: UserError: too large a part of the shards' documents, also those that a filter leaves
     out, could not be used."""
-    counts = total_counts(shards)
-    rejects = counts["rejects"]
-    seen = counts["read"] + counts["filtered"] + rejects
+    counts = total_counts([shard.counts for shard in shards])
+    rejects = counts.rejects
+    seen = counts.read + counts.filtered + rejects
     if rejects > most * seen:
         what = (
             f"{rejects} of {seen} documents could not be used, more than "
             f"--max-reject-fraction {most:g} of them"
         )
-        lists = (layout.rejects / f"{shard['name']}.jsonl" for shard in shards)
+        lists = (layout.rejects / f"{shard.name}.jsonl" for shard in shards)
         first = next(filter(Path.exists, lists), None)
         if first is None:
             raise UserError(f"{what}; their list in {layout.rejects} was removed. Allow more")
         with open_regular(first) as file:
             reject = decode_json(file.readline(LONGEST_REJECT), Reject, first)
         raise UserError(
-            f"{what}: {reject['file']}:{reject['line']}: "
-            f"{reject['reason']}; all are in {layout.rejects}. Mend them and run again, which "
+            f"{what}: {reject.file}:{reject.line}: "
+            f"{reject.reason}; all are in {layout.rejects}. Mend them and run again, which "
             "keeps the other shards, or allow more"
         )
 
 
 def finish(
-    layout: OutputPaths,
-    shards: Sequence[dict[str, Any]],
-    merged_before: set[str],
-    options: dict[str, Any],
-    most_rejects: float,
-    merging: bool,
-    workers: int,
+    setup: Setup, shards: Sequence[ShardManifest], merged: Collection[str], found: Found
 ) -> PreprocessingSummary:
     """Make datasets of all shards.
 
     Args:
-        shards: their manifests, in order.
-        merged_before: names of those that are part of the datasets that are there already.
+        shards: in order.
+        merged: names of those that are part of the datasets that were found.
 
     Raises:
         UserError: too many rejects, no documents at all, or the disk is full.
     """
-    check_rejects(layout, shards, most_rejects)
-    found = {}
-    for key in layout.keys:
-        own = [{**shard, "outputs": {key: shard["outputs"][key]}} for shard in shards]
-        outputs = [shard["outputs"][key] for shard in shards]
-        totals = {name: sum(output[name] for output in outputs) for name in ("documents", "tokens")}
-        if totals["documents"] == 0:
-            raise UserError(f"{_why_nothing(key, shards, options)}: nothing to write")
-        found[key] = {"options": options, "merged": merging, "counts": totals, "shards": own}
-    if merging:
-        _merge_all(layout, found, shards, merged_before, workers)
+    layout, settings = setup.layout, setup.settings
+    check_rejects(layout, shards, settings.max_reject_fraction)
+    counts = {key: _counts(setup, key, shards) for key in layout.keys}
+    if settings.merge:
+        datasets = _merge_all(setup, counts, shards, merged, found)
     else:
-        _list_all(layout, found, shards)
-    remove_strangers(layout, {shard["name"] for shard in shards})
-    layout.clear(merging)
-    return PreprocessingSummary(layout, found)
+        datasets = _list_all(setup, counts, shards)
+    remove_strangers(layout, {shard.name for shard in shards})
+    layout.clear(settings.merge)
+    return PreprocessingSummary(layout, datasets)
 
 
-def _why_nothing(key: str, shards: Sequence[dict[str, Any]], options: dict[str, Any]) -> str:
+def _counts(setup: Setup, key: str, shards: Sequence[ShardManifest]) -> DatasetCounts:
+    """Raises: UserError: there would be no documents."""
+    outputs = [shard.outputs[key] for shard in shards]
+    documents = sum(output.documents for output in outputs)
+    if documents == 0:
+        raise UserError(f"{_why_nothing(key, shards, setup.options)}: nothing to write")
+    return DatasetCounts(documents, sum(output.tokens for output in outputs))
+
+
+def _why_nothing(key: str, shards: Sequence[ShardManifest], options: ShardOptions) -> str:
     """Return why no document of any shard has a token under a key."""
-    counts = total_counts(shards)
-    if counts["filtered"] and not counts["read"]:
-        filters = " ".join(f"--filter {name}={value}" for name, value in options["filters"])
-        return f"{filters} leaves none of {counts['filtered']:,} documents"
+    counts = total_counts([shard.counts for shard in shards])
+    if counts.filtered and not counts.read:
+        filters = " ".join(f"--filter {name}={value}" for name, value in options.filters)
+        return f"{filters} leaves none of {counts.filtered:,} documents"
     names = ("filtered", "rejects", "exact_duplicates", "near_duplicates", "contaminated")
-    left_out = [f"{counts[name]:,} {name.replace('_', ' ')}" for name in names if counts[name]]
-    if left_out and not counts["empty"]:
+    left_out = [
+        f"{count:,} {name.replace('_', ' ')}" for name in names if (count := getattr(counts, name))
+    ]
+    if left_out and not counts.empty:
         return f"no document is left under {key!r} ({', '.join(left_out)})"
     return f"no document has any text under {key!r}"
 
 
 def _merge_all(
-    layout: OutputPaths,
-    found: dict[str, dict[str, Any]],
-    shards: Sequence[dict[str, Any]],
-    merged_before: set[str],
-    workers: int,
-) -> None:
-    """Write all datasets before any of the old ones is replaced, as shards may be in these alone.
-    Their manifests get what merge finds out."""
+    setup: Setup,
+    counts: dict[str, DatasetCounts],
+    shards: Sequence[ShardManifest],
+    merged: Collection[str],
+    found: Found,
+) -> dict[str, DatasetManifest]:
+    """Write all datasets before any old one is replaced, as shards may be in these alone."""
+    layout, datasets = setup.layout, {}
+    dtype = token_dtype(setup.options.tokenizer.vocab_size)
     try:
-        for key, manifest in found.items():
-            parts = _parts(layout, shards, merged_before, key)
-            dtype = token_dtype(manifest["options"]["tokenizer"]["vocab_size"])
-            manifest.update(merge(layout.dataset(key), parts, dtype, workers))
-        write_manifest(layout.decided, {"datasets": found})
+        for key in layout.keys:
+            parts = _parts(layout, shards, merged, key, found)
+            data, index = merge(layout.dataset(key), parts, dtype, setup.settings.workers)
+            own = [shard.of_key(key) for shard in shards]
+            datasets[key] = DatasetManifest(setup.options, True, counts[key], own, data, index)
+        write_manifest(layout.decided, DecidedDatasets(datasets))
     finally:
         settle(layout)
+    return datasets
 
 
 def _list_all(
-    layout: OutputPaths, found: dict[str, dict[str, Any]], shards: Sequence[dict[str, Any]]
-) -> None:
+    setup: Setup, counts: dict[str, DatasetCounts], shards: Sequence[ShardManifest]
+) -> dict[str, DatasetManifest]:
     """Make lists of the shards the datasets, in the place of older ones."""
-    weights = {key: _weights(layout, key, shards) for key in found}
-    for key in found:
+    layout = setup.layout
+    weights = {key: _weights(layout, key, shards) for key in layout.keys}
+    for key in layout.keys:
         prefix = layout.dataset(key)
         for suffix in ("idx", "bin", "manifest.json"):  # of an older, merged one
             Path(f"{prefix}.{suffix}").unlink(missing_ok=True)
         write_data_args(prefix, weights[key])
-    for key, manifest in found.items():
+    datasets = {
+        key: DatasetManifest(
+            setup.options, False, counts[key], [shard.of_key(key) for shard in shards]
+        )
+        for key in layout.keys
+    }
+    for key, manifest in datasets.items():
         write_manifest(manifest_path(layout.dataset(key)), manifest)
+    return datasets
 
 
 def _parts(
-    layout: OutputPaths, shards: Sequence[dict[str, Any]], merged_before: set[str], key: str
+    layout: OutputPaths,
+    shards: Sequence[ShardManifest],
+    merged: Collection[str],
+    key: str,
+    found: Found,
 ) -> list[DocumentRange]:
-    """Where each shard's documents are now."""
+    """Return where each shard's documents are now."""
     old: dict[str, DocumentRange] = {}
-    before = dataset_manifest(layout.dataset(key)) if merged_before else None
     first = offset = 0
-    for shard in [] if before is None else before["shards"]:
-        output = shard["outputs"][key]
-        size = output["bin"]["size"]
-        old[shard["name"]] = DocumentRange(
-            layout.dataset(key), first, output["documents"], offset, size
-        )
-        first, offset = first + output["documents"], offset + size
+    for shard in found.datasets[key].shards if merged and found.datasets is not None else []:
+        documents, size = shard.output.documents, shard.output.bin.size
+        old[shard.name] = DocumentRange(layout.dataset(key), first, documents, offset, size)
+        first, offset = first + documents, offset + size
     return [
-        old[shard["name"]]
-        if shard["name"] in merged_before
+        old[shard.name]
+        if shard.name in merged
         else DocumentRange(
-            layout.shards / f"{shard['name']}_{key}_document",
+            shard_prefix(layout.shards, shard.name, key),
             0,
-            shard["outputs"][key]["documents"],
+            shard.outputs[key].documents,
             0,
-            shard["outputs"][key]["bin"]["size"],
+            shard.outputs[key].bin.size,
         )
         for shard in shards
     ]
 
 
-def _weights(layout: OutputPaths, key: str, shards: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """Of the shards by prefix, for Megatron's --data-args-path."""
+def _weights(layout: OutputPaths, key: str, shards: Sequence[ShardManifest]) -> dict[str, int]:
+    """Return the weight of each shard's pair (its token count) by prefix, as --data-args-path
+    expects."""
     weights = {
-        str(shard_prefix(layout.shards, shard["name"], key)): shard["outputs"][key]["tokens"]
+        str(shard_prefix(layout.shards, shard.name, key)): shard.outputs[key].tokens
         for shard in shards
-        if shard["outputs"][key]["documents"]
+        if shard.outputs[key].documents
     }
     if len(weights) > MOST_IN_A_BLEND:
         raise UserError(

@@ -19,7 +19,7 @@ from pathlib import Path
 from megatron_slm.corpus.file_names import DECIDED, STDIN, is_ours
 from megatron_slm.data.manifest import manifest_path
 from megatron_slm.errors import UserError
-from megatron_slm.files import alone_at, is_leftover, temporary
+from megatron_slm.files import alone_at, is_leftover, writing
 
 LOCK_WAIT = 10.0  # seconds that the workers of a killed run get to end
 
@@ -116,11 +116,9 @@ class OutputPaths:
     def spool_stdin(self) -> str:
         """Standard input as a file, which can be cut into tasks and read again."""
         path = self.shards / STDIN
-        unfinished = temporary(path)
         try:
-            with unfinished.open("wb") as file:
+            with writing(path) as unfinished, unfinished.open("wb") as file:
                 shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
-            unfinished.replace(path)
-        except OSError as error:
-            raise UserError(f"--input -: cannot keep it in {path}: {error.strerror}") from error
+        except UserError as error:
+            raise UserError(f"--input -: {error}") from error
         return str(path)

@@ -21,12 +21,10 @@ from megatron_slm.corpus.progress import POLL, Bar, Counters, Progress
 from megatron_slm.corpus.reading.inputs import Task
 from megatron_slm.errors import UserError
 
-TaskWork = Callable[[Task, Progress], dict[str, Any]]
 
-
-def over_all_cores(
-    label: str, tasks: Sequence[Task], work: TaskWork, workers: int
-) -> Iterator[tuple[Task, dict[str, Any]]]:
+def over_all_cores[Result](
+    label: str, tasks: Sequence[Task], work: Callable[[Task, Progress], Result], workers: int
+) -> Iterator[tuple[Task, Result]]:
     """Results of tasks as they are done; in this process if one is enough.
 
     Args:
@@ -53,8 +51,12 @@ def over_all_cores(
 
 
 def _in_processes(
-    tasks: Sequence[Task], work: TaskWork, workers: int, counters: Counters, bar: Bar
-) -> Iterator[tuple[Task, dict[str, Any]]]:
+    tasks: Sequence[Task],
+    work: Callable[[Task, Progress], Any],
+    workers: int,
+    counters: Counters,
+    bar: Bar,
+) -> Iterator[tuple[Task, Any]]:
     pool = ProcessPoolExecutor(workers, counters.context, _start_worker, (work, counters))
     try:
         # The largest first, so that none is left alone at the end.
@@ -75,11 +77,11 @@ def _in_processes(
         pool.shutdown(cancel_futures=True)
 
 
-_work: TaskWork
+_work: Callable[[Task, Progress], Any]
 _counters: Counters
 
 
-def _start_worker(work: TaskWork, counters: Counters) -> None:
+def _start_worker(work: Callable[[Task, Progress], Any], counters: Counters) -> None:
     global _work, _counters
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which stops workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -93,5 +95,5 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _in_worker(task: Task, at: int) -> dict[str, Any]:
+def _in_worker(task: Task, at: int) -> Any:
     return _work(task, partial(_counters.add, at))

@@ -1,6 +1,7 @@
 """Corpora to Megatron indexed datasets.
 
     plan        the inputs are cut into tasks                       inputs.py
+    look        what an earlier run has left, and what still serves found.py
     duplicates  wanted only with dedup: two steps over all tasks    duplicates.py
     tokenize    each task writes its shard, over all cores          shard.py, pool.py
     finish      the shards become one dataset                       finish.py
@@ -12,24 +13,28 @@ that was killed goes on where it was, and several machines share one output dire
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from megatron_slm.corpus.preprocessing.duplicate_stages import (
+    AllVerdicts,
+    all_fingerprints,
+    known_verdicts,
     make_fingerprints,
     make_verdicts,
-    slices_of_verdicts,
-    verdicts_of,
 )
 from megatron_slm.corpus.preprocessing.finish import (
     PreprocessingSummary,
     check_rejects,
     finish,
-    is_complete,
-    merged_shards,
     remove_lists,
-    shard_manifest,
+)
+from megatron_slm.corpus.preprocessing.found import (
+    Found,
+    Serving,
+    complete_datasets,
+    look,
+    serving,
 )
 from megatron_slm.corpus.preprocessing.output_paths import OutputPaths
 from megatron_slm.corpus.preprocessing.pool import over_all_cores
@@ -43,10 +48,10 @@ from megatron_slm.corpus.preprocessing.settle import settle
 from megatron_slm.corpus.preprocessing.shard import ShardRecipe, make_shard
 from megatron_slm.corpus.progress import Progress, announce
 from megatron_slm.corpus.reading.documents import read_documents
-from megatron_slm.corpus.reading.input_records import what_changed
 from megatron_slm.corpus.reading.inputs import Task
 from megatron_slm.corpus.reading.lines import InputHash
 from megatron_slm.corpus.tokenizers.engines import choose_engine
+from megatron_slm.data.manifest_types import ShardManifest
 from megatron_slm.errors import UserError
 
 SAMPLED_TASKS, SAMPLED_CHARACTERS = 64, 1 << 20  # for the choice of an engine
@@ -78,78 +83,70 @@ def preprocess(settings: PreprocessingSettings) -> PreprocessingSummary | None:
 
 def run_stages(setup: Setup) -> PreprocessingSummary | None:
     """As preprocess."""
-    settings = setup.settings
-    layout, stage = setup.layout, settings.stage
+    layout, settings, stage = setup.layout, setup.settings, setup.settings.stage
+    if stage == "fingerprint":
+        make_fingerprints(setup)
+        return None
+    if stage == "duplicates":
+        make_verdicts(setup, all_fingerprints(setup))
+        return None
     if stage == "all":
         settle(layout)
-        complete = is_complete(layout, setup.tasks, setup.options, settings.merge, settings.engine)
-        if complete is not None:
-            check_rejects(layout, complete.shards, settings.max_reject_fraction)
-            announce("the dataset is complete: nothing to do")
-            layout.clear(settings.merge)
-            return complete
-    if settings.dedup is not None and stage in ("all", "fingerprint"):
-        make_fingerprints(setup)
-    if settings.dedup is not None and stage in ("all", "duplicates"):
-        make_verdicts(setup)
-    if stage in ("fingerprint", "duplicates"):
-        return None
-    shards, merged_before = tokenize(setup)
+    found = look(setup)
+    serves = serving(setup, found)
+    if stage == "all" and (datasets := complete_datasets(setup, found, serves)) is not None:
+        summary = PreprocessingSummary(layout, datasets)
+        check_rejects(layout, summary.shards, settings.max_reject_fraction)
+        announce("the dataset is complete: nothing to do")
+        layout.clear(settings.merge)
+        return summary
+    verdicts = None
+    if settings.dedup is not None and stage == "all":
+        verdicts = make_verdicts(setup, make_fingerprints(setup))
+    elif settings.dedup is not None:
+        verdicts = known_verdicts(setup, all_fingerprints(setup))
+    shards, merged = tokenize(setup, found, serves, verdicts)
     if stage == "tokenize":
         return None
-    return finish(
-        layout,
-        [shards[task.name] for task in setup.tasks],
-        merged_before,
-        setup.options,
-        settings.max_reject_fraction,
-        settings.merge,
-        settings.workers,
-    )
+    return finish(setup, [shards[task.name] for task in setup.tasks], merged, found)
 
 
-def tokenize(setup: Setup) -> tuple[dict[str, dict[str, Any]], set[str]]:
+def tokenize(
+    setup: Setup, found: Found, serves: dict[str, Serving], verdicts: AllVerdicts | None
+) -> tuple[dict[str, ShardManifest], set[str]]:
     """Make the shards of this rank that are missing.
 
     Returns:
-        manifests by task, and the tasks whose shards are part of the merged dataset.
+        manifests by task, and the tasks whose shards are part of the merged datasets.
     """
-    slices = slices_of_verdicts(setup)
-    in_dataset = merged_shards(setup.layout) if setup.settings.merge else {}
-    shards: dict[str, dict[str, Any]] = {}
-    merged_before: set[str] = set()
+    shards: dict[str, ShardManifest] = {}
+    merged: set[str] = set()
     missing = []
     for task in setup.own:
-        reason = None
-        verdicts = verdicts_of(task, setup.layout, slices)
-        dropped = None if verdicts is None else verdicts.sha256
-        for manifest in (shard_manifest(setup.layout, task), in_dataset.get(task.name)):
-            if manifest is None:
-                continue
-            reason = what_changed(task, setup.options, manifest, setup.settings.engine)
-            if reason is None and manifest["dropped"] != dropped:
-                reason = "other duplicates"
-            if reason is None:
-                shards[task.name] = manifest
-                if manifest is in_dataset.get(task.name):
-                    merged_before.add(task.name)
-                break
+        there = serves[task.name]
+        dropped = None if verdicts is None else verdicts.on(task).sha256
+        if there.shard is not None and there.shard.dropped == dropped:
+            shards[task.name] = there.shard
+        elif there.merged is not None and there.merged.dropped == dropped:
+            shards[task.name] = there.merged
+            merged.add(task.name)
         else:
             missing.append(task)
-            if reason is not None:
+            other = there.shard is not None or there.merged is not None
+            if reason := "other duplicates" if other else there.changed:
                 announce(f"{task.name}: made again: {reason}")
     if missing:
-        remove_lists(setup.layout)
+        remove_lists(found, setup.layout)
         recipe = recipe_of(setup, missing)
 
-        def work(task: Task, progress: Progress) -> dict[str, Any]:
-            verdicts = verdicts_of(task, setup.layout, slices)
+        def work(task: Task, progress: Progress) -> ShardManifest:
+            own = None if verdicts is None else verdicts.on(task)
             with setup.layout.alone_on(setup.layout.shards / f"{task.name}.json"):
-                return make_shard(task, setup.layout, recipe, verdicts, progress)
+                return make_shard(task, setup.layout, recipe, own, progress)
 
         for task, manifest in over_all_cores("tokenize", missing, work, setup.settings.workers):
             shards[task.name] = manifest
-    return shards, merged_before
+    return shards, merged
 
 
 def recipe_of(setup: Setup, tasks: Sequence[Task]) -> ShardRecipe:

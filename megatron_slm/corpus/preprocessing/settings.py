@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
+
+import msgspec
 
 from megatron_slm.corpus.cleaning.contamination import Contamination, read_evaluation_sets
 from megatron_slm.corpus.cleaning.shingles import SHINGLES_VERSION
@@ -18,6 +20,7 @@ from megatron_slm.corpus.reading.input_files import find_files
 from megatron_slm.corpus.reading.inputs import Task, import_for, plan_tasks
 from megatron_slm.corpus.tokenizers.engines import check_engine
 from megatron_slm.corpus.tokenizers.tokenizer_file import TokenizerFile, open_tokenizer
+from megatron_slm.data.manifest_types import ReadingOptions, ShardOptions, TokenizerIdentity
 from megatron_slm.errors import UserError
 from megatron_slm.files import sha256_of
 
@@ -40,7 +43,7 @@ class PreprocessingSettings:
     prepend_bos: bool = False
     special_ids: bool = False
     engine: str = "auto"
-    dedup: str | None = None
+    dedup: Literal["exact", "near"] | None = None
     decontaminate: tuple[str, ...] = ()
     max_reject_fraction: float = 1e-4
     workers: int = 1
@@ -84,7 +87,7 @@ class Setup:
     tasks: list[Task]
     file: TokenizerFile
     contamination: Contamination | None
-    options: dict[str, Any]
+    options: ShardOptions
 
     @property
     def own(self) -> list[Task]:
@@ -114,19 +117,16 @@ def prepare(settings: PreprocessingSettings, layout: OutputPaths) -> Setup:
     contamination = read_evaluation_sets(settings.decontaminate) if settings.decontaminate else None
     if contamination is not None and contamination.too_short:
         announce(f"{contamination.too_short} evaluation texts are too short to be looked for")
-    options = {
-        "tokenizer": {
-            "name": Path(settings.tokenizer_model).name,
-            "sha256": file.sha256,
-            "vocab_size": file.vocab_size,
-        },
-        "domain": settings.domain,
-        "append_eod": file.eod if settings.append_eod else None,
-        "prepend_bos": file.bos if settings.prepend_bos else None,
-        "special_tokens_in_text": "ids" if settings.special_ids else "text",
-        "decontaminate": None if contamination is None else contamination.sha256,
-        **reading_options(settings),
-    }
+    name = Path(settings.tokenizer_model).name
+    options = ShardOptions(
+        **msgspec.structs.asdict(reading_options(settings)),
+        tokenizer=TokenizerIdentity(name, file.sha256, file.vocab_size),
+        domain=settings.domain,
+        append_eod=file.eod if settings.append_eod else None,
+        prepend_bos=file.bos if settings.prepend_bos else None,
+        special_tokens_in_text="ids" if settings.special_ids else "text",
+        decontaminate=None if contamination is None else contamination.sha256,
+    )
     return Setup(settings, layout, tasks, file, contamination, options)
 
 
@@ -142,17 +142,18 @@ def refuse_spaces(layout: OutputPaths, tasks: Sequence[Task]) -> None:
                 )
 
 
-def reading_options(settings: PreprocessingSettings) -> dict[str, Any]:
+def reading_options(settings: PreprocessingSettings) -> ReadingOptions:
     """Those that decide which texts are read."""
     template = settings.chat_template
     wanted_of(settings)  # says what is wrong with the template
-    return {
-        "json_keys": list(settings.json_keys),
-        "filters": [list(pair) for pair in settings.filters],
-        "chat_template": None if template is None else sha256_of(Path(template)),
-        "dedup": settings.dedup,
-        "words": SHINGLES_VERSION if settings.dedup == "near" or settings.decontaminate else None,
-    }
+    words = settings.dedup == "near" or settings.decontaminate
+    return ReadingOptions(
+        json_keys=list(settings.json_keys),
+        filters=list(settings.filters),
+        chat_template=None if template is None else sha256_of(Path(template)),
+        dedup=settings.dedup,
+        words=SHINGLES_VERSION if words else None,
+    )
 
 
 def wanted_of(settings: PreprocessingSettings) -> Wanted:

@@ -1,8 +1,8 @@
 """Put new datasets in the place of the old ones, so that no crash leaves a mixture of the two.
 
 Datasets are written beside the old ones, as .bin.next and .idx.next.  When those of all keys are
-whole, the file of their manifests (Layout.decided) is written: from then on they are the datasets,
-and whatever run comes next ends their replacement.
+whole, the file of their manifests (OutputPaths.decided) is written: from then on they are the
+datasets, and whatever run comes next ends their replacement.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from pathlib import Path
 
 from megatron_slm.corpus.preprocessing.output_paths import OutputPaths
 from megatron_slm.data.manifest import manifest_path, read_manifest, write_manifest
-from megatron_slm.data.manifest_types import Decided
+from megatron_slm.data.manifest_types import DecidedDatasets
 from megatron_slm.files import publish
 
 
 def settle(layout: OutputPaths) -> None:
     """Put the datasets that are decided on in the place of the old ones, from wherever an earlier
     run was cut off; remove those that are not."""
-    decided = read_manifest(layout.decided, Decided)
-    for key in layout.keys if decided is None else decided["datasets"]:
+    decided = read_manifest(layout.decided, DecidedDatasets)
+    for key in layout.keys if decided is None else decided.datasets:
         prefix = layout.dataset(key)
         data, index = (Path(f"{prefix}.{suffix}") for suffix in ("bin", "idx"))
         new_data, new_index = (path.with_name(f"{path.name}.next") for path in (data, index))
@@ -34,5 +34,5 @@ def settle(layout: OutputPaths) -> None:
         if new_index.exists():
             publish(new_index, index)
         Path(f"{prefix}.data-args.txt").unlink(missing_ok=True)
-        write_manifest(manifest_path(prefix), decided["datasets"][key])
+        write_manifest(manifest_path(prefix), decided.datasets[key])
     layout.decided.unlink(missing_ok=True)

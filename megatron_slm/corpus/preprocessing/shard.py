@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 
 from megatron_slm.corpus.cleaning.contamination import Contamination
@@ -30,11 +30,15 @@ from megatron_slm.corpus.reading.inputs import Task
 from megatron_slm.corpus.reading.lines import InputHash
 from megatron_slm.corpus.tokenizers.engines import Encode, surround, version
 from megatron_slm.data.manifest import write_manifest
-from megatron_slm.data.manifest_types import Counts
+from megatron_slm.data.manifest_types import (
+    DocumentCounts,
+    ShardManifest,
+    ShardOptions,
+    total_counts,
+)
 from megatron_slm.errors import UserError
 from megatron_slm.files import publish, sync, temporary
 
-COUNTS = tuple(Counts.__annotations__)
 LISTED = 100_000  # rejects of a shard; a bomb has them by the billion
 
 
@@ -55,7 +59,7 @@ class ShardRecipe:
     before: tuple[int, ...]
     after: tuple[int, ...]
     contamination: Contamination | None
-    options: dict[str, Any]
+    options: ShardOptions
 
 
 def shard_prefix(directory: Path, name: str, key: str) -> Path:
@@ -79,7 +83,7 @@ def make_shard(
     recipe: ShardRecipe,
     verdicts: Verdicts | None,
     progress: Progress,
-) -> dict[str, Any]:
+) -> ShardManifest:
     """Write a task's shard; returns its manifest.
 
     Args:
@@ -108,8 +112,8 @@ def _write_shard(
     verdicts: Verdicts | None,
     writers: list[PairWriter],
     progress: Progress,
-) -> dict[str, Any]:
-    counts = dict.fromkeys(COUNTS, 0)
+) -> ShardManifest:
+    counts = total_counts([])
     rejects = layout.rejects / f"{task.name}.jsonl"
     unfinished = temporary(rejects)
     inputs = []
@@ -117,13 +121,13 @@ def _write_shard(
         for at, piece in enumerate(task.pieces):
             seen = InputHash(lambda size: progress(size, 0, 0, 0))
             for batch in read_documents(piece, recipe.wanted, seen):
-                counts["blank_lines"] += batch.blank_lines
-                counts["filtered"] += batch.filtered
-                for reject in batch.rejects[: max(0, LISTED - counts["rejects"])]:
-                    rejects_file.write(orjson.dumps(reject, option=orjson.OPT_APPEND_NEWLINE))
-                counts["rejects"] += len(batch.rejects)
+                counts.blank_lines += batch.blank_lines
+                counts.filtered += batch.filtered
+                for reject in batch.rejects[: max(0, LISTED - counts.rejects)]:
+                    rejects_file.write(msgspec.json.encode(reject) + b"\n")
+                counts.rejects += len(batch.rejects)
                 kept = list(_kept(batch, recipe, verdicts, counts))
-                counts["read"] += len(batch.texts)
+                counts.read += len(batch.texts)
                 _write_batch(kept, recipe, writers, counts, progress, piece.path)
             digest = seen.digest.hexdigest()
             if verdicts is not None and digest != verdicts.inputs[at]:
@@ -134,27 +138,27 @@ def _write_shard(
             inputs.append(describe_input(piece, digest))
         rejects_file.flush()
         sync(rejects_file.fileno())
-    if counts["rejects"]:
+    if counts.rejects:
         publish(unfinished, rejects)
     else:
         unfinished.unlink()
     outputs = {key: writer.finish() for key, writer in zip(layout.keys, writers, strict=True)}
-    manifest = {
-        "name": task.name,
-        "inputs": inputs,
-        "options": recipe.options,
-        "engine": recipe.engine,
-        "engine_version": version(recipe.engine),
-        "dropped": None if verdicts is None else verdicts.sha256,
-        "counts": counts,
-        "outputs": outputs,
-    }
+    manifest = ShardManifest(
+        name=task.name,
+        inputs=inputs,
+        options=recipe.options,
+        engine=recipe.engine,
+        engine_version=version(recipe.engine),
+        dropped=None if verdicts is None else verdicts.sha256,
+        counts=counts,
+        outputs=outputs,
+    )
     write_manifest(layout.shards / f"{task.name}.json", manifest)
     return manifest
 
 
 def _kept(
-    batch: Batch, recipe: ShardRecipe, verdicts: Verdicts | None, counts: dict[str, int]
+    batch: Batch, recipe: ShardRecipe, verdicts: Verdicts | None, counts: DocumentCounts
 ) -> Iterator[tuple[str, ...]]:
     """Documents that are neither duplicates nor contaminated.  Those beyond the verdicts are of a
     file that has changed, which is found out at its end."""
@@ -162,12 +166,13 @@ def _kept(
         yield from batch.texts
         return
     dropped = np.empty(0, np.uint8) if verdicts is None else verdicts.dropped
-    for at, texts in enumerate(batch.texts, counts["read"]):
+    for at, texts in enumerate(batch.texts, counts.read):
         verdict = dropped[at] if at < len(dropped) else KEEP
         if verdict != KEEP:
-            counts["exact_duplicates" if verdict == EXACT else "near_duplicates"] += 1
+            counts.exact_duplicates += int(verdict == EXACT)
+            counts.near_duplicates += int(verdict != EXACT)
         elif recipe.contamination is not None and any(map(recipe.contamination.hit, texts)):
-            counts["contaminated"] += 1
+            counts.contaminated += 1
         else:
             yield texts
 
@@ -176,7 +181,7 @@ def _write_batch(
     kept: list[tuple[str, ...]],
     recipe: ShardRecipe,
     writers: list[PairWriter],
-    counts: dict[str, int],
+    counts: DocumentCounts,
     progress: Progress,
     path: str,
 ) -> None:
@@ -190,9 +195,9 @@ def _write_batch(
             ids = surround(ids, lengths, before, after)
             lengths = lengths + len(before) + len(after)
         writer.add(ids, lengths)
-        counts["empty"] += int(empty.sum())
-        counts["documents"] += len(lengths)
-        counts["tokens"] += ids.size
+        counts.empty += int(empty.sum())
+        counts.documents += len(lengths)
+        counts.tokens += ids.size
         progress(0, len(lengths), ids.size, sum(map(len, texts)))
 
 

@@ -20,6 +20,7 @@ from megatron_slm.corpus.reading.lines import (
     read_lines,
 )
 from megatron_slm.corpus.reading.parquet import Row, read_rows
+from megatron_slm.data.manifest_types import Reject
 
 QUARANTINED = 4096  # bytes of a bad line that are kept
 
@@ -90,7 +91,7 @@ class Batch:
     """texts: a tuple a document, of one text a key.  rejects: for the rejects file."""
 
     texts: list[tuple[str, ...]]
-    rejects: list[dict[str, Any]] = field(default_factory=list)
+    rejects: list[Reject] = field(default_factory=list)
     blank_lines: int = 0
     filtered: int = 0
 
@@ -122,7 +123,7 @@ def _read_json(piece: Piece, wanted: Wanted, seen: InputHash) -> Iterator[Batch]
             if batch.rejects and first is None:
                 first = first_line_number(piece)  # reads all before the piece
             for reject in batch.rejects:
-                reject["line"] += first
+                reject.line += first
         before += len(lines)
         yield batch
 
@@ -153,7 +154,7 @@ def _parse_each(path: str, number: int, lines: list[bytes | None], wanted: Wante
             _add(batch, wanted.texts(record))
         except BadRecord as error:
             content = (line or b"")[:QUARANTINED].decode(errors="backslashreplace")
-            batch.rejects.append(_reject(path, at, error, content))
+            batch.rejects.append(Reject(path, at, str(error), content))
     return batch
 
 
@@ -162,10 +163,6 @@ def _add(batch: Batch, texts: tuple[str, ...] | None) -> None:
         batch.filtered += 1
     else:
         batch.texts.append(texts)
-
-
-def _reject(path: str, line: int, error: Exception, content: str) -> dict[str, Any]:
-    return {"file": path, "line": line, "reason": str(error), "content": content}
 
 
 def _read_parquet(piece: Piece, wanted: Wanted, seen: InputHash) -> Iterator[Batch]:
@@ -201,5 +198,5 @@ def _parse_rows(path: str, number: int, rows: list[Row], wanted: Wanted) -> Batc
             _add(batch, wanted.texts(row))
         except BadRecord as error:
             content = _as_text(row)[:QUARANTINED]
-            batch.rejects.append(_reject(path, at, error, content))
+            batch.rejects.append(Reject(path, at, str(error), content))
     return batch

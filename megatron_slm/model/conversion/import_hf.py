@@ -10,6 +10,7 @@ or files disagree, the import does what transformers 5 does, or refuses.
 
 from __future__ import annotations
 
+import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -142,6 +143,34 @@ def _complete(plan: _Plan, directory: Path, save: Path, everywhere: list[Stored 
         stored = [one for one in everywhere if one is not None]
         write_checkpoint_table(directory / "release", plan.parts, stored)
         (directory / TRACKER).write_text("release")
+
+
+def as_options(arguments: dict[str, Any]) -> str:
+    """Return Megatron's options for a model, to be used in place of --use-checkpoint-args.
+
+    Args:
+        arguments: what `import_hugging_face` returned.
+    """
+    names = {
+        "layernorm_epsilon": "norm-epsilon",
+        "untie_embeddings_and_output_weights": "untie-embeddings-and-output-weights",
+    }
+    shown = """
+        num_layers hidden_size ffn_hidden_size num_attention_heads group_query_attention
+        num_query_groups kv_channels max_position_embeddings position_embedding_type rotary_base
+        use_rope_scaling rope_scaling_factor window_size normalization layernorm_epsilon swiglu
+        untie_embeddings_and_output_weights attention_dropout hidden_dropout
+    """.split()
+    options = ["--disable-bias-linear"]
+    for name in shown:
+        value, flag = arguments[name], "--" + names.get(name, name).replace("_", "-")
+        if name == "rope_scaling_factor" and not arguments["use_rope_scaling"]:
+            continue
+        if value is True:
+            options.append(flag)
+        elif value is not None and value is not False:
+            options += [flag, str(value).replace(" ", "")]
+    return shlex.join(options)
 
 
 def read_architecture(source: Path) -> Architecture:

@@ -1,8 +1,8 @@
-"""What is done differently while Megatron saves and loads checkpoints.
+"""Wrappers of Megatron's functions that save and load checkpoints; megatron_hooks.py installs them.
 
-Nothing of a save outlives the run: what this process writes needs no other process, and those of
---async-save end with it.  A save that fails says in a line what could not be written and what is
-kept, on all ranks; the tracker file names a checkpoint that is whole, at any moment.
+No process of a save outlives the run: what this process writes needs no other process, and the
+processes of --async-save end with it.  A save that fails says in one line, on all ranks, what could
+not be written and what is kept.  At any moment, the tracker file names a whole checkpoint.
 """
 
 from __future__ import annotations
@@ -23,10 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 from megatron.core.msc_utils import MaybeMultiStorageClient, MultiStorageClientFeature
-from megatron.training import checkpointing, get_args, initialize, training
+from megatron.training import get_args
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_slm.errors import UserError
@@ -37,35 +35,48 @@ from megatron_slm.training import helper_processes
 from megatron_slm.training.nan import check_weights
 
 POLL_SECONDS = 0.05
-ROOM = 1 << 20  # bytes, below which a disk counts as full
+ROOM = 1 << 20  # a disk with fewer bytes left counts as full
+# Queue of the results of a save that this process writes itself, while there is one.
+_results: list[queue.Queue[Any]] = []
 
 
-def install(before_save: Callable[[int], None]) -> None:
-    """Wrap Megatron's functions.  Call once, before `pretrain()`.
+def wrap_save(
+    save_checkpoint: Callable[..., Any], before_save: Callable[[int], None]
+) -> Callable[..., Any]:
+    """Wrap Megatron's `save_checkpoint`: check the weights first, and report failures in one line.
 
     Args:
+        save_checkpoint: the original.
         before_save: called with the iteration before a checkpoint is written.
     """
-    save_checkpoint = training.save_checkpoint
-    load_checkpoint = training.load_checkpoint
-    finalize = training.maybe_finalize_async_save
-    start_writer = initialize.init_persistent_async_worker
 
     @functools.wraps(save_checkpoint)
     def save(iteration: int, model: Any, *args: Any, **kwargs: Any) -> Any:
         check_weights(model, iteration)
         with _saving(f"the checkpoint of iteration {iteration}"), extra_states(model):
-            with written_here():
+            with _written_here():
                 before_save(iteration)
             if get_args().async_save:
                 return save_checkpoint(iteration, model, *args, **kwargs)
-            with written_here():
+            with _written_here():
                 return save_checkpoint(iteration, model, *args, **kwargs)
+
+    return save
+
+
+def wrap_finalize(finalize: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap Megatron's `maybe_finalize_async_save`: report failures in one line."""
 
     @functools.wraps(finalize)
     def finalize_save(*args: Any, **kwargs: Any) -> Any:
         with _saving("a checkpoint"):
             return finalize(*args, **kwargs)
+
+    return finalize_save
+
+
+def wrap_load(load_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap Megatron's `load_checkpoint`: report failures in one line."""
 
     @functools.wraps(load_checkpoint)
     def load(*args: Any, **kwargs: Any) -> Any:
@@ -77,6 +88,12 @@ def install(before_save: Callable[[int], None]) -> None:
                 f"the checkpoint in {where} cannot be loaded: {_cause(error)}"
             ) from error
 
+    return load
+
+
+def wrap_start_writer(start_writer: Callable[..., None]) -> Callable[..., None]:
+    """Wrap Megatron's `init_persistent_async_worker`: end the worker's process with this one."""
+
     @functools.wraps(start_writer)
     def start(rank: int, mp_mode: str = "spawn") -> None:
         multiprocessing.set_forkserver_preload([helper_processes.__name__])
@@ -85,42 +102,44 @@ def install(before_save: Callable[[int], None]) -> None:
                 start_writer(rank, mp_mode)
         except ModuleNotFoundError as error:
             raise UserError(
-                "--async-save needs nvidia-resiliency-ext, which is not installed; "
-                "--async-strategy mcore does without"
+                "--async-save needs nvidia-resiliency-ext, which is not installed: install it, or "
+                "give --async-strategy mcore, which does not need it"
             ) from error
 
-    training.save_checkpoint = save
-    training.load_checkpoint = load
-    training.maybe_finalize_async_save = finalize_save
-    initialize.init_persistent_async_worker = start
-    checkpointing.maybe_msc = _WholeTrackers()
-    writer = filesystem_async.FileSystemWriterAsync
-    writer.write_preloaded_data = staticmethod(_naming_the_file(writer.write_preloaded_data))
-    PersistentAsyncCaller.is_current_async_call_done = _unless_it_ended(
-        PersistentAsyncCaller.is_current_async_call_done
-    )
+    return start
+
+
+def wrap_results_queue(get_queue: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap Megatron's `get_write_results_queue`: give a save without --async-save its own queue.
+
+    Megatron's queue is a process of 0.5 GB, which outlives this one.  It is meant for the writers
+    of --async-save; a checkpoint saved meanwhile would take their results for its own.
+    """
+
+    @functools.wraps(get_queue)
+    def get_results_queue(*args: Any, **kwargs: Any) -> Any:
+        return _results[-1] if _results else get_queue(*args, **kwargs)
+
+    return get_results_queue
 
 
 @contextmanager
-def written_here() -> Iterator[None]:
-    """Pass the results of a save from the threads that write on in this process.
-
-    Megatron's own way, a process of 0.5 GB that outlives this one, is for writers of --async-save;
-    another checkpoint saved meanwhile would take their results for its own.
-    """
-    before = filesystem_async._results_queue
-    filesystem_async._results_queue = queue.Queue()
+def _written_here() -> Iterator[None]:
+    """Let this process's own threads hand over the results of what is saved in the block."""
+    _results.append(queue.Queue())
     try:
         yield
     finally:
-        filesystem_async._results_queue = before
+        _results.pop()
 
 
 @contextmanager
 def _without_sigterm() -> Iterator[None]:
-    """Keep SIGTERM from processes that are started: to all of a job it means that this one saves
-    a last checkpoint, which they write."""
-    resource_tracker.ensure_running()  # which would let the signal through again when it starts
+    """Make processes that are started in the block ignore SIGTERM.
+
+    A job's processes all receive it, and this one then saves a last checkpoint, which they write.
+    """
+    resource_tracker.ensure_running()  # starting it later would unblock the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield
@@ -130,7 +149,11 @@ def _without_sigterm() -> Iterator[None]:
 
 @contextmanager
 def _saving(what: str) -> Iterator[None]:
-    """Say in a line what has failed."""
+    """Report in one line a failure to save `what`.
+
+    Raises:
+        UserError: it could not be saved.
+    """
     try:
         yield
     except (CheckpointException, CheckpointingException, OSError, UserError) as error:
@@ -152,7 +175,7 @@ def _failed(what: str, cause: str) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    """The innermost failure, in a line."""
+    """Describe the innermost failure in one line."""
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
     if not isinstance(error, CheckpointException):
@@ -163,8 +186,11 @@ def _cause(error: BaseException) -> str:
     return "another rank failed; see what it says"
 
 
-def _naming_the_file(write: Callable[..., Any]) -> Callable[..., Any]:
-    """Megatron keeps of a thread's failure the name of its class alone."""
+def wrap_write(write: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap Megatron's `write_preloaded_data`: let a failure name the file.
+
+    Of a failure in a thread, Megatron would keep only the name of its class.
+    """
 
     @functools.wraps(write)
     def written(*args: Any, **kwargs: Any) -> Any:
@@ -173,7 +199,7 @@ def _naming_the_file(write: Callable[..., Any]) -> Callable[..., Any]:
             file, failure = Path(kwargs["write_bucket"][0]), result[1]
             said = getattr(failure, "strerror", None) or " ".join(str(failure).split())
             disk = os.statvfs(file.parent)
-            if disk.f_bavail * disk.f_frsize < ROOM:  # which torch does not always tell
+            if disk.f_bavail * disk.f_frsize < ROOM:  # torch does not always say so
                 said = os.strerror(errno.ENOSPC)
             raise RuntimeError(f"{file}: {said}")
         return result
@@ -181,8 +207,8 @@ def _naming_the_file(write: Callable[..., Any]) -> Callable[..., Any]:
     return written
 
 
-def _unless_it_ended(is_done: Callable[..., bool]) -> Callable[..., bool]:
-    """Megatron waits for ever for the results of a writer that was killed."""
+def wrap_is_done(is_done: Callable[..., bool]) -> Callable[..., bool]:
+    """Wrap Megatron's `is_current_async_call_done`: do not wait for ever for a killed writer."""
 
     @functools.wraps(is_done)
     def looked(self: Any, blocking: bool = False, no_dist: bool = False) -> bool:
@@ -202,8 +228,8 @@ def _unless_it_ended(is_done: Callable[..., bool]) -> Callable[..., bool]:
     return looked
 
 
-class _WholeTrackers(MaybeMultiStorageClient):
-    """Megatron's files, of which tracker files are written whole."""
+class WholeTrackers(MaybeMultiStorageClient):
+    """A `maybe_msc` like Megatron's, which opens files, but writes tracker files whole."""
 
     def open(self, path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
         own = Path(path).name == TRACKER and mode == "w"

@@ -1,4 +1,4 @@
-"""The policy's losses of all tokens of some micro-batches, in a forward-only pass of its own."""
+"""Forward-only passes over micro-batches, which come before a step's schedule."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from megatron_slm.loss import Scoring, all_losses
-from megatron_slm.training import seam
+from megatron_slm.reference import Reference, Scored
+from megatron_slm.training.data_iterators import for_model_chunks
 from megatron_slm.training.micro_batch import MicroBatch
-
-Scored = tuple[Tensor, Tensor | None]
 
 
 def score_with_policy(
@@ -22,15 +21,18 @@ def score_with_policy(
     arguments: dict[str, Any],
     scoring: Scoring,
 ) -> tuple[list[MicroBatch], list[Scored]]:
-    """Run the schedule on micro-batches without a gradient, a random number or a change of state.
+    """Score micro-batches with the policy, without gradients, random numbers or changes of state.
 
     Args:
-        form: of the data iterators that the schedule takes.
-        arguments: of the schedule, from a training step.
+        schedule: Megatron's schedule.
+        form: the form of the data iterators that it takes, from form_of.
+        micro_batches: the micro-batches to score.
+        arguments: the schedule's other arguments in a training step.
+        scoring: what to compute.
 
     Returns:
-        The micro-batches as they were read, and on the last pipeline stage each one's losses and
-        entropies, float32 [b, s/c]; no losses elsewhere.
+        The micro-batches as they were read and, on the last pipeline stage, the losses and
+        entropies of each, float32 [b, s/c]; on other stages an empty list.
     """
     read: list[MicroBatch] = []
 
@@ -45,7 +47,7 @@ def score_with_policy(
         return output, lambda scored, non_loss_data: scored
 
     models = arguments["model"]
-    # Dropout would draw numbers that the training pass has to draw.
+    # Dropout would draw random numbers that belong to the training pass.
     for model in models:
         model.eval()
     with torch.no_grad():
@@ -53,7 +55,7 @@ def score_with_policy(
             **arguments
             | {
                 "forward_step_func": score,
-                "data_iterator": seam.for_model_chunks(
+                "data_iterator": for_model_chunks(
                     form, noting(micro_batches, read), arguments["num_microbatches"]
                 ),
                 "forward_only": True,
@@ -65,8 +67,22 @@ def score_with_policy(
     return read, [tuple(said) if scoring.entropies else (said, None) for said in scored]
 
 
+def with_reference(
+    reference: Reference,
+    micro_batches: Iterator[MicroBatch],
+    count: int,
+    micro_batch_size: int,
+) -> list[MicroBatch]:
+    """Read `count` micro-batches, and set what the reference scores, where the last stage is."""
+    read: list[MicroBatch] = []
+    scored = reference.score(noting(micro_batches, read), count, micro_batch_size)
+    for batch, (losses, entropies) in zip(read, scored, strict=False):  # other stages have none
+        batch.reference_losses, batch.reference_entropies = losses, entropies
+    return read
+
+
 def noting(micro_batches: Iterator[MicroBatch], seen: list[MicroBatch]) -> Iterator[MicroBatch]:
-    """The micro-batches, each added to `seen` as it is read."""
+    """Yield micro-batches, and add each to `seen` as it is read."""
     for micro_batch in micro_batches:
         seen.append(micro_batch)
         yield micro_batch

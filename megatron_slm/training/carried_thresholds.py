@@ -1,0 +1,64 @@
+"""Thresholds that a run carries from step to step, and from checkpoint to checkpoint.
+
+selection/carried.py has how they move; here they are made known to all pipeline stages, any of
+which may write the checkpoint, and kept in Megatron's arguments, which checkpoints carry.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+import torch
+from megatron.core import mpu
+from megatron.training import get_args
+from torch import Tensor
+
+from megatron_slm.selection import CarriedThreshold, Selection
+from megatron_slm.training.settings import SelectiveSettings
+
+
+class CarriedThresholds:
+    """The thresholds of a run with --slm-global-batch carried.
+
+    Args:
+        resumed: arguments of the run that this one goes on with; empty where it starts afresh.
+    """
+
+    def __init__(self, settings: SelectiveSettings, resumed: Namespace) -> None:
+        selection = settings.selection
+        self.sets = max(1, len(selection.domain_ratios))
+        # Of another score, or of other sets, they would mean nothing.
+        self.made_for = (selection.score, *(settings.domains if selection.domain_ratios else ()))
+        same = getattr(resumed, "slm_carried_for", None) == self.made_for
+        state = getattr(resumed, "slm_carried_threshold", None) if same else None
+        self.carried = CarriedThreshold.from_state(state)
+
+    def before(self, iteration: int) -> Tensor | None:
+        """Return what `iteration` compares with, float32 [sets]; None before the first step."""
+        thresholds = self.carried.before(iteration)
+        if thresholds is None:
+            return None
+        return torch.tensor(thresholds, device=torch.cuda.current_device())
+
+    def after(self, iteration: int, exact: Selection | None) -> None:
+        """Take a step's exact thresholds into the running ones.  Collective over the pipeline.
+
+        Args:
+            exact: selected from the whole step, on the last pipeline stage; None elsewhere.
+        """
+        found = torch.zeros(2, self.sets, device=torch.cuda.current_device())
+        if exact is not None:
+            # A step that overflows must not stay in the average.
+            known = (exact.count > 0) & exact.threshold.isfinite()
+            found[0] = torch.where(known, exact.threshold, 0.0)
+            found[1] = known
+        if mpu.get_pipeline_model_parallel_world_size() > 1:
+            torch.distributed.broadcast(
+                found,
+                mpu.get_pipeline_model_parallel_last_rank(),
+                group=mpu.get_pipeline_model_parallel_group(),
+            )
+        thresholds, has_tokens = found.tolist()
+        self.carried.after(iteration, thresholds, [bool(any_) for any_ in has_tokens])
+        get_args().slm_carried_threshold = self.carried.state()
+        get_args().slm_carried_for = self.made_for

@@ -1,0 +1,72 @@
+"""Seconds a step at 1.1 billion parameters, bfloat16: SLM in its forms against CLM.
+
+python tests/gpu/steps.py
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+import tempfile
+from pathlib import Path
+
+from table import arguments, measured, row, skipped
+
+args = arguments(__doc__)
+
+from training import BILLION, train
+
+RATIO = "--slm-token-ratio 0.6"
+TOKENS = 16 * 2048
+ROWS = {  # more arguments; the aim, as a multiple of CLM's time
+    "CLM": ("", None),
+    "SLM": (f"{RATIO} --slm-reference-load REFERENCE", 1.34),
+    "SLM, nothing spent on a reference (as with cached losses)": (
+        f"{RATIO} --slm-score policy",
+        1.0,
+    ),
+    "SLM, the reference in host memory, 4 micro-batches at once": (
+        f"{RATIO} --slm-reference-load REFERENCE --slm-reference-offload"
+        " --slm-reference-micro-batch-size 16",
+        1.34,
+    ),
+    "SLM, dense head": (f"{RATIO} --slm-reference-load REFERENCE --slm-head dense", None),
+}
+
+
+def main() -> None:
+    """Each row twelve steps, of which the first three are passed over."""
+    if args.device == "cpu" or args.small:
+        skipped("seconds a step", "a billion parameters are for a GPU")
+        return
+    base = 0.0
+    with tempfile.TemporaryDirectory() as scratch:
+        at = Path(scratch)
+        saving = f"--train-iters 1 --save {at}/reference --save-interval 1 --no-save-optim"
+        train(at / "reference-run", f"{BILLION} {saving}")
+        for number, (name, (more, aim)) in enumerate(ROWS.items()):
+            run = train(
+                at / f"run{number}",
+                f"{BILLION} --train-iters 12 {more.replace('REFERENCE', f'{at}/reference')}",
+            )
+            said = run.outputs[0]
+            times = [
+                float(found)
+                for found in re.findall(r"elapsed time per iteration \(ms\): ([0-9.]+)", said)
+            ][3:]
+            step = statistics.median(times)
+            base = base or step
+            peaks = [float(found) for found in re.findall(r"max allocated: ([0-9.]+)", said)]
+            figure = (
+                f"{step:.0f} ms ({min(times):.0f} to {max(times):.0f}), {step / base:.2f} of CLM"
+            )
+            row(f"1.1B, {name}: GiB at most", f"{max(peaks, default=0) / 1024:.1f}")
+            row(f"1.1B, {name}: tokens a second", f"{1000 * TOKENS / step:.0f}")
+            if aim is None:
+                row(f"1.1B, {name}: a step", figure)
+            else:
+                measured(f"1.1B, {name}: a step", figure, f"{aim:.2f}", step / base <= aim)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""Lines of the table that tests/gpu/run.sh prints, and whether what they say is right."""
+
+from __future__ import annotations
+
+import os
+from argparse import ArgumentParser, Namespace
+
+MARK = "| "
+WRONG = "WRONG"
+
+
+def row(what: str, figure: str, aim: str = "", right: bool | None = None) -> None:
+    """Print a figure that has to be right; None where nothing depends on it."""
+    _print(what, figure, aim, {None: "", True: "ok", False: WRONG}[right])
+
+
+def measured(what: str, figure: str, aim: str, met: bool) -> None:
+    """Print a figure that is hoped to meet an aim."""
+    _print(what, figure, aim, "met" if met else "missed")
+
+
+def skipped(what: str, why: str) -> None:
+    """Print that something was not done."""
+    _print(what, f"skipped: {why}", "", "")
+
+
+def _print(*cells: str) -> None:
+    print(f"{MARK}{' | '.join(cells)} |", flush=True)
+
+
+def arguments(about: str | None) -> Namespace:
+    """Read a check's command line, and prepare the device that it names."""
+    parser = ArgumentParser(description=about)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--small", action="store_true", help="Sizes for a CPU or a sanitizer.")
+    args = parser.parse_args()
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if args.device == "cpu":
+        from megatron_slm import cpu_platform
+
+        cpu_platform.install()
+    return args

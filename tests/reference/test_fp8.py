@@ -1,0 +1,80 @@
+"""What Transformer Engine cannot compute in fp8 is refused by name, before anything is built."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+import pytest
+from megatron.core.transformer import TransformerConfig
+
+from megatron_slm.errors import UserError
+from megatron_slm.reference.fp8 import check_fp8_sizes
+from megatron_slm.training import arguments
+
+FITTING = {
+    "num_layers": 2,
+    "hidden_size": 96,
+    "ffn_hidden_size": 256,
+    "num_attention_heads": 6,
+    "num_query_groups": 2,
+    "kv_channels": 16,
+}
+
+
+def check(tokens: int, **changed: int | bool) -> None:
+    check_fp8_sizes(TransformerConfig(**FITTING | changed), [tokens], "the reference in DIR")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "changed", "what"),
+    [
+        (2 * 66, {}, "132 tokens of a micro-batch"),
+        (
+            64,
+            {
+                "tensor_model_parallel_size": 2,
+                "sequence_parallel": True,
+                "context_parallel_size": 8,
+            },
+            "4 tokens of",
+        ),
+        (64, {"hidden_size": 104}, "104 hidden features"),
+        (64, {"kv_channels": 20}, "120 features of queries"),
+        (
+            64,
+            {
+                "num_attention_heads": 8,
+                "kv_channels": 4,
+                "num_query_groups": 1,
+                "tensor_model_parallel_size": 2,
+            },
+            "20 features of queries, keys and values",
+        ),
+        (64, {"ffn_hidden_size": 264}, "264 feed-forward units"),
+        (64, {"tensor_model_parallel_size": 2, "ffn_hidden_size": 272}, "136 feed-forward units"),
+    ],
+)
+def test_sizes(tokens: int, changed: dict[str, int | bool], what: str) -> None:
+    check(64)
+    with pytest.raises(UserError, match=f"the reference in DIR has {what}"):
+        check(tokens, **changed)
+
+
+def test_a_dump_would_change_delayed_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arguments, "HAVE_TE", True)
+    unset = dict.fromkeys(arguments.UNSUPPORTED)
+    args = Namespace(
+        **unset,
+        cuda_graph_impl="none",
+        tensor_parallel_num_weight_shards=None,
+        reset_position_ids=False,
+        slm_reference_fp8=False,
+        fp8="hybrid",
+        fp8_recipe="delayed",
+        slm_dump_interval=10,
+        use_distributed_optimizer=False,
+    )
+    with pytest.raises(UserError, match="--fp8-recipe tensorwise, or leave --slm-dump-interval"):
+        arguments.validate_arguments(args)
+    for harmless in ({"fp8_recipe": "tensorwise"}, {"slm_dump_interval": None}, {"fp8": None}):
+        arguments.validate_arguments(Namespace(**vars(args) | harmless))
