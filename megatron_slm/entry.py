@@ -9,8 +9,8 @@ from argparse import ArgumentParser
 from collections.abc import Callable
 
 from megatron_slm.errors import exit_on_user_error
-from megatron_slm.training.first_check import TRAINING, Job, first_check
-from megatron_slm.training.option_groups import add_group
+from megatron_slm.training.command_line.first_check import TRAINING, Job, first_check
+from megatron_slm.training.command_line.option_groups import add_group
 
 # What torchrun would set for a single rank.  Port 0 stands for any that is free.
 ONE_RANK = {
@@ -61,8 +61,8 @@ def use_device() -> None:
 
 def add_arguments(parser: ArgumentParser, job: Job = TRAINING) -> ArgumentParser:
     """Add a job's options to Megatron's, with the CPU platform's defaults if it is installed."""
-    from megatron_slm.training.arguments import add_arguments as add_own
     from megatron_slm.training.checkpoint_arguments import take_from_checkpoint
+    from megatron_slm.training.command_line.arguments import add_arguments as add_own
 
     add_own(parser)
     for options in job.options:

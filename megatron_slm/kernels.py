@@ -1,8 +1,8 @@
-"""Modules of Triton kernels, each tried out once before anything relies on it.
+"""Import modules of Triton kernels, and try each one out before anything relies on it.
 
-Triton compiles a kernel at its first call, with ptxas and the machine's C compiler.  Where one of
-them is missing or too old, that call fails: better at the start than in the middle of a step, and
-no reason to stop, since every kernel has a plain form in torch.
+Triton compiles a kernel when it is first called, with ptxas and the machine's C compiler.  Where
+one of these is missing or too old, that call fails.  It should fail at the start rather than in the
+middle of a step, and need not end the run, since every kernel has a plain form in torch.
 """
 
 from __future__ import annotations
@@ -18,11 +18,15 @@ import torch
 
 @cache
 def triton_kernels(name: str, device: torch.device) -> ModuleType | None:
-    """Import a module of kernels and run its `try_out`; None where there is no GPU, no Triton (it
-    comes with torch's CUDA and ROCm builds), or none that can compile, which is said in a line.
+    """Import a module of kernels and run its `try_out(device)`, which calls every kernel.
 
     Args:
-        name: of the module, which has try_out(device): it calls every kernel.
+        name: the module's name.
+        device: where the kernels are to run.
+
+    Returns:
+        The module; None without a GPU or without Triton, which comes with torch's CUDA and ROCm
+        builds, and after a warning if Triton cannot compile.
     """
     if device.type != "cuda" or find_spec("triton") is None:
         return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 from argparse import Namespace
 
 from megatron_slm.entry import start
-from megatron_slm.training.first_check import TRAINING
+from megatron_slm.training.command_line.first_check import TRAINING
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
 def train() -> None:
     """Train.  Without a GPU, the CPU platform must be installed already."""
     from megatron_slm.selective import add_slm_arguments
-    from megatron_slm.training.parsing import parse_training
+    from megatron_slm.training.command_line.parsing import parse_training
 
     _pretrain(parse_training(add_slm_arguments))
 

@@ -28,16 +28,16 @@ from megatron_slm.errors import say
 from megatron_slm.model.gpt_config import gpt_config, installed_layers
 from megatron_slm.reference.checkpoint import FLAGS, ReferenceCheckpoint
 from megatron_slm.training import event_writer, megatron_hooks
-from megatron_slm.training.arguments import validate_arguments
 from megatron_slm.training.checkpoint_arguments import check_start
+from megatron_slm.training.command_line.arguments import validate_arguments
+from megatron_slm.training.command_line.first_check import options_in
+from megatron_slm.training.command_line.idle_options import without_effect
+from megatron_slm.training.command_line.option_checks import check_options
+from megatron_slm.training.command_line.parsing import check_run, check_when_parsed
+from megatron_slm.training.command_line.refusals import in_one_line
 from megatron_slm.training.data_faults import data_faults
 from megatron_slm.training.datasets import DatasetProvider, check_files
 from megatron_slm.training.dump import token_dumps
-from megatron_slm.training.first_check import options_in
-from megatron_slm.training.idle_options import without_effect
-from megatron_slm.training.option_checks import check_options
-from megatron_slm.training.parsing import check_run, check_when_parsed
-from megatron_slm.training.refusals import in_one_line
 from megatron_slm.training.settings import settings_from_arguments
 from megatron_slm.training.sources import check_batches, open_reference, open_source
 from megatron_slm.training.step import SelectiveStep

@@ -26,5 +26,5 @@ ruff format --check .
 mypy
 # Of a job that this may run in, the jobs that tests start must know nothing.
 unset "${!SLURM_@}" "${!PET_@}" RANK WORLD_SIZE MASTER_ADDR MASTER_PORT NODES NODE_RANK NODE_ADDR
-# A file of tests at a time on each core.
-python -m pytest --numprocesses 2 --dist loadfile "$@"
+# A file of tests at a time on each core, in their order: files of few long tests are not the last.
+python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"

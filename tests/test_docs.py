@@ -207,7 +207,7 @@ def test_quoted_errors() -> None:
 
 def test_refused_options_are_listed() -> None:
     """Those that training refuses for all runs, each with its reason."""
-    source = read(REPOSITORY / "megatron_slm/training/arguments.py")
+    source = read(REPOSITORY / "megatron_slm/training/command_line/arguments.py")
     table = re.search(r"^UNSUPPORTED = \{.*?^\}", source, re.DOTALL | re.MULTILINE)
     assert table is not None
     refused = set(re.findall(r'"(--[\w-]+)"', table[0]))

@@ -32,6 +32,7 @@ from megatron_slm.reference.checkpoint import (
 )
 from megatron_slm.reference.online import OnlineReference, frozen_reference, load_weights
 from megatron_slm.selective import open_for_scoring
+from megatron_slm.training.command_line.parsing import parse_job
 from megatron_slm.training.datasets import DatasetProvider
 from megatron_slm.training.fixed_samples import (
     FixedSamples,
@@ -40,7 +41,6 @@ from megatron_slm.training.fixed_samples import (
     of_all_ranks,
 )
 from megatron_slm.training.micro_batch import MicroBatch
-from megatron_slm.training.parsing import parse_job
 
 # The number of validation samples depends on these; the checkpoint gives those left out.
 NUMBERS = """

@@ -7,7 +7,7 @@ from argparse import Namespace
 from megatron.training.arguments import validate_args
 from megatron.training.global_vars import set_global_variables
 
-from megatron_slm.training.refusals import in_one_line
+from megatron_slm.training.command_line.refusals import in_one_line
 
 
 def settle_arguments(args: Namespace, model: Namespace) -> None:

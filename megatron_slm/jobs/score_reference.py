@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from megatron_slm.entry import add_arguments, start
-from megatron_slm.training.first_check import SCORING
+from megatron_slm.training.command_line.first_check import SCORING
 
 
 def main() -> None:

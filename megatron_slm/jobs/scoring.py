@@ -44,15 +44,15 @@ from megatron_slm.reference.checkpoint import (
 from megatron_slm.reference.online import OnlineReference, frozen_reference
 from megatron_slm.selective import open_for_scoring
 from megatron_slm.training.caches import SPLITS, data_prefixes, describe_data
+from megatron_slm.training.command_line.parsing import parse_job
+from megatron_slm.training.command_line.refusals import in_one_line
 from megatron_slm.training.datasets import DatasetProvider, reads_data
 from megatron_slm.training.micro_batch import (
     MicroBatch,
     read_micro_batches,
     whole_sequences,
 )
-from megatron_slm.training.parsing import parse_job
 from megatron_slm.training.passes import with_reference
-from megatron_slm.training.refusals import in_one_line
 
 # A killed replica loses at most one shard.  A shard is also the unit of work that is shared among
 # replicas, and a device holds one at a time.

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_slm.entry import add_arguments, start
-from megatron_slm.training.first_check import DYNAMICS
+from megatron_slm.training.command_line.first_check import DYNAMICS
 
 
 def main() -> None:

@@ -1,16 +1,16 @@
-"""Vocab-parallel cross entropy in chunks: all losses first, gradients for the selected only.
+"""Vocab-parallel cross entropy in chunks: losses of all tokens, then gradients of the selected.
 
-    token_losses    for chunk of columns: logits = h W^T; update max, sum exp, target     (no grad)
-                    then one all-reduce MAX [n] and one SUM [2, n] over TP make losses [n]
-    (selection)     k of the n rows, perhaps with a weight each, or of weight 0 where fewer count
-    selected_loss   forward: sum of the losses already known, nothing is recomputed
-                    backward, for chunk of columns, k rows: logits again, softmax - one-hot,
-                    dh += dlogits W, this chunk's rows of dW = dlogits^T h
+    token_losses    for each chunk of columns: logits = h W^T; update max, sum exp, target (no grad)
+                    then one all-reduce MAX [n] and one SUM [2, n] over TP give losses [n]
+    (selection)     chooses k of the n rows, perhaps with weights, 0 for rows that do not count
+    selected_loss   forward: sum of the losses already known; nothing is recomputed
+                    backward, for each chunk of columns, k rows: logits again, softmax - one-hot,
+                    dh += dlogits W, and this chunk's rows of dW = dlogits^T h
 
-No [n, v/t] tensor exists; logits live one chunk of the vocabulary at a time.  A chunk has all
-rows, so its products are large and its part of dW is complete: dW needs no accumulator.  n tokens,
-k selected, h hidden, v padded vocabulary, t tensor-parallel size, e bytes per weight; against
-Megatron's dense head:
+No [n, v/t] tensor exists: logits are computed for one chunk of the vocabulary at a time.  A chunk
+has all rows, so its products are large, and its part of dW is complete without an accumulator.  For
+n tokens, k selected, h hidden, v padded vocabulary, t tensor-parallel size and e bytes per weight,
+compared with Megatron's dense head:
 
                      this head                          dense head
     FLOPs            (2n + 6k) h v/t                     6n h v/t
@@ -20,16 +20,18 @@ Megatron's dense head:
     TP collectives   fwd MAX [n], SUM [2, n], bcast [n]  fwd MAX, SUM, SUM of [n]
                      bwd SUM [k, h]                      bwd SUM [n, h]
 
-With sequence parallelism the caller gathers hidden states (and its backward reduce-scatters); the
-dense head gathers them twice.  Entropies take one more SUM [n] and row of bcast, and the logits of
-token_losses two chunks.  On a GPU softmax_triton.py goes over a chunk's logits once in token_losses
-and once in the backward, and the products that add up to dh leave the matrix units in float32;
-elsewhere softmax.py does the same in plain torch, and a product is written before it is added.
+With sequence parallelism, the caller gathers hidden states (and reduce-scatters their gradient);
+the dense head gathers them twice.  Entropies cost one more SUM [n] and one more row of the
+broadcast, and token_losses then holds two chunks of logits.  On a GPU, softmax_triton.py passes
+over a chunk's logits once in token_losses and once in the backward, and the products that add up to
+dh leave the matrix units in float32.  Elsewhere softmax.py does the same in plain torch, and each
+product is written before it is added.
 
 A model's vocabulary is padded to suit its tensor-parallel size.  Megatron trains with padding in
-the softmax; tokens are scored without.  Chunks of padding come last, and are added to a copy of the
-sums, so that losses to score by are bit for bit those of a pass that leaves padding away.  It takes
-one more row of MAX and bcast and one more SUM [n]; nothing where there is no padding.
+the softmax, but tokens are scored without it.  Chunks of padding come last and are added to a copy
+of the sums, so that the losses to score by are bit for bit those of a pass without padding.  This
+costs one more row of MAX and of the broadcast, and one more SUM [n]; nothing if there is no
+padding.
 """
 
 from __future__ import annotations
@@ -48,33 +50,33 @@ from megatron_slm.loss import softmax
 from megatron_slm.loss.softmax import raise_maximum
 from megatron_slm.loss.weight_gradient import WeightGradient, add_product
 
-# A CPU's cache holds a chunk; a GPU wants fewer and larger kernels.  Products of fewer than
-# MIN_COLUMNS are slow on both.
+# On a CPU a chunk fits into the cache; a GPU is better off with fewer and larger kernels.  Products
+# of fewer than MIN_COLUMNS columns are slow on both.
 CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 64 << 20}
 MIN_COLUMNS = 1024
 
 
 @dataclass(frozen=True)
 class TokenLosses:
-    """Losses and the softmax statistics that the backward needs, each float32 [n].
+    """Losses of all tokens, and what the backward needs of their softmax, each float32 [n].
 
-    losses: nats, by a softmax without padding.
-    trained: nats, by a softmax with padding if it was asked for; else the same as losses.
-    maximum, sum_exp: of the latter softmax, which is exp(logits - maximum) / sum_exp.
-    entropies: of the softmax without padding, nats; None unless asked for.
-
-    Losses and entropies are the same bits on every tensor-parallel rank.
+    Losses and entropies are the same, bit for bit, on every tensor-parallel rank.
     """
 
     losses: Tensor
+    """Losses in nats, with a softmax without padding."""
     trained: Tensor
+    """Losses in nats, with padding in the softmax if that was asked for, else without."""
     maximum: Tensor
+    """Maximum of the logits in the softmax of `trained`, exp(logits - maximum) / sum_exp."""
     sum_exp: Tensor
+    """The sum in that softmax."""
     entropies: Tensor | None = None
+    """Entropies in nats of the softmax without padding; None if they were not asked for."""
 
 
 def chunk_columns(rows: int, device: str) -> int:
-    """Columns of a chunk: float32 logits of `rows` rows fill CHUNK_BYTES; a multiple of 64."""
+    """Return the columns of a chunk, a multiple of 64, whose float32 logits fill CHUNK_BYTES."""
     return max(MIN_COLUMNS, CHUNK_BYTES[device] // (4 * max(1, rows)) // 64 * 64)
 
 
@@ -94,25 +96,26 @@ def token_losses(
     with_padding: bool = False,
     entropies: bool = False,
 ) -> TokenLosses:
-    """-log P(label) of every token, without gradient.
+    """Compute the loss -log P(label) of every token, without gradient.
 
-    The softmax is summed online: when a chunk of the vocabulary raises a row's maximum, the sums
-    so far are brought to the new one.
+    The softmax is summed online: if a chunk of the vocabulary raises a row's maximum, the sums so
+    far are rescaled to the new maximum.
 
     Args:
-        hidden: [n, h], the same on every rank of tp_group.
-        weight: [v/t, h], this rank's rows of the output layer.
-        labels: int64 [n], in [0, v).
+        hidden: hidden states, [n, h], the same on every rank of tp_group.
+        weight: this rank's rows of the output layer, [v/t, h].
+        labels: the tokens to predict, int64 [n], in [0, v).
+        tp_group: the tensor-parallel ranks.
         scale_logits: applied to logits, as GPTModel does with MuP.
-        vocabulary: columns from here on are padding; None: there is none.
-        with_padding: also the losses of a softmax with padding.
-        entropies: also -sum P log P of every token.
+        vocabulary: size of the vocabulary, without padding; None if it has none.
+        with_padding: also compute the losses with padding in the softmax.
+        entropies: also compute the entropy -sum P log P of every token's softmax.
     """
     rank, size = tp_group.rank(), tp_group.size()
     columns_here = weight.shape[0]
     start = rank * columns_here
     vocabulary = size * columns_here if vocabulary is None else vocabulary
-    padding = max(0, min(columns_here, vocabulary - start))  # where it begins
+    padding = max(0, min(columns_here, vocabulary - start))  # the column at which it begins
     padded = with_padding and vocabulary < size * columns_here
     rows = hidden.shape[0]
     functions = softmax_functions(hidden.device)
@@ -125,7 +128,7 @@ def token_losses(
         return maximum
 
     sums = hidden.new_zeros((3 if entropies else 2, rows), dtype=torch.float32)
-    # Lower than any logit, but finite: the difference of two maxima is a number.
+    # Lower than any logit, but finite, so that the difference of two maxima is a number.
     lowest = hidden.new_full((rows,), torch.finfo(torch.float32).min, dtype=torch.float32)
     maximum = top = add(sums, lowest, 0, padding)
     whole = sums
@@ -142,7 +145,7 @@ def token_losses(
         results.append(log_sum - sums[2] / sums[1])
     result = torch.stack(results)
     if size > 1:
-        # Ranks that disagreed on a bit would select, and train on, different tokens.
+        # Ranks whose losses differed by a bit could select, and train on, different tokens.
         torch.distributed.broadcast(result, group=tp_group, group_src=0)
     return TokenLosses(
         losses=result[0],
@@ -156,18 +159,24 @@ def token_losses(
 def _over_ranks(
     sums: Tensor, maximum: Tensor, whole: Tensor, top: Tensor, group: ProcessGroup
 ) -> tuple[Tensor, Tensor]:
-    """Bring sums, in place, to those over all ranks' columns; returns their maxima.
+    """Extend the sums, in place, to the columns of all ranks.
 
     Args:
-        sums, maximum: without padding, as softmax.add_chunk has them.
-        whole, top: with padding; where there is none, sums and maximum themselves.
+        sums: this rank's sums without padding, as in softmax.add_chunk.
+        maximum: this rank's maximum without padding.
+        whole: its sums with padding; `sums` itself if there is none.
+        top: its maximum with padding; `maximum` itself if there is none.
+        group: the tensor-parallel ranks.
+
+    Returns:
+        The maxima over all ranks, without and with padding.
     """
     padded = whole is not sums
     highest = torch.stack([maximum, top] if padded else [maximum])
     torch.distributed.all_reduce(highest, ReduceOp.MAX, group=group)
     raise_maximum(maximum, highest[0], sums)
-    # Alone: the order in which ranks are added up depends on a tensor's size, and these sums have
-    # to be the same in every pass.
+    # These are reduced by themselves, since they have to be the same in every pass: the order in
+    # which ranks are added up depends on a tensor's size.
     torch.distributed.all_reduce(sums[:2], group=group)
     if sums.shape[0] == 3:
         torch.distributed.all_reduce(sums[2], group=group)
@@ -190,16 +199,22 @@ def selected_loss(
     scale_logits: Callable[[Tensor], Tensor] | None = None,
     accumulate_into_main_grad: bool = False,
 ) -> Tensor:
-    """Sum of the trained losses at `index`, float32 0-dim, differentiable in hidden and weight.
+    """Sum the losses to train on at `index`, float32 0-dim, differentiable in hidden and weight.
 
-    An empty index gives a zero that still carries the graph: under pipeline parallelism a last
-    stage without a gradient to send back would leave the others waiting.
+    An empty index gives a zero that still has a graph.  Under pipeline parallelism, a last stage
+    without a gradient to send back would leave the others waiting.
 
     Args:
-        index: int64 [k], rows of hidden.
-        weights: float32 [k], multiplies each of these rows' losses; None for all 1.
-        reduce_hidden_gradient: sum the hidden gradient over tp_group (TP without SP; with SP the
-            gather's own backward does it).
+        hidden: hidden states, [n, h], the same on every rank of tp_group.
+        weight: this rank's rows of the output layer, [v/t, h].
+        labels: the tokens to predict, int64 [n].
+        scored: what token_losses returned for them.
+        index: the rows of `hidden` to sum, int64 [k].
+        tp_group: the tensor-parallel ranks.
+        weights: factors of these rows' losses, float32 [k]; None if all are 1.
+        reduce_hidden_gradient: sum the hidden gradient over tp_group.  It is needed with TP without
+            SP; with SP, the backward of the caller's gather does it.
+        scale_logits: as for token_losses.
         accumulate_into_main_grad: add the weight's gradient to weight.main_grad, as Megatron's
             gradient accumulation fusion does.
     """
@@ -274,14 +289,14 @@ class _SelectedLoss(torch.autograd.Function):
             )
             add_product(grad_selected, gradient, weight[columns])
             if columns.stop == columns_here:
-                # Complete, and summed over ranks while the last rows of dW are computed.
+                # dh is complete: sum it over ranks while the last rows of dW are computed.
                 grad_selected = grad_selected.to(hidden.dtype)
                 if ctx.reduce_hidden_gradient:
                     pending = torch.distributed.all_reduce(
                         grad_selected, group=ctx.tp_group, async_op=True
                     )
             weight_gradient.set(columns, gradient, hidden)
-            del gradient  # before there are the next chunk's logits
+            del gradient  # before the next chunk's logits are allocated
         grad_hidden = hidden.new_zeros(ctx.hidden_shape)
         if pending is not None:
             pending.wait()
@@ -290,7 +305,7 @@ class _SelectedLoss(torch.autograd.Function):
 
 
 def _chunks(rows: int, device: str, first: int, last: int) -> Iterator[slice]:
-    """Consecutive slices of columns [first, last), to be computed for all rows."""
+    """Cut the columns [first, last) into consecutive chunks."""
     step = chunk_columns(rows, device)
     for start in range(first, last, step):
         yield slice(start, min(start + step, last))
@@ -299,6 +314,6 @@ def _chunks(rows: int, device: str, first: int, last: int) -> Iterator[slice]:
 def _logits(
     hidden: Tensor, weight: Tensor, scale_logits: Callable[[Tensor], Tensor] | None
 ) -> Tensor:
-    """[rows, columns] in the weight's dtype, contiguous and owned by the caller."""
+    """Compute logits, [rows, columns], in the weight's dtype, contiguous and the caller's own."""
     logits = hidden @ weight.t()
     return logits if scale_logits is None else scale_logits(logits)

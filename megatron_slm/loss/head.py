@@ -50,8 +50,8 @@ class Selecting:
     entropies: bool = False
     """Whether to compute entropies as well."""
     most: int | None = None
-    """How many tokens count at most, the same on all tensor-parallel ranks: so many rows are
-    computed.  None if it is not known: the host then waits to hear how many count."""
+    """The most tokens that can count, the same on all tensor-parallel ranks: as many rows are
+    computed.  If it is None, not known, the host waits for the device to learn how many count."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def loss_of_selected(
 
 
 def _rows_that_count(weights: Tensor, most: int | None) -> Tensor:
-    """Return the rows whose weights, [n], are not 0, in order; then others, up to `most`."""
+    """Return the rows whose weights, [n], are not 0, in order, filled up to `most` with others."""
     if most is None:
         return weights.nonzero().squeeze(1)
     return (weights == 0).argsort(stable=True)[:most]

@@ -1,7 +1,7 @@
-"""What a chunk of logits adds to a row's softmax, and its gradient, in plain torch.
+"""Add a chunk of logits to the softmax of its rows, and compute its gradient, in plain torch.
 
-softmax_triton.py has the same two functions as kernels; chunked.py takes these where it cannot have
-those.
+softmax_triton.py has the same two functions as Triton kernels; chunked.py uses these where Triton
+does not work.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from torch import Tensor
 
 
 def add_chunk(sums: Tensor, maximum: Tensor, logits: Tensor, labels: Tensor, first: int) -> Tensor:
-    """Add a chunk's logits, which may be overwritten, to sums; returns the maximum with them.
+    """Add a chunk's logits to the sums of its rows, and return the maximum with them.
 
     Args:
-        sums: float32 [2 or 3, n], changed in place: target logit, sum of e^x with
-            x = logit - maximum, and with entropies sum of x e^x.
-        maximum: float32 [n], may be overwritten.
-        logits: [n, columns], of any float type.
-        labels: int64 [n].
-        first: number of the chunk's first column in the vocabulary that labels count.
+        sums: changed in place, float32 [2 or 3, n]: the label's logit, the sum of e^x with
+            x = logit - maximum, and, if entropies are wanted, the sum of x e^x.
+        maximum: maximum of the logits so far, float32 [n]; may be overwritten.
+        logits: the chunk, [n, columns], of any float type; may be overwritten.
+        labels: the tokens to predict, int64 [n].
+        first: the chunk's first column, counted in the whole vocabulary as labels are.
     """
     column, here = _inside(labels - first, logits.shape[1])
     logits = logits.float()
@@ -38,13 +38,15 @@ def add_chunk(sums: Tensor, maximum: Tensor, logits: Tensor, labels: Tensor, fir
 def logits_gradient(
     logits: Tensor, labels: Tensor, first: int, maximum: Tensor, sum_exp: Tensor, scale: Tensor
 ) -> Tensor:
-    """Replace logits by scale (softmax - one-hot), [k, columns].
+    """Replace logits by their gradient, scale (softmax - one-hot), [k, columns].
 
     Args:
-        logits: [k, columns], of any float type.
-        labels: int64 [k], first: as in add_chunk.
-        maximum, sum_exp: float32 [k], of the rows' softmax over the whole vocabulary.
-        scale: float32 [k], derivative by each row's loss.
+        logits: the chunk, [k, columns], of any float type.
+        labels: the tokens to predict, int64 [k].
+        first: as in add_chunk.
+        maximum: maximum of each row's logits over the whole vocabulary, float32 [k].
+        sum_exp: each row's sum of e^(logit - maximum) over the whole vocabulary, float32 [k].
+        scale: the derivative of the result by each row's loss, float32 [k].
     """
     column, here = _inside(labels - first, logits.shape[1])
     gradient = logits.float().sub_(maximum[:, None]).exp_().mul_((scale / sum_exp)[:, None])
@@ -53,7 +55,7 @@ def logits_gradient(
 
 
 def raise_maximum(old: Tensor, new: Tensor, sums: Tensor) -> Tensor:
-    """Bring sums, in place, from the maximum `old` to `new`, [n]; returns new."""
+    """Rescale sums in place from the maximum `old` to the maximum `new`, [n]; return `new`."""
     down = old - new
     if sums.shape[0] == 3:
         sums[2] += down * sums[1]
@@ -62,6 +64,6 @@ def raise_maximum(old: Tensor, new: Tensor, sums: Tensor) -> Tensor:
 
 
 def _inside(column: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """column, 0 where it is outside of [0, columns), and whether it is inside."""
+    """Return each column, or 0 where it is not in [0, columns), and whether it is in there."""
     here = (column >= 0) & (column < columns)
     return torch.where(here, column, 0), here

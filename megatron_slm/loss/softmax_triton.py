@@ -1,8 +1,8 @@
-"""The functions of softmax.py as one Triton kernel each: logits are read once, in their own type.
+"""The functions of softmax.py as one Triton kernel each, which read logits once, in their own type.
 
-A chunk of logits fresh from its product lies in the GPU's cache for the most part.  Plain torch
-goes over it a dozen times and makes a float32 copy of bfloat16 logits; a kernel reads it once, and
-the gradient replaces it in the same pass.  All arithmetic is float32.
+Right after its product, most of a chunk of logits is still in the GPU's cache.  Plain torch passes
+over it a dozen times, and makes a float32 copy of bfloat16 logits; a kernel reads it once, and in
+the same pass replaces it by its gradient.  All arithmetic is in float32.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Columns that a program holds at a time: a row's part in registers, 8 float32 a thread.
+# Columns of a row that a program holds in registers at a time: 8 float32 a thread.
 BLOCK, WARPS = 2048, 8
 
 
 def try_out(device: torch.device) -> None:
-    """Call every kernel once, on almost nothing; raises what Triton raises."""
+    """Call every kernel once, on tiny tensors; Triton raises if it cannot compile them."""
     logits, maximum, scale = (torch.zeros(shape, device=device) for shape in ((1, 2), 1, 1))
     labels = torch.zeros(1, dtype=torch.int64, device=device)
     for rows in (2, 3):
@@ -27,7 +27,7 @@ def try_out(device: torch.device) -> None:
 
 
 def add_chunk(sums: Tensor, maximum: Tensor, logits: Tensor, labels: Tensor, first: int) -> Tensor:
-    """As softmax.add_chunk; maximum is overwritten, logits are not."""
+    """Do what softmax.add_chunk does; overwrite the maximum, but not the logits."""
     rows, columns = logits.shape
     assert logits.is_contiguous() and sums.is_contiguous() and maximum.is_contiguous()
     add_chunk_kernel[(rows,)](
@@ -48,7 +48,7 @@ def add_chunk(sums: Tensor, maximum: Tensor, logits: Tensor, labels: Tensor, fir
 def logits_gradient(
     logits: Tensor, labels: Tensor, first: int, maximum: Tensor, sum_exp: Tensor, scale: Tensor
 ) -> Tensor:
-    """As softmax.logits_gradient, in the place of logits."""
+    """Do what softmax.logits_gradient does, in place."""
     rows, columns = logits.shape
     assert logits.is_contiguous()
     if rows > 0:
@@ -78,7 +78,7 @@ def add_chunk_kernel(  # type: ignore[no-untyped-def]
     ENTROPIES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program takes a row through its columns."""
+    """Add a chunk to its rows' sums; each program takes one row through its columns."""
     row = tl.program_id(0)
     logits += row.to(tl.int64) * columns
     top = tl.load(maximum + row)
@@ -112,7 +112,7 @@ def add_chunk_kernel(  # type: ignore[no-untyped-def]
 def logits_gradient_kernel(  # type: ignore[no-untyped-def]
     logits, labels, first, maximum, sum_exp, scale, columns, BLOCK: tl.constexpr
 ):
-    """A program takes BLOCK columns of a row."""
+    """Replace logits by their gradient; each program takes BLOCK columns of one row."""
     row = tl.program_id(0)
     offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < columns

@@ -1,4 +1,4 @@
-"""Products of the chunked head's backward, added where they belong."""
+"""Compute the products of the chunked head's backward, and add them where they belong."""
 
 from __future__ import annotations
 
@@ -7,30 +7,37 @@ from torch import Tensor
 
 
 class WeightGradient:
-    """dW = dlogits^T h, a chunk of its rows at a time: in the weight's gradient or main_grad.
-
-    Args:
-        weight: [v/t, h].
-        accumulate_into_main_grad: add to weight.main_grad, as Megatron's fused linear does.
-    """
+    """The gradient dW = dlogits^T h of the output weight, computed a chunk of rows at a time."""
 
     def __init__(self, weight: Tensor, accumulate_into_main_grad: bool) -> None:
+        """Allocate the gradient if it needs a tensor of its own.
+
+        Args:
+            weight: the output weight, [v/t, h].
+            accumulate_into_main_grad: add to weight.main_grad, as Megatron's fused linear does.
+        """
         self.weight = weight
         self.fused = accumulate_into_main_grad and weight.requires_grad
         needs_own = weight.requires_grad and not self.fused
         self.gradient = torch.empty_like(weight) if needs_own else None
 
     def set(self, columns: slice, gradient: Tensor, hidden: Tensor) -> None:
-        """Take the gradient of a chunk's logits, [k, columns], and the hidden states, [k, h]."""
+        """Compute the rows of dW that belong to a chunk of columns.
+
+        Args:
+            columns: the chunk.
+            gradient: the gradient of its logits, [k, columns].
+            hidden: the hidden states, [k, h].
+        """
         if self.fused:
             add_product(self.weight.main_grad[columns], gradient.t(), hidden)
         elif self.gradient is not None:
             torch.mm(gradient.t(), hidden, out=self.gradient[columns])
 
     def result(self) -> Tensor | None:
-        """Return what autograd is to take for the weight's gradient."""
-        # As in Megatron's fused linear: the DDP hook must run, and must not add this tensor, unless
-        # the weight is tied and the hook expects a zero to add.
+        """Return what the backward is to give autograd as the weight's gradient."""
+        # With fusion, the same as Megatron's fused linear returns: a tensor that makes the DDP hook
+        # run, but that the hook does not add, or a zero that it adds if the weight is tied.
         if not self.fused:
             return self.gradient
         self.weight.grad_added_to_main_grad = True
@@ -40,11 +47,11 @@ class WeightGradient:
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left right to total, in total's dtype."""
+    """Add the product of two matrices to `total`, in its dtype."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
     elif total.is_cuda:
-        # The product's float32 sums go into total as they are, by the product's own kernel.
+        # The product's kernel adds its float32 sums to `total` without rounding them first.
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-    else:  # which torch has for CUDA alone
+    else:  # torch has `out_dtype` for CUDA only
         total.add_(left @ right)

@@ -176,7 +176,9 @@ class GatheredAttention(MegatronModule):
                 enable_gqa=key.shape[1] != query.shape[1],
             )
         else:
-            mask = _causal_mask(length, rank, size, left, query.dtype, query.device)
+            # A dry run's fake tensors are of no use to the next.
+            build = _causal_mask if type(query) is Tensor else _causal_mask.__wrapped__
+            mask = build(length, rank, size, left, query.dtype, query.device)
             repeat = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
             if self._drops():

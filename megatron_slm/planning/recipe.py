@@ -27,7 +27,7 @@ from megatron_slm.model.architecture import Architecture, from_megatron
 from megatron_slm.model.torch_dist import TRACKER
 from megatron_slm.planning.formulas import FLOAT32, Layout, ReferenceModel, Work
 from megatron_slm.reference.checkpoint import ReferenceCheckpoint, open_checkpoint
-from megatron_slm.training.decisions import head_of
+from megatron_slm.training.command_line.decisions import head_of
 
 MODULE = "megatron_slm.pretrain"
 LIBRARIES = ("CUDA_", "GLOO_", "NCCL_", "OMP_", "PET_", "PYTORCH_", "TORCH_", "UCX_")
@@ -120,8 +120,8 @@ def parse(recipe: LaunchRecipe, rank: int, vocabulary: int) -> Namespace:
     from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
 
     from megatron_slm.entry import add_arguments
-    from megatron_slm.training.first_check import TRAINING, first_check
-    from megatron_slm.training.parsing import parse_planned
+    from megatron_slm.training.command_line.first_check import TRAINING, first_check
+    from megatron_slm.training.command_line.parsing import parse_planned
 
     words = _without_mix(recipe.arguments)
     first_check(words, TRAINING)

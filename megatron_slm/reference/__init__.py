@@ -1,4 +1,4 @@
-"""Where reference losses come from."""
+"""Score tokens with a reference: the protocol that all references follow."""
 
 from __future__ import annotations
 
@@ -9,28 +9,45 @@ import torch
 from torch import Tensor
 
 Scored = tuple[Tensor, Tensor | None]
-"""Losses of a micro-batch's tokens, and entropies if they are wanted: float32 [b, s/c], in nats."""
+"""Losses of a micro-batch's tokens, and their entropies if wanted, float32 [b, s/c], in nats."""
 
 
 class Reference(Protocol):
-    """A source of reference losses, and the moments of a run at which every rank calls it."""
+    """A source of reference losses, whose methods every rank calls at set moments of a run."""
 
     frozen: bool = True
-    """Whether the same tokens have the same losses throughout a run."""
+    """Whether the same tokens get the same losses throughout a run."""
 
     def before_step(self, policy: Sequence[torch.nn.Module], iteration: int | None) -> None:
-        """Learn from the policy's model chunks: runs right before a step, a validation step or a
-        token dump, with the iteration, counted from 0, in the first case and None in the others."""
+        """Learn from the policy.  Runs right before a step, a validation step or a token dump.
+
+        Args:
+            policy: the policy's model chunks.
+            iteration: the step of training, counted from 0; None in the other cases.
+        """
         return
 
     def score(
         self, micro_batches: Iterator[Any], count: int, micro_batch_size: int
     ) -> list[Scored]:
-        """Read `count` micro-batches (training/micro_batch.py) and return what each scores, on the
-        last pipeline stage and an empty list on others, without changing them or anything else."""
+        """Read micro-batches and score them, without changing them or the reference.
+
+        Args:
+            micro_batches: micro-batches, as training/micro_batch.py has them.
+            count: how many to read.
+            micro_batch_size: samples in each.
+
+        Returns:
+            The losses and entropies of each micro-batch, on the last pipeline stage; an empty list
+            on the others.
+        """
         raise NotImplementedError
 
     def save(self, directory: str, iteration: int) -> None:
-        """Write what resuming needs: runs right before the policy's checkpoint of `iteration` is
-        written to `directory`."""
+        """Write what resuming needs.  Runs right before a checkpoint of the policy is written.
+
+        Args:
+            directory: where the policy's checkpoints are written.
+            iteration: the checkpoint's iteration.
+        """
         return

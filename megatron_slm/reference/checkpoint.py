@@ -1,8 +1,8 @@
-"""A reference's checkpoint, checked before anything is built from it.
+"""Open a reference's checkpoint, and check it before anything is built from it.
 
-Every check here reads files alone, so that every rank finds the same fault by itself, before the
-first collective, and leaves with the same exit code.  Megatron unpickles the checkpoint later on;
-what has passed here is safe to.
+The checks only read files, so that every rank finds the same fault by itself, before the first
+collective, and exits with the same code.  Megatron unpickles the checkpoint later; what has passed
+these checks is safe to unpickle.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 from megatron_slm.errors import UserError
 from megatron_slm.model.torch_dist import TorchDistReader, iteration_directory
 
-# Enough to tell models apart, and little enough for every rank to read at every start.
+# For a fingerprint: enough to tell models apart, and little enough for every rank to read.
 FILES, BLOCK_BYTES = 8, 1 << 16
 
-# What shapes a dense GPT or its arithmetic; everything else (parallelism, precision, recompute) the
-# reference takes from the policy's run.
+# Arguments that shape a dense GPT or its arithmetic.  The reference takes all others (parallelism,
+# precision, recomputation) from the policy's run.
 ARCHITECTURE = """
     num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups
     group_query_attention kv_channels max_position_embeddings position_embedding_type
@@ -50,15 +50,15 @@ UNSUPPORTED_MODELS = {
 
 @dataclass(frozen=True)
 class ReferenceCheckpoint:
-    """directory: one iteration's torch_dist checkpoint.
-    arguments: those of the run that saved it.
-    """
+    """A checkpoint of a model that can be a reference."""
 
     directory: Path
+    """The torch_dist checkpoint of one iteration."""
     arguments: Namespace
+    """The arguments of the run that saved it."""
 
     def architecture(self) -> dict[str, Any]:
-        """Arguments that shape the reference, as far as the checkpoint has them."""
+        """Return the arguments that shape the reference, as far as the checkpoint has them."""
         saved = vars(self.arguments)
         return {name: saved[name] for name in ARCHITECTURE if name in saved}
 
@@ -69,15 +69,16 @@ FLAGS = ("--slm-reference-load", "--slm-reference-ckpt-step")
 def open_checkpoint(
     load: str, step: int | None, flags: tuple[str, str] = FLAGS
 ) -> ReferenceCheckpoint:
-    """Find a checkpoint as Megatron's --load does and check that its files are whole.
+    """Find a checkpoint as Megatron's --load does, and check that its files are whole.
 
     Args:
         load: a directory with iter_* directories and a tracker file, as --save leaves it.
         step: the iteration; None for that of the tracker file.
-        flags: the arguments that both come from, for errors.
+        flags: the options from which `load` and `step` come, for errors.
 
     Raises:
-        UserError: nothing there, another format, truncated, or a model that cannot be a reference.
+        UserError: there is no checkpoint, it has another format or is truncated, or its model
+            cannot be a reference.
     """
     directory = iteration_directory(Path(load), step, *flags)
     arguments = TorchDistReader(directory).arguments
@@ -88,8 +89,10 @@ def open_checkpoint(
 
 
 def checkpoint_fingerprint(checkpoint: ReferenceCheckpoint) -> dict[str, str]:
-    """The iteration's name, and a hash of its weights' files: names, sizes, blocks from the middle
-    of some."""
+    """Return the iteration's name and a hash of its weights' files.
+
+    The hash is of the files' names and sizes, and of a block from the middle of some of them.
+    """
     digest = hashlib.sha256()
     for number, path in enumerate(sorted(checkpoint.directory.glob("*.distcp"))):
         size = path.stat().st_size

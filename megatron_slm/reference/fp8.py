@@ -1,4 +1,4 @@
-"""What a reference that computes in fp8 has to have: sizes that Transformer Engine can multiply."""
+"""Check that a reference computing in fp8 has sizes that Transformer Engine can multiply."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ from megatron_slm.errors import UserError
 
 
 def check_fp8(arguments: Namespace, where: str) -> None:
-    """Check a reference's sizes, given its own arguments, if it is to compute in fp8.
+    """Check a reference's sizes if it is to compute in fp8.
+
+    Args:
+        arguments: the reference's own arguments.
+        where: how errors name the model.
 
     Raises:
-        UserError: as check_fp8_sizes.
+        UserError: as check_fp8_sizes does.
     """
     if arguments.fp8:
         size = arguments.micro_batch_size
@@ -25,17 +29,18 @@ def check_fp8(arguments: Namespace, where: str) -> None:
 
 
 def check_fp8_sizes(config: TransformerConfig, tokens: Collection[int], where: str) -> None:
-    """Check that Transformer Engine can multiply in fp8 what each rank has of a model.
+    """Check that Transformer Engine can multiply each rank's part of a model in fp8.
 
-    It takes matrices of a multiple of 8 rows and of 16 columns: inputs, [tokens, features in], and
-    weights, [features out, features in].
+    It multiplies matrices whose rows are a multiple of 8 and whose columns are a multiple of 16:
+    inputs, [tokens, input features], and weights, [output features, input features].
 
     Args:
-        tokens: of whole micro-batches.
-        where: names the model in the error.
+        config: the model's configuration.
+        tokens: tokens of whole micro-batches, of each size that occurs.
+        where: how errors name the model.
 
     Raises:
-        UserError: naming what does not divide.
+        UserError: it cannot; the message names the size that does not fit.
     """
     tensor = config.tensor_model_parallel_size
     pieces = config.context_parallel_size * (tensor if config.sequence_parallel else 1)

@@ -1,11 +1,12 @@
 """A reference that follows the policy: the exponential moving average of its weights.
 
-Before each step average = decay * average + (1 - decay) * policy, in float32 (in bfloat16 a
-thousandth of a difference would be rounded away), and the reference computes with the average in
-the policy's type.  It costs 4 bytes a parameter beside the reference's own 2.
+Before each step, average = decay * average + (1 - decay) * policy.  This is computed in float32,
+since bfloat16 would round away a thousandth of a difference, and the reference computes with the
+average in the policy's type.  The average takes 4 bytes a parameter, besides the reference's own 2.
 
-Saved beside the policy's checkpoints, in SAVE/ema, before these: a checkpoint that can be resumed
-from has its average.  What is saved is an ordinary checkpoint, of use as a reference to other runs.
+It is saved beside the policy's checkpoints, in SAVE/ema, and before these, so that every checkpoint
+that can be resumed from has its average.  What is saved is an ordinary checkpoint, which can serve
+other runs as a reference.
 """
 
 from __future__ import annotations
@@ -34,15 +35,7 @@ DIRECTORY = "ema"
 
 
 class MovingAverage(OnlineReference):
-    """Scores with the average of the policy's weights.
-
-    Args:
-        arguments: its own, from frozen_arguments().
-        decay: in (0, 1).
-        layer_spec: as for the policy.
-        resume: directory and iteration of the policy's checkpoint; None where it starts afresh, and
-            the average with the policy's weights at the first step.
-    """
+    """A reference that scores with the average of the policy's weights."""
 
     frozen = False
 
@@ -54,11 +47,21 @@ class MovingAverage(OnlineReference):
         layer_spec: Callable[..., Any] | None,
         resume: tuple[str, int] | None,
     ) -> None:
+        """Build the reference, and load its average if the run resumes.
+
+        Args:
+            arguments: the reference's arguments, from frozen_arguments().
+            scoring: what to compute.
+            decay: the decay of the average, in (0, 1).
+            layer_spec: the layers, as for the policy.
+            resume: directory and iteration of the checkpoint that the policy resumes from; None if
+                it starts afresh.  The average then starts with the policy's first weights.
+        """
         super().__init__(build_model(arguments, layer_spec), arguments, scoring)
         self.arguments = arguments
         self.decay = decay
         self.average: list[Tensor] | None = None
-        self.followed: int | None = None  # the last iteration
+        self.followed: int | None = None  # the last iteration that the average has taken in
         if resume is not None:
             directory, iteration = resume
             self.average = [_float_copy(parameter) for parameter in self.model.parameters()]
@@ -66,11 +69,16 @@ class MovingAverage(OnlineReference):
 
     @torch.no_grad()
     def before_step(self, policy: Sequence[torch.nn.Module], iteration: int | None) -> None:
-        """Take the policy's weights into the average: once for each iteration of training, which
-        Megatron's rerun machinery may repeat.
+        """Take the policy's weights into the average, once for each iteration of training.
+
+        Megatron may repeat an iteration to tell a hardware fault from a bug.
+
+        Args:
+            policy: the policy's model chunks, of which there is one.
+            iteration: the step; None if it trains nothing.
 
         Raises:
-            UserError: the policy's layers are not cut as the reference's.
+            UserError: the policy's layers are cut otherwise than the reference's.
         """
         (chunk,) = unwrap_model(list(policy))
         theirs = dict(chunk.named_parameters())
@@ -90,14 +98,14 @@ class MovingAverage(OnlineReference):
             parameter.copy_(average)
 
     def save(self, directory: str, iteration: int) -> None:
-        """Write the average to DIRECTORY/ema.  Collective over all ranks."""
+        """Write the average to the sub-directory ema.  Collective over all ranks."""
         own = Path(directory) / DIRECTORY / f"iter_{iteration:07d}"
         first = torch.distributed.get_rank() == 0
         if first:
             own.mkdir(parents=True, exist_ok=True)
         torch.distributed.barrier()
         metadata = {"dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
-        # Megatron warns of what differs between ranks.
+        # Megatron warns of arguments that differ between ranks.
         arguments = Namespace(**vars(self.arguments))
         for name in ("rank", "local_rank"):
             vars(arguments).pop(name, None)
@@ -107,7 +115,7 @@ class MovingAverage(OnlineReference):
             write_whole(own.parent / TRACKER, str(iteration).encode())
             for old in own.parent.glob("iter_*"):
                 if old != own and not (Path(directory) / old.name).exists():
-                    shutil.rmtree(old, ignore_errors=True)  # the policy's is gone as well
+                    shutil.rmtree(old, ignore_errors=True)  # like the policy's checkpoint
         torch.distributed.barrier()
 
     def _load(self, load: Path, iteration: int) -> None:
@@ -122,7 +130,7 @@ class MovingAverage(OnlineReference):
             parameter.data.copy_(average)
 
     def _sharded(self, metadata: dict[str, Any]) -> dict[str, Any]:
-        """The model's sharded state dict, with the averages for its parameters."""
+        """Return the model's sharded state dict, with averages in place of its parameters."""
         assert self.average is not None
         model: GPTModel = gpt(self.model)
         averages = {

@@ -1,15 +1,16 @@
-"""A frozen model whose weights stay in host memory and visit the device when they are needed.
+"""Keep a frozen model's weights in host memory, and copy them to the device when they are needed.
 
-    host     every layer's weights, one pinned buffer each (of a power of two of bytes, in torch)
-    device   two buffers of the largest layer's size: one computes, the other is filled meanwhile;
-             between passes one of them has the first layer
-    begin()  embedding, last norm and output layer come for the whole pass, and leave at end().
-             The pass waits for the embedding at once, for the others after its last layer
+    host     holds each layer's weights in a pinned buffer (torch rounds its size up to a power of
+             two)
+    device   holds two buffers of the largest layer's size: while a layer computes in one, the other
+             is filled with the next; between passes, one of them holds the first layer
+    begin()  copies embedding, last norm and output layer for the whole pass, and end() drops them;
+             the pass waits for the embedding at once, and for the others after its last layer
 
-A pass moves the weights once for each batch it scores, so batches should be large
-(--slm-reference-micro-batch-size): the copy hides behind the computation when a layer's 2 bytes a
-parameter over the bus take no longer than 2 FLOPs a parameter and token, which at 50 GB/s and
-400 TFLOP/s is from 8,000 tokens on.
+A pass copies the weights once for each batch that it scores, so batches should be large
+(--slm-reference-micro-batch-size).  The copy hides behind the computation if moving a layer's 2
+bytes a parameter over the bus takes no longer than 2 FLOPs for each parameter and token; at 50 GB/s
+and 400 TFLOP/s, this is so from 8,000 tokens on.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-ALIGNMENT = 512  # bytes, as torch's allocator aligns
+ALIGNMENT = 512  # bytes, the alignment of torch's allocator
 
 
 class StreamedLayers:
-    """Takes the weights of a model off the device.  Call begin() before its forward passes, end()
-    after them."""
+    """Keeps the weights of a model off the device.
+
+    begin() must be called before the model's forward passes, and end() after them.
+    """
 
     def __init__(self, model: GPTModel) -> None:
         self.layers = [_Buffer(list(layer.parameters())) for layer in model.decoder.layers]
@@ -42,19 +45,19 @@ class StreamedLayers:
         self.buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
         self.free = [torch.cuda.Event(), torch.cuda.Event()]
         self.ready = [torch.cuda.Event(), torch.cuda.Event()]
-        self.ends_ready = [torch.cuda.Event(), torch.cuda.Event()]  # as in ends
+        self.ends_ready = [torch.cuda.Event(), torch.cuda.Event()]  # for each of self.ends
         self.stream = torch.cuda.Stream()
-        self.stream.wait_stream(torch.cuda.current_stream())  # what the buffers' memory was before
-        self.buffer_of: dict[int, int] = {}  # of layers on the device
+        self.stream.wait_stream(torch.cuda.current_stream())  # it may still use the memory
+        self.buffer_of: dict[int, int] = {}  # the buffer of each layer on the device
         self.fetched = 0
         for number, layer in enumerate(model.decoder.layers):
             layer.register_forward_pre_hook(partial(self._before, number))
             layer.register_forward_hook(partial(self._after, number))
 
     def begin(self) -> None:
-        """Bring what is not in a layer."""
+        """Copy to the device what does not belong to a layer."""
         current = torch.cuda.current_stream()
-        # Their memory is torch's, which may have lent it to what the device still computes.
+        # This memory is from torch's allocator, and the device may still compute with it.
         wholes = [torch.empty_like(end.host, device=self.buffers[0].device) for end in self.ends]
         self.stream.wait_stream(current)
         for end, whole, ready in zip(self.ends, wholes, self.ends_ready, strict=True):
@@ -65,8 +68,8 @@ class StreamedLayers:
         current.wait_event(self.ends_ready[0])
 
     def end(self) -> None:
-        """Leave nothing on the device but the two buffers."""
-        # Whoever has the memory next must not be overtaken by a copy.
+        """Take everything but the two buffers off the device."""
+        # A copy must not overwrite what uses the memory next.
         torch.cuda.current_stream().wait_event(self.ends_ready[1])
         for end in self.ends:
             end.leave()
@@ -74,7 +77,7 @@ class StreamedLayers:
     def _before(self, number: int, *_: Any) -> None:
         self._fetch(number)
         torch.cuda.current_stream().wait_event(self.ready[self.buffer_of[number]])
-        # After the last layer comes the first, of the next batch or of the next pass.
+        # The last layer is followed by the first, for the next batch or the next pass.
         self._fetch((number + 1) % len(self.layers))
 
     def _after(self, number: int, *_: Any) -> None:
@@ -90,7 +93,7 @@ class StreamedLayers:
         self.fetched += 1
         layer = self.layers[number]
         with torch.cuda.stream(self.stream):
-            self.stream.wait_event(self.free[index])  # by the layer that was in it
+            self.stream.wait_event(self.free[index])  # until the layer that was in it has computed
             self.buffers[index][: layer.host.numel()].copy_(layer.host, non_blocking=True)
             self.ready[index].record(self.stream)
         layer.place(self.buffers[index])
@@ -98,7 +101,7 @@ class StreamedLayers:
 
 
 class _Buffer:
-    """Parameters, their bytes in host memory, and where each one's begin there."""
+    """Parameters, with their bytes in host memory, and where the bytes of each one start."""
 
     def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
         self.parameters = parameters
@@ -114,12 +117,12 @@ class _Buffer:
         self.leave()
 
     def place(self, buffer: Tensor) -> None:
-        """Let the parameters be these bytes."""
+        """Make the parameters views of a buffer on the device."""
         for view, parameter in zip(self._views(buffer), self.parameters, strict=True):
             parameter.data = view
 
     def leave(self) -> None:
-        """Let the parameters be nothing."""
+        """Make the parameters empty."""
         for parameter in self.parameters:
             parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
 

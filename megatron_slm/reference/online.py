@@ -1,16 +1,16 @@
-"""A reference model as a frozen replica on the policy's own ranks.
+"""Score with a reference model that is a frozen replica on the policy's own ranks.
 
-It is cut like the policy (same tensor, pipeline, context and sequence parallel groups, no virtual
-stages) and scores a step's micro-batches in one forward-only pipeline pass:
-
-    hidden states -> token losses chunk by chunk (loss/chunked.py), no logits in memory, unless
-                     the policy's head is the dense one, with whose losses they are compared
+The replica is cut like the policy (into the same tensor, pipeline, context and sequence parallel
+groups, but without virtual stages), and scores a step's micro-batches in one forward-only pipeline
+pass.  Its losses are computed from the last hidden states, chunk by chunk and without logits in
+memory (loss/chunked.py); if the policy has the dense head, so does the reference, since their
+losses are compared.
 
 Memory: its weights, 2 bytes a parameter in bf16 (4 in float32), divided by TP x PP, or two layers
-of them when they stream from the host (offload.py), and while it runs one layer's activations of
-one scoring batch.  Time: a forward, a third of the policy's step when it is of the policy's size.
-It has no gradient buffers, no optimizer state and no dropout, and draws no random number, neither
-when built nor when run.
+of them if they stream from the host (offload.py); and, while it runs, the activations of one layer
+for one scoring batch.  Time: a forward pass, which is a third of the policy's step for a reference
+of the policy's size.  It has no gradient buffers, no optimizer state and no dropout, and draws no
+random numbers, neither when it is built nor when it runs.
 """
 
 from __future__ import annotations
@@ -43,15 +43,16 @@ from megatron_slm.reference.offload import StreamedLayers
 
 
 class OnlineReference(Reference):
-    """A frozen GPT and the pass that scores with it.
-
-    Args:
-        model: from build_model(), with its weights.
-        arguments: its own, from reference_arguments().
-        scoring: what is wanted.  How much padding the checkpoint's vocabulary has does not matter.
-    """
+    """A frozen GPT, and the pass that scores with it."""
 
     def __init__(self, model: torch.nn.Module, arguments: Namespace, scoring: Scoring) -> None:
+        """Take a model, whose vocabulary may be padded differently than the policy's.
+
+        Args:
+            model: the model, from build_model(), with its weights.
+            arguments: its arguments, from reference_arguments().
+            scoring: what to compute.
+        """
         self.model = model
         self.scoring = scoring
         self.seq_length = arguments.seq_length
@@ -106,11 +107,13 @@ def frozen_reference(
     scoring: Scoring,
     layer_spec: Callable[..., Any] | None,
 ) -> OnlineReference:
-    """A reference with a checkpoint's weights, resharded as they load.
+    """Build a reference, and load its weights from a checkpoint, resharding them.
 
     Args:
-        arguments: its own, from reference_arguments().
-        layer_spec: layers of a (GPTModelConfig, vp_stage), None for Megatron's choice.
+        checkpoint: where the weights are.
+        arguments: the reference's arguments, from reference_arguments().
+        scoring: what to compute.
+        layer_spec: makes the layers from a (GPTModelConfig, vp_stage); None for Megatron's choice.
     """
     model = build_model(arguments, layer_spec)
     load_weights(model, checkpoint)
@@ -118,13 +121,15 @@ def frozen_reference(
 
 
 def _joined(wanted: int | None, micro_batch_size: int, count: int) -> int:
-    """How many of `count` micro-batches are scored at once: as many as wanted, or fewer if that
-    does not divide count."""
+    """Return how many of `count` micro-batches to score at once.
+
+    That is as many as make up `wanted` samples, or fewer if these do not divide `count`.
+    """
     return math.gcd(max(1, (wanted or 0) // micro_batch_size), count)
 
 
 def _join(inputs: list[dict[str, Tensor | None]]) -> dict[str, Tensor | None]:
-    """Inputs of one forward pass, from those of micro-batches."""
+    """Join the inputs of several micro-batches for one forward pass."""
     first, *others = inputs
     if not others:
         return first
@@ -136,15 +141,15 @@ def _join(inputs: list[dict[str, Tensor | None]]) -> dict[str, Tensor | None]:
 
 
 def frozen_arguments(arguments: Namespace) -> Namespace:
-    """The policy's arguments as a frozen replica has them."""
+    """Return the policy's arguments, changed for a frozen replica."""
     own = copy(arguments)
     own.attention_dropout = own.hidden_dropout = 0.0
     own.perform_initialization = False
-    # What the reference is known not to have, though the policy may.
+    # The policy may have these, but a reference is known not to.
     for name in UNSUPPORTED_MODELS:
         setattr(own, name, None)
     own.multi_latent_attention = False
-    # The reference has one model chunk per stage, whatever layout the policy's layers have.
+    # The reference has one model chunk on each stage, whatever the layout of the policy's layers.
     own.virtual_pipeline_model_parallel_size = None
     own.num_layers_per_virtual_pipeline_stage = None
     own.microbatch_group_size_per_vp_stage = 1
@@ -153,19 +158,19 @@ def frozen_arguments(arguments: Namespace) -> Namespace:
     own.account_for_embedding_in_pipeline_split = own.account_for_loss_in_pipeline_split = False
     own.overlap_p2p_comm = False
     own.overlap_p2p_comm_warmup_flush = False
-    # Its own precision, so that it is a fixed function: delayed scales would be the policy's.
+    # With its own precision it is a fixed function; delayed scales would depend on the policy.
     own.fp8 = "e4m3" if own.slm_reference_fp8 else None
     own.fp8_recipe = "tensorwise"
     own.fp4 = own.te_precision_config_file = None
     own.fp8_param_gather = own.fp4_param_gather = False
-    own.disable_parameter_transpose_cache = True  # no copies in fp8 beside the weights
+    own.disable_parameter_transpose_cache = True  # keep no copies in fp8 besides the weights
     if own.slm_reference_offload:
-        own.use_cpu_initialization = True  # never whole on the device
-    # Buffers and hooks that are made for the policy's sizes, or registered once a process.
+        own.use_cpu_initialization = True  # the weights never lie on the device as a whole
+    # These have buffers and hooks made for the policy's sizes, or registered once a process.
     own.tp_comm_overlap = own.fine_grained_activation_offloading = False
     own.cpu_offloading = own.init_model_with_meta_device = False
     own.cpu_offloading_num_layers = 0
-    # Nothing to accumulate, to recompute or to capture in a pass without a backward.
+    # Without a backward, there is nothing to accumulate, to recompute or to capture.
     own.gradient_accumulation_fusion = own.bias_gelu_fusion = False
     own.recompute_granularity = own.recompute_method = own.recompute_num_layers = None
     own.distribute_saved_activations = False
@@ -174,7 +179,11 @@ def frozen_arguments(arguments: Namespace) -> Namespace:
 
 
 def reference_arguments(checkpoint: ReferenceCheckpoint, arguments: Namespace) -> Namespace:
-    """The policy's arguments as a frozen replica has them, with the reference's architecture.
+    """Return the policy's arguments, changed for a frozen replica of the reference's architecture.
+
+    Args:
+        checkpoint: the reference's checkpoint.
+        arguments: the policy's arguments.
 
     Raises:
         UserError: the reference cannot be cut as the policy is.
@@ -190,8 +199,9 @@ def reference_arguments(checkpoint: ReferenceCheckpoint, arguments: Namespace) -
     ):
         if value % size:
             raise UserError(
-                f"{where} has {value} {what}, which {name}-model-parallel size {size} does not "
-                "divide; the reference runs on the policy's ranks, cut as the policy is"
+                f"{where} has {value} {what}, which the {name}-model-parallel size {size} does not "
+                "divide; the reference runs on the policy's ranks, cut as the policy is: take "
+                "another size, or another reference"
             )
     if (
         own.position_embedding_type == "learned_absolute"
@@ -199,7 +209,7 @@ def reference_arguments(checkpoint: ReferenceCheckpoint, arguments: Namespace) -
     ):
         raise UserError(
             f"{where} has {own.max_position_embeddings} learned positions, fewer than "
-            f"--seq-length {own.seq_length}"
+            f"--seq-length {own.seq_length}: take shorter sequences, or another reference"
         )
     try:
         core_transformer_config_from_args(own)
@@ -210,8 +220,13 @@ def reference_arguments(checkpoint: ReferenceCheckpoint, arguments: Namespace) -
 
 
 def build_model(arguments: Namespace, layer_spec: Callable[..., Any] | None) -> torch.nn.Module:
-    """This rank's part of a frozen GPT with weights that mean nothing yet."""
-    # An embedding of learned positions draws its weights whatever it is told.
+    """Build this rank's part of a frozen GPT, whose weights mean nothing yet.
+
+    Args:
+        arguments: the reference's arguments.
+        layer_spec: makes the layers from a (GPTModelConfig, vp_stage); None for Megatron's choice.
+    """
+    # An embedding of learned positions draws its weights even if it is told not to.
     with torch.random.fork_rng(devices=[]):
         model: torch.nn.Module = build_gpt(
             arguments,
@@ -228,14 +243,18 @@ def build_model(arguments: Namespace, layer_spec: Callable[..., Any] | None) -> 
 
 
 def gpt(model: torch.nn.Module) -> GPTModel:
-    """The model without what Megatron wraps around it for 16 bits."""
+    """Return the model within Megatron's wrapper for 16 bits, if it has one."""
     inner = model.module if isinstance(model, Float16Module) else model
     assert isinstance(inner, GPTModel)
     return inner
 
 
 def load_weights(model: torch.nn.Module, checkpoint: ReferenceCheckpoint) -> None:
-    """Load weights alone, each rank its part, from a checkpoint of any layout."""
+    """Load each rank's part of a model's weights, and only these, from a checkpoint of any layout.
+
+    Raises:
+        UserError: ranks found different checkpoints.
+    """
     inner = gpt(model)
     directory = str(checkpoint.directory)
     everywhere: list[str] = [""] * torch.distributed.get_world_size()
@@ -248,7 +267,7 @@ def load_weights(model: torch.nn.Module, checkpoint: ReferenceCheckpoint) -> Non
     print_rank_0(f"> loading the reference model from {directory}")
     metadata = dist_checkpointing.load_content_metadata(directory) or {}
     metadata["dp_cp_group"] = mpu.get_data_parallel_group(with_context_parallel=True)
-    # Extra states are those of fp8, which layers have or lack with Transformer Engine's version.
+    # Extra states belong to fp8; whether layers have them depends on Transformer Engine's version.
     wanted = {
         name: tensor
         for name, tensor in inner.sharded_state_dict(metadata=metadata).items()

@@ -1,4 +1,4 @@
-"""Which tokens count, and how much.  Tensors and process groups only."""
+"""Decide which tokens count, and how much, from tensors and process groups alone."""
 
 from megatron_slm.selection.carried import CarriedThreshold
 from megatron_slm.selection.ratio import RatioSchedule

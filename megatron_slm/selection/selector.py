@@ -1,4 +1,4 @@
-"""From the scores of a micro-batch, or of all of a step's, to the weight of every token."""
+"""Choose tokens by their scores, from a micro-batch or from a whole step, and weigh them."""
 
 from __future__ import annotations
 
@@ -27,55 +27,58 @@ SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 @dataclass(frozen=True)
 class SelectionSettings:
-    """scope: which tokens compete with each other for selection.
-        sequence        the valid tokens of one sequence
-        micro-batch     of one micro-batch
-        data-parallel   of the micro-batches that all data-parallel ranks have at the same time
-        global-batch    of a whole step
-    exact: for global-batch, rank all tokens of the step in a forward pass of its own (True), or
-        compare with a threshold carried from the steps before (False).
-    score, weighting, temperature, unselected_weight: see scores.py and weights.py.
-    domain_ratios: own ratios of the blend's datasets, None where the schedule's holds; empty if no
-        dataset has its own.
-    """
+    """How tokens are selected and weighed."""
 
     scope: Scope = "micro-batch"
+    """The valid tokens that compete with each other for selection: those of one sequence, of one
+    micro-batch, of the micro-batches that all data-parallel ranks hold at the same time, or of a
+    whole step (global-batch)."""
     exact: bool = False
+    """Whether scope global-batch ranks all tokens of the step in a forward pass of its own, and
+    does not compare them with a threshold carried from the steps before."""
     score: Score = "excess"
+    """What tokens are ranked by (scores.py)."""
     weighting: Weighting = "hard"
+    """How tokens are weighed (weights.py)."""
     temperature: float = 1.0
+    """Temperature of softmax weights."""
     unselected_weight: float = 0.0
+    """Weight of the mean loss of unselected tokens."""
     domain_ratios: tuple[float | None, ...] = ()
+    """Ratio of each of the blend's datasets, None where the schedule's holds; empty if no dataset
+    has a ratio of its own."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this rank stands among those that share a step's tokens.
-
-    cp_group: ranks with other parts of the same sequences.
-    dp_cp_group: ranks with any tokens of the step, at the same stage and tensor-parallel rank.
-    """
+    """Where this rank stands among the ranks that share a step's tokens."""
 
     cp_group: ProcessGroup
+    """The ranks that hold parts of the same sequences."""
     dp_cp_group: ProcessGroup
+    """The ranks that hold any of the step's tokens, at this stage and tensor-parallel rank."""
     dp_rank: int
+    """This rank's number among the data-parallel ranks."""
     dp_size: int
+    """The number of data-parallel ranks."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """selected: bool [b, s].  weights: float32 [b, s], or None where they are the selected.
-    threshold: float32 0-dim, the mean over sets with valid tokens.  any_valid: bool 0-dim.
-    """
+    """The tokens chosen, and what they count."""
 
     selected: Tensor
+    """Which tokens are selected, bool [b, s]."""
     weights: Tensor | None
+    """How much each token counts, float32 [b, s]; None if exactly the selected ones count, by 1."""
     threshold: Tensor
+    """The lowest selected score, averaged over the sets with valid tokens, float32, 0-dim."""
     any_valid: Tensor
+    """Whether any token is valid, bool, 0-dim."""
 
 
 class TokenSelector:
-    """Selection by one set of settings on one rank."""
+    """Chooses tokens on one rank, with the settings of a run."""
 
     def __init__(self, settings: SelectionSettings, ranks: Ranks) -> None:
         self.settings = settings
@@ -86,14 +89,15 @@ class TokenSelector:
     ) -> Choice:
         """Choose from one micro-batch, over the ranks of the scope.
 
-        Scope global-batch is taken as micro-batch here: its first step has no threshold to carry,
+        Scope global-batch is treated as micro-batch here: the first step has no carried threshold,
         and validation has no steps.
 
         Args:
-            scores: float32 [b, s/c].  valid: bool [b, s/c].
-            ratio: of the datasets without a ratio of their own.
-            domains: int64 [b], the dataset of each sample; None where there is no blend, as in
-                validation, and then all take `ratio`.
+            scores: the tokens' scores, float32 [b, s/c].
+            valid: which tokens may be selected, bool [b, s/c].
+            ratio: the ratio of datasets without one of their own.
+            domains: the dataset of each sample, int64 [b]; None without a blend, or in validation,
+                where `ratio` holds for all samples.
         """
         wide = self.settings.scope == "data-parallel"
         return self._weigh(scores, valid, *self._select(scores, valid, ratio, domains, 1, wide))
@@ -101,13 +105,13 @@ class TokenSelector:
     def choose_from_step(
         self, scores: Tensor, valid: Tensor, ratio: float, domains: Tensor | None, count: int
     ) -> Choice:
-        """Choose from all micro-batches of a step: [count * b, s/c], one after the other."""
+        """Choose from all `count` micro-batches of a step, concatenated to [count * b, s/c]."""
         return self._weigh(scores, valid, *self._select(scores, valid, ratio, domains, count, True))
 
     def select_from_step(
         self, scores: Tensor, valid: Tensor, ratio: float, domains: Tensor | None, count: int
     ) -> Selection:
-        """The same, without weights: for its thresholds."""
+        """Select as choose_from_step does, without weighing: for the thresholds."""
         selection, _, _ = self._select(scores, valid, ratio, domains, count, True)
         return selection
 
@@ -123,7 +127,7 @@ class TokenSelector:
     def sets(
         self, samples: int, ratio: float, domains: Tensor | None, device: torch.device
     ) -> tuple[Tensor, Sequence[float] | Tensor]:
-        """The set of each sample, int64 [b], and the ratio of each set."""
+        """Return the set of each sample, int64 [b], and the ratio of each set."""
         own = self.settings.domain_ratios
         of_domains = [ratio if value is None else value for value in own]
         by_sample = self.settings.scope == "sequence"
@@ -137,11 +141,11 @@ class TokenSelector:
         return domains, ratios
 
     def most_selected(self, samples: int, length: int, ratio: float) -> int | None:
-        """Return how many tokens of a micro-batch, [samples, length], count at most: so many do if
-        none of them is masked.
+        """Return the most tokens of a micro-batch, [samples, length], that can count.
 
-        None where only the device knows: when tokens compete with those of other ranks or other
-        micro-batches, ratios depend on samples, or tokens that are not selected count too.
+        As many do count if none of them is masked.  None if only the device knows: when tokens
+        compete with those of other ranks or other micro-batches, when ratios depend on samples, or
+        when tokens that are not selected count too.
         """
         settings = self.settings
         wide = settings.scope in ("data-parallel", "global-batch")
@@ -161,14 +165,18 @@ class TokenSelector:
         count: int,
         wide: bool,
     ) -> tuple[Selection, Tensor, Placement]:
-        """Exactly, from `count` micro-batches, over the data-parallel ranks if `wide`; with the
-        sets and the placement it was made by."""
+        """Select exactly from `count` micro-batches, over the data-parallel ranks if `wide`.
+
+        Returns:
+            The selection, and the sets and the placement that it was made with.
+        """
         sets, ratios = self.sets(len(scores), ratio, domains, scores.device)
         placement = self._placement(len(scores) // count, count, wide, scores.device)
         return select_top_fraction(scores, valid, ratios, sets, placement), sets, placement
 
     def _placement(self, samples: int, count: int, wide: bool, device: torch.device) -> Placement:
-        """Of `count` micro-batches of `samples` each, over the data-parallel ranks if `wide`."""
+        """Return how `count` micro-batches of `samples` each lie over ranks; over the data-parallel
+        ranks, too, if `wide`."""
         ranks = self.ranks
         rank, size = (ranks.dp_rank, ranks.dp_size) if wide else (0, 1)
         group = ranks.dp_cp_group if wide else ranks.cp_group
@@ -220,7 +228,7 @@ class TokenSelector:
 
 @lru_cache(maxsize=4)
 def _on_device(ratios: tuple[float, ...], device: torch.device) -> Tensor:
-    """Ratios as a float64 tensor, for which the host does not wait: a schedule changes them."""
+    """Copy ratios, which a schedule changes, to the device without making the host wait."""
     if device.type != "cuda":
         return torch.tensor(ratios, dtype=torch.float64)
     host = torch.tensor(ratios, dtype=torch.float64, pin_memory=True)

@@ -9,7 +9,7 @@ The k-th largest score is found by a radix select on the bits of float32:
     ties         counts of ties per segment of the token order -> which of the ties fit
 
 That is four all-reduces of 8 KiB, 8 KiB, 4 KiB and 4 bytes a segment, whatever the number of
-tokens; on one rank there are none, and on a GPU top_fraction_triton.py does it all in one kernel.
+tokens.  On one rank there are none, and on a GPU top_fraction_triton.py does it all in one kernel.
 The same four all-reduces serve several sets of tokens (sequences, domains) at once.  Nothing
 synchronises with the host.
 """
@@ -38,8 +38,8 @@ class Placement:
     """
 
     samples: Tensor | None
-    """Numbers within the scope of the local samples, int64 [b], ascending; None if no other rank
-    has any."""
+    """Numbers within the scope of the local samples, int64 [b], ascending; None if this rank holds
+    all samples."""
     total: int
     """Samples in the scope."""
     run: int = 1
@@ -89,8 +89,8 @@ def select_top_fraction(
     Args:
         scores: this rank's part of b samples, float32 [b, s]; not NaN where valid.
         valid: which tokens may be selected, bool [b, s].
-        ratios: the ratio of each set, in (0, 1].  Numbers that differ are copied to the device,
-            and the host waits for that.
+        ratios: the ratio of each set, in (0, 1].  If they are numbers and differ, they are copied
+            to the device, and the host waits for that.
         sets: the set of each sample, int64 [b]; None if there is a single set.
         placement: how the samples lie over ranks; None if this rank holds all of them, in order.
 

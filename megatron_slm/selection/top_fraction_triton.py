@@ -1,9 +1,10 @@
-"""select_top_fraction for a scope that one rank has whole, as one Triton kernel.
+"""Do what select_top_fraction does in one Triton kernel, if one rank holds the whole scope.
 
-Plain torch launches a hundred small kernels for the same, which a GPU waits for more than it
-computes.  Here one program takes a set through its tokens six times, which lie in the GPU's cache:
-once for their number, once for each of the four bytes of the k-th key, and once to select.  Keys,
-rounding and ties are those of top_fraction.py, in integers, and so is every bit of the result.
+Plain torch launches a hundred small kernels for this, and a GPU spends more time waiting for them
+than computing.  Here one program passes over a set's tokens, which lie in the GPU's cache, six
+times: once to count them, once for each of the four bytes of the k-th key, and once to select.
+Keys, rounding and ties are those of top_fraction.py, in integers, so that the result is the same to
+the bit.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Tokens that a program holds at a time: 8 a thread.
+# Tokens that a program holds at a time, 8 in each thread.
 BLOCK, WARPS = 4096, 16
 
 
 def try_out(device: torch.device) -> None:
-    """Call the kernel once in each form, on almost nothing; raises what Triton raises."""
+    """Call the kernel once in each form, on tiny tensors; Triton raises if it cannot compile it."""
     scores = torch.zeros(1, 2, device=device)
     for number in (1, 2):
         units = torch.ones(number, dtype=torch.int64, device=device)
@@ -32,11 +33,13 @@ def select(
     """Select the top fraction of each set.
 
     Args:
-        scores: float32 [b, s].  valid: bool [b, s].  sets: int64 [b], of each sample.
-        units: int64 [sets], ratios in millionths.
+        scores: the tokens' scores, float32 [b, s].
+        valid: which tokens may be selected, bool [b, s].
+        units: the ratio of each set, in millionths, int64 [sets].
+        sets: the set of each sample, int64 [b].
 
     Returns:
-        What a Selection has: selected, and of each set threshold, valid and selected tokens.
+        The fields of a Selection, in order: selected tokens, thresholds, valid and selected counts.
     """
     number = len(units)
     selected = torch.empty_like(valid, memory_format=torch.contiguous_format)
@@ -62,7 +65,7 @@ def select(
 
 @triton.jit
 def _keys(scores, offsets, inside):  # type: ignore[no-untyped-def]
-    """Keys as _descending_keys has them, of float32 scores read as int32."""
+    """Load scores, float32 read as int32, and map them to keys as _descending_keys does."""
     bits = tl.load(scores + offsets, mask=inside, other=0).to(tl.int64)
     bits = tl.where(bits == -(1 << 31), 0, bits)  # -0 is +0
     return tl.where(bits < 0, bits + (1 << 32), (1 << 31) - 1 - bits)
@@ -70,7 +73,7 @@ def _keys(scores, offsets, inside):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _valid(valid, sets, offsets, inside, length, ONE_SET: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Which tokens of this program's set may be selected."""
+    """Load which tokens of this program's set may be selected."""
     may = tl.load(valid + offsets, mask=inside, other=0) != 0
     if not ONE_SET:
         may &= tl.load(sets + offsets // length, mask=inside, other=-1) == tl.program_id(0)
@@ -92,7 +95,7 @@ def select_kernel(  # type: ignore[no-untyped-def]
     ONE_SET: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program takes a set."""
+    """Select the top fraction of each set; each program takes one set."""
     own = tl.program_id(0)
     found = tl.full((), 0, tl.int32)
     for start in range(0, tokens, BLOCK):
@@ -100,7 +103,7 @@ def select_kernel(  # type: ignore[no-untyped-def]
         may = _valid(valid, sets, offsets, offsets < tokens, length, ONE_SET)
         found += tl.sum(may.to(tl.int32), axis=0)
     wide = found.to(tl.int64)
-    # max(1, floor(ratio * number + 1/2)); 0 of 0
+    # max(1, floor(ratio * number + 1/2)), or 0 if the number is 0
     count = (2 * tl.load(units + own) * wide + 1000000) // 2000000
     count = tl.minimum(tl.maximum(count, 1), wide)
     tl.store(counts + own, wide)

@@ -1,7 +1,8 @@
-"""Thresholds that a run carries from step to step, and from checkpoint to checkpoint.
+"""Carry a run's thresholds from step to step, and from checkpoint to checkpoint.
 
-selection/carried.py has how they move; here they are made known to all pipeline stages, any of
-which may write the checkpoint, and kept in Megatron's arguments, which checkpoints carry.
+selection/carried.py says how they change.  This module makes them known to all pipeline stages,
+any of which may write the checkpoint, and keeps them in Megatron's arguments, which checkpoints
+contain.
 """
 
 from __future__ import annotations
@@ -18,37 +19,40 @@ from megatron_slm.training.settings import SelectiveSettings
 
 
 class CarriedThresholds:
-    """The thresholds of a run with --slm-global-batch carried.
-
-    Args:
-        resumed: arguments of the run that this one goes on with; empty where it starts afresh.
-    """
+    """The thresholds of a run with --slm-global-batch carried."""
 
     def __init__(self, settings: SelectiveSettings, resumed: Namespace) -> None:
+        """Take up the thresholds of a run that this one resumes.
+
+        Args:
+            settings: the run's settings.
+            resumed: the arguments of the run that this one resumes; empty if it starts afresh.
+        """
         selection = settings.selection
         self.sets = max(1, len(selection.domain_ratios))
-        # Of another score, or of other sets, they would mean nothing.
+        # Thresholds of another score, or of other sets, would mean nothing.
         self.made_for = (selection.score, *(settings.domains if selection.domain_ratios else ()))
         same = getattr(resumed, "slm_carried_for", None) == self.made_for
         state = getattr(resumed, "slm_carried_threshold", None) if same else None
         self.carried = CarriedThreshold.from_state(state)
 
     def before(self, iteration: int) -> Tensor | None:
-        """Return what `iteration` compares with, float32 [sets]; None before the first step."""
+        """Return the thresholds of a step, float32 [sets]; None before the first step."""
         thresholds = self.carried.before(iteration)
         if thresholds is None:
             return None
         return torch.tensor(thresholds, device=torch.cuda.current_device())
 
     def after(self, iteration: int, exact: Selection | None) -> None:
-        """Take a step's exact thresholds into the running ones.  Collective over the pipeline.
+        """Average a step's exact thresholds into the running ones.  Collective over the pipeline.
 
         Args:
-            exact: selected from the whole step, on the last pipeline stage; None elsewhere.
+            iteration: the step.
+            exact: what is selected from the whole step, on the last pipeline stage; None elsewhere.
         """
         found = torch.zeros(2, self.sets, device=torch.cuda.current_device())
         if exact is not None:
-            # A step that overflows must not stay in the average.
+            # The threshold of a step that overflows must not enter the average.
             known = (exact.count > 0) & exact.threshold.isfinite()
             found[0] = torch.where(known, exact.threshold, 0.0)
             found[1] = known

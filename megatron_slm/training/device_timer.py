@@ -1,5 +1,7 @@
-"""A timer for Megatron's log that leaves the host ahead of the device: Megatron's own waits for it
-at every start and stop."""
+"""Time the device for Megatron's log without making the host wait for it.
+
+Megatron's own timers wait for the device at every start and stop.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from megatron.training import get_timers
 
 
 def device_timer(name: str) -> DeviceTimer:
-    """Return the timer of this name among Megatron's, whose log then has it."""
+    """Return the timer of this name; Megatron's log then includes it."""
     timers = get_timers()
     if name not in timers._timers:
         timers._timers[name] = DeviceTimer(name)
@@ -22,20 +24,20 @@ def device_timer(name: str) -> DeviceTimer:
 
 
 class DeviceTimer(TimerBase):
-    """Times what the device does between start and stop, by events that it passes."""
+    """Times what the device does between start and stop, by events in its stream."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.seconds = 0.0
         self.begun: Any = None
-        self.pending: deque[tuple[Any, Any]] = deque()  # beginnings and ends not yet added
+        self.pending: deque[tuple[Any, Any]] = deque()  # starts and ends not yet added
 
     def start(self, barrier: bool = False) -> None:
         self.begun = _event_now()
 
     def stop(self, barrier: bool = False) -> None:
         self.pending.append((self.begun, _event_now()))
-        while self.pending and self.pending[0][1].query():  # which does not wait
+        while self.pending and self.pending[0][1].query():  # this does not wait
             self._add(*self.pending.popleft())
 
     def reset(self) -> None:

@@ -1,11 +1,11 @@
-"""Token dumps: what the policy makes of a few fixed samples, every so many iterations.
+"""Write token dumps: the policy's losses of a few fixed samples, at regular intervals.
 
-A run whose dumps cannot be written says so, once for each, and goes on: they are there to be looked
-at, and the steps since the last checkpoint are worth more.
+If a dump cannot be written, the run warns and goes on: dumps are only there to look at, and the
+steps since the last checkpoint are worth more.
 
-The samples pass through the policy in a forward-only pass of their own; the run's selector says
-which of their tokens it would train on, micro-batch by micro-batch as in validation.
-data/token_dump.py has the file, fixed_samples.py the samples.
+The policy scores the samples in a forward-only pass of its own, and the run's selector says which
+of their tokens it would train on, micro-batch by micro-batch as in validation.  data/token_dump.py
+defines the file, and fixed_samples.py reads the samples.
 """
 
 from __future__ import annotations
@@ -40,11 +40,7 @@ from megatron_slm.training.settings import SelectiveSettings, Step
 
 
 class TokenDumps:
-    """The dumps of one run.
-
-    Args:
-        provider: has the run's datasets when the first step begins.
-    """
+    """Writes the token dumps of a run."""
 
     def __init__(
         self,
@@ -53,13 +49,21 @@ class TokenDumps:
         settings: SelectiveSettings,
         provider: DatasetProvider,
     ) -> None:
+        """Prepare for dumps.
+
+        Args:
+            directory: where dumps are written.
+            interval: iterations between them.
+            settings: the run's settings.
+            provider: holds the run's datasets once the first step begins.
+        """
         self.directory, self.interval = directory, interval
         self.settings, self.provider = settings, provider
         self.last: int | None = None
         self.micro_batches: list[MicroBatch] | None = None
 
     def due(self, iteration: int, ends: bool) -> bool:
-        """Whether it is time: when a run starts or `ends`, and at multiples of the interval."""
+        """Return whether it is time for a dump: when the run starts or `ends`, and at intervals."""
         wanted = ends or self.last is None or iteration % self.interval == 0
         return wanted and iteration != self.last
 
@@ -73,9 +77,11 @@ class TokenDumps:
         """Write a dump.  Collective over all ranks.
 
         Args:
-            step: as if the samples were its micro-batches.
-            reference: None where there is none to run.
-            score: the policy's pass; losses and entropies where the last pipeline stage is.
+            step: a step that has the samples for its micro-batches.
+            selector: says which tokens the run would train on.
+            reference: scores the samples; None if no reference runs.
+            score: scores micro-batches with the policy; on the last pipeline stage, returns their
+                losses and entropies.
         """
         self.last = step.iteration
         samples = FixedSamples(self.provider, get_args().slm_dump_train_samples)
@@ -96,8 +102,10 @@ class TokenDumps:
             self._write(step, samples, whole)
 
     def _scored_by(self, reference: Reference | None, samples: FixedSamples) -> list[MicroBatch]:
-        """This rank's micro-batches, with reference losses if there are any.  A reference that
-        learns scores them anew each time."""
+        """Return this rank's micro-batches, with reference losses if there are any.
+
+        A frozen reference scores them once, any other one each time.
+        """
         known = self.micro_batches is not None
         if self.micro_batches is None:
             self.micro_batches = samples.read(
@@ -111,12 +119,21 @@ class TokenDumps:
         return self.micro_batches
 
     def _knows_domains(self) -> bool:
-        """Only a blend that is split has the training blend's datasets in validation as well."""
+        """Return whether the samples know which dataset of the training blend they are from.
+
+        In validation they do only if --split cuts the blend.
+        """
         split = get_blend_and_blend_per_split(get_args())[0] is not None
         return (split or get_args().slm_dump_train_samples) and bool(self.settings.domains)
 
     def _write(self, step: Step, samples: FixedSamples, fields: Tensor) -> None:
-        """fields: losses, selected and, if there are any, reference losses, [2 or 3, n, s]."""
+        """Write a dump's file; warn if it cannot be written.
+
+        Args:
+            step: as for `take`.
+            samples: the samples.
+            fields: losses, selected tokens and, if there are any, reference losses, [2 or 3, n, s].
+        """
         losses, selected, *reference = fields.numpy()
         tokens, valid = samples.tokens(len(losses))
         domains = None
@@ -149,10 +166,10 @@ class TokenDumps:
 def token_dumps(
     args: Namespace, settings: SelectiveSettings, provider: DatasetProvider
 ) -> TokenDumps | None:
-    """What the arguments ask for; None if nothing.
+    """Return what writes the token dumps that the arguments ask for; None if they ask for none.
 
     Raises:
-        UserError: dumps cannot be written where they are to be.
+        UserError: dumps cannot be written to their directory.
     """
     if args.slm_dump_interval is None:
         return None
@@ -167,7 +184,10 @@ def token_dumps(
 
 
 def _micro_batch_count() -> int:
-    """Of each data-parallel rank: enough for the samples, and for the groups of virtual stages."""
+    """Return how many micro-batches of fixed samples each data-parallel rank reads.
+
+    They are enough for all samples, and a multiple of what virtual pipeline stages need.
+    """
     args = get_args()
     at_a_time = args.micro_batch_size * mpu.get_data_parallel_world_size()
     group = 1

@@ -1,6 +1,6 @@
-"""What a micro-batch reports to Megatron's log: [sum, count] pairs, which it adds up and divides.
+"""Report a micro-batch to Megatron's log, as [sum, count] pairs that Megatron adds up and divides.
 
-All sums are made at once, a dozen kernels a micro-batch whatever is reported.
+All sums are computed together, by a dozen kernels a micro-batch, whatever is reported.
 """
 
 from __future__ import annotations
@@ -24,15 +24,19 @@ def report_of(
     domains: Sequence[str],
     of_all: bool,
 ) -> dict[str, Tensor]:
-    """Return the report of a micro-batch whose tokens were chosen, pairs of float32 by name.
+    """Return the report of a micro-batch whose tokens were chosen: pairs, float32 [2], by name.
+
+    The policy's losses are reported with padding in their softmax, as Megatron reports them in
+    causal language modeling; scores and excess losses are without padding.
 
     Args:
-        loss: what is trained on, 0-dim: the sum over selected tokens.
-        losses, trained: of all tokens, without and with the vocabulary's padding, [b, s/c].  The
-            policy's losses are Megatron's, as in causal language modeling, so with padding; scores
-            and excess are without.
-        domains: names of the blend's datasets, for batch.domains.
-        of_all: lm loss is to be that of all tokens, and not what is trained on.
+        batch: the micro-batch.
+        choice: the tokens chosen.
+        loss: the loss to train on, the sum over selected tokens, 0-dim.
+        losses: the losses of all tokens without padding, [b, s/c].
+        trained: the losses of all tokens with padding, [b, s/c].
+        domains: names of the blend's datasets, which batch.domains numbers.
+        of_all: report the mean over all tokens as lm loss, and not the loss to train on.
     """
     valid, selected = batch.valid, choice.selected
     unselected = valid ^ selected
@@ -45,7 +49,7 @@ def report_of(
     places = torch.stack(where)
     sums, counts = _sums(places, torch.stack(values))
     above, below = [sums, counts[:1], choice.threshold[None], loss[None]], [counts, counts[2:3]]
-    # The threshold is averaged over micro-batches; of one without valid tokens there is none.
+    # The threshold is averaged over micro-batches; one without valid tokens has none.
     below += [choice.any_valid[None], counts[:1]]
     names += ["selected ratio", "threshold", "lm loss"]
     if batch.domains is not None:
@@ -56,8 +60,8 @@ def report_of(
         below += [counts.flatten(), counts.sum(1)]
         names += [f"{part} {name}" for name in domains for part in names[:2]]
         names += [f"selected ratio {name}" for name in domains]
-    # So that the mean over no token is 0: a NaN would spoil the average of a whole log interval.
-    # Too small to change any count.
+    # The bound makes the mean over no token 0, since a NaN would spoil the average of a whole log
+    # interval; it is too small to change any other count.
     pairs = torch.stack([torch.cat(above), torch.cat(below).clamp(min=1e-30)], dim=1)
     report = dict(zip(names, pairs.unbind(), strict=True))
     if of_all:
@@ -66,12 +70,12 @@ def report_of(
 
 
 def _sums(where: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum and number of the values at `where`, [..., b, s], of each of the leading indices."""
+    """Return the sum and the number of the values at `where`, [..., b, s], over b and s."""
     return torch.where(where, values, 0.0).sum((-2, -1)), where.sum((-2, -1))
 
 
 def _in_order(names: Sequence[str], domains: Sequence[str]) -> list[str]:
-    """Return the names as the log is to show them."""
+    """Return the names in the order in which the log is to show them."""
     first = ["lm loss", *names[:3], "selected ratio", "threshold"]
     rest = [name for name in ("reference loss", "excess loss") if name in names]
     parts = ("selected loss", "unselected loss", "selected ratio")

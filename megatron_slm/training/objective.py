@@ -1,20 +1,20 @@
-"""The loss of one micro-batch as Megatron's schedules want it, and what it reports.
+"""Compute the loss of one micro-batch as Megatron's schedules want it, and report it.
 
 Training maximises nothing but the log-likelihood of the selected tokens (Rho-1, eq. 3-5):
 
-    excess = policy loss - reference loss       per token, no gradient (or another score), both
-                                                without the vocabulary's padding in their softmax
-    selected = top k% of the excess             over the valid tokens of the micro-batch (or scope)
-    loss = sum of the policy loss over selected / number selected over the global batch, by
-           Megatron's softmax, which has the padding
+    excess = policy loss - reference loss       of each token, without gradient (or another score);
+                                                both without the vocabulary's padding in the softmax
+    selected = top k% of the excess             among valid tokens of the micro-batch (or scope)
+    loss = sum of the selected tokens' policy losses / number selected in the global batch, with
+           Megatron's softmax, which includes the padding
 
-The schedule is given sum and number; Megatron's per-token-loss path adds both up over micro-batches
-and data- and context-parallel ranks, and divides once.
+The schedule receives sum and number.  Megatron's per-token-loss path adds up both over
+micro-batches, data- and context-parallel ranks, and divides once.
 
-The host waits for the device once a micro-batch, to hear whether anything is NaN or infinite: that
+The host waits for the device once a micro-batch, to learn whether anything is NaN or infinite; this
 is Megatron's own check of a loss, for which plain Megatron waits twice.  With the chunked head it
-waits a second time where only the device knows how many tokens count (TokenSelector.most_selected),
-and with --sft, whose masked prompts would be computed for nothing.
+waits a second time if only the device knows how many tokens count (TokenSelector.most_selected),
+and with --sft, whose masked prompts would otherwise be computed for nothing.
 """
 
 from __future__ import annotations
@@ -43,16 +43,12 @@ from megatron_slm.training.settings import SelectiveSettings, Step
 
 # Megatron's own definition of a spiky loss: this many times the largest loss so far.
 SPIKY_LOSS_FACTOR = 10
-# What is looked for in each micro-batch, as errors call it.
+# The faults that each micro-batch is checked for, in the words of the errors.
 FAULTS = ("NaN in the loss", "Inf in the loss", "NaN in the token scores")
 
 
 class MicroBatchObjective:
-    """Selects tokens when the policy's losses are known; called by the schedule for the loss.
-
-    losses: of all tokens, by a softmax without padding, which they are scored by.
-    trained: the same by Megatron's softmax, which has it.
-    """
+    """Selects tokens once the policy's losses are known; the schedule calls it for the loss."""
 
     def __init__(
         self,
@@ -66,13 +62,15 @@ class MicroBatchObjective:
         self.step = step
         self.selector = selector
         self.losses: Tensor | None = None
+        """Losses of all tokens without padding in the softmax, which they are scored by."""
         self.trained: Tensor | None = None
+        """Losses of all tokens with Megatron's softmax, which includes the padding."""
         self.choice: Choice | None = None
+        """The tokens chosen, if any are."""
 
     @property
     def most_counted(self) -> int | None:
-        """How many tokens count at most; None where that is not known without asking the device, or
-        where it would be many more than do."""
+        """The most tokens that can count; None if only the device knows, or if far fewer will."""
         if get_args().sft:
             return None
         assert self.micro_batch.labels is not None
@@ -82,15 +80,19 @@ class MicroBatchObjective:
         return self.selector.most_selected(samples, length, self.step.ratio)
 
     def tell(self, losses: Tensor) -> None:
-        """Hear the dense head's losses without padding before the model returns those with it."""
+        """Take the dense head's losses without padding, before the model returns those with it."""
         self.losses = losses
 
     def weigh(
         self, losses: Tensor, entropies: Tensor | None = None, trained: Tensor | None = None
     ) -> Tensor:
-        """How much each token counts, given the policy's losses (entropies, if the score needs
-        them, and the losses to train on), float32 [b, s/c]: its weight, float32, or whether it is
-        selected, bool."""
+        """Return how much each token counts, float32 [b, s/c], or whether it counts, bool [b, s/c].
+
+        Args:
+            losses: the policy's losses without padding in the softmax, float32 [b, s/c].
+            entropies: its entropies, if the score needs them.
+            trained: its losses with padding.
+        """
         batch = self.micro_batch
         self.losses, self.trained = losses, trained
         if not self.step.selects:
@@ -100,7 +102,7 @@ class MicroBatchObjective:
         return self.choice.selected if self.choice.weights is None else self.choice.weights
 
     def score(self, losses: Tensor, entropies: Tensor | None) -> Tensor:
-        """Set and return what tokens are ranked by, given the policy's losses and entropies."""
+        """Set and return the tokens' scores, given the policy's losses and entropies."""
         batch = self.micro_batch
         batch.scores = token_scores(
             self.settings.selection.score,
@@ -113,7 +115,10 @@ class MicroBatchObjective:
         return batch.scores
 
     def _draw(self, losses: Tensor) -> Tensor:
-        """Return random scores for the tokens of these losses; no layout changes them."""
+        """Return random scores for the tokens of these losses, which do not depend on the layout.
+
+        They are float32 [b, s/c].
+        """
         samples, length = losses.shape
         number, size = self.micro_batch.number, mpu.get_context_parallel_world_size()
         first = number * mpu.get_data_parallel_world_size() + mpu.get_data_parallel_rank()
@@ -131,7 +136,7 @@ class MicroBatchObjective:
         return self.selector.choose(scores, batch.valid, self.step.ratio, batch.domains)
 
     def __call__(self, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Megatron's loss function.
+        """Return the loss: Megatron's loss function.
 
         Args:
             output: losses of all tokens, [b, s/c], from Megatron's output layer (the dense head),
@@ -175,15 +180,15 @@ class MicroBatchObjective:
         )
 
     def _check(self, loss: Tensor) -> None:
-        """Megatron's checks of a loss, and none of the scores may be NaN.
+        """Make Megatron's checks of a loss, and check that no score is NaN.
 
         Raises:
-            UserError: the reference overflows, which no loss scale mends and Megatron, which checks
-                nothing under fp16, would not see.
+            UserError: the reference overflows.  No loss scale mends this, and Megatron would not
+                notice, since it checks nothing under fp16.
         """
         args = get_args()
         batch = self.micro_batch
-        read = cache(self._faults(loss).tolist)  # once for all checks: here the host waits
+        read = cache(self._faults(loss).tolist)  # read once for all checks: here the host waits
 
         def found(number: int) -> bool:
             flags = read()
@@ -212,8 +217,10 @@ class MicroBatchObjective:
             )
 
     def _faults(self, loss: Tensor) -> Tensor:
-        """Whether each of FAULTS is there, and the last: whether the reference's losses are NaN; as
-        far as there are scores and a reference, bool [2, 3 or 4]."""
+        """Return whether each of FAULTS is there, and whether reference losses are NaN, as bool.
+
+        The result has 4 elements; without a reference 3, and without scores 2.
+        """
         batch = self.micro_batch
         of_loss = torch.stack([loss.isnan(), loss.isinf()])
         if batch.scores is None:

@@ -1,4 +1,4 @@
-"""Forward-only passes over micro-batches, which come before a step's schedule."""
+"""Score micro-batches in forward-only passes of their own, before a step's schedule."""
 
 from __future__ import annotations
 
@@ -73,10 +73,17 @@ def with_reference(
     count: int,
     micro_batch_size: int,
 ) -> list[MicroBatch]:
-    """Read `count` micro-batches, and set what the reference scores, where the last stage is."""
+    """Read micro-batches and, on the last pipeline stage, set their reference losses.
+
+    Args:
+        reference: scores them.
+        micro_batches: the micro-batches to read.
+        count: how many to read.
+        micro_batch_size: samples in each.
+    """
     read: list[MicroBatch] = []
     scored = reference.score(noting(micro_batches, read), count, micro_batch_size)
-    for batch, (losses, entropies) in zip(read, scored, strict=False):  # other stages have none
+    for batch, (losses, entropies) in zip(read, scored, strict=False):  # empty on other stages
         batch.reference_losses, batch.reference_entropies = losses, entropies
     return read
 

@@ -1,7 +1,7 @@
-"""What Megatron's log leaves out: averages below zero, and our own timers.
+"""Add to Megatron's log what it leaves out, averages below zero and our own timers.
 
-And what it should leave out: of whatever validation reports it gives the exponential, as a
-perplexity, which a ratio, a threshold or a difference of losses has not.
+Also take out of it what does not belong there: Megatron reports the exponential of everything that
+validation reports as a perplexity, but ratios, thresholds and differences of losses have none.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from megatron.training.utils import print_rank_last
 from megatron_slm.training.device_timer import device_timer
 
 TIMERS = ["slm-reference", "slm-ranking", "slm-dump"]
-# Beginnings of the names of what objective.py reports and is no loss.
+# How the names of reported values begin that are not losses.
 NO_LOSSES = ("selected ratio", "threshold", "excess loss")
 
 
 def wrap_log(training_log: Callable[..., Any], timed: Callable[[], bool]) -> Callable[..., Any]:
-    """Return Megatron's `training_log`, which then prints, after its line, what that leaves out.
+    """Wrap Megatron's `training_log`: print what its line leaves out on a line after it.
 
     Args:
+        training_log: the original.
         timed: tells whether there is a reference whose share of a step's time is to be reported.
     """
 
@@ -42,7 +43,7 @@ def wrap_log(training_log: Callable[..., Any], timed: Callable[[], bool]) -> Cal
     ) -> Any:
         first = kwargs.get("is_first_iteration", False)
         due = iteration % get_args().log_interval == 0 or first
-        before = dict(total_loss_dict)  # which Megatron resets when it prints
+        before = dict(total_loss_dict)  # Megatron resets it when it prints
         share = _reference_share() if due and timed() else None
         result = training_log(
             loss_dict,
@@ -63,7 +64,7 @@ def wrap_log(training_log: Callable[..., Any], timed: Callable[[], bool]) -> Cal
             if left_out:
                 values = "".join(f" {name}: {value:.6E} |" for name, value in left_out.items())
                 print_rank_last(f" iteration {iteration:8d} |{values}")
-            # Those of them that ran; the time is that of one iteration.
+            # Prints the timers that ran, with the time of one iteration.
             get_timers().log(TIMERS, normalizer=get_args().log_interval, reset=not first)
         return result
 
@@ -71,15 +72,15 @@ def wrap_log(training_log: Callable[..., Any], timed: Callable[[], bool]) -> Cal
 
 
 class Validation:
-    """Wrappers that take what is no loss from the results of Megatron's validation, and report it
-    after them."""
+    """Wrappers that take values which are not losses out of Megatron's validation results, and
+    report them afterwards."""
 
     def __init__(self) -> None:
         self.taken: list[dict[str, float]] = []
-        """Averages of what is no loss, of each validation set."""
+        """The values taken out, averages by name, for each validation set."""
 
     def wrap_evaluate(self, evaluate: Callable[..., Any]) -> Callable[..., Any]:
-        """Return Megatron's `evaluate`, whose averages are of losses alone."""
+        """Wrap Megatron's `evaluate`: leave only losses in its results."""
 
         @functools.wraps(evaluate)
         def evaluate_losses(*args: Any, **kwargs: Any) -> Any:
@@ -91,7 +92,7 @@ class Validation:
         return evaluate_losses
 
     def wrap_print(self, evaluate_and_print: Callable[..., None]) -> Callable[..., None]:
-        """Return Megatron's `evaluate_and_print_results`, which then reports what was taken."""
+        """Wrap Megatron's `evaluate_and_print_results`: report afterwards what was taken out."""
 
         @functools.wraps(evaluate_and_print)
         def evaluate_and_print_all(
@@ -126,7 +127,7 @@ class Validation:
 
 
 def _reference_share() -> float:
-    """Time of the reference's passes over that of the log interval's steps."""
+    """Return the share of the log interval's time that the reference's passes took."""
     reference = device_timer("slm-reference").elapsed(reset=False)
     return float(reference / get_timers()("interval-time").elapsed(reset=False))
 
@@ -139,8 +140,12 @@ def _write(name: str, value: float, iteration: int) -> None:
 
 
 def _negative_averages(before: dict[str, Any], losses: dict[str, Any]) -> dict[str, float]:
-    """Averages below zero over a log interval, given its sums before the last iteration, and that
-    iteration's losses."""
+    """Return the averages over a log interval that are below zero.
+
+    Args:
+        before: the interval's sums before its last iteration.
+        losses: the losses of that iteration.
+    """
     iterations = before.get("advanced iterations", 0) + bool(losses)
     averages = {
         name: (float(before.get(name, 0.0)) + float(losses.get(name, 0.0))) / max(1, iterations)

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_slm.errors import UserError
 from megatron_slm.selection import RatioSchedule, SelectionSettings
 from megatron_slm.selection.top_fraction import MAX_SEGMENTS, segments
-from megatron_slm.training.decisions import head_of, is_selective
+from megatron_slm.training.command_line.decisions import head_of, is_selective
 
 
 @dataclass(frozen=True)

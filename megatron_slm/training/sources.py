@@ -1,10 +1,10 @@
-"""Where a run's reference losses come from, by its arguments.
+"""Open the source of a run's reference losses that its arguments name:
 
 --slm-reference-load DIR            one frozen replica
---slm-reference-load DIR DIR ...    several, whose losses are averaged
+--slm-reference-load DIR DIR ...    several frozen replicas, whose losses are averaged
 --slm-reference-load NAME=DIR ...   one for each dataset of the blend
 --slm-reference ema:DECAY           the moving average of the policy
---slm-reference-cache DIR ...       what tools/score_reference.py has stored
+--slm-reference-cache DIR ...       losses that tools/score_reference.py has stored
 """
 
 from __future__ import annotations
@@ -35,36 +35,38 @@ from megatron_slm.reference.online import (
 )
 from megatron_slm.reference.several import SeveralReferences
 from megatron_slm.training.caches import Caches, open_caches
-from megatron_slm.training.decisions import reference_flags
-from megatron_slm.training.option_checks import decay_of
+from megatron_slm.training.command_line.decisions import reference_flags
+from megatron_slm.training.command_line.option_checks import decay_of
 from megatron_slm.training.tokenizer import check_tokenizer
 
 
 @dataclass(frozen=True)
 class Source:
-    """build: called once on all ranks, when the policy has been built and loaded; None where the
-        losses come with the tokens.
-    identity: what a resumed run must have in common with the run it goes on with.
-    by_domain: whether it has to know which dataset a sample is from.
-    caches: what the datasets read the losses from; None where the reference is computed.
-    """
+    """Where a run's reference losses come from."""
 
     build: Callable[[], Reference] | None
+    """Builds the reference, once, on all ranks, when the policy has been built and loaded; None if
+    the losses come with the tokens."""
     identity: str
+    """What the reference of a run that resumes must have in common with this one."""
     by_domain: bool = False
+    """Whether the reference has to know which dataset a sample is from."""
     caches: Caches | None = None
+    """What the datasets read the losses from; None if the reference is computed."""
 
 
 def open_source(
     args: Namespace, domains: tuple[str, ...], layer_spec: Callable[..., Any] | None
 ) -> Source | None:
-    """What the arguments name, checked as far as files can tell; None without a reference.
+    """Open the source that the arguments name, and check its files; None without a reference.
 
     Args:
+        args: the arguments after Megatron's validation.
         domains: names of the blend's datasets.
+        layer_spec: the reference's layers, as for the policy.
 
     Raises:
-        UserError: nothing there, damaged, of another tokenizer or model, or arguments that
+        UserError: the source is missing, damaged, or of another tokenizer or model, or arguments
             contradict each other.
     """
     check_batches(args)
@@ -109,7 +111,7 @@ def _checkpoints(
     by_domain = any(name in domains for name in named)
     if by_domain and get_blend_and_blend_per_split(args)[0] is None:
         raise UserError(
-            "--slm-reference-load NAME=DIR needs --data-path and --split: validation has to have "
+            "--slm-reference-load NAME=DIR needs --data-path and --split, so that validation has "
             "the training blend's datasets"
         )
     opened = [open_reference(args, load, args.slm_reference_ckpt_step) for load in named.values()]
@@ -128,10 +130,16 @@ def _checkpoints(
 def open_reference(
     args: Namespace, load: str, step: int | None, flags: tuple[str, str] = FLAGS
 ) -> tuple[ReferenceCheckpoint, Namespace]:
-    """A checkpoint and the arguments to build its model by.
+    """Open a checkpoint, and return it with the arguments to build its model with.
+
+    Args:
+        args: the run's arguments after Megatron's validation.
+        load: the checkpoint's directory.
+        step: its iteration; None for the latest.
+        flags: the options from which `load` and `step` come, for errors.
 
     Raises:
-        UserError: as open_checkpoint, check_tokenizer and reference_arguments.
+        UserError: as open_checkpoint, check_tokenizer and reference_arguments do.
     """
     checkpoint = open_checkpoint(load, step, flags)
     check_tokenizer(args, checkpoint)
@@ -139,7 +147,7 @@ def open_reference(
 
 
 def _by_domain(loads: list[str], domains: tuple[str, ...]) -> dict[str, str]:
-    """Directories by the dataset they are for, or by themselves if they are for all."""
+    """Return directories by the dataset that they are for, or by themselves if they are for all."""
     pairs = [load.partition("=") for load in loads]
     if not any(name in domains and equals for name, equals, _ in pairs):
         return {load: load for load in loads}

@@ -1,9 +1,9 @@
-"""A step of selective language modeling around Megatron's schedule.
+"""Run a step of selective language modeling around Megatron's schedule, in this order:
 
 reference     scores all micro-batches of the step in a forward-only pass of its own
-ranking       scope global-batch, exact: so does the policy, and all tokens are ranked at once
-schedule      the policy's forward and backward passes, each micro-batch with its objective
-threshold     scope global-batch, carried: what this step's exact threshold would have been
+ranking       (scope global-batch, exact) the policy scores them too, and all tokens are ranked
+schedule      the policy's forward and backward passes, with an objective for each micro-batch
+threshold     (scope global-batch, carried) finds what this step's exact threshold would have been
 """
 
 from __future__ import annotations
@@ -37,12 +37,10 @@ from megatron_slm.training.sources import Source
 
 
 class SelectiveStep:
-    """Runs steps.  megatron_hooks calls `run`, `save` and `finish`, Megatron `forward_step`.
+    """Runs the steps of a run.
 
-    Args:
-        source: of reference losses; None without a reference.
-        dumps: None if none are asked for.
-        resumed: arguments of the run that this one goes on with; empty where it starts afresh.
+    megatron_hooks.py makes Megatron call `run`, `save` and `finish`; `forward_step` is handed to
+    Megatron's `pretrain()`.
     """
 
     def __init__(
@@ -52,15 +50,23 @@ class SelectiveStep:
         dumps: TokenDumps | None,
         resumed: Namespace,
     ) -> None:
+        """Prepare for steps; what needs models is built at the first one.
+
+        Args:
+            settings: the run's settings.
+            source: where reference losses come from; None without a reference.
+            dumps: writes token dumps; None if none are asked for.
+            resumed: the arguments of the run that this one resumes; empty if it starts afresh.
+        """
         self.settings = settings
         self.source = source
         self.dumps = dumps
         self.dump: Callable[..., None] | None = None
         """Writes a token dump, with the arguments of the last step."""
         self.reference: Reference | None = None
-        """None until the first step, and where there is none to run."""
+        """The reference that runs; None before the first step, and in a run that computes none."""
         self.step: Step | None = None
-        """The step that runs, or ran last."""
+        """The current step, or the last one."""
         selection = settings.selection
         self.ranks_whole_steps = selection.scope == "global-batch"
         self.carried: CarriedThresholds | None = None
@@ -68,7 +74,7 @@ class SelectiveStep:
             self.carried = CarriedThresholds(settings, resumed)
 
     def _build(self) -> None:
-        """Build what needs process groups and the loaded policy."""
+        """Build what needs process groups and the policy's loaded weights."""
         self.selector = TokenSelector(
             self.settings.selection,
             Ranks(
@@ -89,7 +95,14 @@ class SelectiveStep:
         forward_only: bool = False,
         **arguments: Any,
     ) -> Any:
-        """Call the schedule, with what has to be known before, and after, it."""
+        """Run a step in place of the schedule, with the schedule's arguments.
+
+        Args:
+            schedule: Megatron's schedule.
+            data_iterator: the step's data iterator, or one for each model chunk.
+            forward_only: whether this is a step of validation.
+            arguments: the schedule's other arguments.
+        """
         if self.step is None:
             self._build()
         # Validation alone (--skip-train) never sets the current iteration.
@@ -128,7 +141,7 @@ class SelectiveStep:
     def _read(
         self, step: Step, data_iterator: Any, arguments: dict[str, Any]
     ) -> Iterator[MicroBatch]:
-        """Read a step's micro-batches, with reference losses where it selects."""
+        """Read a step's micro-batches, with reference losses if the step selects tokens."""
         count, size = arguments["num_microbatches"], arguments["micro_batch_size"]
         micro_batches = read_micro_batches(
             data_iterator,
@@ -139,14 +152,14 @@ class SelectiveStep:
         )
         if self.reference is None or not step.selects:
             return micro_batches
-        # Of training steps alone, as Megatron's own interval is.
+        # Only training steps are timed, as in Megatron's own interval time.
         with _timed("slm-reference", when=step.training):
             return iter(with_reference(self.reference, micro_batches, count, size))
 
     def forward_step(
         self, data_iterator: Iterator[MicroBatch], model: torch.nn.Module
     ) -> tuple[Tensor, MicroBatchObjective]:
-        """Megatron's `forward_step_func`: one micro-batch through the policy."""
+        """Pass one micro-batch through the policy: Megatron's `forward_step_func`."""
         assert self.step is not None
         micro_batch = next(data_iterator)
         objective = MicroBatchObjective(micro_batch, self.settings, self.step, self.selector)
@@ -155,7 +168,10 @@ class SelectiveStep:
         return model(**micro_batch.model_inputs(), **head), objective
 
     def save(self, iteration: int) -> None:
-        """What has to be on the disk before the policy's checkpoint.  Collective over all ranks."""
+        """Write what has to be on the disk before the policy's checkpoint of `iteration`.
+
+        Collective over all ranks.
+        """
         if self.reference is not None:
             self.reference.save(get_args().save, iteration)
 
@@ -170,7 +186,7 @@ class SelectiveStep:
 
     @property
     def _scoring(self) -> Scoring:
-        """How the policy is scored in passes that are not training."""
+        """What passes of the policy that are not training compute."""
         return Scoring(
             get_args().slm_vocab_size,
             entropies=self._wants_entropies,
@@ -182,7 +198,7 @@ class SelectiveStep:
         return self.settings.selection.score == "policy-entropy"
 
     def _head(self, objective: MicroBatchObjective) -> dict[str, Any]:
-        """What GPTModel.forward is to do in its own head's place, if anything."""
+        """Return the arguments that make GPTModel.forward use another head than its own, if any."""
         args = get_args()
         assert self.step is not None
         padded = self.step.selects and args.slm_vocab_size < args.padded_vocab_size
@@ -232,7 +248,7 @@ class SelectiveStep:
         return read
 
     def finish(self, iteration: int) -> None:
-        """What has to be done when training has ended."""
+        """Write the last token dump, when training has ended after `iteration` iterations."""
         if self.dump is not None:
             self.dump(iteration, ends=True)
 
@@ -248,7 +264,7 @@ class SelectiveStep:
         assert self.dumps is not None
         if not self.dumps.due(iteration, ends):
             return
-        # With a training step's thresholds, but of no training step.
+        # It selects with a training step's thresholds, but is not a step of training.
         step = self._begin(True, iteration)
         step = replace(step, training=False, selects=self.settings.selective)
         if self.reference is not None:
@@ -267,7 +283,7 @@ class SelectiveStep:
     def _whole_step(
         self, read: list[MicroBatch]
     ) -> tuple[Tensor, Tensor, float, Tensor | None, int]:
-        """All micro-batches of a step as the selector takes them."""
+        """Return all micro-batches of a step in the form that the selector takes."""
         assert self.step is not None
         scores = [batch.scores for batch in read if batch.scores is not None]
         domains = [batch.domains for batch in read if batch.domains is not None]
@@ -282,7 +298,7 @@ class SelectiveStep:
 
 @contextmanager
 def _timed(name: str, when: bool = True) -> Iterator[None]:
-    """Count the device's time in a timer of Megatron's log."""
+    """Count the device's time for the block in a timer of Megatron's log."""
     if not when:
         yield
         return
@@ -293,7 +309,7 @@ def _timed(name: str, when: bool = True) -> Iterator[None]:
 
 
 def _split(choice: Choice, count: int) -> list[Choice]:
-    """The choices of each of `count` micro-batches."""
+    """Split a choice from `count` micro-batches into the choices of each."""
     weights = [None] * count if choice.weights is None else choice.weights.chunk(count)
     return [
         Choice(selected, part, choice.threshold, choice.any_valid)

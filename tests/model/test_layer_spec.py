@@ -12,6 +12,7 @@ import pytest
 import torch
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, distributed
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from jobs import LLAMA, OPTIMIZER, POLICY, UNTIED, Corpus
@@ -105,6 +106,15 @@ def test_fused_kernels_can_take_it(
     assert masks[0] is masks[1]
     for call in calls:
         assert call["grouped"] == call.get("enable_gqa", False) == (not cuts)
+
+
+def test_dry_runs_keep_no_mask(alone: SimpleNamespace) -> None:
+    layer_spec._causal_mask.cache_clear()
+    for _ in range(2):
+        with FakeTensorMode():
+            query, key = torch.empty(12, 2, 4, 8), torch.empty(12, 2, 2, 8)
+            assert layer(alone, 3, 2)(query, key, key, None).shape == (12, 2, 32)
+    assert layer_spec._causal_mask.cache_info().currsize == 0
 
 
 def test_transformer_engine_loads_what_plain_layers_save(corpus: Corpus, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_slm.errors import UserError
 from megatron_slm.reference.fp8 import check_fp8_sizes
-from megatron_slm.training import arguments
+from megatron_slm.training.command_line import arguments
 
 FITTING = {
     "num_layers": 2,

@@ -25,7 +25,7 @@ from megatron_slm import pretrain
 from megatron_slm.entry import add_arguments
 from megatron_slm.errors import exit_on_user_error
 from megatron_slm.jobs import scoring
-from megatron_slm.training.first_check import SCORING
+from megatron_slm.training.command_line.first_check import SCORING
 
 
 def score() -> None:

@@ -14,8 +14,8 @@ from typing import Any
 
 from launch import REPOSITORY, recipe_environment
 from megatron_slm.planning.recipe import LaunchRecipe, parse
-from megatron_slm.training.first_check import options_in
-from megatron_slm.training.idle_options import without_effect
+from megatron_slm.training.command_line.first_check import options_in
+from megatron_slm.training.command_line.idle_options import without_effect
 
 TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
 PRETRAIN = "-m megatron_slm.pretrain".split()

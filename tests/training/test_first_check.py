@@ -12,8 +12,14 @@ import pytest
 from launch import REPOSITORY, recipe_environment
 from megatron_slm.errors import UserError
 from megatron_slm.selection import NEED_REFERENCE, SCOPES, SCORES, WEIGHTINGS
-from megatron_slm.training import options
-from megatron_slm.training.first_check import DYNAMICS, SCORING, TRAINING, Job, first_check
+from megatron_slm.training.command_line import options
+from megatron_slm.training.command_line.first_check import (
+    DYNAMICS,
+    SCORING,
+    TRAINING,
+    Job,
+    first_check,
+)
 
 COMPLETE = """
     --num-layers 2 --hidden-size 64 --num-attention-heads 4 --max-position-embeddings 64

@@ -8,7 +8,7 @@ import pytest
 
 from launch import REPOSITORY
 from megatron_slm.planning.recipe import LaunchRecipe, parse, work_of
-from megatron_slm.training.arguments_page import page
+from megatron_slm.training.command_line.arguments_page import page
 from megatron_slm.training.settings import settings_from_arguments
 
 RUN = """
@@ -31,7 +31,9 @@ DECIDED = {
 
 def test_the_page_is_generated() -> None:
     written = (REPOSITORY / "docs" / "arguments.md").read_text()
-    assert written == page(), "python -m megatron_slm.training.arguments_page > docs/arguments.md"
+    assert written == page(), (
+        "python -m megatron_slm.training.command_line.arguments_page > docs/arguments.md"
+    )
 
 
 @pytest.mark.parametrize("more", DECIDED)

@@ -13,9 +13,9 @@ from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available
 
 from megatron_slm.errors import UserError
 from megatron_slm.parser import refuse
-from megatron_slm.training.first_check import HELP_MEGATRON
-from megatron_slm.training.option_groups import add_group
-from megatron_slm.training.options import SelectiveOptions
+from megatron_slm.training.command_line.first_check import HELP_MEGATRON
+from megatron_slm.training.command_line.option_groups import add_group
+from megatron_slm.training.command_line.options import SelectiveOptions
 
 # Options of Megatron's that selective language modeling cannot honour: the flag, and the reason.
 UNSUPPORTED = {

@@ -1,6 +1,6 @@
 """Write docs/arguments.md, the tables of all options, from their declarations:
 
-python -m megatron_slm.training.arguments_page > docs/arguments.md
+python -m megatron_slm.training.command_line.arguments_page > docs/arguments.md
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from argparse import SUPPRESS, Action, ArgumentParser
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_slm.training.first_check import DYNAMICS, HELP_MEGATRON, SCORING
-from megatron_slm.training.needed import add_needed
-from megatron_slm.training.option_groups import add_group
-from megatron_slm.training.option_values import Number
-from megatron_slm.training.options import SelectiveOptions
+from megatron_slm.training.command_line.first_check import DYNAMICS, HELP_MEGATRON, SCORING
+from megatron_slm.training.command_line.needed import add_needed
+from megatron_slm.training.command_line.option_groups import add_group
+from megatron_slm.training.command_line.option_values import Number
+from megatron_slm.training.command_line.options import SelectiveOptions
 
 HEAD = f"""\
 # Arguments
@@ -25,7 +25,8 @@ for a run: `tools/score_reference.py` and `tools/token_dynamics.py` take the run
 those of "Score cache" and "Token dynamics" in addition.  `--help` prints the tables of a command,
 `{HELP_MEGATRON}` all of Megatron's arguments as well.
 
-This page is generated: `python -m megatron_slm.training.arguments_page > docs/arguments.md`.
+This page is generated:
+`python -m megatron_slm.training.command_line.arguments_page > docs/arguments.md`.
 """
 
 

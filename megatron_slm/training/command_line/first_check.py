@@ -17,10 +17,19 @@ from typing import Any
 
 from megatron_slm.errors import UserError
 from megatron_slm.parser import Parser, refuse
-from megatron_slm.training.needed import OF_A_RUN, OF_THE_DATA, add_needed, check_needed
-from megatron_slm.training.option_checks import check_options, check_reference
-from megatron_slm.training.option_groups import add_group
-from megatron_slm.training.options import DynamicsOptions, ScoringOptions, SelectiveOptions
+from megatron_slm.training.command_line.needed import (
+    OF_A_RUN,
+    OF_THE_DATA,
+    add_needed,
+    check_needed,
+)
+from megatron_slm.training.command_line.option_checks import check_options, check_reference
+from megatron_slm.training.command_line.option_groups import add_group
+from megatron_slm.training.command_line.options import (
+    DynamicsOptions,
+    ScoringOptions,
+    SelectiveOptions,
+)
 
 HELP_MEGATRON = "--help-megatron"
 

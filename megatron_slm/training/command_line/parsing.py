@@ -11,13 +11,21 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from typing import Any
 
-from megatron.training.arguments import parse_and_validate_args, parse_args, validate_args
+from megatron.training.arguments import (
+    parse_and_validate_args,
+    parse_args,
+    validate_args,
+)
 from megatron.training.checkpointing import load_args_from_checkpoint
 
 from megatron_slm.errors import UserError
-from megatron_slm.training.arguments import UNSUPPORTED, validate_arguments
-from megatron_slm.training.combinations import check_job, check_packages, check_training
-from megatron_slm.training.refusals import in_one_line
+from megatron_slm.training.command_line.arguments import UNSUPPORTED, validate_arguments
+from megatron_slm.training.command_line.combinations import (
+    check_job,
+    check_packages,
+    check_training,
+)
+from megatron_slm.training.command_line.refusals import in_one_line
 
 AddOptions = Callable[[ArgumentParser], ArgumentParser]
 DEFAULTS = {"tokenizer_type": "GPT2BPETokenizer"}

@@ -10,8 +10,8 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Collection
 
-from megatron_slm.training.decisions import reference_flags, weighs_tokens
-from megatron_slm.training.options import NEED_REFERENCE
+from megatron_slm.training.command_line.decisions import reference_flags, weighs_tokens
+from megatron_slm.training.command_line.options import NEED_REFERENCE
 
 
 def without_effect(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
-from megatron_slm.training.option_values import (
+from megatron_slm.training.command_line.option_values import (
     Count,
     Natural,
     Ratio,

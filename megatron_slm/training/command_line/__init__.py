@@ -1,0 +1,1 @@
+"""The command line: every option, what is checked of it, and Megatron's parser behind it."""
