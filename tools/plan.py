@@ -53,7 +53,7 @@ def build_parser() -> ArgumentParser:
         choices=("te", "plain"),
         default="te",
         help="te: Transformer Engine's layers, with Apex as in NVIDIA's container; without Apex, "
-        "the output layer's gradient takes extra memory. plain: layers of plain torch. Default: te.",
+        "the output layer's gradient takes extra memory. plain: plain torch. Default: te.",
     )
     add(
         "--dry-run",
