@@ -58,7 +58,7 @@ ABOUT = {"tokenizer_type": "x", "tokenizer_model": None}
 
 
 def dump(name: str = "iter_0000001", **changes: Any) -> Callable[[Path], None]:
-    """A dump in which arrays or metadata are others; None leaves one out."""
+    """Make a dump with changed arrays or metadata; None leaves one out."""
 
     def make(directory: Path) -> None:
         (directory / "dump").mkdir(exist_ok=True)
@@ -77,7 +77,7 @@ def about(**changes: Any) -> Callable[[Path], None]:
 
 
 def file(name: str, content: bytes | str = b"", size: int | None = None) -> Callable[[Path], None]:
-    """A file of this content, or with a hole up to a size."""
+    """Make a file with this content, or a sparse one of a size."""
 
     def make(directory: Path) -> None:
         path = directory / name
@@ -183,7 +183,7 @@ def study() -> dict[str, Any]:
 
 
 def results(place: str = "", value: Any = None) -> Callable[[Path], None]:
-    """A study in which what is at a place ("arms.clm.seeds") is another."""
+    """Make a study with another value at a place such as "arms.clm.seeds"."""
 
     def make(directory: Path) -> None:
         events()(directory / "runs" / "clm")
@@ -346,7 +346,7 @@ SOURCE: Any = {"tokenizer": "t", "vocabulary": 9, "datasets": {}, "blends": {}}
 
 
 def cache(section: str = "train", **changes: Any) -> Callable[[Path], None]:
-    """A cache of four records in two shards, with another manifest."""
+    """Make a cache of four records in two shards, with a changed manifest."""
 
     def make(directory: Path) -> None:
         source = ScoredData(**SOURCE)
@@ -371,7 +371,7 @@ def exchanged(directory: Path) -> None:
 
 
 def instead(make: Callable[[Path], None], name: str) -> Callable[[Path], None]:
-    """A whole cache with something else in the place of one of its files."""
+    """Make a complete cache with something else in place of one of its files."""
 
     def both(directory: Path) -> None:
         cache()(directory)
@@ -530,7 +530,7 @@ GOOD: list[tuple[Callable[[Path], None], Callable[[Path], None]]] = [
 
 
 def said(read: Callable[[Path], None], make: Callable[[Path], None], directory: Path) -> str:
-    """The message of an input, or what else became of it."""
+    """Return the error that an input leads to, or what else happens."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     make(directory)
