@@ -291,7 +291,7 @@ def test_kill_leaves_nothing_to_load(llama: Path, tmp_path: Path) -> None:
     target = tmp_path / "megatron"
     slow = (
         "import sys, time; from pathlib import Path;"
-        "from megatron_slm.model import import_hf;"
+        "from megatron_slm.model.conversion import import_hf;"
         "write = import_hf.write_checkpoint_table;"
         "import_hf.write_checkpoint_table = lambda *a: (write(*a), print('written', flush=True),"
         " time.sleep(60));"
