@@ -1,4 +1,4 @@
-"""Draw README's picture from what examples/quickstart.sh left behind.
+"""Draw README's picture from the results of examples/quickstart.sh.
 
     python examples/draw_picture.py runs/quickstart docs/images/quickstart.svg --sample 7
 
@@ -41,10 +41,12 @@ FULL = 2.0  # nats of excess at which the shading is full
 def main() -> None:
     """Write the picture."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("study", type=Path, metavar="DIR", help="Where quickstart.sh wrote to.")
+    parser.add_argument(
+        "study", type=Path, metavar="DIR", help="Directory that quickstart.sh wrote to."
+    )
     parser.add_argument("picture", type=Path, metavar="FILE.svg")
-    parser.add_argument("--sample", type=int, default=0, metavar="N", help="Of the dump.")
-    parser.add_argument("--first", type=int, default=0, metavar="N", help="Token to begin with.")
+    parser.add_argument("--sample", type=int, default=0, metavar="N", help="Sample of the dump.")
+    parser.add_argument("--first", type=int, default=0, metavar="N", help="First token to show.")
     args = parser.parse_args()
     results = read_results(args.study / "results.json")
     run = args.study / results["arms"]["slm"]["seeds"]["1"]["directory"]
@@ -62,7 +64,7 @@ def main() -> None:
 
 
 def text(x: float, y: float, words: str, kind: str = "", more: str = "") -> str:
-    """Return a text at a place, of the classes `kind`."""
+    """Return an SVG text at a position, with the classes `kind`."""
     return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}"{more}>{escape(words)}</text>'
 
 

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Fine-tuning on tool-integrated solutions (ToRA: reasoning, programs, their outputs), as the paper
-# fine-tuned its mathematical models on 69k of them.
+# Fine-tune on tool-integrated solutions (ToRA: reasoning, programs and their outputs), as the paper
+# did with its mathematical models on 69k of them.
 #
 # Variables (and those of launch.sh, for nodes, Slurm, containers and restarts):
 #
 #   DATA        data/tora.jsonl, one conversation a line:
 #               {"messages": [{"role": "user", "content": "<s>Question: ...\n\nSolution:\n"},
 #                             {"role": "assistant", "content": "...</s>"}]}
-#               Contents are joined as they are, so they hold the special tokens; all tokens count.
-#   HF          rho-math-1b-v0.1: the model in Hugging Face's format, whose tokenizer is taken
+#               Contents are joined as they are, so they include the special tokens; all tokens count.
+#   HF          rho-math-1b-v0.1: the model in Hugging Face's format, for its tokenizer
 #   BASE        checkpoints/rho-math-1b: the same model, from tools/convert_checkpoint.py import, or
 #               SAVE of a recipe
 #   SAVE        checkpoints/tora-1b: its checkpoints; a run that was stopped goes on from them

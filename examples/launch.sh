@@ -1,70 +1,70 @@
 # Sourced by the recipes beside it: checks the nodes and starts megatron_slm.pretrain on them.
 #
-#   launch ARGUMENTS...      everything that follows torchrun ... -m megatron_slm.pretrain, or what
-#                            else program[] says
+#   launch ARGUMENTS...      all arguments of megatron_slm.pretrain, or of the program in program[]
 #
 # One node                   bash examples/RECIPE.sh
 # Several, without Slurm     on each:  NODES=4 NODE_RANK=0..3 MASTER_ADDR=node0 bash examples/RECIPE.sh
 # Slurm                      sbatch --nodes 4 --ntasks-per-node 1 --gpus-per-node 8 --exclusive \
 #                                --signal B:USR1@600 --requeue --open-mode append \
 #                                --wrap "REQUEUE=1 exec bash examples/RECIPE.sh"
-#                            (Slurm runs a copy of what it is given itself, away from this file)
-# Only see the command       DRY_RUN=1 bash examples/RECIPE.sh
+#                            (a recipe given to sbatch itself would be copied away from this file)
+# Only print the command     DRY_RUN=1 bash examples/RECIPE.sh
 #
-# Variables, which the environment overrides:
+# Variables, set in the environment, with their defaults:
 #
-#   NODES          nodes of the job; Slurm's own under Slurm, else the recipe's
+#   NODES          nodes of the job; the default is Slurm's number under Slurm, else the recipe's
 #   GPUS_PER_NODE  8
-#   RANKS_PER_NODE as many; more with GPUS_PER_NODE=0, on nodes without GPUs
-#   NODE_RANK      0, without Slurm: which node this is
-#   MASTER_ADDR    localhost; under Slurm the job's first node.  Any name or address by which others
-#                  reach the node of rank 0, which listens there
-#   MASTER_PORT    29500, of the rendezvous, on MASTER_ADDR
-#   NODE_ADDR      this node's address, where the one of its name is on a network that others cannot
-#                  reach; expanded on each node, so '$(hostname -s)-ib' does under Slurm
-#   MAX_RESTARTS   3: a rank that fails restarts all ranks, from the last checkpoint, that often
-#   REQUEUE        0; 1 has Slurm queue the job again when USR1 has ended it: by scontrol, in the
-#                  batch script, not in a container.  The B: of --signal sends USR1 there
-#   CHECK          1: check nodes before the start; 0 leaves it out
-#   PYTHON_ENV     shell command that sets up Python on a node; default: this repository's .venv,
-#                  which tools/environment.sh makes (use_environment cuda, or container in
-#                  NVIDIA's), unless the node's Python has megatron_slm
+#   RANKS_PER_NODE GPUS_PER_NODE; set it together with GPUS_PER_NODE=0 on nodes without GPUs
+#   NODE_RANK      0: number of this node, without Slurm
+#   MASTER_ADDR    localhost, or the job's first node under Slurm: a name or address by which the
+#                  other nodes reach the node of rank 0
+#   MASTER_PORT    29500: port of the rendezvous on MASTER_ADDR
+#   NODE_ADDR      this node's address, if others cannot reach the one that its name stands for;
+#                  expanded on each node, so '$(hostname -s)-ib' works under Slurm
+#   MAX_RESTARTS   3: how often a failing rank restarts all ranks from the last checkpoint
+#   REQUEUE        0; with 1, Slurm queues the job again when USR1 has ended it.  The batch script
+#                  calls scontrol outside the container; the B: of --signal sends USR1 to it
+#   CHECK          1: check the nodes before the start; 0: do not
+#   PYTHON_ENV     shell command that sets up Python on a node.  Default: the node's Python if it has
+#                  megatron_slm, else this repository's .venv, which tools/environment.sh makes
+#                  (use_environment cuda; or use_environment container in NVIDIA's)
 #   SRUN           options of srun, for example --container-image ... --container-mounts ...
-#   EXTRA          more arguments, after the recipe's, which they override; SRUN and EXTRA are read
-#                  as a shell reads words and quotes, and nothing in them is expanded or run
-#   NCCL_*, TORCH_*, CUDA_*, GLOO_*, UCX_*   as they are; NCCL_SOCKET_IFNAME and NCCL_IB_HCA where
-#                  a node has several networks
+#   EXTRA          further arguments, which override the recipe's.  SRUN and EXTRA are split into
+#                  words as a shell does, with quotes; nothing in them is expanded or run
+#   NCCL_*, TORCH_*, CUDA_*, GLOO_*, UCX_*   passed on; set NCCL_SOCKET_IFNAME and NCCL_IB_HCA if a
+#                  node has several networks
 #   CUDA_DEVICE_MAX_CONNECTIONS 1, NCCL_DEBUG WARN, TORCH_NCCL_ASYNC_ERROR_HANDLING 1,
 #   TORCH_NCCL_AVOID_RECORD_STREAMS 1, TORCH_DISABLE_SHARE_RDZV_TCP_STORE 1,
 #   PYTORCH_CUDA_ALLOC_CONF expandable_segments:True
 #   OMP_NUM_THREADS        4: threads of a rank on the CPU
-#   PET_SIGNALS_TO_HANDLE  SIGINT,SIGHUP,SIGQUIT: those by which torchrun ends its ranks; the others
-#                          are this script's
+#   PET_SIGNALS_TO_HANDLE  SIGINT,SIGHUP,SIGQUIT: signals on which torchrun ends its ranks; this
+#                          script handles the others
 #
-# SIGTERM, to this script or to all of its processes, and USR1, which Slurm sends 600 s before the end
-# by --signal, let the step end, save a checkpoint and end the job with success; the same command then
-# goes on from there.  Until it is saved nothing here kills a rank, so whoever preempts has to wait:
-# Slurm's partitions by GraceTime (scancel by KillWait), Kubernetes by terminationGracePeriodSeconds.
-# sbatch --requeue has Slurm start a job again that lost a node or was killed by preemption.
+# On SIGTERM, and on USR1, which Slurm's --signal sends 600 s before the time limit, the ranks finish
+# their step, save a checkpoint and exit successfully; the same command then continues from there.
+# SIGTERM may be sent to this script or to all of its processes.  Nothing here kills a rank before it
+# has saved, so the scheduler has to wait: set GraceTime on Slurm's partitions (KillWait for scancel)
+# or Kubernetes' terminationGracePeriodSeconds.  sbatch --requeue has Slurm restart a job that lost a
+# node or was preempted.
 
 NODES="${SLURM_JOB_NUM_NODES:-${NODES:-1}}"
 : "${GPUS_PER_NODE:=8}" "${NODE_RANK:=0}" "${MASTER_PORT:=29500}" "${MAX_RESTARTS:=3}" "${CHECK:=1}"
 : "${DRY_RUN:=0}" "${EXTRA:=}" "${SRUN:=}" "${NODE_ADDR:=}" "${REQUEUE:=0}"
 
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}" # Megatron's overlap needs it
-# Else ranks that were restarted find in the store where those before them listened (torch 2.15).
+# Without this, restarted ranks would find the previous ranks' addresses in the store (torch 2.15).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
 export TORCH_NCCL_AVOID_RECORD_STREAMS="${TORCH_NCCL_AVOID_RECORD_STREAMS:-1}"
 export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
-# torchrun would end its ranks within 30 s of a SIGTERM.  As torchrun's --signals-to-handle, which
-# torch before 2.9 has not.
+# torchrun would kill its ranks within 30 s of a SIGTERM.  This variable is its --signals-to-handle,
+# an option that torch before 2.9 does not have.
 export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGINT,SIGHUP,SIGQUIT}"
 
 program=(-m megatron_slm.pretrain)
-may_be_killed=0 # 1 for a program that has everything saved at all times
+may_be_killed=0 # 1 for a program that loses nothing when it is killed
 slm_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
 _refuse() {
@@ -72,7 +72,7 @@ _refuse() {
     exit 2
 }
 
-# words[]: those of a value, with its quotes heeded and nothing expanded.
+# Sets words[] to the words of a variable's value; quotes group words, and nothing is expanded.
 _read_words() {
     local found
     found="$(xargs -r printf '%s\n' <<< "${!1}")" || _refuse "a quote is not closed in $1: ${!1}"
@@ -80,12 +80,13 @@ _read_words() {
     [ -z "$found" ] || mapfile -t words <<< "$found"
 }
 
-# Not by the directory it is called from.
+# Run from /, so that the current directory does not count as installed.
 _has_megatron_slm() {
     (cd / && python -c 'import megatron_slm') 2>/dev/null
 }
 
-# By one of NCCL's lists: of beginnings, with = of names, with ^ of what to leave out.
+# Checks that some device matches a list in NCCL's format: prefixes; names after "="; or exclusions
+# after "^", which are not checked.
 _check_names() {
     local value="${!1:-}" rest='*' name
     [[ -n "$value" && "$value" != ^* ]] || return 0
@@ -96,8 +97,8 @@ _check_names() {
     wrong+=("$1 names no $3: $value")
 }
 
-# Megatron's distributed optimizer resumes with the Adam of Transformer Engine or Apex alone.  A
-# single rank has nothing to distribute.
+# Megatron's distributed optimizer can only resume with the Adam of Transformer Engine or Apex.  On a
+# single rank there is nothing to distribute, so the option is dropped.
 _check_optimizer() {
     local word kept=()
     [[ " ${torchrun[*]} " == *" --use-distributed-optimizer "* ]] || return 0
@@ -119,7 +120,7 @@ neither: see use_environment cuda and container in tools/environment.sh")
 does not need; layers are of plain torch, to try things out" >&2
 }
 
-# What goes wrong most often, before minutes are spent on it, and all of it at once.
+# Reports the most frequent mistakes, all at once, before they cost minutes.
 _check_node() {
     local found name path wrong=()
     [ "$GPUS_PER_NODE" = 0 ] || {
@@ -148,7 +149,7 @@ _check_node() {
 }
 
 _command() {
-    # The host is told, since a node may not know the name that others call it by.
+    # is_host is given, since a node may not recognise the name that others use for it.
     torchrun=(torchrun --nnodes="$NODES" --nproc-per-node="$ranks_per_node" --rdzv-backend=c10d
         --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" --rdzv-id="${SLURM_JOB_ID:-slm}"
         --rdzv-conf="is_host=$((NODE_RANK == 0))" --max-restarts="$MAX_RESTARTS")
@@ -158,7 +159,7 @@ _command() {
     torchrun+=("${program[@]}" "$@" "${words[@]}")
 }
 
-# One SIGTERM to each rank, as soon as it catches it: one that still starts ignores it.
+# Sends one SIGTERM to each rank, once the rank has a handler: before that it would be ignored.
 _stop_ranks() {
     local rank caught told=" "
     trap '' TERM USR1
@@ -181,14 +182,14 @@ _notice() {
     if [ "$may_be_killed" = 1 ]; then kill -HUP "$started" || true; else _stop_ranks "$started" & fi
 }
 
-# Of what was started, which signals do not end at once: they do end a wait, with a status of its own.
+# Waits for a process and sets its status.  A signal ends `wait` early, so it is called repeatedly.
 _wait_for() {
     while kill -0 "$1" 2>/dev/null; do wait "$1" || true; done
     status=0
     wait "$1" || status=$?
 }
 
-# Runs on every node.  Signals go past torchrun, which ignores them, to the ranks.
+# Runs on every node.  torchrun ignores the signals; this script passes them to the ranks.
 _run_node() {
     # shellcheck disable=SC1091
     if [ -n "${PYTHON_ENV:-}" ]; then
@@ -207,11 +208,12 @@ _run_node() {
     if [[ "$may_be_killed" = 1 && -n "$noticed" ]]; then status=0; fi
 }
 
-# The batch script starts itself again on every node, as one step, which srun passes signals on to.
+# Runs in the batch script: starts the recipe on every node as one step, to which srun passes
+# signals on.
 _run_step() {
     export MASTER_ADDR
     _read_words SRUN
-    # Since Slurm 22.05 srun does not take it from the job, and binds all ranks of a node to one core.
+    # Since Slurm 22.05 srun no longer inherits this, and would bind all ranks of a node to one core.
     if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
         export SRUN_CPUS_PER_TASK="${SRUN_CPUS_PER_TASK:-$SLURM_CPUS_PER_TASK}"
     fi
@@ -227,7 +229,7 @@ _under_slurm() {
     [ -n "${SLURM_JOB_ID:-}" ]
 }
 
-# Else this is the batch script or the shell of salloc, which to some versions of Slurm is a step.
+# Otherwise this is the batch script, or salloc's shell, which some versions of Slurm call a step.
 _in_our_step() {
     [ "${SLM_STEP_OF:-}" = "$SLURM_JOB_ID" ]
 }

@@ -1,5 +1,5 @@
-# Sourced by the pretrain_slm_*.sh recipes: selection, by a reference that is held or by a cache of
-# its losses, and the job that fills the cache.
+# Sourced by the pretrain_slm_*.sh recipes: trains with selection by an online reference or by a cache
+# of its losses, or runs the job that fills the cache.
 
 EPOCHS=1
 # shellcheck source=examples/training.sh

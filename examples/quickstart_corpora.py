@@ -1,10 +1,10 @@
-"""Three corpora for quickstart.sh from the Python installation it runs on, as jsonl.
+"""Make three corpora for quickstart.sh, as jsonl, from the Python installation that runs it.
 
     clean.jsonl    prose: the language reference (pydoc topics) and long docstrings
-    target.jsonl   prose of the same kind, held out
-    noisy.jsonl    raw source files: prose somewhere between code, tables and licences
+    target.jsonl   held-out prose of the same kind
+    noisy.jsonl    raw source files: prose scattered among code, tables and licences
 
-A module whose docstrings are held out appears in none of the others.
+A module whose docstrings are in target.jsonl is in neither of the other two.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ NOISY_CHARACTERS = 6_000_000
 
 
 def source_files() -> list[Path]:
-    """Modules of the standard library in a fixed order, without tests and applications."""
+    """Return the standard library's modules in a fixed order, without tests and applications."""
     library = Path(sysconfig.get_path("stdlib"))
     skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "pydoc_data"}
     found = [path for path in library.rglob("*.py") if not skip & set(path.parts)]
-    # In the order of a hash of the name, so that every part of it is mixed.
+    # Ordering by a hash of the name mixes the parts of the library.
     return sorted(found, key=lambda path: hash_of(path.relative_to(library).as_posix()))
 
 
 def hash_of(text: str) -> int:
-    """The same on every machine and in every run, as hash() is not."""
+    """Hash a text; unlike hash(), the result is the same on every machine and in every run."""
     value = 0
     for byte in text.encode():
         value = (value * 16_777_619 ^ byte) & 0xFFFFFFFF
@@ -42,7 +42,7 @@ def hash_of(text: str) -> int:
 
 
 def docstrings(source: str) -> Iterator[str]:
-    """Long docstrings of a module and all it defines."""
+    """Yield the long docstrings of a module and of everything it defines."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Module | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             text = ast.get_docstring(node)

@@ -1,5 +1,5 @@
-# Sourced by the recipes that train on a corpus, which set SIZE and the variables that have no value
-# here: the models, and the arguments that references and policies share, in training[].
+# Sourced by the recipes that train on a corpus; they set SIZE and the variables without a default
+# here.  Sets up the models, and in training[] the arguments that references and policies share.
 #
 # The paper's: models up to 7B, lengths (its references'), cosine, the policy's batch of a million
 # tokens.  Ours, since the paper does not say: larger models, warm-up, final learning rate, weight
@@ -61,7 +61,8 @@ else
         [[ "$word" =~ ^[0-9.]+$ ]] || INPUTS+=" $word.idx" # a weight
     done
 fi
-# The split: validation is of the corpus, which has that much less of each dataset for training.
+# The split: validation data comes from the corpus, which leaves that much less of each dataset to
+# train on.
 training=(
     "${model[@]}" "${llama[@]}" "${layout[@]}" "${data[@]}"
     --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable --overlap-grad-reduce

@@ -45,7 +45,7 @@ def prose(page: Path) -> str:
 
 
 def quoted(page: Path) -> list[str]:
-    """What stands in backticks in the prose."""
+    """Return what stands in backticks in the prose."""
     return re.findall(r"`([^`]+)`", prose(page))
 
 
@@ -60,7 +60,7 @@ def commands(page: Path) -> list[str]:
 
 
 def anchors(page: Path) -> set[str]:
-    """What GitHub makes of the headings."""
+    """Return the anchors that GitHub makes of the headings."""
     titles = re.findall(r"^#+ (.*)$", prose(page), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
@@ -104,7 +104,7 @@ def test_paths(page: Path) -> None:
 
 @cache
 def options_of_a_job(*command: str) -> set[str]:
-    """What its own parser prints: of a run Megatron's options and ours."""
+    """Return the options that a job's own parser prints; for a run, Megatron's and ours."""
     done = subprocess.run(
         [sys.executable, *command],
         cwd=REPOSITORY,
@@ -127,7 +127,7 @@ def options_in(text: str) -> set[str]:
 
 @cache
 def options_of(program: str, subcommand: str) -> set[str]:
-    """What a program takes: a job by its parser, a tool or benchmark by what its file declares."""
+    """Return a program's options: a job's from its parser, others' from what the file declares."""
     if program in RUNS:
         return options_of_a_run()
     if program in JOBS:

@@ -62,17 +62,17 @@ class Directory:
         return file
 
     def tool(self, name: str, *arguments: object) -> str:
-        """What tools/NAME.py prints."""
+        """Run tools/NAME.py, and return what it prints."""
         command = [sys.executable, REPOSITORY / "tools" / f"{name}.py", *arguments]
         return self._run(command, recipe_environment(1, HF_HOME=self.path / "cache"))
 
     def recipe(self, name: str, ranks: int, **settings: object) -> str:
-        """What examples/NAME.sh prints."""
+        """Run examples/NAME.sh, and return what it prints."""
         command = ["bash", REPOSITORY / "examples" / f"{name}.sh"]
         return self._run(command, recipe_environment(ranks, **SMALL | settings))
 
     def scalars(self, run: str, tag: str) -> list[float]:
-        """What a run has logged, in order."""
+        """Return the values of a tag that a run has logged, in order."""
         return list(Run(self.path / "checkpoints" / run, [], []).scalars(tag).values())
 
     def _run(self, command: list[object], environment: dict[str, str]) -> str:
@@ -91,7 +91,7 @@ class Directory:
 
 
 def make_model(directory: Path) -> None:
-    """A random Llama in bfloat16 with a real tokenizer, as transformers saves them."""
+    """Save a random Llama in bfloat16, with a real tokenizer, by transformers."""
     directory.mkdir()
     (directory / "tokenizer.model").write_bytes(SENTENCEPIECE.read_bytes())
     tokenizer = LlamaTokenizer.from_pretrained(directory)
@@ -110,7 +110,7 @@ def make_model(directory: Path) -> None:
 
 
 def make_data(at: Directory) -> None:
-    """A reference mix of documentation, and a pretraining corpus of it and of program text."""
+    """Make a reference mix of documentation, and a pretraining corpus that adds program text."""
     (at.path / "data").mkdir()
     prose = docstrings(["argparse", "ast", "difflib", "inspect", "statistics", "tarfile"])
     code = Path(json.__file__).with_name("decoder.py").read_text().split("\n\n")

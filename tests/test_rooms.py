@@ -75,7 +75,7 @@ def imports(name: str) -> set[str]:
 
 
 def levels(rooms: str, split: str) -> dict[str, int]:
-    """The number of the line of each room."""
+    """Return the number of the line that each room is on."""
     lines = [line.split() for line in rooms.strip().split(split)]
     return {room: level for level, line in enumerate(lines) for room in line}
 
@@ -85,7 +85,7 @@ def room_of(module: str) -> str:
 
 
 def wrong_way(order: dict[str, int], edges: Iterator[tuple[str, str, str, str]]) -> list[str]:
-    """Imports of a room that is not above the importing one."""
+    """Return the imports from a room that is not above the importing one."""
     return [
         f"{module} imports {target}"
         for module, room, target, other in edges

@@ -1,4 +1,5 @@
-"""Divide a token budget among datasets by a recipe; write what --data-args-path reads."""
+"""Divide a token budget among datasets according to a recipe, and write the file for
+--data-args-path."""
 
 from __future__ import annotations
 
@@ -12,21 +13,23 @@ from megatron_slm.errors import UserError, exit_on_user_error
 
 
 def build_parser() -> ArgumentParser:
-    """The command line."""
+    """Build the parser of the command line."""
     parser = ArgumentParser(description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add(
         "recipe",
-        help="YAML; examples/mixes has some, megatron_slm/corpus/mixing/mix.py the format.",
+        help="YAML file; see examples/mixes. megatron_slm/corpus/mixing/mix.py has the format.",
     )
-    add("--data-root", type=Path, default=Path(), metavar="DIR", help="Of relative data paths.")
+    add(
+        "--data-root", type=Path, default=Path(), metavar="DIR", help="Base of relative data paths."
+    )
     add("--output-prefix", required=True, metavar="PREFIX")
     add(
         "--check-sequence-length",
         type=int,
         metavar="S",
-        help="Have Megatron build the blend for samples of S tokens, and compare what it draws: a "
-        "difference of more than 0.1%% of all tokens is an error.",
+        help="Have Megatron build the blend for samples of S tokens, and compare what it draws "
+        "with the recipe. A difference of more than 0.1%% of all tokens is an error.",
     )
     return parser
 
@@ -42,8 +45,8 @@ def main(arguments: list[str]) -> None:
         if length is not None:
             if not 1 <= length <= recipe.budget:
                 raise UserError(
-                    f"--check-sequence-length {length}: tokens of a sample, from 1 to the budget's "
-                    f"{recipe.budget}"
+                    f"--check-sequence-length {length}: must be from 1 to the budget's "
+                    f"{recipe.budget} tokens"
                 )
             parts = check_draws(recipe, shares, length)
             for share, part in zip(shares, parts, strict=True):

@@ -1,11 +1,11 @@
-"""Llama and Mistral models between Hugging Face safetensors and Megatron torch_dist checkpoints.
+"""Convert Llama and Mistral models between Hugging Face safetensors and Megatron checkpoints.
 
     python tools/convert_checkpoint.py import --hf TinyLlama-1.1B --save base
     torchrun ... -m megatron_slm.pretrain --load base --use-checkpoint-args ... --save policy
     python tools/convert_checkpoint.py export --load policy --hf policy-hf --like TinyLlama-1.1B
 
-Tensor by tensor: memory stays below twice the largest tensor and a gigabyte.  Under torchrun the
-work is shared out to all ranks.
+Models are converted tensor by tensor, so memory stays below twice the largest tensor plus a
+gigabyte.  Under torchrun the work is divided among all ranks.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from megatron_slm.errors import UserError, exit_on_user_error
 
 
 def number[T: (int, float)](kind: type[T], most: T) -> Callable[[str], T]:
-    """Return what reads an argument as a number of that kind, above 0 and at most `most`."""
+    """Return a function that parses an argument as a number above 0 and at most `most`."""
 
     def read(text: str) -> T:
         try:
             value = kind(text)
         except ValueError as error:
-            raise ArgumentTypeError(f"{text!r} is no number, or no whole one") from error
+            what = "a whole number" if kind is int else "a number"
+            raise ArgumentTypeError(f"{text!r} is not {what}") from error
         if not 0 < value <= most:
             raise ArgumentTypeError(f"{text} is not above 0 and at most {most}")
         return value
@@ -36,48 +37,54 @@ def number[T: (int, float)](kind: type[T], most: T) -> Callable[[str], T]:
 
 
 def build_parser() -> ArgumentParser:
-    """The command line."""
+    """Build the parser of the command line."""
     parser = ArgumentParser(
         description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", required=True)
     hub = commands.add_parser("import", help="Hugging Face to Megatron", allow_abbrev=False)
     add = hub.add_argument
-    add("--hf", type=Path, required=True, metavar="DIR", help="With config.json and safetensors.")
-    add("--save", type=Path, required=True, metavar="DIR", help="New; for Megatron's --load.")
+    add(
+        "--hf",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="Directory with config.json and safetensors.",
+    )
+    add("--save", type=Path, required=True, metavar="DIR", help="New directory, for --load.")
     add(
         "--make-vocab-size-divisible-by",
         type=number(int, 65536),
         default=128,
         metavar="N",
-        help="Pad the vocabulary with zeros to a multiple of it. Default: 128, as Megatron's.",
+        help="Pad the vocabulary with zeros to a multiple of N. Default: 128, as in Megatron.",
     )
     out = commands.add_parser("export", help="Megatron to Hugging Face", allow_abbrev=False)
     add = out.add_argument
-    add("--load", type=Path, required=True, metavar="DIR", help="As --save left it.")
+    add("--load", type=Path, required=True, metavar="DIR", help="Directory that --save wrote to.")
     add(
         "--ckpt-step", type=number(int, 10**12), metavar="N", help="Iteration. Default: the latest."
     )
-    add("--hf", type=Path, required=True, metavar="DIR", help="New.")
+    add("--hf", type=Path, required=True, metavar="DIR", help="New directory.")
     add(
         "--like",
         type=Path,
         metavar="DIR",
-        help="Hugging Face directory whose tokenizer files and further entries of config.json, "
-        "such as special tokens, to take over. Default: the tokenizer of the run that trained.",
+        help="Hugging Face directory from which to take the tokenizer and further entries of "
+        "config.json, such as special tokens. Default: the tokenizer of the training run.",
     )
     add(
         "--vocab-size",
         type=number(int, 2**31 - 1),
         metavar="N",
-        help="Rows to keep, if it cannot be told.",
+        help="Rows of the vocabulary to keep. Default: what the checkpoint says.",
     )
     add(
         "--shard-gb",
         type=number(float, 1e6),
         default=5.0,
         metavar="GB",
-        help="Size of a file. Default: 5.",
+        help="Largest size of a file. Default: 5.",
     )
     return parser
 
@@ -86,9 +93,9 @@ def convert(args: Namespace) -> None:
     """Do what the command line says.
 
     Raises:
-        UserError: bad input, or a place that cannot be written.
+        UserError: the input is wrong, or the output cannot be written.
     """
-    # After the command line, which needs no torch.
+    # Imported here, so that the command line can be checked without torch.
     from megatron_slm.model.conversion.destination import this_rank
     from megatron_slm.model.conversion.export_hf import export_hugging_face
     from megatron_slm.model.conversion.import_hf import as_options, import_hugging_face
@@ -104,7 +111,7 @@ def convert(args: Namespace) -> None:
     if (args.load / "config.json").is_file() and not (args.load / TRACKER).is_file():
         raise UserError(
             f"--load {args.load} is a Hugging Face directory; export takes a Megatron checkpoint, "
-            "which import makes of it"
+            "which import makes of such a directory"
         )
     checkpoint = iteration_directory(args.load, args.ckpt_step, "--load", "--ckpt-step")
     architecture = export_hugging_face(
@@ -115,7 +122,7 @@ def convert(args: Namespace) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Exit with code 2 on bad input."""
+    """Run the command line; exit with code 2 if the input is wrong."""
     args = build_parser().parse_args(arguments)
     warnings.filterwarnings("ignore", module="megatron")
     with exit_on_user_error():

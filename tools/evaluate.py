@@ -1,11 +1,11 @@
-"""Few-shot evaluation of a checkpoint with lm-eval, beside the paper's numbers.
+"""Evaluate a checkpoint few-shot with lm-eval, and show the paper's numbers beside its scores.
 
     python tools/evaluate.py --model policy-hf --tasks math
     python tools/evaluate.py --model policy --like TinyLlama-1.1B --tasks math general
     python tools/evaluate.py --model policy-hf --tasks mine --include-path tasks   # tasks/mine.yaml
     torchrun --nproc_per_node 8 tools/evaluate.py --model policy-hf --tasks math
 
-A Megatron checkpoint is exported to a temporary directory (of TMPDIR) first.  Tasks in
+A Megatron checkpoint is first exported to a temporary directory (in TMPDIR).  Tasks in
 --include-path that read local files need no network.
 """
 
@@ -25,48 +25,53 @@ if TYPE_CHECKING:
 
 
 def build_parser() -> ArgumentParser:
-    """The command line."""
+    """Build the parser of the command line."""
     parser = ArgumentParser(
         description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--model", type=Path, required=True, metavar="DIR", help="Hugging Face's or Megatron's.")
-    add("--ckpt-step", type=int, metavar="N", help="Megatron's iteration. Default: the latest.")
+    add("--model", type=Path, required=True, metavar="DIR", help="Hugging Face or Megatron.")
+    add("--ckpt-step", type=int, metavar="N", help="Megatron iteration. Default: the latest.")
     add(
         "--like",
         type=Path,
         metavar="DIR",
         help="Hugging Face directory with the tokenizer of a Megatron checkpoint. Default: the "
-        "tokenizer of the run that trained.",
+        "tokenizer of the training run.",
     )
     add(
         "--tasks",
         nargs="+",
         required=True,
         metavar="NAME",
-        help="math: the paper's that lm-eval has. general: the paper's 15. Or lm-eval's names.",
+        help="math: the paper's mathematical tasks that lm-eval has. general: the paper's 15 "
+        "general tasks. Or lm-eval's names of tasks.",
     )
-    add("--include-path", type=Path, metavar="DIR", help="With tasks of your own, in YAML.")
-    add("--output", type=Path, metavar="FILE", help="Scores as JSON.")
+    add("--include-path", type=Path, metavar="DIR", help="Directory of your own tasks, in YAML.")
+    add("--output", type=Path, metavar="FILE", help="Write the scores as JSON.")
     add("--batch-size", type=int, default=8, metavar="N", help="Default: 8.")
-    add("--device", help="As torch names it. Default: the GPUs, or else the CPU.")
+    add("--device", help="Name of a torch device. Default: all GPUs, or the CPU.")
     add(
         "--run-generated-code",
         action="store_true",
-        help="Let tasks such as humaneval run what the model writes.",
+        help="Let tasks such as humaneval run code that the model writes.",
     )
     return parser
 
 
 def run(args: Namespace) -> None:
-    """Do what the command line says."""
+    """Run the tasks and print their scores.
+
+    Raises:
+        UserError: the input is wrong.
+    """
     if args.output is not None and not args.output.parent.is_dir():
         raise UserError(f"--output {args.output}: there is no directory {args.output.parent}")
     if args.output is not None and args.output.is_dir():
         raise UserError(f"--output {args.output} is a directory; name a file")
     if not args.model.is_dir():
         raise UserError(f"--model {args.model}: no such directory")
-    # After what needs no torch.
+    # Imported here, so that the checks above need no torch.
     from megatron_slm.analysis.evaluation.evaluate import (
         evaluate,
         hugging_face_directory,
@@ -95,7 +100,7 @@ def run(args: Namespace) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Exit with code 2 on bad input."""
+    """Run the command line; exit with code 2 if the input is wrong."""
     args = build_parser().parse_args(arguments)
     with exit_on_user_error("no scores were kept; the same command starts again"):
         run(args)

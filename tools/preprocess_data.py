@@ -1,9 +1,9 @@
 """Tokenize corpora into Megatron indexed datasets, PREFIX_KEY_document.bin and .idx.
 
-Options that Megatron-LM's tools/preprocess_data.py has bear its names.  All cores are used, memory
-is bounded, and a run that was killed goes on where it was when the same command is given again.
-The shards that cores write are merged into one pair of files, whatever their number, since a blend
-of thousands of datasets makes training start slowly; --no-merge keeps them as a set.
+Options that Megatron-LM's tools/preprocess_data.py also has are named as there.  All cores are used
+and memory is bounded.  A run that was killed continues when the same command is given again.  The
+shards that the cores write are merged into one pair of files, since training starts slowly from a
+blend of thousands of datasets; --no-merge keeps the shards.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 def field_value(text: str) -> tuple[str, str]:
-    """FIELD=VALUE."""
+    """Parse FIELD=VALUE."""
     name, equals, value = text.partition("=")
     if not name or not equals:
         raise ArgumentTypeError(f"{text!r} is not FIELD=VALUE")
@@ -33,7 +33,7 @@ def field_value(text: str) -> tuple[str, str]:
 
 
 def byte_count(text: str) -> int:
-    """A number of bytes, such as 256M."""
+    """Parse a number of bytes, such as 256M."""
     unit = UNITS.get(text[-1:].upper(), 1)
     try:
         return int(text if unit == 1 else text[:-1]) * unit
@@ -42,7 +42,7 @@ def byte_count(text: str) -> int:
 
 
 def build_parser() -> ArgumentParser:
-    """The command line."""
+    """Build the parser of the command line."""
     parser = ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     add_input_options(parser)
     add_tokenizer_options(parser)
@@ -52,7 +52,7 @@ def build_parser() -> ArgumentParser:
 
 
 def add_input_options(parser: ArgumentParser) -> None:
-    """What is read and written."""
+    """Add the options for input and output."""
     group = parser.add_argument_group("input and output")
     group.add_argument(
         "--input",
@@ -60,7 +60,8 @@ def add_input_options(parser: ArgumentParser) -> None:
         required=True,
         metavar="PATH",
         help="Files (.jsonl, .jsonl.gz, .jsonl.zst, .parquet), directories, quoted glob patterns, "
-        "or - for jsonl from standard input. Read in this order, directories and patterns sorted.",
+        "or - for jsonl from standard input. Read in this order; within directories and patterns, "
+        "by name.",
     )
     group.add_argument("--output-prefix", required=True, metavar="PREFIX")
     group.add_argument(
@@ -77,18 +78,19 @@ def add_input_options(parser: ArgumentParser) -> None:
         default=[],
         type=field_value,
         metavar="FIELD=VALUE",
-        help="Take only records whose field is that; a dotted path reaches inside. Repeated: all.",
+        help="Take only records whose field has this value; a dotted path names a nested field. If "
+        "given several times, all must match.",
     )
     group.add_argument(
         "--chat-template",
         metavar="FILE",
-        help="Jinja template that makes a text of the list of messages under the key.",
+        help="Jinja template that turns the list of messages under the key into text.",
     )
     group.add_argument("--domain", metavar="NAME", help="Recorded in the manifest, for mixes.")
 
 
 def add_tokenizer_options(parser: ArgumentParser) -> None:
-    """How text becomes ids."""
+    """Add the options for the tokenizer."""
     group = parser.add_argument_group("tokenizer")
     group.add_argument(
         "--tokenizer-model",
@@ -99,84 +101,93 @@ def add_tokenizer_options(parser: ArgumentParser) -> None:
     group.add_argument(
         "--tokenizer-type",
         choices=TOKENIZER_KINDS,
-        help="As in training. Default: told from the file.",
+        help="The type given to training. Default: detected from the file.",
     )
     group.add_argument(
         "--engine",
         choices=["auto", *engine_names()],
         default="auto",
-        help="What tokenizes. auto: the fastest that is installed and gives the ids of the "
-        "tokenizer's own library on the first documents of up to 64 of the shards to be made; that "
-        "library if there are none. Shards of another engine than the one named are made again.",
+        help="Library that tokenizes. auto: the fastest one installed that gives the same ids as "
+        "the tokenizer's own library on the first documents of up to 64 shards; otherwise that "
+        "library itself. Existing shards made by an engine other than the one named are redone.",
     )
-    group.add_argument("--append-eod", action="store_true", help="End documents with that token.")
     group.add_argument(
-        "--prepend-bos", action="store_true", help="Begin documents with that token."
+        "--append-eod",
+        action="store_true",
+        help="End each document with the end-of-document token.",
+    )
+    group.add_argument(
+        "--prepend-bos",
+        action="store_true",
+        help="Begin each document with the beginning-of-sequence token.",
     )
     group.add_argument(
         "--special-tokens-in-text",
         choices=["text", "ids"],
         default="text",
-        help="What the text of a control or special token (a literal </s>) in a document becomes: "
-        "the tokens of its letters, or its id. Other pieces of the vocabulary are always ids, also "
-        "user-defined ones of sentencepiece and added tokens of Hugging Face that are not special.",
+        help="What a control or special token that a document spells out, such as </s>, becomes: "
+        "the tokens of its letters (text), or its id (ids). Sentencepiece's user-defined symbols "
+        "and Hugging Face's added tokens that are not special always become their ids.",
     )
 
 
 def add_cleaning_options(parser: ArgumentParser) -> None:
-    """What is left out."""
+    """Add the options for cleaning."""
     group = parser.add_argument_group("cleaning")
     group.add_argument(
         "--dedup",
         choices=["exact", "near"],
-        help="Drop documents with the text of an earlier one, or (near) nearly its words.",
+        help="exact: drop documents with the same text as an earlier one. near: also those with "
+        "nearly the same words.",
     )
     group.add_argument(
         "--decontaminate",
         nargs="+",
         default=[],
         metavar="FILE",
-        help="Evaluation sets (jsonl): drop documents that share 13 words in a row with them.",
+        help="Drop documents that share 13 consecutive words with these evaluation sets (jsonl).",
     )
     group.add_argument(
         "--max-reject-fraction",
         type=float,
         default=1e-4,
         metavar="F",
-        help="Fail if more than this part of the documents cannot be used, of all that are read, "
-        "also those a filter leaves out. They are listed in PREFIX_rejects in any case. "
+        help="Fail if more than this fraction of all documents read, including those that a filter "
+        "leaves out, cannot be used. They are listed in PREFIX_rejects in any case. "
         "Default: 1e-4.",
     )
 
 
 def add_run_options(parser: ArgumentParser) -> None:
-    """Where it runs."""
+    """Add the options for where and how the work is done."""
     group = parser.add_argument_group("run")
     group.add_argument(
         "--workers",
         type=int,
         default=len(os.sched_getaffinity(0)),
         metavar="N",
-        help="Processes, one a core. Default: all cores.",
+        help="Number of processes, each on a core. Default: all cores.",
     )
     group.add_argument(
         "--shard-size",
         type=byte_count,
         default="256M",
         metavar="BYTES",
-        help="Input of a task, which is what is done again after a crash; compressed and parquet "
-        "files are never cut, however large. Default: 256M.",
+        help="Input of a shard, which is redone if the run is killed while making it. Compressed "
+        "and parquet files are never split, however large. Default: 256M.",
     )
     group.add_argument("--merge", action=BooleanOptionalAction, default=True)
     group.add_argument(
-        "--stage", choices=STAGES, default="all", help="Only this, for Slurm arrays."
+        "--stage", choices=STAGES, default="all", help="Run one stage only, for Slurm arrays."
     )
-    group.add_argument("--rank", type=int, default=0, metavar="R", help="Of the machine or job.")
+    group.add_argument(
+        "--rank", type=int, default=0, metavar="R", help="Number of this machine or job, from 0."
+    )
     group.add_argument("--world-size", type=int, default=1, metavar="N")
 
 
 def settings_of(args: Namespace) -> PreprocessingSettings:
-    """The command line's meaning."""
+    """Return the settings that the command line gives."""
     return PreprocessingSettings(
         inputs=tuple(args.input),
         output_prefix=args.output_prefix,
@@ -203,7 +214,7 @@ def settings_of(args: Namespace) -> PreprocessingSettings:
 
 
 def report(summary: PreprocessingSummary) -> str:
-    """What was written, and what was left out."""
+    """Say what was written and what was left out."""
     lines = []
     for key, manifest in summary.datasets.items():
         counts = manifest.counts
@@ -219,7 +230,7 @@ def report(summary: PreprocessingSummary) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """Do what the command line says; exit with code 2 on bad input."""
+    """Run the command line; exit with code 2 if the input is wrong."""
     args = build_parser().parse_args(arguments)
     with exit_on_user_error("the same command goes on; finished shards are kept"):
         summary = preprocess(settings_of(args))

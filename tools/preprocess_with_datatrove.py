@@ -1,9 +1,9 @@
-"""preprocess_data.py through datatrove's executors: on this machine, on Slurm or on Ray.
+"""Run preprocess_data.py on datatrove's executors: on this machine, on Slurm or on Ray.
 
-Takes preprocess_data.py's options as well.  Every datatrove task makes its part of the shards, and
+preprocess_data.py's options apply as well.  Every datatrove task makes a part of the shards, and
 the last step merges them.  --workers is the number of cores that a task asks Slurm or Ray for; on
-this machine all tasks share them.  The files are those that preprocess_data.py makes, and each of
-the two takes up what the other has left.
+this machine all tasks share them.  The files are the same as those of preprocess_data.py, and each
+of the two tools can continue what the other has begun.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from megatron_slm.errors import UserError, exit_on_user_error
 
 
 def main(arguments: list[str]) -> None:
-    """Do what the command line says; exit with code 2 on bad input."""
+    """Run the command line; exit with code 2 if the input is wrong."""
     parser = build_parser()
     parser.description = (__doc__ or "").splitlines()[0]
     group = parser.add_argument_group("datatrove")
     group.add_argument("--executor", choices=["local", "slurm", "ray"], default="local")
-    group.add_argument("--tasks", type=int, default=1, metavar="N", help="Of the executor.")
+    group.add_argument("--tasks", type=int, default=1, metavar="N", help="Number of tasks.")
     group.add_argument("--logging-dir", required=True, metavar="DIR")
-    group.add_argument("--partition", help="Of Slurm, which needs it.")
-    group.add_argument("--qos", default="normal", help="Of Slurm. Default: normal.")
-    group.add_argument("--time", default="24:00:00", help="For a Slurm task.")
+    group.add_argument("--partition", help="Slurm partition; required with Slurm.")
+    group.add_argument("--qos", default="normal", help="Slurm QOS. Default: normal.")
+    group.add_argument("--time", default="24:00:00", help="Time limit of a Slurm task.")
     args = parser.parse_args(arguments)
     with exit_on_user_error("the same command goes on; finished shards are kept"):
         if args.tasks < 1:
             raise UserError("--tasks must be at least 1")
         if "-" in args.input:
-            raise UserError("--input -: tasks have no standard input in common: write it to a file")
+            raise UserError("--input -: tasks do not share standard input; write it to a file")
         settings = settings_of(args)
         options: dict[str, Any] = {}
         if args.executor == "slurm":

@@ -4,9 +4,9 @@
         --slm-reference-load DIR --slm-reference-cache CACHE [--by document] [--cache-dtype float32]
     python tools/score_reference.py inspect CACHE [--plot FILE.svg]
 
-Give it what the training run is given; parallel sizes and --micro-batch-size may be others, and the
-policy's own arguments may be left out.  A job that was killed goes on where it was.  Training reads
-the losses with --slm-reference-cache CACHE in the place of --slm-reference-load.
+Give it the arguments of the training run.  Parallel sizes and --micro-batch-size may differ, and
+the policy's own arguments may be left out.  A job that was killed continues with the same command.
+Training reads the losses with --slm-reference-cache CACHE in place of --slm-reference-load.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron_slm.jobs.score_reference import main as score
 
 
 def main() -> None:
-    """Score, or look at what was scored."""
+    """Score, or inspect what was scored."""
     if sys.argv[1:2] == ["inspect"]:
         from megatron_slm.analysis.inspect_cache import inspect
 

@@ -1,12 +1,12 @@
-"""How the loss of each validation token changes over a run's checkpoints (Rho-1, appendix B.1).
+"""Follow the loss of each validation token over a run's checkpoints (Rho-1, appendix B.1).
 
     torchrun --nproc_per_node 8 tools/token_dynamics.py ARGUMENTS OF THE TRAINING RUN \
         --load CHECKPOINTS --dynamics RUN/dynamics [--ckpt-steps 1000 2000 ...]
     python tools/token_dynamics.py classify RUN/dump --dynamics RUN/dynamics
 
-The first scores the same samples with each checkpoint, in any layout; killed, it goes on with the
-same command.  The second takes the token dumps that training wrote (--slm-dump-interval), which are
-of fewer samples.  Both write token_dynamics.parquet, .png and .svg.
+The first command scores the same samples with each checkpoint, in any layout; if it is killed, the
+same command continues.  The second uses the token dumps that training wrote (--slm-dump-interval),
+which have fewer samples.  Both write token_dynamics.parquet, .png and .svg.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_slm.jobs.token_dynamics import main as score_and_classify
 
 
 def main() -> None:
-    """Score and classify, or classify alone."""
+    """Score and classify, or only classify."""
     if sys.argv[1:2] == ["classify"]:
         from megatron_slm.analysis.dynamics.write_dynamics import write_dynamics
 

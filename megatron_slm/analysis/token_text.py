@@ -1,7 +1,7 @@
-"""How a token is shown: its text with spaces and line ends in sight, nothing that acts on a page.
+"""Show tokens as text: line ends are visible, and nothing in a token can affect the page.
 
-A token need not be text.  Pieces of characters (byte fallback, byte-level BPE), control characters
-and characters that change the direction of what follows are shown by their numbers.
+A token need not be text.  Parts of a character (byte fallback, byte-level BPE), control characters
+and characters that change the direction of the text are shown as their numbers.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from megatron_slm.errors import UserError
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
-# Other, and separators of lines and paragraphs: controls, formats, surrogates, unassigned.
+# Unicode's categories of controls, formats, surrogates, private-use and unassigned characters, and
+# of the separators of lines and paragraphs.
 HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 
 def show(text: str) -> str:
-    """The text as it is read on a page where white space is kept and nothing is interpreted."""
+    """Make a text safe and visible on a page that preserves white space: mark line ends and tabs,
+    and replace hidden characters by their numbers."""
     return "".join(_show(character) for character in text)
 
 
@@ -41,17 +43,25 @@ def _show_bytes(content: bytes) -> str:
 
 
 def token_texts(tokenizer: TokenizerFile | None, ids: Iterable[int]) -> list[str]:
-    """What is shown for each id; without a tokenizer, or for ids that it lacks, the number."""
+    """Return the text to show for each token id: the id itself if there is no tokenizer or the
+    tokenizer does not have it."""
     decode = _numbers if tokenizer is None else DECODERS[tokenizer.kind](tokenizer)
     size = 0 if tokenizer is None else tokenizer.vocab_size
     return [decode(number) if 0 <= number < size else _numbers(number) for number in ids]
 
 
 def dump_tokenizer(dumps: list[TokenDump], given: str | None) -> TokenizerFile | None:
-    """The tokenizer that the dumps name, or another file; None where tokens are numbers.
+    """Open the tokenizer of a run's dumps.
+
+    Args:
+        dumps: dumps that name the tokenizer of their run.
+        given: tokenizer to open instead.
+
+    Returns:
+        The tokenizer; None if the run had none, so that tokens are mere numbers.
 
     Raises:
-        UserError: it is no longer where it was.
+        UserError: the tokenizer is no longer where it was.
     """
     if given is not None:
         return open_tokenizer(given)
@@ -95,7 +105,7 @@ def _hugging_face(tokenizer: TokenizerFile) -> Callable[[int], str]:
             return _of_bytes(bytes.fromhex(byte[1]))
         if loaded.decoder is None:
             return show(piece)
-        # Behind another token, for decoders strip a space from the first.
+        # Decode it after another token, since decoders strip the space from the first.
         text = loaded.decoder.decode(["x", piece])
         if text.startswith("x") and REPLACEMENT not in text:
             return show(text[1:])
@@ -127,8 +137,8 @@ def _of_bytes(content: bytes) -> str:
 
 
 def _byte_level() -> dict[str, int]:
-    """The bytes that GPT-2's characters stand for: printable ones for themselves, the others in
-    order from 256 on."""
+    """Map GPT-2's characters to the bytes that they stand for: printable ones stand for themselves,
+    and the others are numbered from 256 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {

@@ -42,7 +42,7 @@ from megatron_slm.training.fixed_samples import (
 )
 from megatron_slm.training.micro_batch import MicroBatch
 
-# What the number of validation samples depends on: taken from the checkpoint where not given.
+# The number of validation samples depends on these; the checkpoint gives those left out.
 NUMBERS = """
     global_batch_size eval_global_batch_size train_iters train_samples eval_interval
 """.split()
@@ -51,10 +51,13 @@ NUMBER = re.compile(r"[0-9]{1,18}")
 
 
 def parse_dynamics_arguments(add_own: Callable[[ArgumentParser], ArgumentParser]) -> Namespace:
-    """Parse the run's arguments and this job's own; some of the run's mean nothing to the job.
+    """Parse the run's arguments and this job's own; arguments of training alone are ignored.
+
+    Args:
+        add_own: function that adds this project's arguments to the parser.
 
     Raises:
-        UserError: the directory has fewer than two checkpoints.
+        UserError: an argument is wrong, or the directory has fewer than two checkpoints.
     """
     args = parse_job(add_own)
     if args.ckpt_steps is None:
@@ -80,7 +83,7 @@ def score_checkpoints(args: Namespace) -> Path:
     """Run the job, and return the directory of the losses.
 
     Raises:
-        UserError: bad input, which every rank finds alike.
+        UserError: the input is wrong, or losses cannot be written; raised on every rank.
     """
     opened = open_for_scoring(args, args.load, args.ckpt_steps, CHECKPOINT_FLAGS)
     provider = DatasetProvider()
@@ -172,7 +175,7 @@ def _score(
 
 
 def _of_any_rank(said: str | None) -> str | None:
-    """Return the message of the first rank that has one, on all ranks.  Collective over them."""
+    """Return the message of the lowest rank that has one.  Collective over all ranks."""
     everyone: list[str | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, said)
     return next((each for each in everyone if each is not None), None)

@@ -14,7 +14,7 @@ def main() -> None:
 
 
 def _score() -> None:
-    # Megatron may be imported only when the platform is installed.
+    # Megatron may only be imported after the platform is installed.
     from megatron_slm.jobs.scoring import parse_scoring_arguments, score
     from megatron_slm.training.data_faults import data_faults
 

@@ -54,18 +54,21 @@ from megatron_slm.training.micro_batch import (
 )
 from megatron_slm.training.passes import with_reference
 
-# A shard is what a replica loses when it is killed, the unit of work that replicas share, and what
-# a device holds at a time.
+# A killed replica loses at most one shard.  A shard is also the unit of work that is shared among
+# replicas, and a device holds one at a time.
 MOST_TOKENS, LEAST_RECORDS, SHARDS = 1 << 23, 16, 512
 OTHERS_POLL_SECONDS = 5.0
 FAILED = "megatron-slm: scoring failed"  # key of the job's store under which a rank says why
 
 
 def parse_scoring_arguments(add_own: Callable[[ArgumentParser], ArgumentParser]) -> Namespace:
-    """Parse the run's arguments and this job's own; some of the run's mean nothing to the job.
+    """Parse the run's arguments and this job's own; arguments of training alone are ignored.
+
+    Args:
+        add_own: function that adds this project's arguments to the parser.
 
     Raises:
-        UserError: bad arguments, or a run whose samples are not known beforehand.
+        UserError: an argument is wrong, or the run's samples are not known beforehand.
     """
     args = parse_job(add_own)
     if args.by == "sample":
@@ -87,7 +90,7 @@ def score(args: Namespace) -> None:
     """Run the job.
 
     Raises:
-        UserError: bad input, which every rank finds alike; or a loss that is NaN or infinite.
+        UserError: the input is wrong, which every rank finds alike; or a loss is NaN or infinite.
     """
     by_document = args.by == "document"
     ((checkpoint, own_arguments),) = open_for_scoring(

@@ -1,5 +1,5 @@
 """The job of tools/token_dynamics.py: score validation tokens with every checkpoint of a run, and
-classify them by what became of their losses."""
+classify them by how their losses change."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _score_and_classify() -> None:
     from megatron_slm.analysis.dynamics.dynamics_files import check_libraries
 
     check_libraries()
-    # Megatron may be imported only when the platform is installed.
+    # Megatron may only be imported after the platform is installed.
     from megatron_slm.analysis.dynamics.write_dynamics import write_dynamics
     from megatron_slm.jobs.checkpoint_losses import parse_dynamics_arguments, score_checkpoints
 

@@ -1,1 +1,1 @@
-"""Building the layers of policy and reference; Hugging Face models to and from Megatron."""
+"""Build the layers of policy and reference, and read and write their checkpoints."""

@@ -1,8 +1,8 @@
-"""What shapes a Llama or Mistral: from and to Hugging Face's config.json and Megatron's arguments.
+"""Describe a Llama or Mistral, and translate between config.json and Megatron's arguments.
 
-Llama 1 to 3, TinyLlama and Mistral are one architecture here: RMSNorm, rotary embeddings, grouped
-queries, SwiGLU, no biases.  Mistral differs by its sliding window, which not all of them have.
-Whatever either side can say beyond that, and changes what is computed, is refused by name.
+Llama 1 to 3, TinyLlama and Mistral share one architecture: RMSNorm, rotary embeddings, grouped
+queries, SwiGLU and no biases.  Mistral adds a sliding window, which not all its models have.  Any
+other setting, on either side, that changes what is computed is refused by name.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from megatron_slm.model.hugging_face_config import (
 
 CAUSAL_LM = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 
-# What Megatron can vary and this architecture does not.
+# Megatron's arguments that have only one value in this architecture.
 FIXED_ARGUMENTS: dict[str, Any] = {
     "position_embedding_type": "rope",
     "add_position_embedding": True,
@@ -56,7 +56,7 @@ FIXED_ARGUMENTS: dict[str, Any] = {
     "hybrid_layer_pattern": None,
 }
 
-# What shapes the model and Megatron's --use-checkpoint-args does not take from a checkpoint.
+# Arguments of the model that Megatron's --use-checkpoint-args does not take from a checkpoint.
 NOT_TAKEN_BY_MEGATRON = (
     "layernorm_epsilon",
     "use_rope_scaling",
@@ -66,7 +66,7 @@ NOT_TAKEN_BY_MEGATRON = (
 
 
 class MegatronArguments(msgspec.Struct):
-    """What Megatron's arguments in a checkpoint say of a Llama or Mistral."""
+    """Megatron's arguments in a checkpoint that describe a Llama or Mistral."""
 
     num_layers: Layers
     hidden_size: Size
@@ -87,41 +87,52 @@ class MegatronArguments(msgspec.Struct):
 
 @dataclass(frozen=True)
 class Architecture:
-    """groups: key-value heads.  vocabulary: rows of the embedding that are tokens.
-    rope_scaling: the factor of Llama 3's scaling; None without it.
-    window: tokens a query sees, itself included; None for all before it.
-    model_type: what it was called in a config.json; Llama and Mistral without a window are one.
-    """
+    """All that determines what a Llama or Mistral computes, but for its weights."""
 
     layers: int
+    """Number of layers."""
     hidden: int
+    """Hidden size."""
     ffn: int
+    """Intermediate size of the MLP."""
     heads: int
+    """Number of attention heads."""
     groups: int
+    """Number of key-value heads."""
     head_dim: int
+    """Size of an attention head."""
     vocabulary: int
+    """Number of tokens: rows of the embedding without padding."""
     positions: int
+    """Longest sequence that the model was made for."""
     epsilon: float
+    """Epsilon of the norms."""
     rope_theta: int
+    """Base of the rotary embedding."""
     rope_scaling: float | None
+    """Factor of Llama 3's scaling of the rotary embedding; None without it."""
     window: int | None
+    """Number of tokens that a query sees, itself included; None for all before it."""
     tied: bool
+    """Whether the output layer shares the embedding's weights."""
     model_type: str = "llama"
+    """The model's type in config.json; Llama and Mistral without a window are the same."""
 
     @property
     def family(self) -> str:
-        """The model type that transformers computes it with: windows are Mistral's."""
+        """The model type that transformers uses; only Mistral's supports windows."""
         return self.model_type if self.window is None else "mistral"
 
 
 def from_hugging_face(config: dict[str, Any], where: str) -> Architecture:
-    """Read a config.json.
+    """Read the architecture from a config.json.
 
     Args:
-        where: the file, for errors.
+        config: content of the file.
+        where: path of the file, for errors.
 
     Raises:
-        UserError: another architecture, or an option of it that Megatron cannot compute.
+        UserError: the model has another architecture, or an option that Megatron cannot compute.
     """
     c = typed_config(config, where)
     theta, scaling = rope(c, where)
@@ -147,7 +158,7 @@ def from_hugging_face(config: dict[str, Any], where: str) -> Architecture:
 
 
 def _computable(a: Architecture, where: str) -> Architecture:
-    """Refuse what neither transformers nor Megatron computes."""
+    """Return the architecture, unless its sizes are ones that transformers or Megatron refuses."""
     if a.heads % a.groups:
         raise UserError(f"{where}: {a.groups} key-value heads do not divide {a.heads} heads")
     if a.head_dim % 2:
@@ -158,7 +169,12 @@ def _computable(a: Architecture, where: str) -> Architecture:
 
 
 def to_hugging_face(architecture: Architecture, dtype: str) -> dict[str, Any]:
-    """A config.json that transformers reads in versions 4 and 5."""
+    """Return a config.json that versions 4 and 5 of transformers read.
+
+    Args:
+        architecture: the model.
+        dtype: torch's name of the weights' type, such as bfloat16.
+    """
     a = architecture
     config = {
         "architectures": [CAUSAL_LM[a.family]],
@@ -181,17 +197,24 @@ def to_hugging_face(architecture: Architecture, dtype: str) -> dict[str, Any]:
     if a.rope_scaling is not None:
         config["rope_scaling"] = {"rope_type": "llama3", "factor": a.rope_scaling} | LLAMA3_ROPE
     if a.family == "mistral":
-        config["sliding_window"] = a.window  # without it transformers takes 4096
+        config["sliding_window"] = a.window  # transformers assumes 4096 if it is absent
     return config
 
 
 def vocabulary_of(arguments: Namespace) -> int | None:
-    """Return the tokens of the model in a checkpoint, without padding, from its arguments: the
-    model's that it was trained from, those of its tokenizer, or what import wrote; None where they
-    do not say.
+    """Return the number of tokens, without padding, of the model in a checkpoint.
+
+    The arguments may have that of the model that the run started from, that of its tokenizer, or
+    that which the import recorded, in this order of precedence.
+
+    Args:
+        arguments: the arguments in the checkpoint.
+
+    Returns:
+        The number of tokens; None if the arguments do not say.
 
     Raises:
-        UserError: what they say is no number of tokens.
+        UserError: the argument is not a number of tokens.
     """
     for name in ("slm_model_vocab_size", "slm_vocab_size", "vocab_size"):
         found = getattr(arguments, name, None)
@@ -201,10 +224,14 @@ def vocabulary_of(arguments: Namespace) -> int | None:
 
 
 def number_of_tokens(found: Any, name: str) -> int:
-    """Return an argument of a checkpoint that counts tokens.
+    """Check that an argument of a checkpoint is a number of tokens, and return it.
+
+    Args:
+        found: value of the argument.
+        name: name of the argument, for errors.
 
     Raises:
-        UserError: it does not.
+        UserError: it is not a number of tokens.
     """
     try:
         return msgspec.convert(found, Size)
@@ -213,7 +240,7 @@ def number_of_tokens(found: Any, name: str) -> int:
 
 
 def to_megatron(architecture: Architecture) -> dict[str, Any]:
-    """Megatron's arguments by the names they have in a checkpoint."""
+    """Return Megatron's arguments for an architecture, by their names in a checkpoint."""
     a = architecture
     return FIXED_ARGUMENTS | {
         "num_layers": a.layers,
@@ -238,14 +265,15 @@ def to_megatron(architecture: Architecture) -> dict[str, Any]:
 
 
 def from_megatron(arguments: Namespace, vocabulary: int, where: str) -> Architecture:
-    """Read the arguments in a checkpoint.
+    """Read the architecture from the arguments in a checkpoint.
 
     Args:
+        arguments: the arguments.
         vocabulary: number of tokens, without padding.
-        where: the checkpoint, for errors.
+        where: path of the checkpoint, for errors.
 
     Raises:
-        UserError: a model that is no Llama or Mistral.
+        UserError: the model is neither a Llama nor a Mistral.
     """
     saved = vars(arguments)
     for name, only in FIXED_ARGUMENTS.items():

@@ -1,7 +1,7 @@
 """Read the table of a torch_dist checkpoint, `.metadata`, and check it before anything uses it.
 
-Whatever somebody may have written there, what passes has the types and sizes that torch expects,
-and names blocks that lie within regular files of the checkpoint's own directory.
+A stranger may have written the table.  Once checked, it has the types and sizes that torch expects,
+and every block that it names lies within a regular file of the checkpoint's directory.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from megatron_slm.errors import UserError
 from megatron_slm.files import inside, read_bounded, read_json
 from megatron_slm.model.unpickling import TableUnpickler, reason_of
 
-FORMAT_FILE = "metadata.json"  # Megatron's, of one line
-TABLE_LIMIT = 1 << 30  # bytes; of 50,000 blocks it has 12 MB
+FORMAT_FILE = "metadata.json"  # Megatron writes one line into it
+TABLE_LIMIT = 1 << 30  # bytes; a table of 50,000 blocks has 12 MB
 
 _Count = Annotated[int, Meta(ge=0, lt=1 << 62)]
 Shape = tuple[_Count, ...]
 
 
 class Format(Struct):
-    """What metadata.json says."""
+    """The content of metadata.json."""
 
     sharded_backend: Literal["torch_dist"]
     sharded_backend_version: Literal[1] = 1
 
 
 class Place(Struct):
-    """Where a block lies."""
+    """The place of a block: a file, an offset and a length in bytes."""
 
     relative_path: str
     offset: _Count
@@ -50,25 +50,25 @@ class Place(Struct):
 
 
 class Chunk(Struct):
-    """A block of a tensor."""
+    """A block of a tensor, by its offset in the tensor and its shape."""
 
     offsets: Shape
     sizes: Shape
 
 
 class StoredTensor(Struct):
-    """What the table says of a tensor."""
+    """A tensor's entry in the table."""
 
     size: Shape
     chunks: list[Chunk]
 
 
 def read_checkpoint_table(directory: Path) -> Metadata:
-    """Return the table of blocks, checked against itself and the files that hold the blocks.
+    """Read the table of blocks, and check it against itself and the files that hold the blocks.
 
     Raises:
-        UserError: no table, one that is damaged or would run code, another format, or files missing
-            or truncated.
+        UserError: there is no table, it is damaged or would run code, the checkpoint has another
+            format, or a file is missing or truncated.
     """
     path = directory / ".metadata"
     if not path.exists():
@@ -97,10 +97,10 @@ def read_checkpoint_table(directory: Path) -> Metadata:
 
 
 def _checked(table: Any) -> dict[str, int]:
-    """Return the bytes that each file must have at least.
+    """Check the table, and return how many bytes each file must have at least.
 
     Raises:
-        ValueError: naming what is not as torch writes it.
+        ValueError: something is not as torch writes it; the message names it.
     """
     _must(isinstance(table, Metadata), "it is not a table of blocks")
     _must(isinstance(table.storage_data, dict), "it does not say where blocks lie")

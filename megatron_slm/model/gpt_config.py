@@ -1,4 +1,4 @@
-"""A GPT's configuration, and a rank's part of the model, from Megatron's arguments."""
+"""Make a GPT's configuration, and a rank's part of the model, from Megatron's arguments."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from megatron_slm.model.layer_spec import plain_block_spec
 
 
 def installed_layers() -> Callable[..., Any] | None:
-    """Return None, for Megatron's choice of layers, where Transformer Engine is installed, and the
-    layers of plain torch elsewhere."""
+    """Return the layers to build: None, for Megatron's choice, if Transformer Engine is installed;
+    otherwise those of plain torch."""
     return None if HAVE_TE else plain_block_spec
 
 
@@ -25,8 +25,9 @@ def gpt_config(args: Namespace, layer_spec: Callable[..., Any] | None) -> Any:
     """Return Megatron's GPTModelConfig.
 
     Args:
-        layer_spec: layers of a (GPTModelConfig, vp_stage), None for Megatron's choice; --spec
-            comes before either.
+        args: Megatron's arguments.
+        layer_spec: function that returns the layers for a GPTModelConfig and a vp_stage; None for
+            Megatron's choice. --spec takes precedence over both.
     """
     model = gpt_config_from_args(args)
     model.rope_scaling_factor = args.rope_scaling_factor  # Megatron 0.19 leaves it at 8
@@ -46,9 +47,11 @@ def build_gpt(
     """Build this rank's part of a GPT.
 
     Args:
+        args: Megatron's arguments.
         layer_spec: as for gpt_config.
-        first, last: whether this is the first and the last of all pipeline stages.
-        vp_stage: the virtual stage, from 0; None where a rank has one stage.
+        first: whether this is the first of all pipeline stages, which has the embedding.
+        last: whether this is the last of all pipeline stages, which has the output layer.
+        vp_stage: number of the virtual stage, from 0; None if each rank has a single stage.
     """
     settings = gpt_config(args, layer_spec)
     settings.finalize()

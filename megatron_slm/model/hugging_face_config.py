@@ -1,6 +1,6 @@
-"""What a Llama's or Mistral's config.json says, in types, as transformers 5 understands it.
+"""Read a Llama's or Mistral's config.json into types, as transformers 5 understands it.
 
-Where keys disagree, and where one is missing, the value is the one that transformers takes; what
+Where keys disagree or one is missing, the value is the one that transformers uses.  An option that
 Megatron cannot compute is refused by name.
 """
 
@@ -15,10 +15,11 @@ from msgspec import UNSET, Meta
 from megatron_slm.errors import UserError
 
 Size = Annotated[int, Meta(ge=1, lt=2**31)]
-Layers = Annotated[int, Meta(ge=1, le=10_000)]  # tables of all their tensors are made
+Layers = Annotated[int, Meta(ge=1, le=10_000)]  # bounds the memory for tables of all tensors
 Positive = Annotated[float, Meta(gt=0, lt=1e15)]
 
-# What config.json can vary, and change by it what is computed or which weights are read.
+# Keys of config.json that change what is computed or which weights are read, with the only value
+# that is supported.
 FIXED_KEYS: dict[str, Any] = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -28,10 +29,10 @@ FIXED_KEYS: dict[str, Any] = {
     "transformers_weights": None,
 }
 
-# Special tokens, with the ids that transformers takes where config.json is silent.
+# Special tokens, with the ids that transformers uses if config.json does not have them.
 SPECIAL_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
 
-# Megatron's rotary embedding has these built in.
+# These values are built into Megatron's rotary embedding.
 LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -40,8 +41,7 @@ LLAMA3_ROPE = {
 
 
 class LlamaConfig(msgspec.Struct):
-    """What config.json says of a Llama, with the values that transformers takes where it is
-    silent."""
+    """A Llama's config.json; the defaults are those of transformers."""
 
     hidden_size: Size
     intermediate_size: Size
@@ -65,12 +65,12 @@ class LlamaConfig(msgspec.Struct):
 
     @property
     def window(self) -> int | None:
-        """Tokens that a query sees, itself included."""
+        """Number of tokens that a query sees, itself included; None for all before it."""
         return None
 
 
 class MistralConfig(LlamaConfig):
-    """The same of a Mistral."""
+    """A Mistral's config.json."""
 
     num_key_value_heads: Size | None = 8
     max_position_embeddings: Size = 4096 * 32
@@ -85,14 +85,15 @@ CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig}
 
 
 def typed_config(config: dict[str, Any], where: str) -> LlamaConfig:
-    """Check a config.json and give its values types.
+    """Check a config.json and convert it to types.
 
     Args:
-        where: the file, for errors.
+        config: content of the file.
+        where: path of the file, for errors.
 
     Raises:
-        UserError: another architecture, an option that Megatron cannot compute, a key that is
-            missing or of another type.
+        UserError: the model has another architecture or an option that Megatron cannot compute, or
+            a key is missing or has the wrong type.
     """
     family = config.get("model_type")
     if not isinstance(family, str) or family not in CONFIGS:
@@ -118,8 +119,14 @@ def typed_config(config: dict[str, Any], where: str) -> LlamaConfig:
 
 
 def rope(c: LlamaConfig, where: str) -> tuple[int, float | None]:
-    """Return the base and the factor of Llama 3's scaling, by the order in which transformers 5
-    takes the keys that it and its older versions write."""
+    """Return the base of the rotary embedding and the factor of Llama 3's scaling, None without it.
+
+    Different versions of transformers write different keys; they are read in the order of
+    precedence of transformers 5.
+
+    Raises:
+        UserError: the model has another kind of rotary embedding, or a value is not supported.
+    """
     found = c.rope_scaling or c.rope_parameters or {}
     kind = found.get("rope_type", found.get("type", "default"))
     base = rope_base(found.get("rope_theta", c.rope_theta), where)
@@ -148,15 +155,15 @@ def rope(c: LlamaConfig, where: str) -> tuple[int, float | None]:
         return base, msgspec.convert(found.get("factor"), Positive)
     except msgspec.ValidationError as error:
         raise UserError(
-            f"{where}: factor {brief(found.get('factor'))} of the llama3 rope is no positive number"
+            f"{where}: factor {brief(found.get('factor'))} of the llama3 rope is not positive"
         ) from error
 
 
 def rope_base(theta: Any, where: str) -> int:
-    """Return a base of the rotary embedding, which Megatron has as a positive integer.
+    """Return the base of a rotary embedding, which has to be a positive integer in Megatron.
 
     Raises:
-        UserError: it is none.
+        UserError: it is not a positive integer.
     """
     try:
         if msgspec.convert(theta, Positive) == int(theta):

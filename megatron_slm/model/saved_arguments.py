@@ -1,6 +1,6 @@
-"""The arguments that a checkpoint carries, checked in type and range before anything uses them.
+"""Check the type and range of a checkpoint's arguments before anything uses them.
 
-A text where a number or a truth value should be ("false" is true) would shape another model.
+A string in place of a number or a Boolean ("false" counts as true) would build another model.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _Number = Annotated[float, Meta(ge=-1e12, le=1e12)]
 _Positive = Annotated[float, Meta(gt=0.0, le=1e12)]
 _Text = Annotated[str, Meta(max_length=10_000)]
 
-NEWEST = 3.0  # version of checkpoints that Megatron 0.19 knows
+NEWEST = 3.0  # newest version of checkpoints that Megatron 0.19 reads
 
-# Every checkpoint of a GPT has them, whatever version of Megatron wrote it.
+# Every checkpoint of a GPT has these, whatever version of Megatron wrote it.
 REQUIRED: list[tuple[Any, str]] = [
     (_Layers, "num_layers"),
     (
@@ -29,7 +29,7 @@ REQUIRED: list[tuple[Any, str]] = [
     ),
     (bool, "untie_embeddings_and_output_weights"),
 ]
-# Some have them.
+# Some checkpoints have these.
 KNOWN_ARGUMENTS: list[tuple[Any, str]] = [
     (
         bool | None,
@@ -87,7 +87,7 @@ CHECKED = msgspec.defstruct(
 
 
 class CommonState(msgspec.Struct):
-    """What a checkpoint has beside tensors, as far as it is used."""
+    """What a checkpoint has besides tensors, as far as it is used."""
 
     args: Any
     iteration: _Count
@@ -96,10 +96,10 @@ class CommonState(msgspec.Struct):
 
 
 def check_common_state(found: Any) -> None:
-    """Check what a checkpoint has beside tensors, the arguments above all.
+    """Check what a checkpoint has besides tensors, above all its arguments.
 
     Raises:
-        ValueError: naming what is missing, or not of its type or range.
+        ValueError: something is missing, or has the wrong type or range; the message names it.
     """
     arguments = msgspec.convert(found, CommonState).args
     if not isinstance(arguments, Namespace):

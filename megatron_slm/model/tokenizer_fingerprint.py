@@ -1,4 +1,4 @@
-"""What identifies a run's tokenizer, whatever files it was built from."""
+"""Identify a run's tokenizer by what it does, whatever files it was built from."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ import hashlib
 from argparse import Namespace
 from typing import Any
 
-# Tokenized and hashed, so that runs can tell whether they read text as the same tokens.
+# This text is tokenized and hashed, so that runs can tell whether their tokenizers agree.
 PROBE = "Not all tokens are what you need: 3.14 + 2 = 5.14\n\tdef f(x): return {x}  # naïve 東京 🎲"
 
 
 def tokenizer_fingerprint(arguments: Namespace, tokenizer: Any) -> str:
-    """What identifies a tokenizer of Megatron's, built from these arguments."""
-    if arguments.tokenizer_type.startswith("Null"):  # its text is numbers
+    """Return a hash that identifies a tokenizer.
+
+    Args:
+        arguments: Megatron's arguments that the tokenizer was built from.
+        tokenizer: Megatron's tokenizer.
+    """
+    if arguments.tokenizer_type.startswith("Null"):  # such a tokenizer reads numbers, not text
         tokens = [arguments.tokenizer_type]
     else:
         tokens = list(tokenizer.tokenize(PROBE))

@@ -1,10 +1,10 @@
-"""Megatron's torch_dist checkpoints, read and written a block at a time.
+"""Read and write Megatron's torch_dist checkpoints, one block at a time.
 
-The format is torch.distributed.checkpoint's: one file a rank with torch.save'd blocks, and a
-pickled table of them, `.metadata`.  torch's own writer keeps a tensor of every name in memory until
-its file is closed, so it cannot stream; its reader plans the reads here.
+The format is that of torch.distributed.checkpoint: each rank has a file of blocks written by
+torch.save, and `.metadata` is a pickled table of them.  torch's own writer cannot stream, since it
+keeps every tensor in memory until its file is closed.  Its reader is used to plan the reads.
 
-Pickles run code; what is pickled here is read as unpickling.py says.
+Pickles can run code, so everything pickled is read by unpickling.py.
 """
 
 from __future__ import annotations
@@ -45,16 +45,19 @@ from megatron_slm.model.unpickling import check_object, load_object, reason_of
 
 TRACKER = "latest_checkpointed_iteration.txt"
 ARGUMENTS = "common_state/shard_0_1"
-NO_EXTRA_STATE = torch.empty(0, dtype=torch.uint8)  # as Transformer Engine has it without fp8
+NO_EXTRA_STATE = torch.empty(0, dtype=torch.uint8)  # what Transformer Engine stores without fp8
 TRACKER_LIMIT = 1000  # bytes
 OBJECT_LIMIT = 1 << 30  # bytes of what is not a tensor
 
 
 class TorchDistReader:
-    """One iteration's checkpoint.
+    """A reader of one iteration's checkpoint.
+
+    Args:
+        directory: the iteration's directory.
 
     Raises:
-        UserError: as read_table.
+        UserError: the checkpoint's table cannot be read (read_checkpoint_table).
     """
 
     def __init__(self, directory: Path) -> None:
@@ -65,10 +68,10 @@ class TorchDistReader:
 
     @cached_property
     def common_state(self) -> dict[str, Any]:
-        """What is not a tensor: "args", "iteration" and more.
+        """What the checkpoint has besides tensors: "args", "iteration" and more.
 
         Raises:
-            UserError: damaged, of a newer Megatron, or it would run code.
+            UserError: it is damaged, from a newer Megatron, or would run code.
         """
         legacy = self.directory / "common.pt"
         try:
@@ -87,15 +90,15 @@ class TorchDistReader:
 
     @property
     def arguments(self) -> Namespace:
-        """Those of the run that saved it."""
+        """The arguments of the run that saved the checkpoint."""
         found: Namespace = self.common_state["args"]
         return found
 
     def check_objects(self) -> None:
-        """Load all that is not a tensor, as Megatron may.
+        """Check every object that is not a tensor by loading it, as Megatron may do later.
 
         Raises:
-            UserError: something is damaged, or would run code.
+            UserError: an object is damaged, or would run code.
         """
         for key, value in self.table.state_dict_metadata.items():
             if isinstance(value, BytesStorageMetadata):
@@ -116,10 +119,10 @@ class TorchDistReader:
             return io.BytesIO(file.read(place.length))
 
     def tensor(self, key: str) -> TensorStorageMetadata:
-        """Shape and dtype of a tensor.
+        """Return the table's entry for a tensor, with its shape and dtype.
 
         Raises:
-            UserError: there is none of that name.
+            UserError: there is no tensor of that name.
         """
         found = self.table.state_dict_metadata.get(key)
         if not isinstance(found, TensorStorageMetadata):
@@ -127,10 +130,15 @@ class TorchDistReader:
         return found
 
     def read(self, key: str, offset: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
-        """A part of a tensor, put together from the blocks that hold it.
+        """Read a part of a tensor from the blocks that hold it.
+
+        Args:
+            key: name of the tensor.
+            offset: where the part begins, in each dimension.
+            size: shape of the part.
 
         Raises:
-            UserError: no block has some of it.
+            UserError: the blocks do not cover the part.
         """
         wanted = ChunkStorageMetadata(torch.Size(offset), torch.Size(size))
         tensor = self.tensor(key)
@@ -146,7 +154,7 @@ class TorchDistReader:
 
 
 class _Into(LoadPlanner):
-    """Has everything that is read put into one tensor."""
+    """A plan that puts everything that is read into one tensor."""
 
     def __init__(self, target: Tensor) -> None:
         self.target = target
@@ -170,14 +178,20 @@ class _Into(LoadPlanner):
 
 @dataclass(frozen=True)
 class TensorPart:
-    """A block to write.  make() gives it when its turn comes."""
+    """A block to write."""
 
     key: str
+    """Name of the tensor that it is a part of."""
     shape: tuple[int, ...]
+    """Shape of that tensor."""
     offset: tuple[int, ...]
+    """Where in it the block begins, in each dimension."""
     size: tuple[int, ...]
+    """Shape of the block."""
     dtype: torch.dtype
+    """Type of the tensor."""
     make: Callable[[], Tensor]
+    """Function that returns the block; called when it is to be written."""
 
 
 Stored = dict[MetadataIndex, _StorageInfo]
@@ -186,13 +200,16 @@ Stored = dict[MetadataIndex, _StorageInfo]
 def write_parts(
     directory: Path, name: str, parts: Iterable[TensorPart], objects: dict[str, Any]
 ) -> Stored:
-    """Write one file, holding one part in memory at a time.
+    """Write one file, with one part in memory at a time.
 
     Args:
-        objects: by name; each is stored as Megatron stores what is not a tensor.
+        directory: the iteration's directory.
+        name: name of the file.
+        parts: the blocks to write.
+        objects: further objects by name, stored as Megatron stores what is not a tensor.
 
     Returns:
-        where everything lies, for write_table.
+        The place of everything written, for write_checkpoint_table.
     """
     stored: Stored = {}
     with (directory / name).open("wb") as file:
@@ -219,10 +236,12 @@ def write_parts(
 def write_checkpoint_table(
     directory: Path, parts: Iterable[TensorPart], stored: Iterable[Stored]
 ) -> None:
-    """Finish a checkpoint whose ranks have written their files, and that nobody reads yet.
+    """Write the table of a checkpoint whose ranks have written their files, and that nobody reads
+    yet.
 
     Args:
-        parts: those of all ranks.
+        directory: the iteration's directory.
+        parts: the blocks of all ranks.
         stored: what write_parts returned on each rank.
     """
     lies = {index: info for one in stored for index, info in one.items()}
@@ -243,14 +262,16 @@ def write_checkpoint_table(
 
 
 def iteration_directory(load: Path, step: int | None, flag: str, step_flag: str) -> Path:
-    """The directory of an iteration under what --save wrote to.
+    """Return the directory of an iteration's checkpoint.
 
     Args:
+        load: the directory that --save wrote to.
         step: the iteration; None for the latest, which the tracker file names.
-        flag, step_flag: the arguments that load and step come from, for errors.
+        flag: the argument that `load` comes from, for errors.
+        step_flag: the argument that `step` comes from, for errors.
 
     Raises:
-        UserError: nothing there.
+        UserError: there is no such checkpoint.
     """
     if not load.is_dir():
         raise UserError(f"{flag} {load}: no such directory")
@@ -276,6 +297,6 @@ def _latest(load: Path, flag: str, step_flag: str) -> str:
     if not re.fullmatch("[0-9]{1,15}", text):
         raise UserError(
             f"{tracker}: {text[:40]!r} is not an iteration; name one with {step_flag}, or write "
-            "the latest that is whole into that file"
+            "the latest complete one into that file"
         )
     return f"iter_{int(text):07d}"

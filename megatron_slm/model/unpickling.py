@@ -1,8 +1,8 @@
-"""Unpickle what a checkpoint holds, and run none of the code that somebody may have put there.
+"""Unpickle what a checkpoint holds, without running code that somebody may have put there.
 
-The table of blocks (`.metadata`) is read by an unpickler that makes the table's classes and nothing
-else; every other object by torch.load(weights_only=True).  `refuse_code` makes torch and Megatron
-read checkpoints in the same way wherever they do so in this process and in those it starts.
+The table of blocks (`.metadata`) is read by an unpickler that creates the table's classes and
+nothing else; every other object is read by torch.load(weights_only=True).  `refuse_code` makes
+torch and Megatron do the same, in this process and in those that it starts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from megatron_slm.errors import UserError
 from megatron_slm.files import open_regular
 
-# All that a table of blocks is made of, in torch's names and in those Megatron once used.
+# The classes in a table of blocks, under torch's names and those that Megatron once used.
 SAFE_CLASSES = {
     "torch.distributed.checkpoint.metadata": """
         Metadata TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata TensorProperties
@@ -50,9 +50,10 @@ def _check_class(module_name: str, global_name: str) -> None:
 
 
 class TableUnpickler(pickle._Unpickler):
-    """Makes the classes of SAFE_CLASSES and nothing else.
+    """An unpickler that creates the classes of SAFE_CLASSES and nothing else.
 
-    Written in Python, for the one in C makes room for as many objects as ten bytes tell it to.
+    It is the one in Python: the one in C allocates as much memory as ten bytes of a file tell it
+    to.
     """
 
     def find_class(self, module: str, name: str) -> Any:
@@ -61,7 +62,7 @@ class TableUnpickler(pickle._Unpickler):
 
 
 class _FastTableUnpickler(pickle.Unpickler):
-    """The same in C, for tables that have been read once by the other."""
+    """The same unpickler in C, for tables that the one in Python has already read."""
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         _check_class(module_name, global_name)
@@ -69,10 +70,10 @@ class _FastTableUnpickler(pickle.Unpickler):
 
 
 def load_object(file: IO[bytes]) -> Any:
-    """Load what is not a tensor.
+    """Load an object that is not a tensor.
 
     Raises:
-        Exception: of any kind: it is damaged, or would run code.
+        Exception: of any kind, if the object is damaged or would run code.
     """
     import megatron.core  # noqa: F401  registers the classes that checkpoints are made of
 
@@ -80,7 +81,10 @@ def load_object(file: IO[bytes]) -> Any:
 
 
 def reason_of(error: Exception) -> str:
-    """Say in a line what kept an object from being loaded; torch tells how to run it after all."""
+    """Say in one line what kept an object from being loaded.
+
+    torch's own message is not used, since it explains how to run the code after all.
+    """
     refused = re.search(r"GLOBAL (\S+)", str(error))
     if refused is not None:
         return f"it wants to run {refused[1]}"
@@ -89,10 +93,10 @@ def reason_of(error: Exception) -> str:
 
 
 def check_file(path: Path) -> None:
-    """Load a whole checkpoint of Megatron's older format, but not its tensors.
+    """Check a checkpoint file of Megatron's older format by loading all but its tensors.
 
     Raises:
-        UserError: it is damaged, or would run code.
+        UserError: the file is damaged, or would run code.
     """
     open_regular(path).close()
     try:
@@ -104,10 +108,14 @@ def check_file(path: Path) -> None:
 
 
 def check_object(key: str, file: IO[bytes]) -> None:
-    """Load an object and what is pickled within it, which is unpickled once it has been loaded.
+    """Check an object by loading it, along with pickles within it that are unpickled later.
+
+    Args:
+        key: name of the object in the checkpoint.
+        file: the pickled object.
 
     Raises:
-        Exception: of any kind: it is damaged, or would run code.
+        Exception: of any kind, if the object is damaged or would run code.
     """
     for value in _values(load_object(file)):
         if isinstance(value, io.BytesIO):
@@ -117,7 +125,10 @@ def check_object(key: str, file: IO[bytes]) -> None:
 
 
 def _values(loaded: Any) -> Iterator[Any]:
-    """Everything within containers, once: a list may hold another many times, or itself."""
+    """Yield every value within nested containers, visiting each container once.
+
+    A list may hold another many times, or itself.
+    """
     seen, todo = set[int](), [loaded]
     while todo:
         value = todo.pop()
@@ -130,16 +141,16 @@ def _values(loaded: Any) -> Iterator[Any]:
 
 
 def _check_extra_state(state: Tensor) -> None:
-    """Transformer Engine unpickles the bytes of such a tensor as they are."""
+    """Check the bytes of an "extra state", which Transformer Engine unpickles as they are."""
     from megatron.core.safe_globals import SafeUnpickler
 
     if state.numel() > 0:
-        with suppress(ImportError):  # of Transformer Engine, without which nothing unpickles it
+        with suppress(ImportError):  # without Transformer Engine, nothing unpickles it
             SafeUnpickler(io.BytesIO(state.numpy().tobytes())).load()
 
 
 def _read_metadata(self: FileSystemReader, *args: Any, **kwargs: Any) -> Metadata:
-    """In the place of torch's, which unpickles anything."""
+    """Read a table safely; this replaces torch's method, which unpickles anything."""
     with Path(self._get_metadata_path(kwargs.get("rank"))).open("rb") as file:
         table: Metadata = _FastTableUnpickler(file).load()
     if getattr(table, "storage_meta", None) is None:
@@ -149,8 +160,8 @@ def _read_metadata(self: FileSystemReader, *args: Any, **kwargs: Any) -> Metadat
 
 
 def refuse_code() -> None:
-    """Have torch and Megatron read checkpoints without running code.  Idempotent."""
-    # Some containers set the opposite, with which torch refuses to load anything.
+    """Make torch and Megatron read checkpoints without running code.  Idempotent."""
+    # Some containers set the opposite as well, and then torch refuses to load anything.
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     FileSystemReader.read_metadata = _read_metadata

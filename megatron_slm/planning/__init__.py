@@ -1,1 +1,1 @@
-"""What a run will take before it is started: memory, FLOPs, time."""
+"""Estimate what a run will take before it is started: memory, FLOPs and time."""

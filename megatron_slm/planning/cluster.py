@@ -1,14 +1,13 @@
-"""How long a step takes on a cluster, roughly, and which layouts are worth trying.
+"""Estimate how long a step takes on a cluster, and find the layouts that are worth trying.
 
     step = sum over policy and references of
                (compute + gradient accumulation + tensor-parallel traffic + pipeline traffic)
                    x (1 + bubble)
-           + what of the data-parallel traffic half of the policy's compute does not hide
+           + the data-parallel traffic that half of the policy's compute does not hide
 
-References have no virtual stages, and so the longer bubble.  Collectives are counted as in
-Korthikanti et al. 2022 (arXiv 2205.05198), section 4.2.2: two gathers and two scatters of [n, h] a
-layer forward and as many backward.  Each takes a latency beside its bytes, and each micro-batch
-reads and writes the policy's gradients once: both are why larger micro-batches take less time.
+References have no virtual stages and therefore a longer bubble.  Collectives follow Korthikanti et
+al. 2022 (arXiv 2205.05198), section 4.2.2: per layer two gathers and two scatters of [n, h] forward
+and as many backward, each with a latency.  Every micro-batch reads and writes the gradients once.
 """
 
 from __future__ import annotations
@@ -28,42 +27,64 @@ from megatron_slm.planning.formulas import (
     step_flops,
 )
 
-USABLE = 0.92  # of a GPU's memory: the rest is the driver's, NCCL's, and lost between tensors
+USABLE = 0.92  # of a GPU's memory; the rest goes to the driver, NCCL and fragmentation
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """memory in bytes, flops a second at peak, efficiency: what matrix products reach of it.
-    memory_bandwidth: bytes a second.  node_bandwidth, network_bandwidth: bytes a second of a GPU
-    within a node and between nodes.  latency: seconds that a collective takes whatever its size.
-    """
+    """The GPUs of a job and their network; the defaults are NVIDIA H100s."""
 
     gpus: int
+    """Number of GPUs of the job."""
+
     gpus_per_node: int = 8
+    """Number of GPUs in a node."""
+
     memory: float = 80e9
+    """Memory of a GPU, in bytes."""
+
     flops: float = 989e12
+    """Peak FLOPs of a GPU per second."""
+
     efficiency: float = 0.5
+    """Fraction of the peak that matrix products reach."""
+
     memory_bandwidth: float = 3.35e12
+    """Bytes per second between a GPU and its memory."""
+
     node_bandwidth: float = 450e9
+    """Bytes per second between GPUs of a node, for each GPU."""
+
     network_bandwidth: float = 50e9
+    """Bytes per second between nodes, for each GPU."""
+
     latency: float = 20e-6
+    """Seconds that a collective takes regardless of its size."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A layout, the largest rank's memory, and seconds of a step."""
+    """A layout with its memory and time."""
 
     layout: Layout
+    """Sizes of the parallel groups."""
+
     work: Work
+    """What a step does."""
+
     memory: Memory
+    """Memory of the rank that needs most, in bytes."""
+
     seconds: float
+    """Time of a step."""
 
     @property
     def tokens_per_day(self) -> float:
+        """Tokens that the job sees in a day."""
         return self.work.global_batch * self.work.sequence / self.seconds * 86400
 
     def days(self, tokens: int) -> float:
-        """Return what so many tokens take."""
+        """Return how many days the job takes for so many tokens."""
         return tokens / self.tokens_per_day
 
 
@@ -74,21 +95,30 @@ def step_seconds(
     work: Work,
     cluster: Cluster,
 ) -> float:
-    """Of a step over the global batch."""
+    """Estimate the seconds of a step over the global batch.
+
+    Args:
+        a: the policy's architecture.
+        references: models that score during the step.
+        layout: sizes of the parallel groups.
+        work: what a step does.
+        cluster: the GPUs and their network.
+    """
     e, n, micro_batches = work.weight_bytes, work.tokens(layout), work.micro_batches(layout)
 
     def seconds(flops: int) -> float:
         return flops / (layout.ranks * cluster.flops * cluster.efficiency)
 
     def traffic(model: Architecture, gathers: int, sends: int) -> float:
-        """Of a model's passes: gathers and scatters of a layer, sends of a stage."""
+        """Return the seconds of a model's traffic, given the number of gathers and scatters per
+        layer and of sends per stage."""
         tensor = n * model.hidden * e * (layout.tp - 1) / layout.tp
         tensor = gathers * model.layers / layout.pp * taking(tensor, layout.tp)
         sent = sends * taking(n * model.hidden * e / layout.tp, layout.ranks)
         return micro_batches * ((tensor if layout.tp > 1 else 0) + (sent if layout.pp > 1 else 0))
 
     def taking(size: float, span: int) -> float:
-        """Of a collective of so many bytes, or a send."""
+        """Return the seconds of a collective, or a send, of so many bytes."""
         return cluster.latency + size / _bandwidth(span, cluster)
 
     count = stage_parameters(a, work.padded_vocabulary, layout, 0)
@@ -108,7 +138,7 @@ def step_seconds(
 
 
 def _bandwidth(span: int, cluster: Cluster) -> float:
-    """Of a group whose ranks lie within `span` consecutive ones."""
+    """Return the bytes per second of a group that spans so many consecutive ranks."""
     inside = span <= cluster.gpus_per_node
     return cluster.node_bandwidth if inside else cluster.network_bandwidth
 
@@ -120,7 +150,7 @@ def plan(
     work: Work,
     cluster: Cluster,
 ) -> Plan:
-    """Memory of the largest rank, and time."""
+    """Estimate the memory of the largest rank and the time of a step for one layout."""
     stages = [memory(a, references, layout, work, stage) for stage in range(layout.pp)]
     largest = max(stages, key=lambda stage: stage.total)
     return Plan(layout, work, largest, step_seconds(a, references, layout, work, cluster))
@@ -129,7 +159,18 @@ def plan(
 def best_plans(
     a: Architecture, references: Sequence[ReferenceModel], work: Work, cp: int, cluster: Cluster
 ) -> list[Plan]:
-    """All layouts that divide everything and fit, the fastest first."""
+    """Find the layouts that divide the models and the batch evenly and fit into memory.
+
+    Args:
+        a: the policy's architecture.
+        references: models that score during the step.
+        work: what a step does; the micro-batch and recomputation vary.
+        cp: context-parallel size.
+        cluster: the GPUs and their network.
+
+    Returns:
+        The plans, the fastest first.
+    """
     plans = [
         plan(a, references, layout, own, cluster)
         for layout, own in _candidates(a, references, work, cp, cluster)

@@ -1,9 +1,10 @@
-"""A rank of a job of any size, built in this process without its weights.
+"""Build one rank of a job of any size in this process, without its weights.
 
-torch's fake process group stands for the other ranks and fake tensors for memory, so the models of
-a 70B recipe's rank, of a world of thousands, take a second or two.  What would fail at the start of
-the real job fails here: arguments that Megatron refuses, layers and heads that do not divide, and
-stages whose outputs are not what the schedule receives.  Layers are the plain ones, on the CPU.
+torch's fake process group stands in for the other ranks, and fake tensors for memory.  Building a
+rank of a 70B model in a job of thousands of ranks therefore takes a second or two.  What would fail
+at the start of the real job fails here: arguments that Megatron refuses, layers and heads that do
+not divide evenly, and stages whose outputs are not what the schedule expects.  The layers are the
+plain ones, on the CPU.
 """
 
 from __future__ import annotations
@@ -31,26 +32,36 @@ from megatron_slm.training.settings import settings_from_arguments
 
 @dataclass(frozen=True)
 class BuiltRank:
-    """What a rank of the job has.
-
-    position: in each of the groups, by their names.  policy, reference: numbers of parameters.
-    chunks: of the policy, one for each virtual stage; references are counted together.
-    """
+    """What one rank of the job holds."""
 
     rank: int
+    """The rank in the whole job."""
+
     position: dict[str, int]
+    """Its rank in each parallel group, by the group's name."""
+
     chunks: int
+    """Number of the policy's model chunks, one for each virtual stage."""
+
     policy: int
+    """Number of the policy's parameters."""
+
     reference: int
+    """Number of the references' parameters, all references together."""
 
 
 def dry_run(recipe: LaunchRecipe, rank: int, vocabulary: int) -> BuiltRank:
-    """Build the policy and the reference of one rank and pass a micro-batch through each stage.
+    """Build the policy and the references of one rank, and pass a micro-batch through each stage.
 
     The CPU platform must be installed.
 
+    Args:
+        recipe: the job's arguments and number of ranks.
+        rank: the rank to build.
+        vocabulary: number of tokens, since the tokenizer may not be available.
+
     Raises:
-        UserError: what the job would fail of.
+        UserError: the job does not have this rank, or would fail at its start.
     """
     if not 0 <= rank < recipe.ranks:
         raise UserError(f"rank {rank}: the recipe's job has ranks 0 to {recipe.ranks - 1}")
@@ -89,7 +100,7 @@ def _fake_job(args: Namespace) -> Iterator[None]:
             order="tp-cp-ep-pp-dp" if args.use_tp_pp_dp_mapping else "tp-cp-ep-dp-pp",
             create_gloo_process_groups=False,
         )
-        # One that draws nothing: generators have real states, which fake tensors cannot read.
+        # This tracker never draws: real generators have states that fake tensors cannot read.
         initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
         yield
     finally:
@@ -98,7 +109,15 @@ def _fake_job(args: Namespace) -> Iterator[None]:
 
 
 def _check_groups(args: Namespace) -> dict[str, int]:
-    """Every group is the ranks that differ from this one in its own coordinate alone."""
+    """Check that each parallel group has the expected ranks: those that differ from this one only
+    in the group's own coordinate.
+
+    Returns:
+        This rank's position in each group.
+
+    Raises:
+        UserError: Megatron has made another group.
+    """
     sizes = {
         "tp": args.tensor_model_parallel_size,
         "cp": args.context_parallel_size,
@@ -126,14 +145,18 @@ def _check_groups(args: Namespace) -> dict[str, int]:
 
 
 def _build_and_pass(args: Namespace, vp_stage: int | None, what: str) -> int:
-    """Build a stage, send a micro-batch through it, and count its parameters."""
+    """Build a stage, pass a micro-batch through it, and return the number of its parameters.
+
+    Raises:
+        UserError: the stage cannot be built, or its output has the wrong shape.
+    """
     virtual = {"ignore_virtual": vp_stage is None, "vp_stage": vp_stage}
     first, last = mpu.is_pipeline_first_stage(**virtual), mpu.is_pipeline_last_stage(**virtual)
     try:
         model: Any = build_gpt(args, plain_block_spec, first=first, last=last, vp_stage=vp_stage)
     except (AssertionError, ValueError) as error:
         raise UserError(f"{what} cannot be built: {error}") from error
-    # What the schedule receives of the stage before and sends to the next.
+    # The shape that the schedule receives from the previous stage and sends to the next.
     (between,) = get_tensor_shapes(
         seq_length=args.seq_length,
         micro_batch_size=args.micro_batch_size,
@@ -153,5 +176,5 @@ def _build_and_pass(args: Namespace, vp_stage: int | None, what: str) -> int:
     with torch.no_grad():
         found = tuple(model(tokens, tokens, None).shape)
     if found != expected:
-        raise UserError(f"{what} gives {list(found)}, and {list(expected)} is expected of it")
+        raise UserError(f"{what} returns the shape {list(found)} instead of {list(expected)}")
     return sum(parameter.numel() for parameter in model.parameters())

@@ -1,15 +1,12 @@
-"""Parameters, memory, FLOPs and time of a step, in closed form.
+"""Compute parameters, memory, FLOPs and pipeline bubble in closed form; all bytes are per rank.
 
-Sources
-    activations  Korthikanti et al. 2022, arXiv 2205.05198, section 4, redone for RMSNorm, grouped
-                 queries, SwiGLU and attention that keeps no scores; "plain" layers were measured
-                 tensor by tensor, "te" (Transformer Engine) is from its modules' saved tensors
-    schedule     Narayanan et al. 2021, arXiv 2104.04473, section 2.2: bubble and micro-batches in
-                 flight, with the warm-up of megatron.core.pipeline_parallel.schedules
-    states       Rajbhandari et al. 2020, arXiv 1910.02054, section 3: mixed-precision Adam, sharded
-    head         megatron_slm/loss/chunked.py
-n tokens of a micro-batch on a rank, h hidden, q heads x head size, kv groups x head size, f ffn,
-v padded vocabulary, t tensor-parallel size, e bytes of a weight.  All bytes are a rank's.
+activations  Korthikanti et al. 2022 (arXiv 2205.05198), section 4, adapted to RMSNorm, grouped
+             queries, SwiGLU and attention that does not keep its scores.  "plain" layers were
+             measured tensor by tensor; "te" follows what Transformer Engine's modules save.
+schedule     Narayanan et al. 2021 (arXiv 2104.04473), section 2.2, with the warm-up of
+             megatron.core.pipeline_parallel.schedules
+states       Rajbhandari et al. 2020 (arXiv 1910.02054), section 3: sharded mixed-precision Adam
+head         megatron_slm/loss/chunked.py
 """
 
 from __future__ import annotations
@@ -21,87 +18,108 @@ from typing import Literal
 from megatron_slm.loss.chunked import chunk_columns
 from megatron_slm.model.architecture import Architecture
 
-FLOAT32 = 4  # bytes of what is kept in float32 whatever the weights are
+FLOAT32 = 4  # bytes per value of what is float32 whatever the weights are
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the parallel groups; vp: virtual stages of a rank, 1 without."""
+    """Sizes of the parallel groups."""
 
     tp: int = 1
+    """Tensor-parallel size."""
     pp: int = 1
+    """Pipeline-parallel size."""
     vp: int = 1
+    """Virtual pipeline stages of a rank; 1 without interleaving."""
     cp: int = 1
+    """Context-parallel size."""
     dp: int = 1
+    """Data-parallel size."""
     sequence_parallel: bool = False
+    """Whether norms are split over the tensor-parallel ranks."""
     distributed_optimizer: bool = False
+    """Whether optimizer states are sharded over the data-parallel ranks."""
 
     @property
     def ranks(self) -> int:
+        """Number of ranks."""
         return self.tp * self.pp * self.cp * self.dp
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a step does.
-
-    ratio: token selection ratio.  ranks_first: a forward of the policy precedes the step, to rank
-    the tokens of the global batch.  weight_bytes: e.  optimizer_bytes: of Adam for a parameter.
-    kernels: whose layers.  fused_gradients: weight gradients go straight into the buffer.
-    recompute: layers whose activations are recomputed together; 0 for none.
-    """
+    """What a step does."""
 
     sequence: int
+    """Tokens of a sample."""
     micro_batch: int
+    """Samples of a micro-batch."""
     global_batch: int
+    """Samples of a step."""
     padded_vocabulary: int
+    """Size of the vocabulary with Megatron's padding."""
     ratio: float = 1.0
+    """Token selection ratio."""
     ranks_first: bool = False
+    """Whether a forward pass of the policy precedes the step, to rank the global batch's tokens."""
     head: Literal["dense", "chunked"] = "chunked"
+    """How the output layer and the loss are computed."""
     weight_bytes: int = 2
+    """Bytes of a weight."""
     gradient_bytes: int = 4
+    """Bytes of a parameter's gradient."""
     optimizer_bytes: int = 12
+    """Bytes of a parameter's optimizer states."""
     kernels: Literal["plain", "te"] = "te"
+    """Whether the layers are plain torch or Transformer Engine's."""
     fused_gradients: bool = True
+    """Whether weight gradients are computed directly in their buffer."""
     recompute: int = 0
+    """Number of layers whose activations are recomputed together; 0 for none."""
     device: Literal["cpu", "cuda"] = "cuda"
+    """Device, which decides the size of the chunked head's chunks."""
 
     def micro_batches(self, layout: Layout) -> int:
+        """Return the number of micro-batches of a step on each rank."""
         return self.global_batch // (self.micro_batch * layout.dp)
 
     def tokens(self, layout: Layout) -> int:
-        """n."""
+        """Return n, the number of a micro-batch's tokens on each rank."""
         return self.sequence * self.micro_batch // layout.cp
 
 
 @dataclass(frozen=True)
 class ReferenceModel:
-    """A model that scores on the policy's ranks.
-
-    parameter_bytes: what a rank holds of a parameter.  streamed: layers stay in the host's memory,
-    and two at a time are here.  where: it comes from, in words.
-    """
+    """A reference model that scores on the policy's ranks."""
 
     architecture: Architecture
+    """The model's sizes."""
     parameter_bytes: int
+    """Bytes that a rank holds for each of its parameters."""
     streamed: bool = False
+    """Whether layers stay in host memory, with two at a time on the device."""
     where: str = ""
+    """Where the model comes from, in words."""
 
 
 def layer_parameters(a: Architecture) -> int:
-    """q, k, v and output projection, gate, up and down projection, two norms."""
+    """Count a layer's parameters: projections of q, k, v and the output; gate, up and down
+    projections; and two norms."""
     query, key = a.heads * a.head_dim, a.groups * a.head_dim
     return a.hidden * (2 * query + 2 * key) + 3 * a.hidden * a.ffn + 2 * a.hidden
 
 
 def parameters(a: Architecture, padded_vocabulary: int) -> int:
-    """Of the whole model, padding of the vocabulary included."""
+    """Count the parameters of the whole model, with the vocabulary's padding."""
     tables = (1 if a.tied else 2) * padded_vocabulary * a.hidden
     return a.layers * layer_parameters(a) + tables + a.hidden
 
 
 def stage_parameters(a: Architecture, padded_vocabulary: int, layout: Layout, stage: int) -> int:
-    """Of one rank of a pipeline stage.  Norms are whole on every tensor-parallel rank."""
+    """Count the parameters of one rank of a pipeline stage.
+
+    Norms are not split: every tensor-parallel rank has them whole.
+    """
     layers = a.layers // layout.pp
     norms = 2 * layers * a.hidden
     count = (layers * layer_parameters(a) - norms) // layout.tp + norms
@@ -109,32 +127,39 @@ def stage_parameters(a: Architecture, padded_vocabulary: int, layout: Layout, st
     first, last = stage == 0, stage == layout.pp - 1
     if last:
         count += a.hidden
-    # Tied embeddings are one matrix where first and last stage are one, else a copy each.
+    # Tied embeddings are one matrix if the first stage is also the last; otherwise each has a copy.
     return count + table * (first + last - (first and last and a.tied))
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a rank by part."""
+    """Memory of a rank by part, in bytes."""
 
     policy: int
+    """The policy's weights."""
     gradients: int
+    """The policy's gradients."""
     optimizer: int
+    """Optimizer states."""
     reference: int
+    """Weights of the references."""
     activations: int
+    """Activations kept for the backward pass, and what a layer's backward needs on top."""
     head: int
+    """Output layer and loss."""
 
     @property
     def total(self) -> int:
+        """The sum of the parts."""
         return sum(getattr(self, field.name) for field in fields(self))
 
 
 def memory(
     a: Architecture, references: Sequence[ReferenceModel], layout: Layout, work: Work, stage: int
 ) -> Memory:
-    """At the peak of a step.
+    """Estimate the memory of a rank of a pipeline stage at the peak of a step, in bytes.
 
-    References run before the policy keeps anything, so of them the weights alone count.
+    References run before the policy keeps any activations, so only their weights count.
     """
     count = stage_parameters(a, work.padded_vocabulary, layout, stage)
     sharded = layout.dp * layout.cp if layout.distributed_optimizer else 1
@@ -145,13 +170,13 @@ def memory(
         gradients=count * work.gradient_bytes,
         optimizer=count * work.optimizer_bytes // sharded,
         reference=sum(reference_bytes(one, layout, work, stage) for one in references),
-        activations=activations + max(0, backward - head),  # they peak one after the other
+        activations=activations + max(0, backward - head),  # they peak at different times
         head=head,
     )
 
 
 def reference_bytes(reference: ReferenceModel, layout: Layout, work: Work, stage: int) -> int:
-    """Weights of a reference on a rank."""
+    """Return the bytes of a reference's weights on a rank of a pipeline stage."""
     a = reference.architecture
     if reference.streamed:
         return 2 * layer_parameters(a) // layout.tp * reference.parameter_bytes
@@ -160,11 +185,12 @@ def reference_bytes(reference: ReferenceModel, layout: Layout, work: Work, stage
 
 
 def layer_activation_bytes(a: Architecture, layout: Layout, work: Work) -> int:
-    """What a layer keeps of a micro-batch for its backward.
+    """Return the bytes that a layer keeps of a micro-batch for its backward pass.
 
-    Norms, twice: input, output, and in plain layers the normalised input, those in float32.
-    Attention: rotated q and k, v as a view of the fused q, k and v, output, log-sum-exp.
-    MLP: gate and up, their product; in plain layers also silu(gate) and a copy of the product.
+    Two norms keep their input and output; plain layers keep the input in float32, and the
+    normalised input as well.  Attention keeps the rotated q and k, the fused q, k and v (of which v
+    is a view), its output and the log-sum-exp.  The MLP keeps gate and up and their product; plain
+    layers also keep silu(gate) and a copy of the product.
     """
     e, t, n = work.weight_bytes, layout.tp, work.tokens(layout)
     query, key = a.heads * a.head_dim, a.groups * a.head_dim
@@ -177,7 +203,7 @@ def layer_activation_bytes(a: Architecture, layout: Layout, work: Work) -> int:
 
 
 def chunks_in_flight(layout: Layout, work: Work, stage: int) -> int:
-    """Forward passes of a (virtual) stage whose backward is still to come, at most."""
+    """Return how many forward passes of a (virtual) stage wait for their backward at most."""
     micro_batches = work.micro_batches(layout)
     if layout.vp == 1:
         return min(micro_batches, layout.pp - stage)
@@ -186,8 +212,8 @@ def chunks_in_flight(layout: Layout, work: Work, stage: int) -> int:
 
 
 def activation_bytes(a: Architecture, layout: Layout, work: Work, stage: int) -> tuple[int, int]:
-    """Kept for the backward by all micro-batches in flight, and needed on top while a layer's
-    backward runs."""
+    """Return the bytes that all micro-batches in flight keep for the backward pass, and the bytes
+    that are needed on top while a layer's backward runs."""
     e, n = work.weight_bytes, work.tokens(layout)
     split = layout.tp if layout.sequence_parallel else 1
     layers = a.layers // (layout.pp * layout.vp)
@@ -200,21 +226,21 @@ def activation_bytes(a: Architecture, layout: Layout, work: Work, stage: int) ->
     else:
         chunk = layers * layer
     kept = chunks_in_flight(layout, work, stage) * chunk
-    if stage == layout.pp - 1:  # the final norm, as a layer's
+    if stage == layout.pp - 1:  # the final norm keeps what a layer's norm does
         plain = work.kernels == "plain"
         kept += n * (2 * FLOAT32 + e if plain else 2 * e) * a.hidden // split
     return kept, backward
 
 
 def head_bytes(a: Architecture, layout: Layout, work: Work) -> int:
-    """Output layer and loss: what is kept and what lives for a moment, at the higher of the peaks
-    of forward and backward."""
+    """Return the bytes of output layer and loss, both kept and temporary, at the higher peak of
+    forward and backward."""
     e, n = work.weight_bytes, work.tokens(layout)
     columns = work.padded_vocabulary // layout.tp
     gathered = n * a.hidden * e if layout.sequence_parallel else 0
     weight_gradient = 0 if work.fused_gradients else columns * a.hidden * e
     if work.head == "dense":
-        # float32 softmax, and in half precision the logits, whose place their gradient takes
+        # The float32 softmax; in half precision also the logits, which their gradient overwrites.
         logits = n * columns * (FLOAT32 + (e if e < FLOAT32 else 0))
         return gathered + logits + weight_gradient + n * a.hidden * e
     selected = int(n * work.ratio)
@@ -230,10 +256,16 @@ def head_bytes(a: Architecture, layout: Layout, work: Work) -> int:
 def forward_flops(
     a: Architecture, tokens: int, sequence: int, *, causal: bool = True
 ) -> tuple[int, int]:
-    """Of the layers' projections and of their attention, two for each multiplication.
+    """Count the FLOPs of a forward pass, two for each multiplication, without the output layer.
 
     Args:
-        causal: half of the attention's products are masked, and good kernels leave them out.
+        a: the model's architecture.
+        tokens: number of tokens in all.
+        sequence: number of tokens of a sample.
+        causal: leave out the half of the attention that is masked, as good kernels do.
+
+    Returns:
+        FLOPs of the layers' projections, and of their attention.
     """
     query, key = a.heads * a.head_dim, a.groups * a.head_dim
     projections = 2 * (a.hidden * (2 * query + 2 * key) + 3 * a.hidden * a.ffn)
@@ -245,15 +277,22 @@ def forward_flops(
 def step_flops(
     a: Architecture, references: Sequence[Architecture], work: Work, *, causal: bool = True
 ) -> int:
-    """Of a step over the global batch: what is computed, recomputation included.
+    """Count the FLOPs of a step over the global batch, including recomputation.
 
-    Backward takes twice the forward, and half a forward more of attention, whose scores are not
-    kept (Dao et al. 2022, arXiv 2205.14135, section 3.1).
+    The backward pass takes twice the forward's FLOPs.  Attention takes half a forward more, since
+    its scores are not kept (Dao et al. 2022, arXiv 2205.14135, section 3.1).
+
+    Args:
+        a: the policy's architecture.
+        references: architectures of the models that score during the step.
+        work: what a step does.
+        causal: leave out the half of the attention that is masked, as good kernels do.
     """
     tokens = work.global_batch * work.sequence
     projections, attention = forward_flops(a, tokens, work.sequence, causal=causal)
     head = tokens * a.hidden * work.padded_vocabulary
-    # The chunked head computes logits of all tokens, then again and two gradients of the selected.
+    # The chunked head computes the logits of all tokens; then, for the selected ones, the logits
+    # again and two gradients.
     total = 6 * head if work.head == "dense" else int((2 + 6 * work.ratio) * head)
     total += 3 * projections + 7 * attention // 2
     if work.recompute:
@@ -265,5 +304,5 @@ def step_flops(
 
 
 def bubble(layout: Layout, work: Work) -> float:
-    """Idle time of the pipeline by its busy time."""
+    """Return the ratio of the pipeline's idle time to its busy time."""
     return (layout.pp - 1) / (layout.vp * work.micro_batches(layout))

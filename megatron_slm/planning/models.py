@@ -1,4 +1,4 @@
-"""Architectures by name."""
+"""Describe well-known architectures."""
 
 from __future__ import annotations
 

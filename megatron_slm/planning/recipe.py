@@ -1,8 +1,9 @@
-"""What a recipe asks for, from its command line, by the parser of pretraining.
+"""Find out what a recipe asks for, by parsing its command line as pretraining does.
 
-A recipe is a shell script that prints its command under DRY_RUN=1.  Nothing it names has to be
-there, neither data nor tokenizer; a base only where the recipe takes the model's shape from it
-(--use-checkpoint-args).  A reference that is there is taken as it is, another of the policy's size.
+A recipe is a shell script that prints its command under DRY_RUN=1.  The files that it names need
+not exist, neither data nor tokenizer.  A base checkpoint has to exist only if the recipe takes the
+model's shape from it (--use-checkpoint-args).  A reference that does not exist is assumed to have
+the policy's size.
 """
 
 from __future__ import annotations
@@ -34,28 +35,36 @@ LIBRARIES = ("CUDA_", "GLOO_", "NCCL_", "OMP_", "PET_", "PYTORCH_", "TORCH_", "U
 
 @dataclass(frozen=True)
 class LaunchRecipe:
-    """arguments: of megatron_slm.pretrain.  ranks: of the whole job."""
+    """What a recipe starts."""
 
     arguments: list[str]
+    """Arguments of megatron_slm.pretrain."""
+
     ranks: int
+    """Number of ranks of the whole job."""
 
 
 def read_launch_recipe(script: Path, settings: dict[str, str]) -> LaunchRecipe:
-    """The command of a script under examples/.
+    """Run a script under examples/ with DRY_RUN=1 and read the command that it prints.
 
     Args:
-        settings: its variables that are to differ from its defaults.
+        script: the recipe.
+        settings: values of the script's variables that differ from its defaults.
 
     Raises:
-        UserError: it fails, or prints no command that trains.
+        UserError: the script has no such variable, fails, or prints no command that trains.
     """
     known = _variables(script)
     for name in settings:
         if known and name not in known and not name.startswith(LIBRARIES):
             close = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {close[0]}?" if close else "its head, and launch.sh's, list them"
+            hint = (
+                f"did you mean {close[0]}?"
+                if close
+                else "see the top of the script and of launch.sh"
+            )
             raise UserError(f"{script} has no variable {name}: {hint}")
-    # The cluster is the one that was asked for, not the job in which this runs.
+    # The plan is for the job that was asked for, not for the one that this may run in.
     own = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     done = subprocess.run(
         ["bash", str(script)],
@@ -75,14 +84,14 @@ def read_launch_recipe(script: Path, settings: dict[str, str]) -> LaunchRecipe:
             return LaunchRecipe(words[at + 1 :], int(nodes) * int(options["--nproc-per-node"]))
         if any(word.endswith("score_reference.py") for word in words):
             raise UserError(
-                f"{script} with these settings scores, for which it holds the reference alone and "
-                "needs less than training with it: leave SCORE out, and CACHE"
+                f"{script} scores with these settings, which takes less than training, since only "
+                "the reference is in memory; leave out SCORE and CACHE to plan the training"
             )
     raise UserError(f"DRY_RUN=1 bash {script} prints no command that runs {MODULE}")
 
 
 def _variables(script: Path) -> set[str]:
-    """Return the variables that a script, and those it sources from beside it, read."""
+    """Return the variables that a script reads, and the scripts beside it that it sources."""
     found: set[str] = set()
     unread, read = [script], set[Path]()
     while unread:
@@ -98,10 +107,12 @@ def _variables(script: Path) -> set[str]:
 
 
 def parse(recipe: LaunchRecipe, rank: int, vocabulary: int) -> Namespace:
-    """Return the arguments as rank `rank` of the recipe's job has them once it has started.
+    """Return the arguments that a rank of the recipe's job has once it has started.
 
     Args:
-        vocabulary: number of tokens, since the tokenizer may not be here.
+        recipe: the job's arguments and number of ranks.
+        rank: the rank.
+        vocabulary: number of tokens, since the tokenizer may not be available.
 
     Raises:
         UserError: the job would refuse them.
@@ -122,7 +133,8 @@ def parse(recipe: LaunchRecipe, rank: int, vocabulary: int) -> Namespace:
 
 
 def _without_mix(words: Sequence[str]) -> list[str]:
-    """Name a dataset in place of a mix that is not made yet, whose file Megatron would read."""
+    """Replace a mix that does not exist yet by a dataset, since Megatron would read the mix's
+    file."""
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--data-args-path")
     args, others = parser.parse_known_args(words)
@@ -133,7 +145,7 @@ def _without_mix(words: Sequence[str]) -> list[str]:
 
 @contextmanager
 def _started_as(rank: int, ranks: int, words: Sequence[str]) -> Iterator[None]:
-    """Look like a rank of a job while the block lasts, and print nothing of what it would print."""
+    """Make this process look like a rank of a job for the block, and suppress what it prints."""
     command, environment = sys.argv, dict(os.environ)
     sys.argv = [MODULE, *words]
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
@@ -147,15 +159,21 @@ def _started_as(rank: int, ranks: int, words: Sequence[str]) -> Iterator[None]:
 
 
 def architecture_of(args: Namespace, vocabulary: int) -> Architecture:
-    """Raises UserError for a model that is no Llama."""
+    """Return the architecture of the recipe's policy.
+
+    Raises:
+        UserError: the model is not a Llama.
+    """
     return from_megatron(args, vocabulary, "the recipe")
 
 
 def reference_checkpoints(args: Namespace) -> list[ReferenceCheckpoint]:
-    """Those of --slm-reference-load; with the policy's arguments where there is none on disk.
+    """Open the checkpoints of --slm-reference-load.
+
+    A checkpoint that does not exist is given the policy's arguments.
 
     Raises:
-        UserError: as open_checkpoint.
+        UserError: a checkpoint cannot be read.
     """
     found = []
     for load in args.slm_reference_load or []:
@@ -170,12 +188,12 @@ def reference_checkpoints(args: Namespace) -> list[ReferenceCheckpoint]:
 
 
 def references_of(args: Namespace, policy: Architecture, work: Work) -> list[ReferenceModel]:
-    """What scores beside the policy: none with a score cache.
+    """Return the models that score while the policy trains; none with a score cache.
 
     Raises:
-        UserError: a reference that is no Llama, or as open_checkpoint.
+        UserError: a reference is not a Llama, or its checkpoint cannot be read.
     """
-    if args.slm_reference is not None:  # the average in float32, and its copy that computes
+    if args.slm_reference is not None:  # a float32 average, and the copy that computes
         return [ReferenceModel(policy, FLOAT32 + work.weight_bytes, where="moving average")]
     return [
         ReferenceModel(
@@ -187,14 +205,14 @@ def references_of(args: Namespace, policy: Architecture, work: Work) -> list[Ref
             work.weight_bytes,
             streamed=args.slm_reference_offload,
             where=f"{checkpoint.directory}"
-            + (", not here: the policy's size" if checkpoint.arguments is args else ""),
+            + (", which does not exist: the policy's size" if checkpoint.arguments is args else ""),
         )
         for checkpoint in reference_checkpoints(args)
     ]
 
 
 def layout_of(args: Namespace) -> Layout:
-    """The parallel groups' sizes."""
+    """Return the sizes of the parallel groups."""
     return Layout(
         tp=args.tensor_model_parallel_size,
         pp=args.pipeline_model_parallel_size,
@@ -209,11 +227,14 @@ def layout_of(args: Namespace) -> Layout:
 def work_of(
     args: Namespace, kernels: Literal["plain", "te"], device: Literal["cpu", "cuda"]
 ) -> Work:
-    """What a step does.
+    """Return what a step does.
 
     Args:
-        kernels: "te" also stands for Apex, which NVIDIA's containers have beside it: by it weight
-            gradients go straight into their buffer, also the output layer's.
+        args: the job's arguments.
+        kernels: whose layers are used. "te" implies that Apex is installed, as in NVIDIA's
+            containers, so that weight gradients are computed directly in their buffer, including
+            the output layer's.
+        device: device of the job.
     """
     half = args.bf16 or args.fp16
     recompute = args.recompute_num_layers if args.recompute_granularity == "full" else 0

@@ -1,4 +1,4 @@
-"""What tools/plan.py prints about a recipe."""
+"""Compose the report of tools/plan.py about a recipe."""
 
 from __future__ import annotations
 
@@ -33,7 +33,15 @@ GIB = 2**30
 
 
 def report(args: Namespace, recipe: LaunchRecipe) -> str:
-    """Memory, FLOPs, time and layouts."""
+    """Return the report on a recipe: FLOPs, memory by pipeline stage, time, and faster layouts.
+
+    Args:
+        args: command line of tools/plan.py.
+        recipe: what the recipe starts.
+
+    Raises:
+        UserError: the job would refuse its arguments, or a model is not a Llama.
+    """
     megatron = parse(recipe, 0, args.vocabulary)
     model = architecture_of(megatron, args.vocabulary)
     layout, work = layout_of(megatron), work_of(megatron, args.kernels, "cuda")
@@ -86,13 +94,13 @@ def report(args: Namespace, recipe: LaunchRecipe) -> str:
 
 
 def assumptions(args: Namespace, cluster: Cluster) -> Iterator[str]:
-    """What the figures rest on."""
+    """Yield the lines that say what the figures are based on."""
     yield (
         f"{args.recipe.name} on {cluster.gpus} GPUs, {cluster.gpus_per_node} a node, of "
         f"{args.gpu_memory:g} GB; formulas, not measurements."
     )
     yield (
-        f"A GPU: {args.gpu_tflops:g} TFLOP/s at peak, of which products reach "
+        f"A GPU: {args.gpu_tflops:g} TFLOP/s at peak, of which matrix products reach "
         f"{args.efficiency:.0%}; {args.memory_bandwidth:g} GB/s to its memory,"
     )
     yield (
@@ -104,15 +112,15 @@ def assumptions(args: Namespace, cluster: Cluster) -> Iterator[str]:
 
 
 def report_line(name: str, *values: object) -> str:
-    """A row of the report."""
+    """Format a row of the report."""
     return f"{name:<44}" + "  ".join(f"{value!s:>10}" for value in values)
 
 
 def cost_of_selection(
     model: Architecture, scoring: Sequence[Architecture], work: Work
 ) -> Iterator[str]:
-    """FLOPs of a step of SLM by those of a step of CLM: the recipe's, and for references of the
-    policy's size, of TinyLlama's, and for losses that are known."""
+    """Yield the FLOPs of an SLM step relative to a CLM step: for the recipe itself, for an online
+    reference of the policy's size and one of TinyLlama's, and for a score cache."""
     clm = step_flops(model, [], replace(work, ratio=1.0, head="dense", ranks_first=False))
     selecting = replace(work, head="chunked", ranks_first=False)
     yield report_line(
@@ -128,7 +136,7 @@ def cost_of_selection(
 def memory_by_stage(
     model: Architecture, references: Sequence[ReferenceModel], layout: Layout, work: Work
 ) -> Iterator[str]:
-    """A table of parts for the first, the middle and the last pipeline stage."""
+    """Yield the table of memory by part for the first, the middle and the last pipeline stage."""
     stages = sorted({0, layout.pp // 2, layout.pp - 1})
     held = [memory(model, references, layout, work, stage) for stage in stages]
     yield report_line("memory of a rank, GiB, by pipeline stage", *stages)
@@ -138,13 +146,13 @@ def memory_by_stage(
 
 
 def shape(one: Plan) -> tuple[Layout, int, int]:
-    """What tells layouts apart: their groups, micro-batch and recomputation."""
+    """Return what distinguishes layouts: parallel sizes, micro-batch and recomputation."""
     groups = replace(one.layout, sequence_parallel=False, distributed_optimizer=False)
     return groups, one.work.micro_batch, one.work.recompute
 
 
 def described(one: Plan, tokens: int, cluster: Cluster) -> str:
-    """A layout's row."""
+    """Format the row of a layout."""
     parts, days = one.layout, one.days(tokens)
     what = f"TP{parts.tp} PP{parts.pp} VP{parts.vp} CP{parts.cp} DP{parts.dp}"
     what += f" MB{one.work.micro_batch}" + " recompute" * (one.work.recompute > 0)
@@ -160,14 +168,18 @@ def described(one: Plan, tokens: int, cluster: Cluster) -> str:
 
 
 def row(name: str, figures: Sequence[str]) -> str:
-    """A row of the table of layouts."""
+    """Format a row of the table of layouts."""
     widths = (8, 8, 9, 9, 8, 11)
     columns = zip(figures, widths, strict=True)
     return f"{name:<38}" + "".join(f"{figure:>{width}}" for figure, width in columns)
 
 
 def build_ranks(args: Namespace, recipe: LaunchRecipe) -> Iterator[str]:
-    """A line for each rank of the dry run."""
+    """Build the ranks that --dry-run names, and yield a line about each.
+
+    Raises:
+        UserError: the job would fail at its start.
+    """
     from megatron_slm.planning.dry_run import dry_run
 
     for rank in args.dry_run:

@@ -97,7 +97,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama with a byte-level BPE of real text, as transformers saves them."""
+    """Save a random Llama, with a byte-level BPE trained on real text, by transformers."""
     directory = tmp_path_factory.mktemp("llama") / "hf"
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

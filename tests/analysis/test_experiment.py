@@ -129,7 +129,7 @@ CURVE = ((10, 100, 5.0), (20, 200, 4.0), (30, 300, 3.5))
 def result(
     curve: Any, reference: int = 0, each: int = 6, scoring: int = 0, first_loss: float = 6.0
 ) -> RunResult:
-    """A run of 10 tokens a step that takes `each` FLOPs a token and trains on half of them."""
+    """Make a run of 10 tokens a step that takes `each` FLOPs a token and trains on half of them."""
     points = (
         Point(at, tokens, loss, tokens // 2, each * tokens, scoring * tokens)
         for at, tokens, loss in curve

@@ -33,7 +33,7 @@ in_browser = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[TokenDump]]:
-    """A page of 50,176 tokens, by the tool itself, and the dumps it shows."""
+    """Write a page of 50,176 tokens with the tool; return its directory and the dumps it shows."""
     directory = tmp_path_factory.mktemp("slm")
     dumps = write_run(directory)
     tool = [sys.executable, str(REPOSITORY / "tools" / "report.py"), str(directory)]
@@ -55,7 +55,7 @@ def browser() -> Iterator[Any]:
 
 
 def opened(browser: Any, file: Path, **options: Any) -> Any:
-    """A page that has loaded with nothing on the console and no request but its own file."""
+    """Open a page, and check that it logs nothing and requests nothing but its own file."""
     page = browser.new_page(**options)
     said: list[str] = []
     page.on("console", lambda message: said.append(message.text))
@@ -75,7 +75,7 @@ def page(browser: Any, run: tuple[Path, list[TokenDump]]) -> Any:
 
 
 def token(sample: int, at: int) -> str:
-    """The selector of the token at a position that has a loss."""
+    """Return the CSS selector of a sample's token, counted among those with a loss."""
     return f".sample:nth-child({sample + 1}) .text i:nth-child({at + 2})"
 
 
@@ -408,7 +408,7 @@ def test_a_part_of_a_figure(page: Any) -> None:
 
 
 def arm(values: list[float], base: float = 3.0) -> dict[str, Any]:
-    """A summary of an arm that differs from the baseline by so much with each seed."""
+    """Make the summary of an arm that differs from the baseline by these values, one per seed."""
     spread = {"mean": np.mean(values), "std": np.std(values, ddof=1) if values[1:] else None}
     return {
         "final_loss": {"mean": base + np.mean(values)},
@@ -500,4 +500,4 @@ def test_what_cannot_be_reported_on(tmp_path: Path) -> None:
     write_dump(run / "dump", changed)
     assert "other samples" in refused(run)
     (run / "results.json").write_text('{"format": 2}')
-    assert "not of a study" in refused(run)
+    assert "not in the format that this version reads" in refused(run)

@@ -117,7 +117,7 @@ def test_checkpoints_of_a_run(
 
 
 def _the_words(output: str, dynamics: TokenDynamics) -> None:
-    """What is printed: where tokens that were high, or low, have gone."""
+    """Check what is printed: where the tokens that started high, or low, have gone."""
     for start in "HL":
         part = {end: dynamics.share(f"{start}->{end}") for end in "HL"}
         both = sum(part.values())
@@ -128,7 +128,7 @@ def _the_words(output: str, dynamics: TokenDynamics) -> None:
 
 
 def _the_files(directory: Path, dumps: list[TokenDump]) -> None:
-    """A row a token that counts, as anyone reads it, and plots."""
+    """Check the table, which has a row per unmasked token, and the plots."""
     table = parquet.read_table(directory / "token_dynamics.parquet").to_pydict()
     valid = dumps[0].valid
     assert len(table["token"]) == valid.sum()

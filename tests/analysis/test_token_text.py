@@ -15,7 +15,7 @@ NUMBERS = re.compile("((?:\u27e8[0-9A-F]{2}\u27e9)+)")
 
 
 def readable(shown: str) -> str:
-    """What was shown as text, with bytes and hidden characters in their places again."""
+    """Turn what was shown back into text, with bytes and hidden characters restored."""
     shown = shown.replace("\u21b5\n", "\n").replace("\u2192\t", "\t")
     parts = NUMBERS.split(shown)
     parts[1::2] = [
@@ -28,7 +28,7 @@ def readable(shown: str) -> str:
 
 @pytest.fixture(scope="module")
 def byte_level(tmp_path_factory: pytest.TempPathFactory) -> TokenizerFile:
-    """A byte-level tokenizer, as GPT-2's and Llama 3's are."""
+    """Train a byte-level tokenizer, of the kind that GPT-2 and Llama 3 have."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

@@ -62,7 +62,7 @@ def start_megatron() -> None:
 def make_step(
     dtype: torch.dtype, tokens: int = TOKENS, vocabulary: int = VOCABULARY
 ) -> Callable[[str], None]:
-    """A function that runs forward and backward of the head that it is given."""
+    """Return a function that runs the forward and backward pass of a head, given its name."""
     layer = ColumnParallelLinear(
         HIDDEN,
         vocabulary,

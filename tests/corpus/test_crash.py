@@ -37,7 +37,7 @@ def files_in(directory: Path) -> Files:
 
 
 def is_final(path: str) -> bool:
-    """A name under which something is read: of datasets and shards."""
+    """Tell whether a path is a final name, under which a dataset or shard is read."""
     return path.endswith((".bin", ".idx", "manifest.json")) and "duplicates" not in path
 
 
@@ -80,7 +80,7 @@ class Runs:
         crash_at: int | None = None,
         inputs: int = 2,
     ) -> int:
-        """The exit code of a run in a process of its own.
+        """Run preprocessing in a process of its own, and return its exit code.
 
         Args:
             kill_after: seconds.

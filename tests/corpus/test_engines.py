@@ -23,7 +23,7 @@ TEKKEN = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"
 
 @pytest.fixture(scope="module")
 def hugging_face(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory: byte-level BPE with a template that puts <s> before a text."""
+    """Save a byte-level BPE with a template that puts <s> before each text."""
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())

@@ -21,7 +21,7 @@ from megatron_slm.files import alone_at
 
 
 def read(directory: Path, *sources: object, more: tuple[object, ...] = ()) -> Result:
-    """A run whose output is elsewhere."""
+    """Run the tool with its output outside the directory."""
     return preprocess(sources, directory / "elsewhere" / "out", *more, check=False)
 
 

@@ -191,7 +191,7 @@ COMMANDS = {
     "ranks without a stage": (["--rank", "0", "--world-size", "2"], "needs --stage"),
     "standard input of a stage": (
         ["--input", "-", "--stage", "tokenize"],
-        "no standard input in common",
+        "do not share standard input",
     ),
     "a stage without fingerprints": (
         ["--stage", "tokenize", "--dedup", "exact"],

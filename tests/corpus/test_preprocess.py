@@ -112,7 +112,7 @@ def test_standard_input(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def run_command(command: list[Any]) -> str:
-    """What it says on stderr."""
+    """Run a command, and return its stderr."""
     run = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     return str(run.stderr)

@@ -50,7 +50,7 @@ def packed(pieces: Iterator[bytes]) -> bytes:
 
 
 def repeated(piece: bytes, times: int) -> Callable[[], bytes]:
-    """A good line, then 16 MiB of something so often, and no more than some kilobytes."""
+    """Compress a good line and 16 MiB of a piece, repeated, into a few kilobytes."""
 
     def make() -> bytes:
         block = piece * ((16 << 20) // len(piece))
@@ -76,7 +76,7 @@ def parquet(size: int, rows: int) -> Callable[[], bytes]:
 
 
 def window(log: int) -> bytes:
-    """The header of a zstd frame of such a window, and a block of five bytes."""
+    """Make the header of a zstd frame with a window of this size, and a block of five bytes."""
     return bytes.fromhex("28b52ffd 00") + bytes([(log - 10) << 3]) + b"\x29\0\0hello"
 
 
@@ -288,7 +288,7 @@ def other_manifest(content: bytes | None, says: str) -> Make:
 
 
 def unmerged(change: Callable[[dict[str, Any]], object], says: str) -> Make:
-    """The dataset's manifest as if its shards were not merged."""
+    """Change the dataset's manifest so that its shards seem not to be merged."""
 
     def make(directory: Path) -> Case:
         path = directory / "out_text_document.manifest.json"
@@ -308,7 +308,7 @@ def piped_index(directory: Path) -> Case:
 
 
 def damaged_rejects(directory: Path) -> Case:
-    """A list of rejects as another program has left it, of a shard that is kept."""
+    """Damage the list of rejects of a shard that is kept."""
     source = directory / "in.jsonl"
     source.write_bytes(source.read_bytes() + b"{\n")
     assert preprocess(source, directory / "out", check=False).code == 2
@@ -318,7 +318,7 @@ def damaged_rejects(directory: Path) -> Case:
 
 
 def again(directory: Path) -> Case:
-    """A rerun over a manifest of nonsense."""
+    """Run again over a manifest that makes no sense."""
     made = manifest("a vocabulary of text")(directory)
     return Case(preprocessing(directory), made.says)
 
@@ -405,7 +405,7 @@ CASES: dict[str, Make] = {
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Case, int, str]]:
-    """What each says, all run by one process."""
+    """Run every case in one process, and return what each says."""
     directory = tmp_path_factory.mktemp("strangers")
     dataset = directory / "dataset"
     dataset.mkdir()

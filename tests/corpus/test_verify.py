@@ -68,7 +68,7 @@ def stale_index_of_the_same_size(prefix: Path) -> None:
 
 
 def swapped_lengths(prefix: Path) -> None:
-    """The right number of tokens in all."""
+    """Swap two lengths, which leaves the total number of tokens right."""
     no_manifest(prefix)
     lengths = np.fromfile(idx(prefix), "<i4", 300, offset=HEADER)
     patch(idx(prefix), HEADER, lengths[[1, 0, *range(2, 300)]].tobytes())

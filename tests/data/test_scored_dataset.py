@@ -132,7 +132,7 @@ def test_damage_is_named(prefix: str, tmp_path: Path) -> None:
 
 
 def read_all(section: Section) -> list[str]:
-    """What is said of each record."""
+    """Read every record, and return what is said about each."""
     score_cache._open_shard.cache_clear()  # as in a process that has not read it yet
     found = []
     for number in range(len(section)):

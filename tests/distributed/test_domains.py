@@ -56,7 +56,7 @@ def test_domain_ratios(
 
 
 def dumps_are_of_the_blend(dump: Path, prefixes: dict[str, Path]) -> None:
-    """Samples of training, half of them of each domain."""
+    """Check that the dumps have training samples, half from each domain."""
     first, last = read_dumps(dump)
     assert (first.iteration, last.iteration) == (0, 4)
     assert last.about.split == "train"

@@ -49,7 +49,7 @@ def _blocks() -> list[str]:
 
 
 def _printed(run: Run) -> dict[int, float]:
-    """The losses that the last rank prints, as TensorBoard keeps them."""
+    """Return the losses that the last rank prints, as TensorBoard keeps them."""
     lines = [json.loads(line) for line in run.outputs[-1].splitlines() if line.startswith("{")]
     return {line["iteration"]: _float32(line["lm loss"]) for line in lines}
 

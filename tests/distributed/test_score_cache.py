@@ -100,7 +100,7 @@ def exact(corpus: Corpus, untied: Checkpoints, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module")
 def online(corpus: Corpus, untied: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run with the reference at hand."""
+    """Run with the reference online."""
     extra = f"--slm-reference-load {untied.reference} {DUMP}"
     return train(corpus, untied, tmp_path_factory.mktemp("online"), extra)
 

@@ -62,7 +62,7 @@ def use(image: Path, command: str, **more: str) -> subprocess.CompletedProcess[s
 
 
 def asked(image: Path) -> list[str]:
-    """What pip was asked to install, and whether for Apex; no more of what was asked before."""
+    """Return what pip was asked to install since the last call, and whether for Apex."""
     file = image.with_name("asked")
     lines = file.read_text().splitlines() if file.exists() else []
     file.unlink(missing_ok=True)
@@ -190,7 +190,7 @@ def test_what_cannot_be_built_is_said_first(
 
 @pytest.fixture
 def nowhere(image: Path) -> Path:
-    """The image without torch, on a machine that looks as if it had no GPU."""
+    """Return the image without torch, on a machine that seems to have no GPU."""
     shutil.rmtree(image / "torch")
     venv.create(image.with_name("root") / ".venv")
     # pip's own reading of versions, which the stand-in has not.

@@ -285,7 +285,7 @@ def test_a_distributed_optimizer_needs_its_adam(
 
 
 def dry_run(script: str, **settings: str) -> list[str]:
-    """A recipe's command."""
+    """Return the command of a recipe."""
     done = subprocess.run(
         ["bash", str(RECIPE.with_name(script))],
         env=os.environ | settings | {"DRY_RUN": "1"},
@@ -297,7 +297,7 @@ def dry_run(script: str, **settings: str) -> list[str]:
 
 
 def option(script: str, name: str, **settings: str) -> str:
-    """What a recipe gives it."""
+    """Return the value that a recipe gives to an option."""
     words = dry_run(script, **settings)
     return words[words.index(name) + 1]
 

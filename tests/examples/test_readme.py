@@ -12,7 +12,7 @@ from launch import REPOSITORY, recipe_environment
 
 
 def block(page: str, heading: str) -> str:
-    """The first block of shell commands under a heading."""
+    """Return the first block of shell commands under a heading."""
     section = (REPOSITORY / page).read_text().split(f"\n{heading}\n")[1]
     return section.split("```bash\n")[1].split("```")[0]
 
@@ -33,7 +33,7 @@ def run(commands: str, directory: Path) -> str:
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A directory like the repository's root after the first commands, and what they printed."""
+    """Run the first commands in a copy of the repository; return it and what they printed."""
     directory = tmp_path_factory.mktemp("root")
     for name in ("examples", "tools"):
         (directory / name).symlink_to(REPOSITORY / name)

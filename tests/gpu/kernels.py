@@ -113,7 +113,7 @@ def check_selection() -> None:
 
 
 def check_attention() -> None:
-    """A window that cuts nothing needs no mask, one that does no scores of [heads, s, s]."""
+    """Check that a window that cuts nothing needs no mask, and others no [heads, s, s] scores."""
     length, heads, groups = (256, 4, 2) if args.small else (4096, 32, 8)
     peaks: dict[str, float] = {}
     outputs: dict[str, Tensor] = {}

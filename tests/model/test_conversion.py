@@ -72,7 +72,7 @@ def tool(*arguments: object, ranks: int = 1, directory: Path, check: bool = True
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
-    """A Mistral with a window, in several files, and a Llama with Llama 2's multi-head attention,
+    """Make a Mistral with a window, in several files, and a Llama with multi-head attention,
     Llama 3.2's rope and tied embeddings, and a config.json as they have on the Hub."""
     directory = tmp_path_factory.mktemp("models")
     torch.manual_seed(1)
@@ -119,7 +119,7 @@ def as_transformers_4(file: Path) -> None:
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An indexed dataset of random tokens, the last of the vocabulary among them."""
+    """Write an indexed dataset of random tokens, including the last of the vocabulary."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     prefix = tmp_path_factory.mktemp("tokens") / "random"

@@ -105,7 +105,7 @@ def test_vocabulary_and_tokenizer_come_along(
 
 
 def unigram(directory: Path) -> bytes:
-    """A sentencepiece model of another kind."""
+    """Train a sentencepiece model of the unigram kind."""
     model = directory / "unigram.model"
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(docstrings(["argparse"])),

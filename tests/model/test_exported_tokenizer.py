@@ -72,7 +72,7 @@ def train(directory: Path, **options: Any) -> Path:
 
 
 def checkpoint_of(tmp_path: Path, vocabulary: int, **arguments: Any) -> Path:
-    """A model whose run had these arguments."""
+    """Save a checkpoint whose run had these arguments."""
     save_llama(tmp_path / "hf", vocab_size=vocabulary, intermediate_size=16)
     import_hugging_face(tmp_path / "hf", tmp_path / "megatron", 8)
     release = tmp_path / "megatron" / "release"

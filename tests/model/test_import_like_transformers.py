@@ -132,7 +132,7 @@ def changed(model: Path, directory: Path, change: Change) -> Path:
 
 
 def logits(directory: Path) -> Tensor | None:
-    """Transformers'; None where it refuses, or would make weights up."""
+    """Return transformers' logits; None if it refuses, or would make weights up."""
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             directory, dtype=torch.float32, output_loading_info=True
@@ -218,7 +218,7 @@ def one_file_and_an_index_of_others(directory: Path, tensors: Tensors) -> None:
 
 
 def twice(directory: Path, tensors: Tensors) -> None:
-    """The index names the first of two files that hold one tensor."""
+    """Put one tensor into two files, of which the index names the first."""
     where = split(directory, tensors)
     name = next(name for name, file in where.items() if file == "a.safetensors")
     others = load_file(directory / "b.safetensors") | {name: tensors[name] + 1}

@@ -126,7 +126,7 @@ def header(length: int | None, content: str, data: bytes = b"") -> Spoil:
 
 
 def tensors(data: int = 8, **given: dict[str, Any]) -> Spoil:
-    """A file with one float32 tensor of two values, but for what is given."""
+    """Write a file with one float32 tensor of two values, except for what is given."""
     entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
     entries = {EMBEDDING.replace("weight", name): entry | change for name, change in given.items()}
     return header(None, json.dumps(entries), bytes(data))

@@ -50,7 +50,7 @@ REFUSALS = {
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small Llama for the recipe that takes its shape from a checkpoint."""
+    """Save a small Llama for the recipe that takes its shape from a checkpoint."""
     directory = tmp_path_factory.mktemp("base")
     return write_random_llama(directory, small_llama(32000, 2048), torch.bfloat16)
 

@@ -63,7 +63,7 @@ REFERENCE = Architecture(**vars(POLICY) | {"layers": 4, "hidden": 128, "head_dim
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A reference of half the policy's depth and width, with random weights."""
+    """Save a random reference with half the policy's depth and width."""
     return write_random_llama(tmp_path_factory.mktemp("reference"), REFERENCE, torch.float32)
 
 

@@ -25,7 +25,7 @@ def of_a_token(layers: int, hidden: int, keys: int, ffn: int) -> tuple[float, fl
 
 
 def cost_of_70b(scoring: tuple[float, float, float]) -> float:
-    """An SLM step with 70% selected by a CLM step."""
+    """Return the cost of an SLM step that selects 70%, relative to a CLM step."""
     projections, attention, head = of_a_token(80, 8192, 1024, 28672)
     layers = 3 * projections + 3.5 * attention
     return (layers + (1 + 3 * 0.7) * head + sum(scoring)) / (layers + 3 * head)
@@ -40,7 +40,7 @@ COSTS_OF_70B = {
 
 
 def costs(output: str) -> dict[str, float]:
-    """What a plan says of SLM by CLM."""
+    """Return the costs of SLM relative to CLM that a plan prints."""
     found = re.findall(r"^SLM / CLM step, (.*?) +([\d.]+)$", output, re.MULTILINE)
     return {what: float(ratio) for what, ratio in found}
 

@@ -24,7 +24,7 @@ def train_oracle(
     validation: dict[str, Tensor],
     method: oracle.Method,
 ) -> list[oracle.Step]:
-    """The oracle's steps from the checkpoints that runs start from, watching validation."""
+    """Train the oracle from the checkpoints that runs start from, and validate it."""
     with tempfile.TemporaryDirectory() as scratch:
         models = [
             oracle.llama(directory, Path(scratch), heads=heads, groups=groups, tied=start.tied)
@@ -93,7 +93,7 @@ def dumps_agree_with_oracle(
 
 
 def selected_tokens(run: Run, micro_batch: int) -> dict[int, Tensor]:
-    """Selected tokens by iteration, bool [global batch, s], put together from all ranks."""
+    """Collect the selected tokens of all ranks by iteration, bool [global batch, s]."""
     whole = {
         number: torch.zeros(GLOBAL_BATCH, SEQUENCE, dtype=torch.bool)
         for number in range(1, STEPS + 1)

@@ -27,7 +27,7 @@ SIZES = ("1b", "7b", "13b", "70b")
 
 
 def built(script: str, settings: dict[str, str], every_stage: bool) -> list[dict[str, Any]]:
-    """The last rank, and by choice one of every pipeline stage."""
+    """Build the last rank, or one rank of every pipeline stage."""
     read = recipe.read_launch_recipe(REPOSITORY / "examples" / script, settings)
     args = recipe.parse(read, 0, 32000)
     a, layout = recipe.architecture_of(args, 32000), recipe.layout_of(args)
@@ -53,7 +53,7 @@ def largest_rank(script: str, settings: dict[str, str]) -> tuple[int, int]:
 
 
 def references(extra: str, **settings: str) -> dict[str, Any]:
-    """What the 1B recipe's plan counts of its references, and what a rank builds."""
+    """Return what the 1B recipe's plan counts of its references, and what a rank builds."""
     read = recipe.read_launch_recipe(
         REPOSITORY / "examples" / "pretrain_slm_1b.sh", {"EXTRA": extra} | settings
     )

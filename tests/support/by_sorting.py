@@ -15,7 +15,7 @@ def count_of(ratio: float, number: int) -> int:
 
 
 def top(scores: Sequence[float], valid: Sequence[bool], ratio: float) -> list[bool]:
-    """The highest scores, ties to the lower position."""
+    """Select the highest scores; ties go to the lower position."""
     candidates = [i for i, is_valid in enumerate(valid) if is_valid]
     # Python's sort is stable and has -0.0 equal to 0.0.
     kept = sorted(candidates, key=lambda i: -scores[i])[: count_of(ratio, len(candidates))]
@@ -24,7 +24,7 @@ def top(scores: Sequence[float], valid: Sequence[bool], ratio: float) -> list[bo
 
 
 def top_of_sets(scores: Tensor, valid: Tensor, sets: list[int], ratios: list[float]) -> Tensor:
-    """The same for [b, s], each set of samples on its own; bool [b, s]."""
+    """Do the same for [b, s], with each set of samples on its own; return bool [b, s]."""
     selected = valid.clone().zero_()
     for number, ratio in enumerate(ratios):
         rows = [row for row, mine in enumerate(sets) if mine == number]

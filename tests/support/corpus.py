@@ -37,7 +37,7 @@ def texts() -> list[str]:
 
 
 def ids_of(text: str, *, eod: bool = True) -> Document:
-    """What sentencepiece says."""
+    """Tokenize a text with sentencepiece itself."""
     return (*PIECES.encode(text), *([PIECES.eos_id()] if eod else []))
 
 
@@ -51,7 +51,7 @@ def write_jsonl(path: Path, found: Iterable[str], **fields: Any) -> Path:
 
 
 def read_dataset(prefix: Path | str) -> list[Document]:
-    """The documents of an indexed dataset, by its file format and nothing else."""
+    """Read the documents of an indexed dataset by its file format alone."""
     index = Path(f"{prefix}.idx").read_bytes()
 
     def numbers(dtype: Any, count: int, offset: int) -> list[int]:
@@ -84,7 +84,7 @@ class Result:
 
 
 def run_tool(name: str, *arguments: object) -> Result:
-    """A tool in this process, which spares the imports."""
+    """Run a tool in this process, which saves importing everything again."""
     if str(TOOLS) not in sys.path:
         sys.path.append(str(TOOLS))
     spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")

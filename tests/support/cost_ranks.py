@@ -47,7 +47,7 @@ CALLED = [(distributed, name) for name in COLLECTIVES] + [
 
 @contextmanager
 def collectives() -> Iterator[list[tuple[Any, ...]]]:
-    """Collectives called meanwhile: name, MAX if it is one, and the shape that each rank gives."""
+    """Record the collectives called in the block: name, MAX if it is one, and each rank's shape."""
     calls: list[tuple[Any, ...]] = []
     originals = [(owner, name, getattr(owner, name)) for owner, name in CALLED]
 

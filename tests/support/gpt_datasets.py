@@ -6,7 +6,7 @@ from typing import Any
 
 
 def gpt_config(sequence_length: int, vocabulary: int, **more: Any) -> Any:
-    """A GPTDatasetConfig; `more` comes before what is the same for all."""
+    """Make a GPTDatasetConfig; `more` takes precedence over what all tests share."""
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
     from megatron.core.tokenizers import MegatronTokenizer
 

@@ -98,7 +98,7 @@ def check_scores(case: Case) -> None:
 
 
 def check_gradients(case: Case, weights: Tensor | None) -> None:
-    """The sum of the selected tokens' (weighted) losses, with padding, and its gradients."""
+    """Check the (weighted) sum of the selected tokens' losses, with padding, and its gradients."""
     whole_hidden = case.hidden.double().requires_grad_()
     whole_weight = case.weight.double().requires_grad_()
     losses, _ = dense(scale(whole_hidden @ whole_weight.t()), case.labels)
@@ -124,7 +124,7 @@ def check_gradients(case: Case, weights: Tensor | None) -> None:
 
 
 def check_edges(case: Case) -> None:
-    """A frozen layer, a tied one, nothing selected."""
+    """Check a frozen layer, a tied one, and a selection of nothing."""
     hidden, weight = case.leaves()
     case.loss(hidden, weight.detach()).backward()
     assert hidden.grad is not None and hidden.grad.any()

@@ -52,7 +52,7 @@ OPTIMIZER = f"""
 
 
 def write_dataset(prefix: Path, texts: list[str]) -> None:
-    """An indexed dataset of bytes, an end-of-document token after each text."""
+    """Write an indexed dataset of bytes, with an end-of-document token after each text."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.uint16)
@@ -92,7 +92,7 @@ class Checkpoints:
 
 
 def from_own_checkpoint(arguments: list[str], saved: Path) -> list[str]:
-    """The same run, from its own checkpoint instead of the policy's first."""
+    """Return the arguments of the same run, started from its own checkpoint."""
     at = arguments.index("--load")
     # and no --finetune, --no-load-*
     return [*arguments[:at], "--load", str(saved), *arguments[at + 5 :]]

@@ -22,7 +22,7 @@ def same(found: Selection, expected: Selection, where: object) -> None:
 
 
 def draw_scores(case: int, rows: int, length: int, draw: torch.Generator) -> Tensor:
-    """Normal, with many ties, of extremes alone, or with NaN among them."""
+    """Draw scores: normal, with many ties, of extremes alone, or with NaN among them."""
     scores = torch.randn(rows, length, generator=draw)
     if case % 4 == 1:
         return scores.round()

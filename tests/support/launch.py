@@ -30,7 +30,7 @@ class Run:
     codes: list[int | None]
 
     def scalars(self, tag: str) -> dict[int, float]:
-        """A TensorBoard scalar by iteration."""
+        """Read a TensorBoard scalar by iteration."""
         events = EventAccumulator(str(self.directory / "tensorboard"))
         events.Reload()
         return {event.step: event.value for event in events.Scalars(tag)}

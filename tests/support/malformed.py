@@ -58,7 +58,7 @@ ABOUT = {"tokenizer_type": "x", "tokenizer_model": None}
 
 
 def dump(name: str = "iter_0000001", **changes: Any) -> Callable[[Path], None]:
-    """A dump in which arrays or metadata are others; None leaves one out."""
+    """Make a dump with changed arrays or metadata; None leaves one out."""
 
     def make(directory: Path) -> None:
         (directory / "dump").mkdir(exist_ok=True)
@@ -77,7 +77,7 @@ def about(**changes: Any) -> Callable[[Path], None]:
 
 
 def file(name: str, content: bytes | str = b"", size: int | None = None) -> Callable[[Path], None]:
-    """A file of this content, or with a hole up to a size."""
+    """Make a file with this content, or a sparse one of a size."""
 
     def make(directory: Path) -> None:
         path = directory / name
@@ -183,7 +183,7 @@ def study() -> dict[str, Any]:
 
 
 def results(place: str = "", value: Any = None) -> Callable[[Path], None]:
-    """A study in which what is at a place ("arms.clm.seeds") is another."""
+    """Make a study with another value at a place such as "arms.clm.seeds"."""
 
     def make(directory: Path) -> None:
         events()(directory / "runs" / "clm")
@@ -206,7 +206,7 @@ STUDIES: dict[str, Case] = {
     "nothing said": (file("results.json", "{}"), "missing required field `format`"),
     "a format alone": (file("results.json", '{"format": 1}'), "missing required field"),
     "format is text": (results("format", "1"), "got `str` - at `$.format`"),
-    "format of tomorrow": (results("format", 2), "that this version knows"),
+    "format of tomorrow": (results("format", 2), "that this version reads"),
     "arms is a list": (results("arms", [1]), "got `array` - at `$.arms`"),
     "an arm without seeds": (results("arms.clm.seeds", {}), "length >= 1"),
     "seeds is a list": (results("arms.clm.seeds", [1]), "got `array`"),
@@ -216,7 +216,10 @@ STUDIES: dict[str, Case] = {
     "a curve without points": (results(f"{SEED}.curve", []), "length >= 1"),
     "a curve of text": (results(f"{SEED}.curve", ["abc"]), "got `str`"),
     "a curve of short points": (results(f"{SEED}.curve", [[1, 2]]), "length >= 3"),
-    "a curve of different points": (results(f"{SEED}.curve", [[1, 2, 3], [1, 2, 3, 4]]), "kinds"),
+    "a curve of different points": (
+        results(f"{SEED}.curve", [[1, 2, 3], [1, 2, 3, 4]]),
+        "differ in length",
+    ),
     "a loss that is null": (results("summary.arms.clm.final_loss.mean", None), "got `null`"),
     "a verdict that is a list": (results("summary.arms.clm.verdict", []), "got `array`"),
     "a summary of other arms": (results("summary.arms", {}), "not those of its summary"),
@@ -268,7 +271,10 @@ TOKENIZERS: dict[str, Case] = {
     "a tokenizer that is gone": (about(tokenizer_model="/none"), "No such file"),
 }
 EVENTS: dict[str, Case] = {
-    "events that are text": (file(LOG, "no events at all, just text\n" * 9), "no file of"),
+    "events that are text": (
+        file(LOG, "no events at all, just text\n" * 9),
+        "not a TensorBoard event file",
+    ),
     "a damaged value": (events(spoil=flip(14)), "damaged before byte"),
     "a damaged length": (events(spoil=flip(0)), "damaged before byte"),
     "no event inside": (events(b"\xff" * 40), "damaged before byte"),
@@ -316,16 +322,16 @@ TABLES: dict[str, Case] = {
     "a column more": (table(x=pa.array([1, 2])), "not a table of token dynamics"),
     "losses that are text": (table(loss_0000002=pa.array(["1", "2"])), "not a table"),
     "one checkpoint": (table(loss_0000002=None), "not a table of token dynamics"),
-    "values missing": (table(delta=pa.array([None, 1.0], pa.float32())), "are missing"),
+    "values missing": (table(delta=pa.array([None, 1.0], pa.float32())), "missing values"),
     "losses that are no numbers": (
         table(loss_0000002=pa.array([float("nan"), 1.0], pa.float32())),
-        "no numbers",
+        "NaN or infinite",
     ),
     "iterations that fall": (
         table(loss_0000000=pa.array([1.0, 2.0], pa.float32())),
-        "do not rise",
+        "out of order",
     ),
-    "classes of its own": (table(**{"class": strange_classes()}), "other classes"),
+    "classes of its own": (table(**{"class": strange_classes()}), "classes other than"),
     "too many values": (
         table(**{f"loss_{at:07d}": columns()["delta"] for at in range(3, 99)}),
         "too many to be read",
@@ -340,7 +346,7 @@ SOURCE: Any = {"tokenizer": "t", "vocabulary": 9, "datasets": {}, "blends": {}}
 
 
 def cache(section: str = "train", **changes: Any) -> Callable[[Path], None]:
-    """A cache of four records in two shards, with another manifest."""
+    """Make a cache of four records in two shards, with a changed manifest."""
 
     def make(directory: Path) -> None:
         source = ScoredData(**SOURCE)
@@ -365,7 +371,7 @@ def exchanged(directory: Path) -> None:
 
 
 def instead(make: Callable[[Path], None], name: str) -> Callable[[Path], None]:
-    """A whole cache with something else in the place of one of its files."""
+    """Make a complete cache with something else in place of one of its files."""
 
     def both(directory: Path) -> None:
         cache()(directory)
@@ -450,7 +456,7 @@ RECIPES: dict[str, Case] = {
     "an arm out of the study": (recipe("seeds: [1]\narms: {../x: {}}"), "cannot be a name in arms"),
     "stages of two kinds": (
         recipe(RECIPE + "stages: {a: {run: x, score: y}}"),
-        "stage a: a stage has one of",
+        "stage a: a stage needs exactly one of",
     ),
     "brackets and no end": (recipe(DEEP), "nested too deeply"),
     "thirty recipes in a row": (chain, "more than 20 recipes"),
@@ -465,7 +471,7 @@ STATES: dict[str, Case] = {
     "state that is text": (file(BEGUN, "x"), "move "),
     "a hash that is a number": (file(BEGUN, '{"hash": 5}'), "got `int` - at `$.hash`"),
     "a pipe as state": (fifo(BEGUN), "not a regular file"),
-    "a directory of others": (file("runs/clm-seed1/theirs", "x"), "this study has not made it"),
+    "a directory of others": (file("runs/clm-seed1/theirs", "x"), "this study did not make it"),
 }
 
 
@@ -524,7 +530,7 @@ GOOD: list[tuple[Callable[[Path], None], Callable[[Path], None]]] = [
 
 
 def said(read: Callable[[Path], None], make: Callable[[Path], None], directory: Path) -> str:
-    """The message of an input, or what else became of it."""
+    """Return the error that an input leads to, or what else happens."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     make(directory)

@@ -40,7 +40,7 @@ class Step:
 def llama(
     checkpoint: Path, scratch: Path, *, heads: int, groups: int, tied: bool
 ) -> LlamaForCausalLM:
-    """A Hugging Face model with the weights of a Megatron torch_dist checkpoint."""
+    """Make a Hugging Face model with the weights of a Megatron torch_dist checkpoint."""
     file = scratch / f"{checkpoint.parent.name}.pt"
     dcp_to_torch_save(str(checkpoint), str(file))
     saved = torch.load(file, weights_only=False)
@@ -197,7 +197,7 @@ def train(
 def select(
     scores: Tensor, valid: Tensor, method: Method, carried: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Selected tokens, and the threshold of each sample."""
+    """Return the selected tokens, and the threshold of each sample."""
     if method.scope_samples is None and carried is not None:
         return valid & (scores >= carried), carried.expand(len(scores))
     size = method.scope_samples or method.micro_batch
@@ -240,7 +240,7 @@ def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _top(scores: Tensor, valid: Tensor, ratio: float) -> Tensor:
-    """The k highest of the valid scores, ties to the lower position; k = N * ratio, half up."""
+    """Select the k highest valid scores, ties to the lower position; k = N * ratio, half up."""
     number = int(valid.sum())
     exact = Fraction(str(ratio)) * number
     count = min(number, max(1, int(exact + Fraction(1, 2))))

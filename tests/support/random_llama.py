@@ -22,7 +22,7 @@ def small_llama(vocabulary: int, positions: int) -> Architecture:
 
 
 def save_llama(directory: Path, **sizes: int) -> Path:
-    """A tiny Llama with random weights as transformers saves it.
+    """Save a tiny Llama with random weights by transformers.
 
     Args:
         sizes: by transformers' names, where they are others.
@@ -41,7 +41,7 @@ def write_random_llama(
     dtype: torch.dtype,
     change: Callable[[dict[str, torch.Tensor]], Any] = lambda tensors: None,
 ) -> Path:
-    """The Megatron checkpoint, in a directory of its own.
+    """Write the Megatron checkpoint into a directory of its own.
 
     Args:
         change: made to the tensors, by Hugging Face's names.

@@ -28,7 +28,7 @@ def refusals(arguments: list[str], ranks: tuple[int, ...]) -> list[tuple[int, st
 
 
 def begin(arguments: list[str], rank: int) -> tuple[int, Path]:
-    """The process of one rank, and where its output goes."""
+    """Fork a process that runs as one rank; return its id and the file it prints to."""
     output = Path(f"output{rank}")
     child = os.fork()
     if child == 0:

@@ -34,7 +34,7 @@ class Grid:
         )
 
     def part(self, whole: Tensor) -> list[Tensor]:
-        """This rank's part of [samples of a step, s], by micro-batch."""
+        """Return this rank's part of [samples of a step, s], by micro-batch."""
         mine = []
         for number in range(MICRO_BATCHES):
             first = (number * self.dp_size + self.dp_rank) * SAMPLES
@@ -60,7 +60,7 @@ def step(case: int, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def scope_of_samples(scope: str, samples: int, dp_size: int) -> list[int]:
-    """The number of the scope that each sample of the step competes in."""
+    """Return the number of the scope that each sample of the step competes in."""
     size = {"sequence": 1, "micro-batch": SAMPLES, "data-parallel": dp_size * SAMPLES}
     return [sample // size.get(scope, samples) for sample in range(samples)]
 

@@ -14,7 +14,7 @@ import pytest
 
 @contextmanager
 def small_disk(directory: Path, size: str) -> Iterator[Path]:
-    """A file system of its own, where one may be mounted."""
+    """Mount a small file system, if that is permitted."""
     directory.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", directory]
     if os.geteuid() != 0 or subprocess.run(command, check=False, capture_output=True).returncode:

@@ -71,7 +71,7 @@ def names_a_device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 @contextmanager
 def patched(waits: Waits) -> Any:
-    """What no dispatch tells: values read at once, and copies to where the CPU already is."""
+    """Record what dispatch does not show: values read at once, and copies from CPU to CPU."""
     originals: list[tuple[Any, str, Callable[..., Any]]] = []
 
     def watch(owner: Any, name: str, when: Callable[..., bool]) -> None:

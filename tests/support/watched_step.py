@@ -21,7 +21,7 @@ WAITS, PROFILE = 4, 5
 
 
 def place() -> str:
-    """The innermost function of ours or of Megatron's."""
+    """Return the innermost function of ours or of Megatron's."""
     for frame in reversed(traceback.extract_stack()):
         if "/megatron_slm/" in frame.filename:
             return f"ours: {Path(frame.filename).name} {frame.name}"

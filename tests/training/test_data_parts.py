@@ -158,7 +158,7 @@ def _write(name: str, lengths: list[int]) -> None:
 
 
 def _arguments(case: Case) -> Namespace:
-    """A run that draws so many samples, one a step."""
+    """Return the arguments of a run that draws so many samples, one a step."""
     per_split = case.data if isinstance(case.data, dict) else {}
     train, valid, test = case.samples
     return Namespace(

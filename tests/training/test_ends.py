@@ -29,7 +29,7 @@ PATIENCE = 120  # seconds, before a command counts as hanging
 
 @contextmanager
 def started(directory: Path, *command: object) -> Iterator[tuple[subprocess.Popen[str], Path]]:
-    """A Python of its own process group, as a shell starts it, and the file that it prints to."""
+    """Start Python in its own process group, as a shell does; give it and the file it prints to."""
     output = directory / "output"
     with output.open("w") as file:
         process = subprocess.Popen(

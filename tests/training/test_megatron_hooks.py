@@ -121,7 +121,7 @@ def _bound(alias: ast.alias) -> str:
 
 
 def _targets(node: ast.AST) -> list[ast.expr]:
-    """The objects of which something is set."""
+    """Return the objects whose attributes a statement sets."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args:
         return node.args[:1] if node.func.id in ("setattr", "delattr") else []
     targets: list[ast.expr] = []

@@ -40,7 +40,7 @@ def arguments(**also: Any) -> Namespace:
 
 
 def sample(tokenizer: Any, tmp_path: Path) -> dict[str, torch.Tensor]:
-    """The first sample that Megatron makes of the text."""
+    """Return the first sample that Megatron makes of the text."""
     builder = IndexedDatasetBuilder(str(tmp_path / "text.bin"), dtype=numpy.uint16)
     builder.add_document(torch.tensor(TEXT), [len(TEXT)])
     builder.finalize(str(tmp_path / "text.idx"))

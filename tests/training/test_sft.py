@@ -21,7 +21,7 @@ SEQUENCE = 96
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama with a byte-level tokenizer of its own."""
+    """Save a Llama with a byte-level tokenizer of its own."""
     directory = tmp_path_factory.mktemp("llama")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

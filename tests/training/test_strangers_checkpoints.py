@@ -152,7 +152,7 @@ def pickled_code(path: Path) -> torch.Tensor:
 
 
 def older(name: str, make: Callable[[Path], Any]) -> Spoil:
-    """A checkpoint of the format before torch_dist."""
+    """Replace the checkpoint by one in the format before torch_dist."""
 
     def spoil(path: Path) -> None:
         shutil.rmtree(path)
@@ -375,7 +375,7 @@ def run(untied: Checkpoints) -> Namespace:
 
 
 def copy(untied: Checkpoints, run: Namespace, directory: Path) -> Namespace:
-    """A checkpoint to spoil, and the arguments of a run that goes on with it."""
+    """Copy a checkpoint to spoil, and return the arguments of a run that continues from it."""
     shutil.copytree(untied.policy, directory)
     return Namespace(**vars(run) | {"load": str(directory), "finetune": False})
 

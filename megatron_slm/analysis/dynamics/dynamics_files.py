@@ -1,8 +1,10 @@
-"""Token dynamics on disk: a row a token as parquet, the classes' curves as PNG and SVG.
+"""Write and read token dynamics: a Parquet table with one row per token, and plots as PNG and SVG.
 
-sample, position, token, text      which token it is
-class, delta                       by token_dynamics.py
-loss_0000100, ...                  its loss in nats, float32, at each checkpoint
+The table's columns:
+
+    sample, position, token, text      identify the token
+    class, delta                       are computed by token_dynamics.py
+    loss_0000100, ...                  hold its loss in nats, float32, at each checkpoint
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ TABLE = "token_dynamics.parquet"
 LOSS = re.compile(r"loss_\d{1,15}")
 MOST_VALUES = 1 << 28
 PLOTS = ("token_dynamics.png", "token_dynamics.svg")
-# Told apart without colour by their dashes; colours of Okabe and Ito.
+# Okabe and Ito's colour-blind-safe palette; the dashes tell the lines apart without any colour.
 STYLES = {
     "H->H": ("#d55e00", "-"),
     "H->L": ("#0072b2", "--"),
@@ -31,9 +33,10 @@ STYLES = {
 
 
 def check_libraries() -> None:
-    """
+    """Check that the libraries for tables and plots are installed.
+
     Raises:
-        UserError: those that tables and plots need are not installed.
+        UserError: pyarrow or matplotlib is missing.
     """
     try:
         import matplotlib
@@ -47,10 +50,14 @@ def check_libraries() -> None:
 
 
 def write_dynamics_table(directory: Path, dynamics: TokenDynamics, texts: list[str]) -> Path:
-    """Write the table, whole or not at all.
+    """Write the table of T tokens, completely or not at all, and return its path.
 
     Args:
-        texts: of each token, as shown.
+        directory: where the table goes; created if it does not exist.
+        texts: [T], the text shown for each token.
+
+    Raises:
+        UserError: the directory cannot be written to.
     """
     import pyarrow as pa
     from pyarrow import parquet
@@ -77,10 +84,10 @@ def write_dynamics_table(directory: Path, dynamics: TokenDynamics, texts: list[s
 
 
 def read_dynamics_table(path: Path) -> tuple[TokenDynamics, list[str]]:
-    """The dynamics and the tokens' texts.
+    """Read a table; return the dynamics of its T tokens and their texts, [T].
 
     Raises:
-        UserError: not such a table, or damaged.
+        UserError: pyarrow is missing, the file is not such a table, or it is damaged.
     """
     try:
         import pyarrow as pa
@@ -107,22 +114,22 @@ def read_dynamics_table(path: Path) -> tuple[TokenDynamics, list[str]]:
 
 
 def _dynamics(path: Path, table: Any, names: list[str]) -> tuple[TokenDynamics, list[str]]:
-    """Take a table of the right columns apart."""
+    """Check the values of a table that has the right columns, and unpack them."""
     column = {name: table[name].combine_chunks() for name in table.column_names}
     classes, texts = (column.pop(name) for name in ("class", "text"))
     parts = [*column.values(), classes, texts, texts.dictionary]
     if any(part.null_count for part in parts) or not len(table):
-        raise UserError(f"{path} has no values, or some that are missing")
+        raise UserError(f"{path} is empty or has missing values")
     known_classes, known_texts = (part.dictionary.to_pylist() for part in (classes, texts))
     if not set(known_classes) <= set(CLASSES):
-        raise UserError(f"{path} has other classes than {', '.join(CLASSES)}")
+        raise UserError(f"{path} has classes other than {', '.join(CLASSES)}")
     codes = np.array([CLASSES.index(name) for name in known_classes], np.int8)
     iterations = [int(name.removeprefix("loss_")) for name in names]
     numbers = {name: values.to_numpy() for name, values in column.items()}
     if iterations != sorted(set(iterations)) or not all(
         np.isfinite(values).all() for values in numbers.values()
     ):
-        raise UserError(f"{path} has iterations that do not rise, or values that are no numbers")
+        raise UserError(f"{path} has iterations out of order, or values that are NaN or infinite")
     dynamics = TokenDynamics(
         iterations=iterations,
         losses=np.stack([numbers[name] for name in names]),
@@ -136,7 +143,11 @@ def _dynamics(path: Path, table: Any, names: list[str]) -> tuple[TokenDynamics, 
 
 
 def plot_dynamics(directory: Path, dynamics: TokenDynamics) -> list[Path]:
-    """Mean loss of each class over the checkpoints, and the classes' shares."""
+    """Plot each class's mean loss over the checkpoints and its share of the tokens.
+
+    Returns:
+        The paths of the files written, one per format.
+    """
     from matplotlib import pyplot
 
     figure, (curves, shares) = pyplot.subplots(

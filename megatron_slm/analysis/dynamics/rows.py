@@ -1,10 +1,13 @@
-"""Say of token dynamics what people read: shares, transitions and examples, row by row."""
+"""Turn token dynamics into rows of text: shares, transitions and examples.
+
+The terminal (write_dynamics.py) and the report page (report/dynamics_section.py) both show them.
+"""
 
 from __future__ import annotations
 
 from megatron_slm.analysis.dynamics.token_dynamics import CLASSES, TokenDynamics
 
-EXAMPLES, CONTEXT = 4, 12  # of each class; tokens before and after
+EXAMPLES, CONTEXT = 4, 12  # examples of each class; tokens shown before and after each
 EXPLAINED = {
     "H->H": "stays high",
     "H->L": "falls",
@@ -14,7 +17,8 @@ EXPLAINED = {
 
 
 def class_rows(dynamics: TokenDynamics) -> list[list[str]]:
-    """Head and rows: share of each class, its mean losses at both ends."""
+    """Return a header and a row per class: its share of the tokens, and its mean loss in nats at
+    the first and the last checkpoint."""
     first, last = dynamics.iterations[0], dynamics.iterations[-1]
     rows = [["class", "share", f"mean loss at {first:,}", f"at {last:,}"]]
     for name in CLASSES:
@@ -25,7 +29,8 @@ def class_rows(dynamics: TokenDynamics) -> list[list[str]]:
 
 
 def transition_rows(dynamics: TokenDynamics) -> list[list[str]]:
-    """Head and rows: of the tokens that were high, or low, what part was so at the end."""
+    """Return a header and two rows: for tokens that start high and for those that start low, what
+    part of them ends high and what part ends low."""
     rows = [["", "share", "to high", "to low"]]
     for name, start in (("high", "H"), ("low", "L")):
         ends = [dynamics.share(f"{start}->{end}") for end in "HL"]
@@ -35,7 +40,7 @@ def transition_rows(dynamics: TokenDynamics) -> list[list[str]]:
 
 
 def class_title(name: str) -> str:
-    """Return a class with its meaning, as "H→L falls"."""
+    """Return a class's name followed by its meaning, such as "H→L falls"."""
     return f"{_arrow(name)} {EXPLAINED[name]}"
 
 
@@ -44,7 +49,12 @@ def _arrow(name: str) -> str:
 
 
 def in_context(dynamics: TokenDynamics, texts: list[str], at: int) -> tuple[str, str, str, str]:
-    """Text before, of and after a token of the same sample, and what became of its loss."""
+    """Return the text before a token, its own, the text after it, and how its loss changed.
+
+    Args:
+        texts: [T], the text of each token.
+        at: index of the token; only tokens of the same sample are shown around it.
+    """
     own = dynamics.samples == dynamics.samples[at]
     before = [n for n in range(max(0, at - CONTEXT), at) if own[n]]
     after = [n for n in range(at + 1, min(len(texts), at + 1 + CONTEXT)) if own[n]]

@@ -1,11 +1,12 @@
-"""How the loss of each token changes over training: the four classes of Rho-1, appendix B.1.
+"""Classify tokens by how their loss changes over training, as in Rho-1, appendix B.1.
 
-A least-squares line is fitted to a token's losses over the checkpoints, and the difference of its
-ends looked at:
+A least-squares line is fitted to each token's losses over the checkpoints.  The class depends on
+the difference between the line's two ends:
 
-    H->L   it falls by more than 0.2 nats      L->H   it rises by more than 0.2
-    L->L   neither, and the last loss is at most the mean of all tokens' last losses
-    H->H   neither, and it is above
+    H->L   the line falls by more than 0.2 nats
+    L->H   the line rises by more than 0.2 nats
+    L->L   neither, and the token's last loss is at most the mean of all tokens' last losses
+    H->H   neither, and the token's last loss is above that mean
 """
 
 from __future__ import annotations
@@ -24,35 +25,43 @@ THRESHOLD = 0.2  # nats
 
 @dataclass(frozen=True)
 class TokenDynamics:
-    """T tokens that count at K checkpoints.
-
-    iterations: [K].  losses: float32 [K, T], nats.
-    classes: int8 [T], positions in CLASSES.  delta: float32 [T], nats from end to end of the line.
-    samples, positions, tokens: int [T], which token it is: of which sample, after how many others,
-        and its id.
-    """
+    """The losses of T unmasked tokens at K checkpoints, and the class of each token."""
 
     iterations: list[int]
+    """[K], the iteration of each checkpoint, ascending."""
+
     losses: NDArray[np.float32]
+    """[K, T], in nats."""
+
     classes: NDArray[np.int8]
+    """[T], indices into CLASSES."""
+
     delta: NDArray[np.float32]
+    """[T], in nats: the end of the fitted line minus its start."""
+
     samples: NDArray[np.int64]
+    """[T], the number of the sample that the token is in."""
+
     positions: NDArray[np.int64]
+    """[T], how many tokens precede the token in its sample."""
+
     tokens: NDArray[np.int64]
+    """[T], token ids."""
 
     def share(self, name: str) -> float:
-        """Part of the tokens that are of a class."""
+        """Return the fraction of all tokens that are in a class."""
         return float(np.mean(self.classes == CLASSES.index(name)))
 
     def mean_curve(self, name: str) -> NDArray[np.float64]:
-        """Mean loss of a class at each checkpoint, [K]; NaN for a class without tokens."""
+        """Return a class's mean loss in nats at each checkpoint, [K]; NaN if it has no tokens."""
         own = self.losses[:, self.classes == CLASSES.index(name)]
         if own.shape[1] == 0:
             return np.full(len(self.iterations), np.nan)
         return np.asarray(own.mean(axis=1, dtype=np.float64))
 
     def examples(self, name: str, count: int) -> list[int]:
-        """Tokens of a class, from the strongest change to the weakest in even steps."""
+        """Return the indices of up to `count` tokens of a class, evenly spaced from the strongest
+        change to the weakest."""
         own = np.flatnonzero(self.classes == CLASSES.index(name))
         order = own[np.argsort(-np.abs(self.delta[own]), kind="stable")]
         steps = np.linspace(0, len(order) - 1, min(count, len(order)))
@@ -60,12 +69,14 @@ class TokenDynamics:
 
 
 def classify(dumps: list[TokenDump]) -> TokenDynamics:
-    """
+    """Classify the tokens that the dumps of a run have in common.
+
     Raises:
-        UserError: fewer than two dumps, no line goes through one point; a loss that is no number.
+        UserError: there are fewer than two dumps (a line needs two points), or a loss is not
+            finite.
     """
     if len(dumps) < 2:
-        raise UserError("token dynamics need the losses of two iterations at least")
+        raise UserError("token dynamics need the losses of at least two iterations")
     valid = dumps[0].valid
     losses = np.stack([dump.losses[valid] for dump in dumps])
     iterations = [dump.iteration for dump in dumps]
@@ -90,7 +101,15 @@ def classify(dumps: list[TokenDump]) -> TokenDynamics:
 
 
 def fitted_change(iterations: list[int], losses: NDArray[np.float32]) -> NDArray[np.float64]:
-    """End minus start of the least-squares line through each token's losses, [K, T] -> [T]."""
+    """Fit a least-squares line to each token's losses; return its end minus its start.
+
+    Args:
+        iterations: [K].
+        losses: [K, T], in nats.
+
+    Returns:
+        [T], in nats.
+    """
     at = np.asarray(iterations, np.float64)
     away = at - at.mean()
     slope = away @ losses.astype(np.float64) / (away @ away)

@@ -1,4 +1,4 @@
-"""From token dumps to token dynamics: a table and plots as files, shares and examples printed."""
+"""Turn token dumps into token dynamics: write a table and plots, print shares and examples."""
 
 from __future__ import annotations
 
@@ -26,14 +26,18 @@ from megatron_slm.data.token_dump import read_dumps
 def write_dynamics(
     dumps: Path, directory: Path, tokenizer_model: str | None, iterations: list[int] | None = None
 ) -> None:
-    """Classify the tokens of a directory of dumps; write the table and the plots, print the shares,
-    transitions and examples.
+    """Classify the tokens of a directory of dumps; write the table and the plots, and print the
+    shares, transitions and examples.
 
     Args:
-        iterations: of the dumps to take; None for all.
+        dumps: directory of the dumps.
+        directory: where the table and the plots go.
+        tokenizer_model: tokenizer to use in place of the one that the dumps name.
+        iterations: iterations of the dumps to use; None for all.
 
     Raises:
-        UserError: as read_dumps and classify; no such tokenizer.
+        UserError: a library is missing, the dumps cannot be read or classified, or there is no such
+            tokenizer.
     """
     check_libraries()
     read = read_dumps(dumps, iterations)

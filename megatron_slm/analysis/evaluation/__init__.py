@@ -1,1 +1,1 @@
-"""Evaluate a checkpoint on few-shot benchmarks."""
+"""Evaluate a checkpoint on few-shot benchmarks with lm-eval."""

@@ -1,13 +1,13 @@
-"""The paper's benchmarks as lm-eval has them, with the paper's numbers.
+"""List the paper's benchmarks under lm-eval's names, with the paper's numbers.
 
-Table 1 of the paper is few-shot chain of thought under the authors' own harness
-(github.com/ZubinGou/math-evaluation-harness).  lm-eval's tasks come close to it in some cases only,
-and `differs` says in what not.  It has no SVAMP, MAWPS or TabMWP, and other SAT questions.
+Table 1 of the paper is few-shot chain of thought in the authors' own harness
+(github.com/ZubinGou/math-evaluation-harness).  Some of lm-eval's tasks come close; `differs` says
+how each deviates.  lm-eval lacks SVAMP, MAWPS and TabMWP, and has other SAT questions.
 
-The 15 general tasks are those of the paper's figure 5 (v1; it has MBPP and HumanEval twice, by
-pass@1 and pass@10), listed in its appendix C.2: by lm-eval, except where `differs` says otherwise.
-The paper gives no numbers of examples; they run with lm-eval's own.  Table 1's figures are those of
-models trained on mathematics, and no measure for a general one.
+The 15 general tasks are those of figure 5 (v1 of the paper, with MBPP and HumanEval by pass@1 and
+by pass@10), listed in appendix C.2.  The paper ran them in lm-eval unless `differs` says otherwise.
+It does not give the numbers of shots, so lm-eval's defaults apply.  Table 1's figures come from
+models trained on mathematics and are no yardstick for a general model.
 """
 
 from __future__ import annotations
@@ -20,19 +20,23 @@ MODELS = ("1B CLM", "1B SLM", "7B CLM", "7B SLM")
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A task, group or tag of lm-eval, and what the paper has for it.
-
-    shots: number of examples before a question; None for lm-eval's.
-    metric: the one nearest to the paper's, as lm-eval names it with its filter; None for all.
-    paper: the paper's accuracies in percent, of MODELS, trained on 15 billion tokens.
-    differs: in what, from the paper's.
-    """
+    """A task, group or tag of lm-eval, and what the paper reports for it."""
 
     name: str
+    """lm-eval's name."""
+
     shots: int | None = None
+    """Number of examples before a question; None for lm-eval's default."""
+
     metric: str | None = None
+    """lm-eval's name, with the filter, of the metric closest to the paper's; None for all
+    metrics."""
+
     paper: tuple[float, float, float, float] | None = None
+    """The accuracies that the paper reports for MODELS after 15 billion tokens, in percent."""
+
     differs: str = ""
+    """How the task differs from the paper's."""
 
 
 MATH = (
@@ -88,8 +92,12 @@ GROUPS = {"math": MATH, "general": GENERAL}
 
 
 def benchmarks(names: Sequence[str]) -> list[Benchmark]:
-    """What groups and lm-eval's names stand for, in the order given; each name once, and where it
-    is asked for in two ways, as the paper's."""
+    """Return the benchmarks that names of groups and of lm-eval's tasks stand for, in the order
+    given.
+
+    Each task is listed once.  One that is asked for both by itself and through the group that has
+    the paper's settings gets the paper's settings.
+    """
     found: dict[str, Benchmark] = {}
     for name in names:
         for one in GROUPS.get(name, (BENCHMARKS.get(name, Benchmark(name)),)):

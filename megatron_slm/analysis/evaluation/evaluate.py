@@ -1,10 +1,10 @@
-"""Few-shot evaluation of a checkpoint by lm-eval (EleutherAI's Language Model Evaluation Harness).
+"""Evaluate a checkpoint few-shot with lm-eval (EleutherAI's Language Model Evaluation Harness).
 
-    Megatron checkpoint -> Hugging Face directory, if it is none yet (megatron_slm/model)
-    names of tasks      -> tasks, all of them loaded before the first is run
-    each task           -> lm-eval on transformers' model -> scores
+    1. A Megatron checkpoint is exported to a Hugging Face directory (megatron_slm/model).
+    2. All tasks are loaded before the first one runs, so that a wrong name shows at once.
+    3. lm-eval runs each task on transformers' model and returns its scores.
 
-Under torchrun the GPUs of a node take a part of the questions each; the first rank has the scores.
+Under torchrun, each GPU of a node answers a part of the questions; the first rank gets the scores.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ from megatron_slm.model.conversion.export_hf import export_hugging_face
 from megatron_slm.model.conversion.tokenizer_files import SETTINGS, has_tokenizer
 from megatron_slm.model.torch_dist import TRACKER, iteration_directory
 
-FEW_SHOT_SEED = 1234  # lm-eval's own
+FEW_SHOT_SEED = 1234  # lm-eval's default
 SHARD_BYTES = 5 * 10**9
 
 Dimension = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
 
 
 class Sizes(msgspec.Struct):
-    """What in a config.json decides how much memory a model takes before its weights are read."""
+    """The sizes in a config.json that decide how much memory transformers allocates before it reads
+    any weights; the limits keep a damaged file from exhausting it."""
 
     num_hidden_layers: Annotated[int, msgspec.Meta(ge=1, le=10_000)] | None = None
     hidden_size: Dimension | None = None
@@ -47,31 +48,39 @@ class Sizes(msgspec.Struct):
 
 @dataclass(frozen=True)
 class BenchmarkScore:
-    """One metric of one task.
-
-    task: lm-eval's name: the benchmark's, or one of its tasks where they are not averaged.
-    shots: examples before a question; None if the tasks of a group differ in it.
-    metric: as lm-eval names it, with its filter.
-    value, stderr: as lm-eval gives them: an accuracy is a part of 1.
-    samples: number of questions.
-    """
+    """The value of one metric on one task."""
 
     benchmark: Benchmark
+    """The benchmark that was asked for."""
+
     task: str
+    """lm-eval's name of the benchmark, or of one of its tasks if lm-eval does not average them."""
+
     shots: int | None
+    """Examples before a question; None if the tasks of a group differ in it."""
+
     samples: int
+    """Number of questions."""
+
     metric: str
+    """lm-eval's name of the metric, with its filter."""
+
     value: float
+    """The value as lm-eval gives it; accuracies are between 0 and 1."""
+
     stderr: float | None
+    """Standard error of the value; None where lm-eval gives none."""
 
 
 @contextmanager
 def hugging_face_directory(model: Path, step: int | None, like: Path | None) -> Iterator[Path]:
-    """`model` itself, or the Megatron checkpoint in it exported to a temporary directory.
+    """Provide a model as a Hugging Face directory: itself, or a temporary export of the Megatron
+    checkpoint in it.
 
     Args:
+        model: Hugging Face directory, or what a run's --save wrote to.
         step: iteration of a Megatron checkpoint; None for the latest.
-        like: Hugging Face directory that gives an export its tokenizer and special tokens.
+        like: Hugging Face directory from which an export takes its tokenizer and special tokens.
 
     Raises:
         UserError: `model` is neither, cannot be exported, or has no tokenizer.
@@ -100,7 +109,11 @@ def hugging_face_directory(model: Path, step: int | None, like: Path | None) -> 
 
 
 def _check_tokenizer(directory: Path, remedy: str) -> None:
-    """Transformers would read a sentencepiece model alone in another way than training did."""
+    """Check that a directory has a tokenizer and says how to read it.
+
+    Without a tokenizer_config.json, transformers would read a sentencepiece model differently from
+    how training did.
+    """
     if not has_tokenizer(directory):
         raise UserError(f"{directory} has no tokenizer; {remedy}")
     if not any((directory / name).is_file() for name in SETTINGS):
@@ -113,20 +126,23 @@ def _check_tokenizer(directory: Path, remedy: str) -> None:
 def load_tasks(
     wanted: Sequence[Benchmark], include: Path | None, run_code: bool
 ) -> dict[Benchmark, Any]:
-    """lm-eval's tasks, with their data and numbers of examples.
+    """Load lm-eval's tasks with their data, and set their numbers of shots.
 
     Args:
-        include: directory with tasks in YAML; they come before lm-eval's of the same name.
-        run_code: allow tasks that run what the model wrote.
+        wanted: benchmarks to load the tasks of.
+        include: directory with tasks in YAML, which take precedence over lm-eval's of the same
+            name; None for lm-eval's alone.
+        run_code: allow tasks that run code written by the model.
 
     Raises:
-        UserError: lm-eval is not installed, a name is not known, or a task cannot be loaded.
+        UserError: lm-eval is not installed, a name is not known, a task runs code without
+            permission, or a task cannot be loaded.
     """
     if find_spec("lm_eval") is None:
         raise UserError("lm-eval is not installed: pip install -e '.[evaluation]'")
     if include is not None and not include.is_dir():
         raise UserError(f"--include-path {include}: no such directory")
-    os.environ["HF_ALLOW_CODE_EVAL"] = str(int(run_code))  # read when a task's metric is made
+    os.environ["HF_ALLOW_CODE_EVAL"] = str(int(run_code))  # read when a metric is created
     manager = _known_tasks(include)
     for benchmark in wanted:
         entry = manager.task_index.get(benchmark.name)
@@ -137,7 +153,7 @@ def load_tasks(
                 "name" + (f"; near it are {', '.join(near)}" if near else "")
             )
         if (entry.cfg or {}).get("unsafe_code") and not run_code:
-            raise _code_refused(benchmark)  # lm-eval would not load it
+            raise _code_refused(benchmark)  # or else lm-eval would refuse to load it
     return {benchmark: _load_task(manager, benchmark, run_code) for benchmark in wanted}
 
 
@@ -148,7 +164,7 @@ def _code_refused(benchmark: Benchmark) -> UserError:
     )
 
 
-@lru_cache  # reading lm-eval's 15,000 takes seconds
+@lru_cache  # reading the names of lm-eval's 15,000 tasks takes seconds
 def _known_tasks(include: Path | None) -> Any:
     from lm_eval.tasks import TaskManager
 
@@ -158,7 +174,7 @@ def _known_tasks(include: Path | None) -> Any:
 def _load_task(manager: Any, benchmark: Benchmark, run_code: bool) -> Any:
     try:
         loaded = manager.load(benchmark.name)
-    except Exception as error:  # a task is YAML, Python and data of somebody else
+    except Exception as error:  # a task is third-party YAML, Python and data
         raise UserError(f"--tasks {benchmark.name} cannot be loaded: {_line(error)}") from error
     for task in loaded["tasks"].values():
         if getattr(task, "UNSAFE_CODE", False) and not run_code:
@@ -176,13 +192,13 @@ def _line(error: Exception) -> str:
 def evaluate(
     directory: Path, tasks: dict[Benchmark, Any], batch_size: int, device: str | None
 ) -> Iterator[list[BenchmarkScore]]:
-    """Run tasks one by one; each yields its scores, to the first rank.
+    """Run tasks one by one, and yield the scores of each on the first rank.
 
     Args:
-        directory: of a Hugging Face model with its tokenizer.
-        tasks: of `load_tasks`.
+        directory: Hugging Face model with its tokenizer.
+        tasks: what `load_tasks` returned.
         batch_size: questions at a time.
-        device: as torch names it; None for all GPUs, or the CPU.
+        device: torch's name of the device; None for all GPUs, or the CPU if there are none.
 
     Raises:
         UserError: transformers cannot read the model, tensors are missing, or there are more ranks
@@ -202,22 +218,22 @@ def evaluate(
             pretrained=str(directory),
             device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
             batch_size=batch_size,
-            # One process spreads the layers over its GPUs: 70B do not fit on one.
+            # A single process spreads the layers over its GPUs: a 70B model does not fit on one.
             parallelize=device is None and ranks == 1 and gpus > 1,
         )
     except UserError:
         raise
-    except Exception as error:  # transformers trusts what is in the files
+    except Exception as error:  # transformers does not validate the files
         raise UserError(f"{directory} cannot be read by transformers: {_line(error)}") from error
     for benchmark, loaded in tasks.items():
-        # load_tasks has asked about code already.
+        # load_tasks has already refused tasks that run code without permission.
         results = run(model, loaded, log_samples=False, confirm_run_unsafe_code=True)
         if results is not None:
             yield _scores(benchmark, results)
 
 
 class _Whole:
-    """In the place of transformers' class, which would draw missing weights at random."""
+    """A stand-in for transformers' class, which would initialise missing weights at random."""
 
     @staticmethod
     def from_pretrained(directory: str, **options: Any) -> Any:
@@ -237,7 +253,8 @@ class _Whole:
 
 
 def _scores(benchmark: Benchmark, results: dict[str, Any]) -> list[BenchmarkScore]:
-    """Those of the benchmark's name, or of all its tasks where lm-eval has no average of them."""
+    """Extract a benchmark's scores: its own, or those of all its tasks if lm-eval does not average
+    them."""
     by_task: dict[str, dict[str, Any]] = results["results"]
     own = by_task.get(benchmark.name, {})
     names = [benchmark.name] if _metrics(own, benchmark) else list(by_task)
@@ -247,7 +264,7 @@ def _scores(benchmark: Benchmark, results: dict[str, Any]) -> list[BenchmarkScor
         result = by_task[name]
         for metric in _metrics(result, benchmark):
             if not isinstance(result[metric], int | float):
-                raise UserError(f"--tasks {name}: {metric} is no number but {result[metric]!r}")
+                raise UserError(f"--tasks {name}: {metric} is not a number but {result[metric]!r}")
             stderr = result.get(metric.replace(",", "_stderr,"))
             found.append(
                 BenchmarkScore(
@@ -257,14 +274,14 @@ def _scores(benchmark: Benchmark, results: dict[str, Any]) -> list[BenchmarkScor
                     samples=result["sample_len"],
                     metric=metric,
                     value=float(result[metric]),
-                    stderr=stderr if isinstance(stderr, float) else None,  # else "N/A"
+                    stderr=stderr if isinstance(stderr, float) else None,  # or "N/A"
                 )
             )
     return found
 
 
 def _metrics(result: dict[str, Any], benchmark: Benchmark) -> list[str]:
-    """The benchmark's if it is there, else all."""
+    """Return the benchmark's metric if the result has it, otherwise all metrics."""
     if benchmark.metric in result:
         return [benchmark.metric]
     return [name for name in result if "," in name and "_stderr," not in name]

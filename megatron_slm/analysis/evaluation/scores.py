@@ -16,7 +16,8 @@ if TYPE_CHECKING:  # which imports torch
 
 
 def table_line(*cells: object) -> str:
-    """Return a line of the table: task, shots, samples, metric, score, stderr, the paper's four."""
+    """Format a line of the table: task, shots, samples, metric, score, standard error, and the
+    paper's four scores."""
     widths = (-24, 11, 7, -28, 7, 7, *(7 for _ in MODELS))
     return " ".join(
         f"{cell!s:{'<' if width < 0 else '>'}{abs(width)}}"
@@ -25,7 +26,7 @@ def table_line(*cells: object) -> str:
 
 
 def table_row(score: BenchmarkScore) -> str:
-    """Return the line of a score, beside the paper's."""
+    """Format the line of a score, with the paper's scores beside it."""
     paper = score.benchmark.paper
     shots = "-" if score.shots is None else str(score.shots)
     return table_line(
@@ -40,7 +41,7 @@ def table_row(score: BenchmarkScore) -> str:
 
 
 def _entry(score: BenchmarkScore) -> dict[str, object]:
-    """A score as JSON; the paper's as parts of 1, too."""
+    """Return a score's entry in the JSON file; the paper's percentages become fractions of 1."""
     written = asdict(score)
     paper = written.pop("benchmark")["paper"]
     if paper is not None:
@@ -51,7 +52,13 @@ def _entry(score: BenchmarkScore) -> dict[str, object]:
 
 
 def write_scores(output: Path, model: Path, scores: list[BenchmarkScore]) -> None:
-    """Write all scores as JSON, whole or not at all."""
+    """Write all scores as JSON, completely or not at all.
+
+    Args:
+        output: the file.
+        model: directory of the model, which the file names.
+        scores: what `evaluate` yielded for all tasks.
+    """
     written = {
         "model": str(model),
         "lm_eval": version("lm_eval"),

@@ -1,1 +1,1 @@
-"""Run a study: all arms from one start, on the same data, and compare them."""
+"""Run a study (every arm from the same start, on the same data) and compare the arms."""

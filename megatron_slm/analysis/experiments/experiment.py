@@ -1,9 +1,10 @@
-"""Runs an experiment: stages, then all arms from one start, on the same data in the same order.
+"""Run an experiment: stages first, then every arm from the same start, on the same data in order.
 
-    once     stages that all seeds share, one after the other, each with all cores
-    seeds    stages of a seed and arms, `jobs` at a time, each with its part of the cores
+    1. The stages that all seeds share run one after the other, each with all cores.
+    2. The stages and arms of each seed run `jobs` at a time, each with its part of the cores.
 
-What is done is not done again (tasks.py).  A directory serves one command at a time.
+Tasks that are complete are not run again (tasks.py).  Only one command at a time works in a study's
+directory.
 """
 
 from __future__ import annotations
@@ -30,18 +31,22 @@ TASK_POLL_SECONDS = 0.1
 def run_experiment(
     path: Path, study: Path, jobs: int, arms: Sequence[str] | None, seeds: Sequence[int] | None
 ) -> str:
-    """Run what a recipe says and write results.json and results.md.
+    """Run the experiment of a recipe, and write results.json and results.md.
 
     Args:
-        jobs: runs at a time.
-        arms, seeds: some of the recipe's, or None for all; the baseline is always run.
+        path: the recipe.
+        study: directory for everything that the experiment makes.
+        jobs: number of tasks that run at a time.
+        arms: names of the recipe's arms to run, or None for all; the baseline always runs.
+        seeds: the recipe's seeds to run, or None for all.
 
     Returns:
-        The table, of these and of what an earlier command made.
+        A table of the results, including those that earlier commands made in this directory.
 
     Raises:
-        UserError: a bad recipe, an arm or seed that it has not; or what failed, and its log, when
-            all that does not need it is done and the results are written.
+        UserError: the recipe is faulty, or does not have such an arm or seed; or a task failed. A
+            failure is raised, with the path of its log, only after every task that does not depend
+            on it has run and the results are written.
     """
     recipe = read_experiment(path)
     study = study.resolve()
@@ -60,17 +65,17 @@ def run_experiment(
 
 
 def _write_results(recipe: Experiment, study: Path, failed: list[str]) -> dict[str, Any]:
-    """Write what all arms that are done have to say; the summary of it.
+    """Write the results of all arms that are complete, and return their summary.
 
     Raises:
-        UserError: `failed`, where not even the baseline is done.
+        UserError: not even the baseline is complete; the message is `failed`.
     """
     done = [
         one for one in tasks_of(recipe, None, None) if one.task.kind == "arm" and one.done(study)
     ]
     if failed and not any(one.task.name == BASELINE for one in done):
         raise UserError("; ".join(failed))
-    # Imports Megatron, which takes seconds; a fault of the recipe need not wait for it.
+    # This imports Megatron, which takes seconds; an error in the recipe should show before that.
     from megatron_slm.analysis.experiments.runs import measure_run
 
     runs: Runs = {one.task.name: {} for one in done}
@@ -103,7 +108,7 @@ def _write_results(recipe: Experiment, study: Path, failed: list[str]) -> dict[s
 
 
 def _run(instances: list[Instance], study: Path, jobs: int, lock: IO[str]) -> list[str]:
-    """Make what is not there yet; what failed and why."""
+    """Run the tasks that are not complete, and return what failed and why."""
     todo = [one for one in instances if not one.done(study)]
     once = [one for one in todo if one.seed is None]
     progress = StudyProgress(todo, len(instances), study, jobs)
@@ -117,7 +122,16 @@ def _run(instances: list[Instance], study: Path, jobs: int, lock: IO[str]) -> li
 def tasks_of(
     recipe: Experiment, arms: Sequence[str] | None, seeds: Sequence[int] | None
 ) -> list[Instance]:
-    """All tasks in an order in which they can be run, those that seeds share first."""
+    """Return all tasks in an order in which they can run, starting with those that seeds share.
+
+    Args:
+        recipe: the experiment.
+        arms: names of the arms wanted, or None for all; the baseline is always among them.
+        seeds: the seeds wanted, or None for all.
+
+    Raises:
+        UserError: the recipe does not have such an arm or seed.
+    """
     for name in arms or ():
         if name not in recipe.arms:
             raise UserError(f"--arms {name}: the recipe has {', '.join(recipe.arms)}")
@@ -140,12 +154,15 @@ def tasks_of(
 
 @contextmanager
 def _lock(study: Path) -> Iterator[IO[str]]:
-    """Keep other commands out; processes of one that was killed hold it until they have ended."""
+    """Keep other commands out of a study's directory.
+
+    The processes that a killed command leaves behind hold the lock until they have ended.
+    """
     with (study / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"> {study} is in use by another command: waiting for its end", flush=True)
+            print(f"> {study} is in use by another command: waiting for it to end", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield lock
 
@@ -153,8 +170,13 @@ def _lock(study: Path) -> Iterator[IO[str]]:
 def _work(
     todo: list[Instance], study: Path, jobs: int, lock: IO[str], progress: StudyProgress
 ) -> list[str]:
-    """Run tasks, at most `jobs` at a time, each when its inputs are done; what failed and why.
-    What needs it is left out, all else goes on."""
+    """Run tasks, at most `jobs` at a time, each as soon as its inputs are complete.
+
+    When a task fails, those that depend on it are skipped and all others go on.
+
+    Returns:
+        For each failure, what failed and why.
+    """
     waiting, running, failed = list(todo), list[Running](), list[str]()
     try:
         while True:

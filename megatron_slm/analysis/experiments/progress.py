@@ -1,8 +1,9 @@
-"""How far an experiment is, and how long the rest will take, from what its tasks log as they run.
+"""Tell how far an experiment is and how long the rest will take, from the logs of its tasks.
 
-Megatron logs what its steps and validations take.  What has not run yet is expected to take as long
-as the same with as many threads did, or, before there is such, as if half of the threads helped; a
-step that a reference scores in, a forward pass more.  Until a task trains, nothing is known.
+Megatron logs how long its steps and validations take.  A step that has not run yet is expected to
+take as long as steps with the same number of threads did.  Before there are any such steps, the
+estimate assumes that half of any difference in threads helps.  A step in which a reference scores
+tokens costs one forward pass more.  Nothing is estimated until a task has trained.
 """
 
 from __future__ import annotations
@@ -20,38 +21,42 @@ from statistics import mean
 
 from megatron_slm.analysis.experiments.tasks import Instance, Running
 
-LOOK, TELL = 1.0, 60.0  # seconds between looks, and between lines where there is no terminal
+LOOK, TELL = 1.0, 60.0  # seconds between looks at the logs, and between lines without a terminal
 LOGGED_STEP = re.compile(rb"\] iteration +(\d+)/ *\d+ \|.* per iteration \(ms\): ([\d.]+)")
 VALIDATING = re.compile(rb"Evaluating iter (\d+)/(\d+)")
 VALIDATED = re.compile(rb" evaluate \.+: \([\d.]+, ([\d.]+)\)")
 VALID_SAMPLES = re.compile(rb"GPTDataset valid indices\n.*total number of samples: (\d+)")
-SCORED = re.compile(rb"(\d+)%\|")  # tqdm's
-# An iteration of validation, in steps, before one has run: a full one's samples come one at a time.
+SCORED = re.compile(rb"(\d+)%\|")  # tqdm's progress bar
+# The assumed cost of a validation iteration, in training steps, until one has run.  A full
+# validation has one sample per iteration.
 FULL_VALIDATION, VALIDATION = 1 / 12, 1 / 3
 
 
 class Watched:
-    """What the log of a task has said since its start here; None stands for what it has not yet."""
+    """What the log of a running task has said since this command started it.
+
+    None stands for what it has not said yet.
+    """
 
     def __init__(self, one: Running, options: Namespace) -> None:
         self.one, self.options = one, options
         self.began = time.monotonic()
-        self.start: float | None = None  # seconds until the first step was made
-        self.first = self.step = 0  # the first step made here, and where it is
+        self.start: float | None = None  # seconds until the first step had run
+        self.first = self.step = 0  # the first step that this command ran, and the latest
         self.step_seconds: float | None = None
-        self.validations = self.iteration = 0  # ended here; within one, its iteration
-        self.each: int | None = None  # iterations of a validation
-        self.validation_seconds: float | None = None  # of an iteration
+        self.validations = self.iteration = 0  # those completed; the iteration of one in progress
+        self.each: int | None = None  # iterations per validation
+        self.validation_seconds: float | None = None  # per iteration
         self.scored = 0  # percent
-        self.read = self.size  # what an earlier start logged is left out
+        self.read = self.size  # bytes; skips what an earlier start logged
 
     @property
     def size(self) -> int:
-        """Of the log."""
+        """The size of the log in bytes."""
         return self.one.log.stat().st_size if self.one.log.exists() else 0
 
     def look(self) -> None:
-        """Read what the log has since the last look."""
+        """Read what was logged since the last look."""
         if self.size == self.read:
             return
         with self.one.log.open("rb") as file:
@@ -61,9 +66,9 @@ class Watched:
         self.read += len(new)
         for found in LOGGED_STEP.finditer(new):
             step, seconds = int(found[1]), float(found[2]) / 1000
-            if self.start is None:  # which is slower than others
+            if self.start is None:  # the first step is slower than others, so it does not count
                 self.start, self.first = time.monotonic() - self.began, step
-            else:  # other work on the machine comes and goes: the last steps count most
+            else:  # other load on the machine comes and goes, so recent steps count most
                 before = self.step_seconds
                 self.step_seconds = seconds if before is None else (before + seconds) / 2
             self.step = step
@@ -80,7 +85,7 @@ class Watched:
             self.scored = int((SCORED.findall(new) or [self.scored])[-1])
 
     def told(self) -> str:
-        """Where the task is, in words."""
+        """Return how far the task is, in words."""
         kind, name = self.one.instance.task.kind, self.one.instance.name
         if kind == "run":
             count = len(self.one.instance.task.commands)
@@ -93,25 +98,26 @@ class Watched:
 
 
 class StudyProgress:
-    """A line that says what runs, how far it is, and what is left.
+    """A line on stderr that says what is running, how far it is, and how long the rest will take.
 
     Args:
-        todo: all tasks that are not done.
-        count: of all tasks.
-        jobs: tasks at a time, of those that seeds do not share.
+        todo: all tasks that are not complete.
+        count: number of all tasks.
+        study: directory of the experiment.
+        jobs: number of tasks that run at a time, once the stages that seeds share are complete.
     """
 
     def __init__(self, todo: Sequence[Instance], count: int, study: Path, jobs: int) -> None:
         self.todo, self.count, self.study, self.jobs = list(todo), count, study, jobs
         self.began = time.monotonic()
         self.watched: dict[str, Watched] = {}
-        self.spent: list[float] = []  # seconds, of commands that train nothing
+        self.spent: list[float] = []  # seconds of each task that trains nothing
         self.terminal = sys.stderr.isatty()
         self.looked = self.shown = -TELL
         self.names: list[str] = []
 
     def show(self, running: Sequence[Running]) -> None:
-        """Look at the logs and write the line, when it is time to."""
+        """Look at the logs and write the line, if it is time to."""
         now, names = time.monotonic(), [one.instance.name for one in running]
         changed = names != self.names
         if not changed and now - self.looked < LOOK:
@@ -126,14 +132,14 @@ class StudyProgress:
             self._write([self.watched[name] for name in names])
 
     def ended(self, one: Running, whole: bool) -> None:
-        """Take note of a task that has ended, whole or not."""
+        """Take note of a task that has ended, and whether it is complete."""
         if whole:
             self.todo.remove(one.instance)
         if (watched := self.watched.get(one.instance.name)) and one.instance.task.kind == "run":
             self.spent.append(time.monotonic() - watched.began)
 
     def end(self) -> None:
-        """Take the line away."""
+        """Erase the line from the terminal."""
         if self.terminal:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
@@ -150,7 +156,7 @@ class StudyProgress:
         print(line, end="" if self.terminal else "\n", file=sys.stderr, flush=True)
 
     def left(self, running: list[Watched]) -> float | None:
-        """Return the seconds until all is done; None before any task has trained."""
+        """Return the seconds until everything is complete; None until a task has trained."""
         if all(each.step_seconds is None for each in self.watched.values()):
             return None
         names = [each.one.instance.name for each in running]
@@ -166,7 +172,7 @@ class StudyProgress:
         return shared + own
 
     def _whole(self, instance: Instance, jobs: int) -> float:
-        """What a task that has not started will take."""
+        """Estimate how many seconds a task that has not started will take."""
         if instance.task.kind == "run":
             return mean(self.spent) if self.spent else 0.0
         options, threads = _options(instance, self.study), threads_of(instance, jobs)
@@ -178,7 +184,7 @@ class StudyProgress:
         return start + options.train_iters * step + count * self._validation(options, threads, step)
 
     def _rest(self, watched: Watched) -> float:
-        """What is left of a task that runs."""
+        """Estimate how many seconds a running task will still take."""
         instance, options, threads = watched.one.instance, watched.options, watched.one.threads
         gone = time.monotonic() - watched.began
         if watched.scored:
@@ -188,22 +194,22 @@ class StudyProgress:
         step = watched.step_seconds or self._step(options, threads)
         rest = (options.train_iters - watched.step) * step
         if options.eval_interval:
-            before = (watched.first - 1) // options.eval_interval  # by an earlier start
+            before = (watched.first - 1) // options.eval_interval  # in an earlier start
             count = options.train_iters // options.eval_interval - before - watched.validations
             part = watched.iteration / watched.each if watched.each else 0.0
             rest += max(0.0, count - part) * self._validation(options, threads, step, watched)
         return rest
 
     def _step(self, options: Namespace, threads: int) -> float:
-        """Seconds of a step, by steps with as many threads if there are any, else by others."""
+        """Estimate the seconds of a step from steps with as many threads, or else from others."""
         passes = self._known(lambda each: each.step_seconds, threads, _by_passes)
-        assert passes is not None  # left() has looked
+        assert passes is not None  # left() has checked
         return passes * _passes(options)
 
     def _validation(
         self, options: Namespace, threads: int, step: float, own: Watched | None = None
     ) -> float:
-        """Seconds of a validation."""
+        """Estimate the seconds of a validation."""
         counts = [each.each for each in self.watched.values() if each.each]
         count = (own.each if own else None) or (counts[-1] if counts else options.eval_iters)
         each = own.validation_seconds if own else None
@@ -218,8 +224,11 @@ class StudyProgress:
         threads: int,
         share: Callable[[Watched], float] = lambda _: 1.0,
     ) -> float | None:
-        """The mean of what was measured with as many threads, or else with others, as if half of
-        the difference helped."""
+        """Return the mean of what was measured with as many threads.
+
+        If nothing was, scale what was measured with other numbers of threads, assuming that half of
+        the difference helps; None if nothing was measured at all.
+        """
         known = [
             (each.one.threads, found * share(each))
             for each in self.watched.values()
@@ -231,7 +240,13 @@ class StudyProgress:
 
 
 def _end(busy: list[float], then: list[float], jobs: int) -> float:
-    """When the last of some tasks ends, each of which starts as soon as one before it ends."""
+    """Return after how many seconds the last task ends, if each starts as soon as a place is free.
+
+    Args:
+        busy: seconds left of the tasks that are running.
+        then: seconds of each task that waits, in order.
+        jobs: number of places.
+    """
     ends = busy + [0.0] * max(0, jobs - len(busy))
     heapq.heapify(ends)
     for seconds in then:
@@ -240,12 +255,12 @@ def _end(busy: list[float], then: list[float], jobs: int) -> float:
 
 
 def threads_of(instance: Instance, jobs: int) -> int:
-    """Return the threads of each of a task's ranks, where `jobs` tasks share the cores."""
+    """Return how many threads each rank of a task gets if `jobs` tasks share the cores."""
     return max(1, len(os.sched_getaffinity(0)) // (jobs * instance.recipe.ranks))
 
 
 def _options(instance: Instance, study: Path) -> Namespace:
-    """Those of its arguments that say how long it takes."""
+    """Parse the arguments of a task that determine how long it takes."""
     parser = ArgumentParser(allow_abbrev=False)
     for name in ("--train-iters", "--eval-interval", "--eval-iters"):
         parser.add_argument(name, type=_number, default=0)
@@ -255,11 +270,11 @@ def _options(instance: Instance, study: Path) -> Namespace:
 
 
 def _number(text: str) -> int:
-    return int(text) if text.isdecimal() else 0  # else the task itself will refuse it
+    return int(text) if text.isdecimal() else 0  # the task itself will refuse what is no number
 
 
 def _passes(options: Namespace) -> int:
-    """Forward passes that a step is worth: three, and one of each reference."""
+    """Return the cost of a step in forward passes: three, and one for each reference."""
     return 3 + len(options.slm_reference_load)
 
 
@@ -268,7 +283,7 @@ def _by_passes(watched: Watched) -> float:
 
 
 def in_words(seconds: float) -> str:
-    """Return a time in the two units that matter."""
+    """Format a time in its two largest units, such as "1 h 5 min"."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -1,20 +1,21 @@
-"""What an experiment's recipe (YAML) says.
+"""Read an experiment's recipe, a YAML file with these keys:
 
-    name, target     of the study, and what the target domain is, in words
-    seeds            [1, 2, 3]: of Megatron's --seed, and so of the data's order
-    ranks            of every pretraining run (default: 1)
-    arguments        of every pretraining run
-    training         further ones, of all arms and of score caches
-    stages           what runs need, by name; each has one of
-                       run       commands, one after the other
-                       pretrain  arguments of a run of megatron_slm.pretrain
-                       score     arguments of tools/score_reference.py, after those of the arms
-    arms             by name, `clm` among them: description, arguments
-    extends          another recipe: its mappings are filled up, its arguments come before
+    name, target     the study's name, and a description of the target domain
+    seeds            values of Megatron's --seed, such as [1, 2, 3]; they also set the data's order
+    ranks            number of ranks of every pretraining run (default: 1)
+    arguments        arguments of every pretraining run
+    training         further arguments of all arms and score caches
+    stages           by name, what runs depend on; each has exactly one of
+                       run       commands that run one after the other
+                       pretrain  arguments for megatron_slm.pretrain
+                       score     arguments for tools/score_reference.py, after those of the arms
+    arms             by name, `clm` among them: a description and arguments
+    extends          a recipe to build on: stages and arms are merged into its own by name, and
+                     arguments are appended to its own
 
-In all texts {NAME} is what a stage made (directory, checkpoint or cache), {out} the stage's own,
-{root} this repository and {seed} the seed.  Who names a stage waits for it; a stage that names
-{seed}, or another that does, is made for each seed.
+In all texts {NAME} stands for what a stage made (directory, checkpoint or cache), {out} for what
+the task itself makes, {root} for this repository, and {seed} for the seed.  A task waits for the
+stages that it names.  A stage is made once per seed if it names {seed} or another such stage.
 """
 
 from __future__ import annotations
@@ -34,17 +35,17 @@ from megatron_slm.errors import UserError
 from megatron_slm.files import read_yaml
 
 BASELINE = "clm"
-MOST_EXTENDED = 20  # recipes, one upon the other
+MOST_EXTENDED = 20  # recipes in a chain
 PLACEHOLDER = re.compile(r"\{([A-Za-z0-9_-]+)\}")
 BUILT_IN = {"out", "root", "seed"}
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")
 
-Seed = Annotated[int, msgspec.Meta(ge=1, lt=1 << 31)]  # Megatron's
+Seed = Annotated[int, msgspec.Meta(ge=1, lt=1 << 31)]  # the range of Megatron's --seed
 
 
 class StageEntry(msgspec.Struct, forbid_unknown_fields=True):
-    """A stage in the file: one of the three."""
+    """A stage as the file has it: exactly one of the fields is set."""
 
     run: str | list[str] | UnsetType = UNSET
     pretrain: str | UnsetType = UNSET
@@ -52,18 +53,21 @@ class StageEntry(msgspec.Struct, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         if sum(each is not UNSET for each in (self.run, self.pretrain, self.score)) != 1:
-            raise ValueError("a stage has one of run, pretrain, score")
+            raise ValueError("a stage needs exactly one of run, pretrain, score")
 
 
 class ArmEntry(msgspec.Struct, forbid_unknown_fields=True):
-    """An arm in the file."""
+    """An arm as the file has it."""
 
     description: str = ""
     arguments: str | None = None
 
 
 class ExperimentFile(msgspec.Struct, forbid_unknown_fields=True):
-    """What a file says; a stage or an arm that is null leaves that of the extended recipe out."""
+    """The content of a recipe's file.
+
+    A stage or an arm that is null removes the one of that name from the recipe that is extended.
+    """
 
     name: str | UnsetType = UNSET
     target: str | UnsetType = UNSET
@@ -71,52 +75,68 @@ class ExperimentFile(msgspec.Struct, forbid_unknown_fields=True):
     ranks: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)] | UnsetType = UNSET
     arguments: str | None = None
     training: str | None = None
-    stages: dict[str, Any] | None = None  # of StageEntry, ArmEntry or null
+    stages: dict[str, Any] | None = None  # values: StageEntry or null, as ArmEntry for arms
     arms: dict[str, Any] | None = None
     extends: str | UnsetType = UNSET
 
 
 @dataclass(frozen=True)
 class ExperimentTask:
-    """A stage, or an arm, which is a pretraining run like others.
-
-    commands: words of each, with placeholders.
-    """
+    """A stage or an arm of the recipe."""
 
     name: str
+    """The recipe's name for it."""
+
     kind: Literal["run", "pretrain", "score", "arm"]
+    """What it runs; an arm is a pretraining run."""
+
     commands: tuple[tuple[str, ...], ...]
+    """The words of each command, with placeholders."""
+
     description: str = ""
+    """For an arm, what it is."""
 
     @property
     def words(self) -> Iterator[str]:
+        """The words of all commands."""
         for command in self.commands:
             yield from command
 
     @cached_property
     def names(self) -> frozenset[str]:
-        """In braces."""
+        """The names in braces that occur in the commands."""
         return frozenset(name for word in self.words for name in PLACEHOLDER.findall(word))
 
     @property
     def stages(self) -> list[str]:
-        """That it names."""
+        """The names of the stages that the commands name."""
         return sorted(self.names - BUILT_IN)
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """stages: in the order in which they can be made."""
+    """A recipe after it was checked and merged with those that it extends."""
 
     name: str
+    """Name of the study."""
+
     target: str
+    """Description of the target domain."""
+
     seeds: tuple[int, ...]
+    """Values of Megatron's --seed."""
+
     ranks: int
+    """Number of ranks of every pretraining run."""
+
     stages: dict[str, ExperimentTask]
+    """The stages by name, in an order in which they can be made."""
+
     arms: dict[str, ExperimentTask]
+    """The arms by name, the baseline among them."""
 
     def needs(self, task: ExperimentTask) -> dict[str, ExperimentTask]:
-        """Stages that a task needs, theirs included, in order."""
+        """Return the stages that a task depends on, directly or not, in order."""
         wanted = set(task.stages)
         for name, stage in reversed(self.stages.items()):
             if name in wanted:
@@ -124,19 +144,23 @@ class Experiment:
         return {name: stage for name, stage in self.stages.items() if name in wanted}
 
     def per_seed(self, task: ExperimentTask) -> bool:
-        """Whether each seed has its own."""
+        """Return whether a task is run once for each seed."""
         return task.kind in ("arm", "score") or any(
             "seed" in one.names or one.kind == "score" for one in (task, *self.needs(task).values())
         )
 
 
 def read_experiment(path: Path) -> Experiment:
-    """Raises: UserError: no such file, or what is wrong with it."""
+    """Read and check a recipe.
+
+    Raises:
+        UserError: there is no such file, or something is wrong with it.
+    """
     content = _extended(path, ())
     if content.seeds is UNSET:
         raise UserError(
-            f"{path}: a recipe needs seeds, a list of whole numbers; one without is there for "
-            "others to extend"
+            f"{path}: a recipe needs seeds, a list of whole numbers; one without can only be "
+            "extended by others"
         )
     common = _words(path, "arguments", content.arguments)
     training = (*common, *_words(path, "training", content.training))
@@ -162,10 +186,11 @@ def read_experiment(path: Path) -> Experiment:
 
 
 def _extended(path: Path, above: tuple[Path, ...]) -> ExperimentFile:
-    """The file's content over that of what it extends.
+    """Read a file and merge it into the recipe that it extends.
 
     Args:
-        above: those that extend it.
+        path: the file.
+        above: the files that extend it, from the first one read.
     """
     content = read_yaml(path, ExperimentFile)
     if content.extends is UNSET:
@@ -187,7 +212,7 @@ def _over(parent: ExperimentFile, own: ExperimentFile) -> ExperimentFile:
             if (value := getattr(own, name)) is not UNSET
         },
     )
-    for name in ("arguments", "training"):  # of two the last counts
+    for name in ("arguments", "training"):  # where an option occurs twice, the last one counts
         texts = [text for text in (getattr(parent, name), getattr(own, name)) if text is not None]
         setattr(merged, name, " ".join(texts) if texts else None)
     for name in ("stages", "arms"):

@@ -1,7 +1,8 @@
-"""Arms compared with the baseline, seed by seed: each pair had one start and the same data.
+"""Compare the arms of a study with the baseline, seed by seed.
 
-All is said of the last iteration that every run of the study has reached (`compared`), but for the
-comparison at equal compute, which uses all of the curves.  Between its points a curve is a line.
+An arm and the baseline have the same start and the same data for each seed.  They are compared at
+the last iteration at which every run of the study was validated (`compared`); only the comparison
+at equal compute uses the whole curves.  A curve is interpolated linearly between its points.
 """
 
 from __future__ import annotations
@@ -20,15 +21,25 @@ SAME_LOSS = 1e-3  # relative: bf16 sums depend on how many threads share them
 
 
 class Point(NamedTuple):
-    """A validation: after how many iterations and tokens, and the target loss in nats; what was
-    spent until then: tokens trained on, FLOPs of the run's own steps and of its references."""
+    """A validation, and what the run had spent until then."""
 
     iteration: int
+    """The iteration after which the run was validated."""
+
     tokens: int
+    """Tokens seen until then."""
+
     loss: float
+    """Loss on the target, in nats a token."""
+
     selected: int
+    """Tokens trained on until then."""
+
     policy_flops: int
+    """FLOPs of the run's own steps until then."""
+
     scoring_flops: int
+    """FLOPs of its references until then."""
 
 
 Curve = Sequence[Point]
@@ -36,31 +47,39 @@ Curve = Sequence[Point]
 
 @dataclass(frozen=True)
 class RunResult:
-    """curve: rising.
-    reference_training: FLOPs.  step_seconds: mean, of training steps alone.
-    first_loss: of all tokens of the first step, in nats; None if it was not logged.
-    """
+    """What a run achieved and what it cost."""
 
     directory: str
+    """The run's directory, relative to the study's."""
+
     curve: tuple[Point, ...]
+    """The run's validations, by ascending iteration."""
+
     reference_training: int
+    """FLOPs that it took to train the run's references."""
+
     step_seconds: float
+    """Mean time of a training step, without validations."""
+
     first_loss: float | None
+    """Loss of all tokens of the first step, in nats; None if it was not logged."""
 
     @property
     def final(self) -> Point:
+        """The last validation."""
         return self.curve[-1]
 
     @property
     def flops(self) -> int:
-        """Of all it needed."""
+        """FLOPs of the whole run and of its references."""
         return self.flops_at(self.final)
 
     def flops_at(self, point: Point) -> int:
+        """Return the FLOPs of the run up to a point, and of all that it needed before."""
         return self.reference_training + point.policy_flops + point.scoring_flops
 
     def described(self) -> dict[str, Any]:
-        """Of the whole run, for results.json."""
+        """Return the run's entry in results.json."""
         return {
             "directory": self.directory,
             "final_loss": self.final.loss,
@@ -80,15 +99,15 @@ Runs = dict[str, dict[int, RunResult]]  # by arm and seed
 
 
 def cut(run: RunResult, iteration: int) -> RunResult:
-    """The run as if it had ended at a point of its curve."""
+    """Return a run as if it had ended at an iteration of its curve."""
     return replace(run, curve=tuple(point for point in run.curve if point.iteration <= iteration))
 
 
 def compared_at(runs: Runs) -> int:
-    """The last iteration at which all runs have been validated.
+    """Return the last iteration at which every run was validated.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such iteration.
     """
     points = [
         {point.iteration for point in run.curve}
@@ -97,15 +116,18 @@ def compared_at(runs: Runs) -> int:
     ]
     common = set.intersection(*points)
     if not common:
-        raise UserError("no iteration at which all arms were validated: see --eval-interval")
+        raise UserError(
+            "there is no iteration at which all arms were validated; give them the same "
+            "--eval-interval"
+        )
     return max(common)
 
 
 def tokens_to_reach(curve: Curve, loss: float) -> float | None:
-    """Tokens at which the curve first is at or below a loss; None if it never is.
+    """Return after how many tokens a curve first is at or below a loss; None if it never is.
 
-    Before the first point the curve is not known: a loss that it reaches by then counts as reached
-    there.
+    The curve is unknown before its first point, so a loss that it has reached by then counts as
+    reached at that point.
     """
     before: Point | None = None
     for point in curve:
@@ -119,8 +141,8 @@ def tokens_to_reach(curve: Curve, loss: float) -> float | None:
 
 
 def at_compute(run: RunResult, flops: float) -> float | None:
-    """Target loss when a run, with all it needed before, has taken so many FLOPs; None before the
-    first point of its curve and beyond the last."""
+    """Return a run's target loss when it has taken so many FLOPs, including those of training its
+    references; None before the first point of its curve and beyond the last."""
     for before, after in pairwise(run.curve):
         low, high = run.flops_at(before), run.flops_at(after)
         if low <= flops <= high:
@@ -129,7 +151,13 @@ def at_compute(run: RunResult, flops: float) -> float | None:
 
 
 def summary(runs: Runs) -> dict[str, Any]:
-    """Of all arms, over the seeds; losses in nats, spreads are standard deviations of a sample."""
+    """Summarise all arms over the seeds, as results.json has them (study_file.py).
+
+    Losses are in nats a token, and spreads are sample standard deviations.
+
+    Raises:
+        UserError: there is no iteration at which every run was validated.
+    """
     iteration = compared_at(runs)
     ended = {
         arm: {seed: cut(run, iteration) for seed, run in seeds.items()}
@@ -183,14 +211,14 @@ def _differences(
 
 
 def _began_apart(run: RunResult, baseline: RunResult) -> bool:
-    """Whether the first step had another loss, and so another start or other data."""
+    """Return whether the first step's loss differs, which means another start or other data."""
     if run.first_loss is None or baseline.first_loss is None:
         return False
     return not isclose(run.first_loss, baseline.first_loss, rel_tol=SAME_LOSS)
 
 
 def _spread(values: Sequence[float | None]) -> dict[str, Any]:
-    """Of the values that there are; `missing` counts the others."""
+    """Summarise the values that are known; `missing` counts the others."""
     there = [value for value in values if value is not None]
     return {
         "mean": mean(there) if there else None,
@@ -201,7 +229,12 @@ def _spread(values: Sequence[float | None]) -> dict[str, Any]:
 
 
 def verdict(arm: str, found: dict[str, Any]) -> str:
-    """How an arm compares with the baseline, in plain words."""
+    """Say in plain words how an arm compares with the baseline.
+
+    Args:
+        arm: name of the arm.
+        found: summary of the arm (ArmSummary in study_file.py).
+    """
     name = BASELINE.upper()
     if arm == BASELINE:
         return f"{name} is what the others are compared with."

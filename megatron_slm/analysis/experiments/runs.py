@@ -1,11 +1,11 @@
-"""What a run of an experiment did, from its TensorBoard events and its checkpoint's arguments.
+"""Measure a run of an experiment from its TensorBoard events and its checkpoint's arguments.
 
-FLOPs are by megatron_slm/planning/formulas.py, validation left out:
+FLOPs come from megatron_slm/planning/formulas.py and leave validation out:
 
     policy               the run's own steps
-    scoring              a forward of every reference on every token, by the run or a score cache;
-                         not in steps of a warm-up
-    reference_training   all pretraining that this arm needs and the baseline does not
+    scoring              a forward pass of every reference over every token, by the run or by a
+                         score cache; the run does none during a warm-up
+    reference_training   all pretraining that this arm depends on and the baseline does not
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ from megatron_slm.planning.recipe import work_of
 
 
 def measure_run(instance: Instance, study: Path) -> RunResult:
-    """
+    """Measure the curve, the cost and the step time of a run that is complete.
+
     Raises:
-        UserError: the run has logged no validation, one without a finite loss, or what is damaged.
+        UserError: the run logged no validation or a loss that is not finite, or a file is damaged.
     """
     directory = study / instance.directory
     args = _arguments(study / instance.output)
     logged = read_events(directory / "tensorboard").scalars
-    validations = list(filter(VALIDATION.fullmatch, logged))  # of several sets the first counts
+    validations = list(filter(VALIDATION.fullmatch, logged))  # the first set counts
     if not validations:
         raise UserError(f"{directory}: no validation was logged: give --eval-interval and data")
     for tag in ("lm loss", "iteration-time"):
@@ -44,7 +45,8 @@ def measure_run(instance: Instance, study: Path) -> RunResult:
                 f"{directory}/tensorboard has no {tag!r}: remove {directory} to run it again"
             )
     tokens = args.global_batch_size * args.seq_length
-    # A run that selects nothing, or nothing yet, logs no ratio: all tokens, as with soft weights.
+    # A run that does not select, or not yet, logs no ratio: it trains on all tokens.  So do soft
+    # weights.
     ratios, scored = logged.get("selected ratio", {}), logged.get("reference loss", {})
     soft = args.slm_weighting != "hard" or args.slm_unselected_weight > 0
     steps = range(1, args.train_iters + 1)
@@ -75,14 +77,18 @@ def measure_run(instance: Instance, study: Path) -> RunResult:
 
 
 def _step_seconds(times: dict[int, float]) -> float:
-    """From means of log intervals, by the last iteration of each."""
+    """Return the mean time of a step from the means of the log intervals.
+
+    Args:
+        times: mean seconds of a step, by the last iteration of each interval.
+    """
     ends = [0, *sorted(times)]
     total = sum((end - start) * times[end] for start, end in pairwise(ends))
     return total / ends[-1]
 
 
 def _arguments(checkpoints: Path) -> Namespace:
-    """Those of the run that saved the latest."""
+    """Return the arguments of the run that saved the latest checkpoint of a directory."""
     return TorchDistReader(iteration_directory(checkpoints, None, "--save", "--save")).arguments
 
 
@@ -91,13 +97,14 @@ def _architecture(args: Namespace) -> Architecture:
 
 
 def _step_flops(args: Namespace, ratio: float, selects: bool) -> int:
-    """Of a step, but for references."""
+    """Return the FLOPs of a step, without those of references."""
     work = work_of(args, "plain", "cpu")  # neither matters for FLOPs
     work = replace(work, ratio=ratio, ranks_first=work.ranks_first and selects)
     return step_flops(_architecture(args), [], work)
 
 
 def _reference_training(instance: Instance, study: Path) -> int:
+    """Return the FLOPs of all pretraining that a run depends on and the baseline does not."""
     recipe = instance.recipe
     shared = recipe.needs(recipe.arms[BASELINE])
     own = (
@@ -110,7 +117,10 @@ def _reference_training(instance: Instance, study: Path) -> int:
 
 
 def _scoring(instance: Instance, study: Path, args: Namespace) -> tuple[int, int]:
-    """FLOPs of a step's tokens: by score caches, which have all, and by the run itself."""
+    """Return the FLOPs of scoring a step's tokens by score caches and by the run itself.
+
+    Score caches have every step's tokens; the run itself scores only the steps that select.
+    """
     caches = [one for one in instance.inputs if one.task.kind == "score"]
     cached = [load for cache in caches for load in _references(cache, study)]
     online = _references(instance, study)
@@ -130,7 +140,7 @@ def _scoring(instance: Instance, study: Path, args: Namespace) -> tuple[int, int
 
 
 def _references(instance: Instance, study: Path) -> list[str]:
-    """Checkpoints that --slm-reference-load has in its command."""
+    """Return the directories that a task's --slm-reference-load names."""
     (words,) = instance.commands(study)
     parser = ArgumentParser(allow_abbrev=False)
     parser.add_argument("--slm-reference-load", nargs="+", default=[])

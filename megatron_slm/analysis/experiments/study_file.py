@@ -1,4 +1,4 @@
-"""A study's results.json: what tools/run_experiment.py writes of its arms, and a report reads."""
+"""Define and read a study's results.json, which experiments write and reports show."""
 
 from __future__ import annotations
 
@@ -16,16 +16,23 @@ NotNegative = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class Spread(TypedDict):
-    """A figure over the seeds; `missing` of them have none."""
+    """A figure over the seeds; it may be unknown for some of them."""
 
     mean: float | None
+    """Mean of the known values."""
+
     std: float | None
+    """Their sample standard deviation; None for fewer than two."""
+
     values: list[float | None]
+    """The value of each seed."""
+
     missing: NotNegative
+    """The number of seeds whose value is unknown."""
 
 
 class Known(TypedDict):
-    """A figure that each seed has."""
+    """A figure that is known for every seed; the fields are those of Spread."""
 
     mean: float
     std: float | None
@@ -34,34 +41,55 @@ class Known(TypedDict):
 
 
 class EqualCompute(TypedDict):
-    """Losses where an arm and the baseline have taken as many FLOPs as the other."""
+    """Losses at equal compute, in nats a token."""
 
     arm_at_baseline_flops: Spread
+    """The arm's loss when it has taken as many FLOPs as the baseline did."""
+
     baseline_at_arm_flops: Spread
+    """The baseline's loss when it has taken as many FLOPs as the arm did."""
 
 
 class ArmSummary(TypedDict):
     """An arm over its seeds, compared with the baseline."""
 
     final_loss: Known
+    """Target loss where all runs are compared, in nats a token."""
+
     difference: Spread
+    """That loss minus the baseline's of the same seed."""
+
     part_of_baseline_tokens: Spread
+    """Tokens that it takes to reach the baseline's loss, as a fraction of the baseline's tokens."""
+
     flops_ratio: Known
+    """The arm's FLOPs divided by the baseline's."""
+
     selected_part: Known
+    """Fraction of the tokens that the arm trained on."""
+
     step_seconds: Known
+    """Mean seconds of a training step."""
+
     equal_compute: EqualCompute
+    """Losses at equal compute."""
+
     verdict: str
+    """The comparison in words."""
 
 
 class Compared(TypedDict):
-    """Where all runs are compared."""
+    """The point at which all runs are compared."""
 
     iteration: NotNegative
+    """The last iteration at which every run was validated."""
+
     tokens: NotNegative
+    """Tokens that each run had seen by then."""
 
 
 class StudySummary(TypedDict):
-    """Of all arms."""
+    """The comparison of all arms."""
 
     baseline: str
     compared: Compared
@@ -69,37 +97,68 @@ class StudySummary(TypedDict):
 
 
 class SeedResult(TypedDict):
-    """A run.  curve: points that begin with iteration, tokens and target loss."""
+    """A run of an arm with one seed."""
 
     directory: str
+    """Directory of the run, relative to the study's."""
+
     final_loss: float
+    """Target loss where all runs are compared, in nats a token."""
+
     curve: Annotated[
         list[Annotated[list[float], msgspec.Meta(min_length=3)]], msgspec.Meta(min_length=1)
     ]
+    """Validations, each of which begins with the iteration, the tokens and the target loss."""
+
     first_loss: NotRequired[float | None]
+    """Loss of all tokens of the first step, in nats; null if it was not logged."""
+
     tokens_seen: NotRequired[NotNegative]
+    """Tokens that the run had seen where all runs are compared."""
+
     tokens_selected: NotRequired[NotNegative]
+    """Tokens of these that it trained on."""
+
     wall_seconds: NotRequired[float]
+    """Time of its training steps."""
+
     flops: NotRequired[dict[str, int]]
+    """FLOPs of the policy, of training its references, and of scoring with them."""
 
 
 class Arm(TypedDict):
     """A way of selecting tokens, and its runs."""
 
     arguments: list[str]
+    """Arguments of its pretraining runs."""
+
     description: str
+    """What it is, in words."""
+
     seeds: Annotated[dict[str, SeedResult], msgspec.Meta(min_length=1)]
+    """Its runs by seed."""
 
 
 class Results(TypedDict):
     """The whole file."""
 
     format: Literal[1]
+    """Version of the format: STUDY_FORMAT."""
+
     study: str
+    """Name of the study."""
+
     target: str
+    """Description of the target domain."""
+
     tokens_per_step: NotRequired[NotNegative]
+    """Tokens of a training step."""
+
     arms: dict[str, Arm]
+    """The arms by name."""
+
     summary: StudySummary
+    """The comparison of the arms."""
 
 
 class _Version(msgspec.Struct):
@@ -107,14 +166,17 @@ class _Version(msgspec.Struct):
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """Read the file as what it says, which has the types above.
+    """Read the file and check it against the types above.
+
+    Returns:
+        The whole content, including keys that the types do not name.
 
     Raises:
-        UserError: not such a file, or its parts do not belong together.
+        UserError: it is not such a file, or its parts contradict each other.
     """
     content = read_bounded(path)
     if decode_json(content, _Version, path).format != STUDY_FORMAT:
-        raise UserError(f"{path} is not of a study that this version knows")
+        raise UserError(f"{path} is not in the format that this version reads ({STUDY_FORMAT})")
     results = decode_json(content, Results, path)
     arms, summary = results["arms"], results["summary"]
     if arms.keys() != summary["arms"].keys() or summary["baseline"] not in arms:
@@ -123,6 +185,6 @@ def read_results(path: Path) -> dict[str, Any]:
         for seed in arm["seeds"].values():
             inside(path.parent, seed["directory"])
             if len({len(point) for point in seed["curve"]}) > 1:
-                raise UserError(f"{path}: the points of {seed['directory']} are of several kinds")
+                raise UserError(f"{path}: the points of {seed['directory']} differ in length")
     whole: dict[str, Any] = decode_json(content, dict[str, Any], path)
     return whole

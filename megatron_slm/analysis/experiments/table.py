@@ -1,4 +1,7 @@
-"""The results of an experiment as a table, for the terminal and as Markdown."""
+"""Format the results of an experiment as a table, for the terminal and in Markdown.
+
+The functions take the `summary` of results.json (StudySummary in study_file.py).
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ COLUMNS = (
 
 
 def rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
-    """COLUMNS of each arm."""
+    """Return a row of COLUMNS for each arm."""
     return [
         (
             arm,
@@ -36,7 +39,12 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def spread(values: dict[str, Any], sign: str = "") -> str:
-    """Mean and standard deviation over the seeds."""
+    """Format the mean and the standard deviation over the seeds.
+
+    Args:
+        values: a Spread of study_file.py.
+        sign: "+" to show the sign of positive means as well.
+    """
     if values["mean"] is None:
         return "not known"
     text = f"{values['mean']:{sign}.4f}"
@@ -46,7 +54,11 @@ def spread(values: dict[str, Any], sign: str = "") -> str:
 
 
 def part(values: dict[str, Any]) -> str:
-    """A part of the baseline's tokens, as a percentage."""
+    """Format a fraction of the baseline's tokens as a percentage.
+
+    Args:
+        values: a Spread of study_file.py.
+    """
     if values["mean"] is None:
         return "not reached"
     text = f"{values['mean']:.0%}"
@@ -61,7 +73,7 @@ def _missing(values: dict[str, Any]) -> str:
 
 
 def results_table(summary: dict[str, Any]) -> str:
-    """Aligned columns, and a line in words for each arm."""
+    """Return aligned columns, followed by a line in words for each arm."""
     lines = [COLUMNS, *rows(summary)]
     widths = [max(len(row[at]) for row in lines) for at in range(len(COLUMNS))]
     text = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in lines]
@@ -69,7 +81,13 @@ def results_table(summary: dict[str, Any]) -> str:
 
 
 def markdown(name: str, target: str, summary: dict[str, Any]) -> str:
-    """A file of its own."""
+    """Return the content of results.md.
+
+    Args:
+        name: name of the study.
+        target: description of the target domain.
+        summary: the comparison of the arms.
+    """
     at = summary["compared"]
     text = [f"# {name}", "", f"Target domain: {target}.", ""]
     text += [
@@ -84,6 +102,6 @@ def markdown(name: str, target: str, summary: dict[str, Any]) -> str:
 
 
 def verdicts(summary: dict[str, Any]) -> list[str]:
-    """Those of arms other than the baseline."""
+    """Return the verdict on each arm other than the baseline."""
     arms = summary["arms"].items()
     return [found["verdict"] for arm, found in arms if arm != summary["baseline"]]

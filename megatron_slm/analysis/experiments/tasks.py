@@ -1,12 +1,12 @@
-"""A task of an experiment, for a seed or for all: where it is, whether it is done, its start.
+"""Locate, start and record a task of an experiment, for one seed or for all of them.
 
-    DIRECTORY/begun.json     what is being made: a hash of its commands and of those of its inputs;
-                             a directory without it is none of ours
-    DIRECTORY/record.json    the same, when it is whole: written last, by a rename
-    DIRECTORY/log            what its processes print
+    DIRECTORY/begun.json     written first: a hash of the task's commands and of its inputs; a
+                             directory without it was not made by an experiment
+    DIRECTORY/record.json    written last, by a rename: the same hash, so the task is complete
+    DIRECTORY/log            what the task's processes print
 
-Where the hash differs the directory is made anew; else commands go on with what is there, as
-pretraining does from its last checkpoint.
+If the hash differs, the directory is made anew.  Otherwise the commands continue with what is
+there, as pretraining does from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -34,35 +34,41 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 PRETRAIN = "-m megatron_slm.pretrain".split()
 SCORE = "-m megatron_slm.jobs.score_reference".split()
 LOGGED = "--tensorboard-log-interval 1 --log-timers-to-tensorboard".split()
-LAST_BYTES = 1 << 16  # of a log, where the reason of a failure is looked for
+LAST_BYTES = 1 << 16  # the end of a log, which is searched for the reason of a failure
 MADE = {"pretrain": "checkpoints", "arm": "checkpoints", "score": "cache", "run": ""}
 
 
 @dataclass(frozen=True)
 class Instance:
-    """A task for a seed; None for one that all seeds share."""
+    """A task of a recipe, for one seed or shared by all of them."""
 
     recipe: Experiment
+    """The experiment."""
+
     task: ExperimentTask
+    """The stage or arm."""
+
     seed: int | None
+    """The seed; None if all seeds share the task."""
 
     @property
     def name(self) -> str:
+        """The task's name, with the seed if it has one."""
         return self.task.name if self.seed is None else f"{self.task.name}-seed{self.seed}"
 
     @property
     def directory(self) -> Path:
-        """Relative to the study's."""
+        """The task's directory, relative to the study's."""
         return Path("runs" if self.task.kind == "arm" else "stages") / self.name
 
     @property
     def output(self) -> Path:
-        """What its name in braces stands for."""
+        """What the task's name in braces stands for, relative to the study's directory."""
         return self.directory / MADE[self.task.kind]
 
     @cached_property
     def inputs(self) -> list[Instance]:
-        """Stages that it names."""
+        """The stages that the task names, for the same seed."""
         stages = (self.recipe.stages[name] for name in self.task.stages)
         return [
             Instance(self.recipe, stage, self.seed if self.recipe.per_seed(stage) else None)
@@ -71,8 +77,8 @@ class Instance:
 
     @cached_property
     def hash(self) -> str:
-        """Of what it does: its commands, the files of this repository that these name, its inputs,
-        the seed and the number of ranks."""
+        """A hash of all that determines the task's outcome: its commands, the files of this
+        repository that they name, its inputs, the seed and the number of ranks."""
         does: list[Any] = [self.task.kind, self.task.commands, self.seed]
         does += [one.hash for one in self.inputs]
         named = (Path(word.replace("{root}", str(REPOSITORY))) for word in self.task.words)
@@ -83,26 +89,30 @@ class Instance:
         return hashlib.sha256(json.dumps(does).encode()).hexdigest()
 
     def done(self, study: Path) -> bool:
-        """Whether all of it is there."""
+        """Return whether the task is complete."""
         return _hash_in(study / self.directory / "record.json") == self.hash
 
     def prepare(self, study: Path) -> None:
-        """An empty directory, or what an earlier start of the same left there."""
+        """Create the task's directory, unless an earlier start of the same task left one.
+
+        Raises:
+            UserError: there is a directory of that name which no experiment made.
+        """
         directory = study / self.directory
         begun = _hash_in(directory / "begun.json")
         if begun == self.hash:
             return
         for leftover in directory.parent.glob(f"{directory.name}.*.partial"):
-            if is_leftover(leftover):  # of a start that was killed here
+            if is_leftover(leftover):  # from a start that was killed in this function
                 shutil.rmtree(leftover)
-        # This may be killed as well: under its name the directory is always whole.
+        # This start may be killed too: renaming means that the directory is never incomplete.
         if begun is not None:
             old = temporary(directory)
             directory.rename(old)
             shutil.rmtree(old)
         elif directory.exists() and any(directory.iterdir()):
             raise UserError(
-                f"{directory} has no begun.json, so this study has not made it: move it away"
+                f"{directory} has no begun.json, so this study did not make it; move it away"
             )
         new = temporary(directory)
         new.mkdir(parents=True)
@@ -110,12 +120,12 @@ class Instance:
         new.rename(directory)
 
     def finish(self, study: Path) -> None:
-        """Say that all of it is there."""
+        """Record that the task is complete."""
         record = {"hash": self.hash, "commands": self.commands(study)}
         write_json(study / self.directory / "record.json", record)
 
     def commands(self, study: Path) -> list[list[str]]:
-        """To be run one after the other in the study's directory."""
+        """Return the commands, which are run one after the other in the study's directory."""
         known = {one.task.name: str(one.output) for one in self.inputs}
         known |= {"out": str(self.output), "root": str(REPOSITORY), "seed": str(self.seed)}
 
@@ -150,10 +160,11 @@ class _Hash(msgspec.Struct):
 
 
 def _hash_in(file: Path) -> str | None:
-    """None where there is no such file.
+    """Read the hash in a begun.json or record.json; None if there is no such file.
 
     Raises:
-        UserError: it is damaged; what it stands for could be hours of training.
+        UserError: the file is damaged; it is not replaced, since it could stand for hours of
+            training.
     """
     if not file.exists():
         return None
@@ -164,16 +175,19 @@ def _hash_in(file: Path) -> str | None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all."""
+    """Write a JSON file, completely or not at all."""
     write_whole(path, json.dumps(content, indent=1).encode())
 
 
 class Running:
-    """A task at work: its commands one after the other, in a process that dies with this one.
+    """A running task: its commands one after the other, each in a process that dies with this one.
 
     Args:
-        threads: for each of its ranks.
-        lock: an open file whose lock the processes share, so that it is held until the last ends.
+        instance: the task.
+        study: directory of the experiment.
+        threads: number of threads of each rank.
+        lock: an open file whose lock the processes share, so that it is held until the last one
+            ends.
     """
 
     def __init__(self, instance: Instance, study: Path, threads: int, lock: IO[str]) -> None:
@@ -193,7 +207,15 @@ class Running:
         self.process: subprocess.Popen[bytes] | None = None
 
     def poll(self) -> int | None:
-        """Exit code of the first command that failed, 0 when all are done, None before."""
+        """Start the next command if the last one has ended.
+
+        Returns:
+            The exit code of the first command that failed, 0 if all have succeeded, and None until
+            then.
+
+        Raises:
+            UserError: a command cannot be started.
+        """
         if self.process is not None:
             code = self.process.poll()
             if code is None or code != 0:
@@ -220,14 +242,14 @@ class Running:
             raise UserError(f"{self.instance.name}: {error}") from error
 
     def stop(self) -> None:
-        """End it; what it has made stays for the next start."""
+        """End the task; what it has made stays for the next start."""
         self.left = []
         if self.process is not None:
             self.process.terminate()
             self.process.wait()
 
     def last_words(self) -> str:
-        """The line of its log that says most about a failure."""
+        """Return the line of the log that says most about a failure."""
         with self.log.open("rb") as log:
             log.seek(max(0, log.seek(0, os.SEEK_END) - LAST_BYTES))
             lines = log.read().decode(errors="replace").splitlines()
@@ -237,11 +259,11 @@ class Running:
 
 
 def _die_with_parent() -> None:
-    """In the child: SIGTERM when the parent ends, however it does (prctl's PR_SET_PDEATHSIG)."""
+    """Have this child process get SIGTERM when its parent ends, by prctl's PR_SET_PDEATHSIG."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def _one_rank() -> dict[str, str]:
-    """What torchrun would set; it overrides them where it is used."""
+    """Return the variables that torchrun would set for one rank; torchrun overrides them."""
     rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    return rank | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # any that is free
+    return rank | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # any free port

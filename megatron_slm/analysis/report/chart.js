@@ -1,12 +1,12 @@
 "use strict";
 // Draws a figure of figures.py as SVG: lines, bands and points in the colours of the page's style.
-// Values are told below the pointer, the finger or the arrow keys; dragging with the mouse shows a
-// part of the horizontal axis, "show all" everything.
+// Values are shown at the pointer, the finger or the place chosen with the arrow keys.  Dragging with
+// the mouse enlarges a part of the horizontal axis; "show all" goes back.
 
 const MARGIN = { left: 8, right: 14, top: 10, bottom: 26 };
-const TICK_SPACE = { x: 90, y: 40 }; // pixels for each, at least
-const NEAR = 14; // pixels from a point at which its value is told
-const DRAGGED = 8; // pixels that make a drag of a click
+const TICK_SPACE = { x: 90, y: 40 }; // pixels between ticks, at least
+const NEAR = 14; // pixels from a point within which its value is shown
+const DRAGGED = 8; // pixels from which a click counts as a drag
 const resized = new ResizeObserver((entries) => entries.forEach(({ target }) => target.chart?.draw()));
 
 function svg(tag, attributes, parent) {
@@ -41,7 +41,7 @@ class Chart {
     this.hidden = new Set();
     this.view = null; // both ends of the part that is shown; null for all
     this.cut = figure.top !== null;
-    this.at = null; // where values are told
+    this.at = null; // the position whose values are shown
     box.append(element("figcaption", figure.title));
     if (figure.note) box.append(element("p", figure.note, "note"));
     if (figure.lines.length > 1) box.append(this.legend());
@@ -109,7 +109,7 @@ class Chart {
     return this.figure.lines.filter((line) => !this.hidden.has(line));
   }
 
-  // Where everything that is shown fits: both ends of both axes.
+  // The ends of both axes, so that everything shown fits between them.
   spans() {
     const numbers = (keys, inside) =>
       this.lines.flatMap((line) =>
@@ -187,7 +187,7 @@ class Chart {
     svg("path", { d: path, class: `band role-${line.role % 6}` }, parent);
   }
 
-  // Say all values at a place of the horizontal axis; none if it is null.
+  // Show all values at a position on the horizontal axis, or none if it is null.
   tell(at) {
     this.at = at;
     this.values.hidden = at === null;
@@ -210,7 +210,7 @@ class Chart {
     this.values.style.right = before ? `${this.place.clientWidth - this.x(at) + 10}px` : "auto";
   }
 
-  // The places of the horizontal axis that have values and are shown, in order.
+  // The visible positions on the horizontal axis that have values, in order.
   get stops() {
     const { left, right } = this.spans();
     const all = new Set(this.lines.flatMap((line) => line.x).filter((x) => x >= left && x <= right));
@@ -273,7 +273,7 @@ function extent(values) {
   return low <= high ? [low, high] : [0, 1];
 }
 
-// The index of the value that is closest, of values that rise.
+// The index of the closest value in an ascending list.
 function nearest(values, wanted) {
   let low = 0, high = values.length - 1;
   while (high - low > 1) {

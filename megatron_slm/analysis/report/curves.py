@@ -1,4 +1,4 @@
-"""A run's figures, from what it wrote to TensorBoard (README has the names)."""
+"""Make a run's figures from the scalars that it wrote to TensorBoard."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron_slm.analysis.report.facts import score_of, spelt_out, validation_t
 from megatron_slm.analysis.report.figures import curve, figure
 from megatron_slm.analysis.report.run_files import RunFiles
 
-# What is drawn, in which colour (figures.py).
+# The losses drawn, and the role (figures.py) that gives each its colour.
 LOSSES = {
     "all-token loss": 0,
     "selected loss": 1,
@@ -23,9 +23,10 @@ WHOLE = (0.0, 102.0)
 
 
 def run_figures(run: RunFiles, length: int | None) -> list[dict[str, Any]]:
-    """Return those that the run has values for.
+    """Return the figures that the run has values for.
 
     Args:
+        run: the run's files.
         length: tokens of a sequence, if known.
     """
     found = [
@@ -52,13 +53,15 @@ def run_figures(run: RunFiles, length: int | None) -> list[dict[str, Any]]:
 
 
 def _losses(run: RunFiles) -> dict[str, int]:
-    """Without a selection there is one training loss."""
+    """Return the tags of the losses to draw, with their roles; a run that does not select has one
+    training loss."""
     training = LOSSES if "all-token loss" in run.scalars else {"lm loss": 0}
     return training | {tag: role for role, tag in enumerate(validation_tags(run), 4)}
 
 
 def _selected_below(run: RunFiles) -> str:
-    """Say why the selected tokens can have the lower loss, where they do in the second half."""
+    """Explain why the selected tokens have the lower loss, if they do in the second half of the
+    run; otherwise return nothing."""
     selected, others = (run.scalars.get(f"{which} loss") for which in ("selected", "unselected"))
     if selected is None or others is None or score_of(run) != "excess":
         return ""
@@ -66,8 +69,8 @@ def _selected_below(run: RunFiles) -> str:
     if ends[0] >= ends[1]:
         return ""
     return (
-        "The selected tokens have the lower loss, and that is as meant: what counts is how far a "
-        "token is above the reference, not its loss. Tokens that the reference finds hard as well "
+        "The selected tokens have the lower loss, and that is intended: what counts is how far a "
+        "token's loss is above the reference's. Tokens that the reference finds hard as well "
         "(noise, names, numbers) are left out however high their loss."
     )
 
@@ -112,8 +115,8 @@ def _by_domain(run: RunFiles) -> list[dict[str, Any]]:
 
 
 def _throughput(run: RunFiles, length: int | None) -> dict[str, Any]:
-    """Tokens a second; nothing where a sequence's length is not known, so that all runs of a page
-    have one unit."""
+    """Return the figure of tokens a second; an empty one if the length of a sequence is not known,
+    so that all runs of a page have the same unit."""
     title, unit = "Throughput", "tokens a second"
     times, batches = (run.scalars.get(tag) for tag in ("iteration-time", "batch-size"))
     if times is None or batches is None or length is None:

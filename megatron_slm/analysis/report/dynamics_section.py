@@ -1,4 +1,4 @@
-"""The section of a page that shows a run's token dynamics."""
+"""Make the section of a page that shows a run's token dynamics."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ CLASS_ROLES = {"H->H": 1, "H->L": 0, "L->H": 3, "L->L": 2}
 
 
 def dynamics_section(table: Path) -> dict[str, Any]:
-    """What the page shows of a table: shares, transitions, curves, examples."""
+    """Return what the page shows of a table: shares, transitions, curves and examples.
+
+    Raises:
+        UserError: the table cannot be read.
+    """
     dynamics, texts = read_dynamics_table(table)
     curves = [
         curve(

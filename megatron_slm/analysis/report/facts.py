@@ -1,4 +1,4 @@
-"""What there is to say about a run in words, before its figures: outcome, model, data, cost."""
+"""Say in words what a run was and how it ended: outcome, model, data and cost."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from megatron_slm.analysis.event_files import VALIDATION
 from megatron_slm.analysis.report.run_files import RunFiles
 from megatron_slm.analysis.report.settings import RunSettings
 
-# The tokens that a score selects (megatron_slm/selection/scores.py), and those that compete.
+# The tokens that each score selects (megatron_slm/selection/scores.py), and the tokens that compete
+# with each other in each scope.
 SELECTED = {
     "excess": "whose loss exceeds the reference's the most",
     "lowest": "whose loss exceeds the reference's the least",
@@ -29,11 +30,13 @@ Facts = list[tuple[str, str]]
 
 
 def run_facts(run: RunFiles, length: int | None, alone: bool) -> Facts:
-    """Return names and values: what was trained, on what, how tokens were selected, what it cost.
+    """Return names and values: the model, its data, the selection, the final loss and the cost.
 
     Args:
+        run: the run's files.
         length: tokens of a sequence, if known.
-        alone: no other run of the page has the same model and data.
+        alone: the page is about this run alone; the runs of a study share the model and the data,
+            which the page then names elsewhere.
     """
     found = [
         ("Model", model(run.settings) if alone else ""),
@@ -47,7 +50,7 @@ def run_facts(run: RunFiles, length: int | None, alone: bool) -> Facts:
 
 
 def headline(run: RunFiles) -> str:
-    """Return a run's outcome in a sentence."""
+    """Return a run's outcome in one sentence."""
     for tag in (*validation_tags(run), "all-token loss", "lm loss"):
         if (series := run.scalars.get(tag)) is None:
             continue
@@ -69,7 +72,7 @@ def headline(run: RunFiles) -> str:
 
 
 def spelt_out(tag: str) -> str:
-    """Return what a scalar is called on the page, for the names that a run logs it by."""
+    """Return what the page calls a scalar of TensorBoard."""
     if VALIDATION.fullmatch(tag):
         _, _, name = tag.partition("validation-")
         return f"validation loss on {name}" if name else "validation loss"
@@ -112,13 +115,13 @@ def data(settings: RunSettings) -> str:
 
 
 def listed(names: list[str], most: int = 4) -> str:
-    """Return names with commas; of many the first, and how many more there are."""
+    """Join names with commas, after `most` of them with the number of the others."""
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def short(count: float) -> str:
-    """Return a number with three digits, of millions or more in these units."""
+    """Format a number with three digits, from a million on with M, B or T."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
         if count >= size:
             return f"{count / size:.3g}{unit}"
@@ -145,12 +148,12 @@ def _selection(run: RunFiles) -> str:
 
 
 def score_of(run: RunFiles) -> str:
-    """Return what the tokens of a run are ranked by; nothing where it is not known."""
+    """Return the score that a run ranks tokens by; an empty string if it is not known."""
     return _told(run, "score")
 
 
 def _told(run: RunFiles, name: str) -> str:
-    """Return an option of the selection, from the dumps or from the arguments."""
+    """Return an option of the selection from the dumps, or else from the arguments."""
     told = getattr(run.dumps[-1].about, name) if run.dumps else None
     return str(told or run.settings.text(f"slm_{name}") or "")
 
@@ -176,8 +179,8 @@ def _cost(run: RunFiles, length: int | None) -> str:
 
 
 def sequence_length(run: RunFiles, study: dict[str, Any] | None) -> int | None:
-    """Return how many tokens a sequence of the run has: by its arguments, by its dumps, or by the
-    tokens of the study's steps."""
+    """Return how many tokens a sequence of a run has, according to its arguments, its dumps, or the
+    tokens of the study's steps; None if nothing says so."""
     if length := run.settings.number("seq_length"):
         return length
     if run.dumps:

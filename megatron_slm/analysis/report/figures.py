@@ -1,7 +1,7 @@
-"""Figures as chart.js draws them: lines over iterations or tokens, each with a role instead of a
-colour, since a page has its own colours in the light, in the dark and on paper.
+"""Describe figures for chart.js to draw: lines over iterations or tokens.
 
-A line differs from its neighbours in its dashes as well, so that nothing depends on colour alone.
+A line has a role instead of a colour, since the page's colours differ in light mode, in dark mode
+and on paper.  Neighbouring lines also differ in their dashes, so nothing depends on colour alone.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-MOST_POINTS = 600  # of a line: more than a page has pixels for
-PAGE_POINTS = 20_000  # of all lines of a page, which is to stay small
+MOST_POINTS = 600  # of a line; a figure has no pixels for more
+PAGE_POINTS = 20_000  # of all lines of a page, to keep its file small
 LEAST_POINTS = 20
 DASHES = ("", "8 4", "2 3", "8 3 2 3", "14 4", "14 3 2 3")
-DIGITS = 6  # significant: more than a page shows
+DIGITS = 6  # significant digits, more than a page shows
 
 Numbers = Sequence[float]
 
@@ -30,12 +30,15 @@ def curve(
     spread: tuple[Numbers, Numbers] | None = None,
     points: bool = False,
 ) -> dict[str, Any]:
-    """Return a line; of more points than are seen, means of neighbours.
+    """Return a line; if it has more points than can be seen, neighbours are averaged.
 
     Args:
-        role: which of the page's colours, from 0.
+        name: the line's name in the legend.
+        x: positions of the points.
+        y: their values, as many.
+        role: index of the page's colour for the line, from 0.
         spread: the lowest and the highest values, between which a band is drawn.
-        points: mark each.
+        points: whether to mark each point.
     """
     made: dict[str, Any] = {"name": name, "x": thin(x), "y": thin(y), "role": role}
     if spread is not None:
@@ -58,18 +61,22 @@ def figure(
     """Return a figure with named axes.
 
     Args:
-        note: a sentence below the title that says how to read it.
-        span: ends of the vertical axis, for quantities that have natural ones.
-        top: where the vertical axis is cut at first; the page offers to show all.
+        title: the figure's title.
+        x: name of the horizontal axis.
+        y: name and unit of the vertical axis.
+        lines: what `curve` returned for each line.
+        note: a sentence below the title that says how to read the figure.
+        span: limits of the vertical axis, for quantities that have natural ones.
+        top: value at which the vertical axis is cut off at first; the page offers to show the rest.
     """
     for number, each in enumerate(lines):
-        turn = number // len(DASHES)  # when the colours begin anew
+        turn = number // len(DASHES)  # shifts the dashes when the colours repeat
         each["dash"] = DASHES[(number + turn) % len(DASHES)]
     return {"title": title, "x": x, "y": y, "lines": lines, "note": note, "span": span, "top": top}
 
 
 def fit(figures: list[dict[str, Any]]) -> None:
-    """Make the lines of a page's figures coarser where they have too many points together."""
+    """Thin out the lines of a page's figures, in place, if they have too many points together."""
     lines = [each for figure in figures for each in figure["lines"]]
     if (total := sum(len(each["x"]) for each in lines)) <= PAGE_POINTS:
         return
@@ -79,8 +86,10 @@ def fit(figures: list[dict[str, Any]]) -> None:
 
 
 def thin(values: Sequence[float | None], most: int = MOST_POINTS) -> list[float | None]:
-    """Return means of equal numbers of neighbours, `most` of them; the values if they are few.
-    None stands for what is no number, which JSON does not know."""
+    """Average equal numbers of neighbours to leave `most` values; return fewer values as they are.
+
+    None stands for NaN and infinity, which JSON does not have.
+    """
     array = np.asarray(values, np.float64)
     if len(array) > most:
         array = np.array([part.mean() for part in np.array_split(array, most)])

@@ -25,7 +25,7 @@ function pairs(list, facts) {
   }));
 }
 
-// A section with nothing in it has no link either.
+// Hide a section that is empty, and the link to it.
 function offer(id, there) {
   document.getElementById(id).hidden = !there;
   document.querySelector(`#bar a[href="#${id}"]`).hidden = !there;
@@ -33,7 +33,7 @@ function offer(id, there) {
 
 function showRun(run) {
   for (const place of document.querySelectorAll(".of")) place.textContent = run.name;
-  const facts = document.getElementById("facts"); // a run alone has its own at the top
+  const facts = document.getElementById("facts"); // a single run has its facts at the top instead
   if (facts) pairs(facts, run.facts);
   showFigures(document.getElementById("run-figures"), run.figures);
   offer("curves", run.figures.length);
@@ -81,7 +81,8 @@ function showDynamics(dynamics) {
   }
 }
 
-// What comes into sight above a section gets its size then, and moves it: so once more.
+// Content above a section gets its size only when it comes into view, which moves the section; so
+// scroll to it once more.
 function reach(id) {
   const section = document.getElementById(id);
   if (!section || section.hidden) return;

@@ -1,8 +1,8 @@
-"""Put a page together from a run's directory or a study's.
+"""Build a report page from the directory of a run or of a study.
 
-Everything is in the one file: styles, scripts and data, 1.5 MB at most however long and many the
-runs.  A content security policy in it forbids the page any request.  Text from a corpus is data, in
-JSON without a `<`, and reaches the page as text nodes alone.
+The page is a single file with its styles, scripts and data, at most 1.5 MB however long and many
+the runs are.  Its content security policy forbids any request.  Text from a corpus is embedded as
+JSON in which `<` is escaped, and enters the page only as text nodes.
 """
 
 from __future__ import annotations
@@ -41,10 +41,12 @@ def write_report(directory: Path, output: Path, tokenizer_model: str | None) -> 
     """Write the page about a run, or about a study if the directory has its results.
 
     Args:
-        tokenizer_model: in the place of the one that the token dumps name.
+        directory: the run's or the study's.
+        output: the HTML file to write.
+        tokenizer_model: tokenizer to use in place of the one that the token dumps name.
 
     Raises:
-        UserError: nothing to report on, or damaged files.
+        UserError: there is nothing to report on, or a file is damaged.
     """
     study = read_study(directory) if (directory / RESULTS).exists() else None
     if study is None:
@@ -67,8 +69,10 @@ def build_page(
     """Return the page's HTML.
 
     Args:
-        study: what read_study found; None for a run alone.
-        runs: by what the page calls them.
+        directory: the run's or the study's, which the page names.
+        study: what read_study returned; None for a single run.
+        runs: the files of each run, by what the page calls the run.
+        tokenizer_model: tokenizer to use in place of the one that the token dumps name.
     """
     mapped = sum(bool(run.dumps) for run in runs.values())
     contents = [_run(run, study, tokenizer_model, max(1, mapped)) for run in runs.values()]
@@ -102,7 +106,14 @@ def build_page(
 def _run(
     run: RunFiles, study: dict[str, Any] | None, tokenizer_model: str | None, mapped: int
 ) -> dict[str, Any]:
-    """What the page has of a run, one of `mapped` that share the room for token maps."""
+    """Return what the page shows of a run.
+
+    Args:
+        run: the run's files.
+        study: the study's results, if the run is part of one.
+        tokenizer_model: tokenizer to use in place of the one that the token dumps name.
+        mapped: number of runs that share the page's room for token maps.
+    """
     tokenizer = dump_tokenizer(run.dumps, tokenizer_model)
     length = sequence_length(run, study)
     return {
@@ -114,8 +125,7 @@ def _run(
 
 
 def _told(content: dict[str, Any]) -> int:
-    """How much more there is to a run than curves: who opens the page sees the first that has
-    most."""
+    """Count what a run has besides curves; the page opens with the first run that has most."""
     return sum(content[part] is not None for part in ("map", "dynamics"))
 
 

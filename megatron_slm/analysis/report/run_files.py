@@ -1,8 +1,8 @@
-"""What a run left behind: TensorBoard's scalars, token dumps, token dynamics.
+"""Find and read what a run left behind: TensorBoard's scalars, token dumps and token dynamics.
 
-RUN/tensorboard/events.out.tfevents.*                    or the events in RUN itself
-RUN/dump/iter_*.safetensors                              or in a directory of checkpoints in RUN
-RUN/dynamics/token_dynamics.parquet
+RUN/tensorboard/events.out.tfevents.*      scalars and arguments; the events may also be in RUN
+RUN/dump/iter_*.safetensors                token dumps; they may also be in RUN/*/dump
+RUN/dynamics/token_dynamics.parquet        token dynamics
 """
 
 from __future__ import annotations
@@ -23,32 +23,48 @@ DYNAMICS_TABLE = Path("dynamics") / "token_dynamics.parquet"
 
 @dataclass(frozen=True)
 class Series:
-    """A scalar over iterations; both of one length, in the order of iterations, finite."""
+    """A scalar over iterations."""
 
     iterations: list[int]
+    """Iterations, ascending."""
+
     values: list[float]
+    """The scalar's value at each of them; all are finite."""
 
     @property
     def last(self) -> float:
+        """The last value."""
         return self.values[-1]
 
 
 @dataclass(frozen=True)
 class RunFiles:
-    """scalars: by TensorBoard's tag.  settings: arguments.  dumps: empty if there are none."""
+    """What a run left behind; anything but the directory may be missing."""
 
     name: str
+    """Name of the run's directory."""
+
     directory: Path
+    """The run's directory."""
+
     scalars: dict[str, Series] = field(default_factory=dict)
+    """Scalars by TensorBoard's tag."""
+
     settings: RunSettings = field(default_factory=RunSettings)
+    """The run's arguments."""
+
     dumps: list[TokenDump] = field(default_factory=list)
+    """Token dumps, by ascending iteration."""
+
     dynamics: Path | None = None
+    """The table of token dynamics."""
 
 
 def read_run_files(directory: Path) -> RunFiles:
-    """
+    """Read a run's directory.
+
     Raises:
-        UserError: no such directory, nothing in it that a report is made of, or damaged.
+        UserError: it is not a directory, has nothing to report on, or has a damaged file.
     """
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory")

@@ -1,6 +1,6 @@
-"""What a run was told, from the arguments that Megatron writes to TensorBoard as text.
+"""Read a run's settings from the arguments that Megatron writes to TensorBoard as text.
 
-They were written by whoever made the run: here they are words to show, and whole numbers.
+The text may come from a stranger's run, so it is only shown as words or parsed as whole numbers.
 """
 
 from __future__ import annotations
@@ -12,37 +12,40 @@ from pathlib import PurePosixPath
 MOST_DIGITS = 15
 QUOTED = re.compile(r"'([^']+)'")
 WEIGHT = re.compile(r"[\d.]+")
-SUFFIX = re.compile(r"_[^_]+_document$")  # which preprocessing appends to a prefix
+SUFFIX = re.compile(r"_[^_]+_document$")  # what preprocessing appends to a prefix
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Megatron's arguments by their names, as text; empty where a run has not logged them."""
+    """The arguments of a run."""
 
     texts: dict[str, str] = field(default_factory=dict)
+    """Megatron's arguments as text, by name; empty if the run did not log them."""
 
     def text(self, name: str) -> str | None:
-        """Return a value; None where there is none."""
+        """Return an argument's value; None if it has none."""
         value = self.texts.get(name)
         return None if value == "None" else value
 
     def number(self, name: str) -> int | None:
-        """Return a whole number above 0; None where the value is none."""
+        """Return an argument's value if it is a whole number above 0, else None."""
         value = self.texts.get(name, "")
         if not (value.isascii() and value.isdecimal() and len(value) <= MOST_DIGITS):
             return None
         return int(value) or None
 
     def names(self, name: str) -> list[str]:
-        """Return the words of a list, with neither weights nor directories."""
+        """Return the names of the datasets in an argument, without weights and directories."""
         words = QUOTED.findall(self.texts.get(name, ""))
         paths = (PurePosixPath(word) for word in words if not WEIGHT.fullmatch(word))
         return [SUFFIX.sub("", path.name) for path in paths]
 
     @property
     def parameters(self) -> int | None:
-        """Parameters of a Llama, as megatron_slm.planning.formulas counts them (which would import
-        Megatron, and seconds with it); None for other models."""
+        """Number of parameters of a Llama model; None for other models.
+
+        The formula is that of megatron_slm.planning.formulas, which takes seconds to import.
+        """
         llama = {"swiglu": "True", "normalization": "RMSNorm", "add_bias_linear": "False"}
         if any(self.texts.get(name) != value for name, value in llama.items()):
             return None

@@ -1,4 +1,4 @@
-"""A study's results.json: what came out, in words, as tables and as curves with their spread."""
+"""Present a study's results.json: the outcome in words, tables, and curves with their spread."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ RESULTS = "results.json"
 
 
 def read_study(directory: Path) -> dict[str, Any]:
-    """
+    """Read a study's results.json.
+
     Raises:
-        UserError: not the file that tools/run_experiment.py writes.
+        UserError: it is not a file that tools/run_experiment.py wrote.
     """
     return read_results(directory / RESULTS)
 
 
 def run_directories(results: dict[str, Any]) -> dict[str, str]:
-    """Return the directory of each run, relative to the study's, by what the page calls it."""
+    """Return the directory of each run, relative to the study's, by the page's name of the run."""
     return {
         f"{arm}, seed {seed}": run["directory"]
         for arm, own in results["arms"].items()
@@ -35,7 +36,7 @@ def run_directories(results: dict[str, Any]) -> dict[str, str]:
 
 
 def study_view(results: dict[str, Any], runs: list[RunFiles]) -> dict[str, Any]:
-    """Return what the first screen tells: the outcome, what was compared, and the figures of it."""
+    """Return what the first screen shows: the outcome, what was compared, and the tables."""
     summary = results["summary"]
     return {
         **outcome(summary, results["target"] or "the target domain"),
@@ -48,7 +49,12 @@ def study_view(results: dict[str, Any], runs: list[RunFiles]) -> dict[str, Any]:
 
 
 def outcome(summary: dict[str, Any], target: str) -> dict[str, str]:
-    """Return the headline about the arm of the lowest loss, and how sure it is."""
+    """Return a headline about the arm with the lowest loss, and how certain it is.
+
+    Args:
+        summary: the comparison of the arms (StudySummary in study_file.py).
+        target: description of the target domain.
+    """
     baseline = summary["baseline"]
     losses = {arm: found["final_loss"]["mean"] for arm, found in summary["arms"].items()}
     others = [arm for arm in losses if arm != baseline and losses[arm] is not None]
@@ -74,8 +80,15 @@ def _sentences(
 ) -> dict[str, str]:
     """Say how an arm differs from the baseline, seed by seed.
 
-    A difference counts as one where all seeds agree on its sign and their mean is beyond their
-    standard deviation, as in the terminal's table; with one seed nothing is known of chance.
+    As in the terminal's table, a difference counts only if all seeds agree on its sign and their
+    mean exceeds their standard deviation.  A single seed says nothing about chance.
+
+    Args:
+        best: name of the arm.
+        baseline: name of the baseline.
+        target: description of the target domain.
+        values: difference in nats a token, for each seed.
+        deviation: their standard deviation; None for one seed.
     """
     mean, count = sum(values) / len(values), len(values)
     by = f"{abs(mean):.3f} nats {'below' if mean < 0 else 'above'} {baseline}'s"
@@ -106,7 +119,7 @@ def _sentences(
 
 
 def _facts(results: dict[str, Any], runs: list[RunFiles]) -> Facts:
-    """Return what the arms have in common."""
+    """Return names and values of what the arms have in common."""
     arms, at = results["arms"], results["summary"]["compared"]
     seeds = max(len(arm["seeds"]) for arm in arms.values())
     known = next((run.settings for run in runs if run.settings.texts), None)
@@ -124,7 +137,7 @@ def _facts(results: dict[str, Any], runs: list[RunFiles]) -> Facts:
 
 
 def _arms(results: dict[str, Any]) -> dict[str, Any]:
-    """Return how the arms compare after equal tokens, a row an arm."""
+    """Return the table that compares the arms after equal tokens, with a row per arm."""
     summary = results["summary"]
     baseline = summary["baseline"]
     means = {arm: found["final_loss"]["mean"] for arm, found in summary["arms"].items()}
@@ -157,7 +170,8 @@ def _arms(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def _at_equal_compute(summary: dict[str, Any]) -> dict[str, Any]:
-    """Return what the arms reach for what they cost, a row for each but the baseline."""
+    """Return the table that compares the arms at equal compute, with a row per arm other than the
+    baseline."""
     baseline = summary["baseline"]
     return {
         "head": [
@@ -185,10 +199,10 @@ def _number(values: dict[str, Any], form: str, unit: str = "") -> str:
 
 
 def study_figure(results: dict[str, Any]) -> dict[str, Any]:
-    """Return the target loss over tokens: each arm's mean, between the lowest and the highest of
-    its seeds.
+    """Return the figure of the target loss over tokens: each arm's mean over its seeds, with a band
+    from the lowest seed to the highest.
 
-    An arm that diverges is cut off, since the others could not be told apart else.
+    An arm that diverges is cut off; otherwise the others could not be told apart.
     """
     lines, means = [], {}
     for role, (name, arm) in enumerate(results["arms"].items()):

@@ -1,6 +1,6 @@
 "use strict";
-// The token map: one element a token, made once; the slider changes nothing but their classes, and
-// only in samples that are in sight.  page.js calls showTokenMap with what token_map.py has packed.
+// Draw the token map: each token is an element, made once; the slider only changes the classes of
+// those in visible samples.  page.js calls showTokenMap with what token_map.py packed.
 
 const LEVELS = 5;
 let map = null;
@@ -74,7 +74,7 @@ function seen(entries) {
   }
 }
 
-// Nats above the reference, or the loss itself where there is none.
+// Nats above the reference, or the loss itself if there is no reference.
 function excess(token) {
   return (map.losses[map.at][token] - (referenceAt(map.at)?.[token] ?? 0)) / 1000;
 }
@@ -83,7 +83,7 @@ function referenceAt(at) {
   return map.reference[map.reference.length === 1 ? 0 : at];
 }
 
-// 0 to 5 above, 6 to 10 below; 11 where there is no loss; 16 more for the selected.
+// 0 to 5: above the reference; 6 to 10: below it; 11: no loss; 16 is added for selected tokens.
 function shadeOf(token) {
   if (!bit(map.valid, token)) return 11;
   const value = excess(token);
@@ -190,7 +190,7 @@ function showCard(token) {
   placeCard();
 }
 
-// Below its token, or above it, or on a low screen beside it: never on the token, never on the bars.
+// Put the card below its token, above it, or on a low screen beside it; never over the token or bars.
 function placeCard() {
   if (!map || map.current < 0) return;
   const card = document.getElementById("card"), element = map.elements[map.current];
@@ -250,11 +250,11 @@ function tokenOf(target) {
   const text = target.closest?.(".text");
   if (!text || target.parentElement !== text) return -1;
   const number = Number(text.dataset.sample);
-  const at = Array.prototype.indexOf.call(text.childNodes, target) - 1; // behind the context token
+  const at = Array.prototype.indexOf.call(text.childNodes, target) - 1; // after the context token
   return at < 0 ? -1 : number * map.length + at;
 }
 
-// The first token that is in sight, from where the arrow keys begin.
+// The first visible token, where the arrow keys start.
 function firstInSight() {
   const top = document.getElementById("controls").getBoundingClientRect().bottom;
   return Math.max(0, map.elements.findIndex((token) => token.getBoundingClientRect().top >= top));
@@ -263,7 +263,7 @@ function firstInSight() {
 addEventListener("DOMContentLoaded", () => {
   const samples = document.getElementById("samples");
   document.getElementById("iteration").addEventListener("input", (event) => goTo(Number(event.target.value)));
-  // Where the keys scroll, other tokens come under a pointer that rests.
+  // Ignore tokens that scrolling by key moves under a resting pointer.
   let byKeys = false;
   const leave = () => {
     byKeys = false;
@@ -277,7 +277,7 @@ addEventListener("DOMContentLoaded", () => {
     pointAt(tokenOf(event.target));
   });
   samples.addEventListener("pointerleave", (event) => hovers(event) && !byKeys && leave());
-  // A finger leaves as it lifts: what it tapped stays until the next tap, wherever that is.
+  // A finger "leaves" when it lifts, so a tapped token stays shown until the next tap anywhere.
   document.addEventListener("click", (event) => {
     if (map && !hovers(event)) pointAt(samples.contains(event.target) ? tokenOf(event.target) : -1);
   });

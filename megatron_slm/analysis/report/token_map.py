@@ -1,7 +1,8 @@
-"""The token map's data: text, losses and selection of every token at every dump, for a page.
+"""Pack the token map's data for a page: each token's text, loss and selection at every dump.
 
-Losses are rounded to a thousandth of a nat in 16 bits, selection is a bit a token, both base64.
-All maps of a page share ROOM; each has as many iterations, samples and tokens as fit.
+Losses are rounded to a thousandth of a nat in 16 bits, selection takes one bit a token, and both
+are base64.  All maps of a page share BYTES_OF_MAPS; each shows as many iterations, samples and
+tokens as fit in its share.
 """
 
 from __future__ import annotations
@@ -17,31 +18,41 @@ from megatron_slm.analysis.token_text import token_texts
 from megatron_slm.corpus.tokenizers.tokenizer_file import TokenizerFile
 from megatron_slm.data.token_dump import TokenDump
 
-BYTES_OF_MAPS = 750_000  # bytes, before base64
+BYTES_OF_MAPS = 750_000  # before base64
 MOST_TOKENS, MOST_DUMPS = 1 << 16, 25
-LEAST_TOKENS, LEAST_DUMPS = 1 << 11, 3  # fewer iterations rather than fewer tokens
-STEPS_PER_NAT = 1000  # of a nat
+LEAST_TOKENS, LEAST_DUMPS = 1 << 11, 3  # iterations are dropped before tokens are
+STEPS_PER_NAT = 1000
 
 
 def token_map(
     dumps: list[TokenDump], tokenizer: TokenizerFile | None, settings: RunSettings, maps: int = 1
 ) -> dict[str, Any]:
-    """Return what token_map.js draws; of many samples the first, of many dumps some, evenly spread.
+    """Return what token_map.js draws: the first n samples, cut to s tokens each, at evenly spread
+    dumps.
 
     Args:
-        maps: that share the room of the page.
+        dumps: the run's dumps.
+        tokenizer: tokenizer that gives tokens their texts; None to show their ids.
+        settings: the run's arguments, for the names of its datasets.
+        maps: number of maps that share the page's room.
 
-    pieces: the different texts.  ids: uint16 or uint32 [n, s + 1], each token's piece.
-    losses, reference: uint16 [n, s] for each dump, in 1/1000 nat; one reference if it is the same
-    in all.  selected: a bit a token for each dump.  valid: a bit a token.  opens: the dump that is
-    shown first.  scale: nats at which the shading is full.
+    Returns:
+        Among others
+            pieces: the distinct texts of tokens.
+            ids: uint16 or uint32 [n, s + 1], the index of each token's text in pieces.
+            losses: for each dump uint16 [n, s], in 1/1000 nat.
+            reference: the same for the reference; a single entry if it never changes.
+            selected: for each dump [n, s], one bit a token.
+            valid: [n, s], one bit a token.
+            opens: index of the dump that is shown first.
+            scale: nats at which the shading is strongest.
     """
     room = BYTES_OF_MAPS // maps
     shown = _spread(dumps, max(LEAST_DUMPS, room // (4 * LEAST_TOKENS)))
     reference = [dump.reference_losses for dump in shown if dump.reference_losses is not None]
     if reference and all(np.array_equal(each, reference[0]) for each in reference):
         reference = reference[:1]
-    bits = 17 * len(shown) + 16 * len(reference) + 17  # of a token: its losses, its id
+    bits = 17 * len(shown) + 16 * len(reference) + 17  # of a token: its losses, flags and id
     tokens = min(MOST_TOKENS, 8 * room // bits)
     length = min(shown[0].losses.shape[1], tokens)
     count = max(1, min(len(shown[0].losses), tokens // length))
@@ -75,7 +86,7 @@ def token_map(
 
 
 def _data(dump: TokenDump, settings: RunSettings) -> str:
-    """Which text it is: training or validation data, and of which datasets."""
+    """Say whether a dump is of training or validation data, and of which datasets."""
     training = dump.about.split == "train"
     names = settings.names("train_data_path" if training else "validation_set_names")
     names = names or settings.names("data_path" if training else "valid_data_path")
@@ -84,7 +95,8 @@ def _data(dump: TokenDump, settings: RunSettings) -> str:
 
 
 def _opens(dumps: list[TokenDump], count: int, length: int) -> int:
-    """The last dump that selects some tokens and leaves others; else the last."""
+    """Return the index of the last dump that selects some tokens and not others, or else of the
+    last dump."""
     for at in range(len(dumps) - 1, -1, -1):
         dump = dumps[at]
         valid = dump.valid[:count, :length]
@@ -96,14 +108,17 @@ def _opens(dumps: list[TokenDump], count: int, length: int) -> int:
 
 
 def _spread(dumps: list[TokenDump], most: int) -> list[TokenDump]:
-    """Some of many, with the first and the last."""
+    """Return at most `most` dumps, evenly spread, with the first and the last."""
     wanted = np.linspace(0, len(dumps) - 1, min(len(dumps), most, MOST_DUMPS))
     return [dumps[at] for at in sorted({round(at) for at in wanted.tolist()})]
 
 
 def _scale(dump: TokenDump, count: int, length: int) -> float:
-    """Few tokens of the dump that is shown first are beyond it.  (At the start of a run all differ
-    from the reference by far more, and by that measure later ones would all be pale.)"""
+    """Return the nats at which the shading is strongest, which few tokens of a dump exceed.
+
+    The dump is the one shown first.  At the start of a run, tokens differ from the reference by far
+    more; on that scale, all later ones would look pale.
+    """
     known = dump.reference_losses
     shaded = dump.losses if known is None else dump.losses - known
     values = np.abs(shaded[:count, :length][dump.valid[:count, :length]])

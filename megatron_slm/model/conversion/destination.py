@@ -1,4 +1,4 @@
-"""A directory that appears under its name only when all ranks have finished writing it."""
+"""Write a directory that gets its name only when all ranks have finished writing it."""
 
 from __future__ import annotations
 
@@ -17,19 +17,22 @@ from megatron_slm.files import alone_at, is_leftover, publish, sync, temporary
 
 
 def this_rank() -> tuple[int, int]:
-    """Return the rank and the number of ranks; one of one without torchrun."""
+    """Return the rank and the number of ranks; (0, 1) without torchrun."""
     if not distributed.is_initialized():
         return 0, 1
     return distributed.get_rank(), distributed.get_world_size()
 
 
 def together[T](work: Callable[[], T]) -> T:
-    """Do this rank's part of a job; it has failed on every rank if it has failed on one.
+    """Do this rank's part of a job; if it fails on one rank, it fails on all of them.
 
-    Collective over ranks, so `work` has to do without collectives.
+    Collective over ranks.  `work` itself must not use collectives.
+
+    Returns:
+        What `work` returned on this rank.
 
     Raises:
-        UserError: what went wrong first, on every rank.
+        UserError: the failure of the lowest rank that failed, on every rank.
     """
     error = None
     try:
@@ -46,10 +49,10 @@ def together[T](work: Callable[[], T]) -> T:
 
 
 def on_first_rank(work: Callable[[], None]) -> None:
-    """Do on the first rank what one does for all.  Collective over ranks.
+    """Do the work on the first rank, for all ranks.  Collective over ranks.
 
     Raises:
-        UserError: what went wrong, on every rank.
+        UserError: the work failed; raised on every rank.
     """
     together(work if this_rank()[0] == 0 else lambda: None)
 
@@ -63,17 +66,17 @@ def _share(error: str | None) -> list[str | None]:
 
 @contextmanager
 def finished_directory(path: Path, flag: str) -> Iterator[Path]:
-    """Yield a new directory to write into, which gets its name, durably, when the block ends.
+    """Yield a new directory to write into, which durably gets its name when the block ends.
 
-    Where the block fails or is interrupted nothing is left.  What a killed run left is removed by
+    If the block fails or is interrupted, nothing is left.  What a killed run has left is removed by
     the next one.  Collective over ranks.
 
     Args:
-        path: what to call it; a link stands for what it points to.
+        path: the directory's name; a link stands for what it points to.
         flag: the argument that names it, for errors.
 
     Raises:
-        UserError: `path` is there already, another run is writing it, or it cannot be written.
+        UserError: `path` exists already, another run is writing it, or it cannot be written.
     """
     path = Path(os.path.realpath(path))
     unfinished = temporary(path)
@@ -116,10 +119,10 @@ def _finish(path: Path, unfinished: Path) -> None:
 
 @contextmanager
 def saying_where(path: Path) -> Iterator[None]:
-    """Turn what the system says about a place into one line that names `path`.
+    """Turn the system's errors in the block into one line that names `path`.
 
     Raises:
-        UserError: it cannot be written: no space, no permission, a file in its way.
+        UserError: `path` cannot be written: no space, no permission, or a file is in its way.
     """
     try:
         yield

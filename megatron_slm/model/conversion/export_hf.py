@@ -1,10 +1,11 @@
-"""A Megatron checkpoint to Hugging Face safetensors, a tensor at a time.
+"""Convert a Megatron checkpoint to Hugging Face safetensors, one tensor at a time.
 
-    arguments in the checkpoint -> architecture -> tensors, in files of a few gigabytes
-    each rank     its files: parts of Megatron's tensors -> split -> safetensors
-    rank 0        config.json, the index, the tokenizer's files
+    1. The arguments in the checkpoint give the architecture; its tensors are divided into files.
+    2. Rank 0 writes config.json, the index of tensors and the tokenizer's files.
+    3. Each rank writes its share of the files: it reads parts of Megatron's tensors, splits them,
+       and stores them as safetensors.
 
-Reads checkpoints of any layout and of any step of training, and of them the weights alone.
+The checkpoint may have any layout, and may be from any step of training; only weights are read.
 """
 
 from __future__ import annotations
@@ -58,18 +59,18 @@ from megatron_slm.model.torch_dist import TorchDistReader
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a checkpoint becomes.
-
-    original: config.json of --like, if any.
-    files: tensors by the name of the file to write.
-    read: gives a tensor by its name.
-    """
+    """What a checkpoint becomes."""
 
     reader: TorchDistReader
+    """The checkpoint."""
     architecture: Architecture
+    """The architecture of its model."""
     original: dict[str, Any] | None
+    """config.json of --like, if that is given."""
     files: dict[str, list[Entry]]
+    """The tensors of each file to write."""
     read: Callable[[str], Tensor]
+    """Function that reads a tensor by its Hugging Face name."""
 
 
 def export_hugging_face(
@@ -79,18 +80,23 @@ def export_hugging_face(
     vocabulary: int | None,
     shard_bytes: int,
 ) -> Architecture:
-    """Convert one iteration's checkpoint.  Collective over ranks.
+    """Convert one iteration's checkpoint to a Hugging Face directory.  Collective over ranks.
 
     Args:
-        like: a Hugging Face directory of the same architecture, whose tokenizer and whose
-            config.json, as far as it says more than the architecture, are taken over.
-        vocabulary: number of tokens; None for that of `like`, or of the run that trained.
-        shard_bytes: size of a file.
+        checkpoint: directory of the iteration.
+        target: the directory to write; it must not exist, or be empty.
+        like: Hugging Face directory of the same architecture, from which the tokenizer is taken,
+            and what its config.json has beyond the architecture.
+        vocabulary: number of tokens; None for that of `like`, or else of the checkpoint.
+        shard_bytes: largest size of a file.
+
+    Returns:
+        The architecture of the model.
 
     Raises:
-        UserError: a model that is no Llama or Mistral, another architecture than `like`, tensors
-            that are missing or of another shape, another tokenizer than the run's in its place or
-            one that transformers cannot read as the run did, or a directory that cannot be written.
+        UserError: the model is neither a Llama nor a Mistral, or not of the architecture of `like`;
+            a tensor is missing or has the wrong shape; the run's tokenizer was replaced, or
+            transformers cannot use it as the run did; or the directory cannot be written.
     """
     plan = together(partial(_plan, checkpoint, like, vocabulary, shard_bytes))
     with finished_directory(target, "--hf") as directory:
@@ -117,7 +123,7 @@ def _plan(checkpoint: Path, like: Path | None, vocabulary: int | None, shard_byt
     ]
     _check_size(reader, entries)
 
-    @lru_cache(maxsize=1)  # queries, keys and values come from one block
+    @lru_cache(maxsize=1)  # queries, keys and values share a block
     def parts(block: Block) -> list[Tensor]:
         held = reader.read(block.key, block.offset, block.size)
         return split(architecture, held.view(block.inner), len(block.names))
@@ -132,7 +138,7 @@ def _plan(checkpoint: Path, like: Path | None, vocabulary: int | None, shard_byt
 
 
 def _write_settings(plan: _Plan, like: Path | None, directory: Path, target: Path) -> None:
-    """Write all but the tensors."""
+    """Write everything except the tensors."""
     with saying_where(target):
         tokenizer = like or _own_tokenizer(plan.reader.arguments)
         if like is not None:
@@ -145,7 +151,7 @@ def _write_settings(plan: _Plan, like: Path | None, directory: Path, target: Pat
 
 
 def _write_tensors(plan: _Plan, directory: Path, target: Path) -> None:
-    """Write this rank's files."""
+    """Write this rank's share of the files."""
     rank, size = this_rank()
     with saying_where(target):
         for name in list(plan.files)[rank::size]:
@@ -153,8 +159,11 @@ def _write_tensors(plan: _Plan, directory: Path, target: Path) -> None:
 
 
 def _check_same(trained: Architecture, like: Architecture, where: str, where_like: str) -> None:
-    """Refuse another architecture.  Positions may differ: a rotary embedding has as many as one
-    likes, and no weights.  So may the ties of a config.json that its weights belie."""
+    """Refuse a --like of another architecture.
+
+    The number of positions may differ, since rotary embeddings have no weights for them.  `tied`
+    may differ too, since the weights can contradict config.json.
+    """
     differ = [
         f"{field.name} is {here} here and {there} there"
         for field in fields(Architecture)
@@ -169,7 +178,7 @@ def _check_same(trained: Architecture, like: Architecture, where: str, where_lik
 
 
 def _checked_blocks(reader: TorchDistReader, a: Architecture) -> list[Block]:
-    """Blocks of the model, whose tensors are in the checkpoint in full."""
+    """Return the model's blocks, after checking that the checkpoint has their tensors in full."""
     size = reader.tensor("embedding.word_embeddings.weight").size
     padded = size[0] if size else 0
     if padded < a.vocabulary:
@@ -188,7 +197,7 @@ def _checked_blocks(reader: TorchDistReader, a: Architecture) -> list[Block]:
 
 
 def _check_size(reader: TorchDistReader, entries: list[Entry]) -> None:
-    """A damaged table may promise more than memory holds."""
+    """Refuse a damaged table whose tensors are larger than the files, and could exhaust memory."""
     for entry in entries:
         if entry.dtype not in TYPE_NAMES:
             raise UserError(
@@ -203,9 +212,12 @@ def _check_size(reader: TorchDistReader, entries: list[Entry]) -> None:
 
 
 def _config(plan: _Plan, ids: dict[str, int | None]) -> dict[str, Any]:
-    """Return the config.json of --like, with what this project knows put over it; without it, the
-    ids of special tokens are those of the tokenizer, or else those that the run or the import
-    recorded, or none: transformers takes 1 and 2 where config.json is silent."""
+    """Return the config.json to write.
+
+    With --like, it is that one's, with the architecture written over it.  Otherwise the ids of
+    special tokens come from the tokenizer, or else from what the run or the import recorded.  Ids
+    that are not known are written as null, since transformers assumes 1 and 2 if they are absent.
+    """
     (first, *_), *_ = plan.files.values()
     own = to_hugging_face(plan.architecture, str(first.dtype).removeprefix("torch."))
     if plan.original is None:
@@ -217,13 +229,16 @@ def _config(plan: _Plan, ids: dict[str, int | None]) -> dict[str, Any]:
                 f"{plan.reader.directory}: its argument slm_special_ids: {error}"
             ) from error
         return own | {name: (known | ids).get(name) for name in SPECIAL_IDS}
-    renamed = ("rope_parameters", "dtype")  # since transformers 5, for what `own` has too
+    renamed = ("rope_parameters", "dtype")  # transformers 5's names for keys that `own` has
     return {name: value for name, value in plan.original.items() if name not in renamed} | own
 
 
 def _own_tokenizer(arguments: Namespace) -> Path | None:
-    """Return what the run that trained read text with, if it is a file or directory that is still
-    here; say so if not."""
+    """Return the file or directory of the run's tokenizer; print why if it cannot be copied.
+
+    Raises:
+        UserError: the tokenizer cannot be exported, or is no longer the one that the run used.
+    """
     model = getattr(arguments, "tokenizer_model", None)
     path = Path(model) if isinstance(model, str) else None
     if path is None or not (path.is_file() or has_tokenizer(path)):
@@ -236,7 +251,7 @@ def _own_tokenizer(arguments: Namespace) -> Path | None:
             f"the run added the special tokens {special} to {path}, which a sentencepiece model "
             "cannot have; name a Hugging Face directory with such a tokenizer with --like"
         )
-    known = getattr(arguments, "slm_tokenizer", None)  # only runs of this project's know it
+    known = getattr(arguments, "slm_tokenizer", None)  # only runs of megatron-slm record it
     if known is not None:
         try:
             same = fingerprint_of_files(arguments) == known
@@ -244,15 +259,15 @@ def _own_tokenizer(arguments: Namespace) -> Path | None:
             raise UserError(f"the tokenizer {path} cannot be read: {error}; use --like") from error
         if not same:
             raise UserError(
-                f"{path}, in {Path.cwd()}, is another tokenizer than that of this name which the "
-                "run read text with: start from the run's directory, or name a Hugging Face "
-                "directory that has the right one with --like"
+                f"{path}, in {Path.cwd()}, is another tokenizer than the one of this name that the "
+                "run used; start from the run's directory, or name a Hugging Face directory that "
+                "has the right one with --like"
             )
     return path
 
 
 def _say_if_another(like: Path, arguments: Namespace) -> None:
-    """Compare the tokenizer of --like with the run's, as far as it has a file of that kind."""
+    """Warn if --like has another tokenizer than the run used, as far as they can be compared."""
     known = getattr(arguments, "slm_tokenizer", None)
     if known is None:
         return
@@ -261,18 +276,22 @@ def _say_if_another(like: Path, arguments: Namespace) -> None:
         of_one_file = single.is_file() and Path(arguments.tokenizer_model).is_file()
         own = vars(arguments) | {"tokenizer_model": str(single if of_one_file else like)}
         found = fingerprint_of_files(Namespace(**own))
-    except Exception:  # another kind, or no tokenizer
+    except Exception:  # --like has another kind of tokenizer, or none
         return
     if found != known:
         print(
-            f"--like {like} has another tokenizer than the run read text with "
+            f"--like {like} has another tokenizer than the run used "
             f"({arguments.tokenizer_type} {arguments.tokenizer_model})",
             file=sys.stderr,
         )
 
 
 def _vocabulary(arguments: Namespace) -> int:
-    """Return the tokens of the model, or padding and all where the checkpoint does not say."""
+    """Return the model's number of tokens; with the padding if the checkpoint does not say more.
+
+    Raises:
+        UserError: the checkpoint does not have it at all.
+    """
     padded = getattr(arguments, "padded_vocab_size", None)
     found = vocabulary_of(arguments)
     if found is None and padded is not None:

@@ -1,11 +1,11 @@
-"""Hugging Face safetensors to a Megatron checkpoint, a block at a time.
+"""Convert Hugging Face safetensors to a Megatron checkpoint, one block at a time.
 
-    config.json -> architecture -> blocks, dealt out to ranks by size
-    each rank      tensor(s) from safetensors -> fused -> its own file
-    rank 0         the table of all blocks, Megatron's arguments
+    1. config.json gives the architecture; its blocks are distributed over the ranks by size.
+    2. Each rank reads its tensors from safetensors, fuses them, and writes them to its own file.
+    3. Rank 0 writes the table of all blocks, and Megatron's arguments.
 
-Everything is checked from the files' headers, by every rank, before the first byte is written.
-Where keys or files disagree, what transformers 5 takes is taken, or the import is refused.
+Every rank checks everything from the files' headers before the first byte is written.  Where keys
+or files disagree, the import does what transformers 5 does, or refuses.
 """
 
 from __future__ import annotations
@@ -58,30 +58,33 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a directory becomes.
-
-    arguments: Megatron's.  notes: what a user should know of it.
-    """
+    """What a directory becomes."""
 
     architecture: Architecture
+    """The model's architecture."""
     arguments: dict[str, Any]
+    """Megatron's arguments for the checkpoint."""
     parts: list[TensorPart]
+    """All blocks to write."""
     notes: list[str]
+    """What the user should know about the conversion."""
 
 
 def import_hugging_face(source: Path, save: Path, vocabulary_multiple: int) -> dict[str, Any]:
-    """Convert the model in `source`.  Collective over ranks.
+    """Convert a Hugging Face model to a Megatron checkpoint.  Collective over ranks.
 
     Args:
-        save: where to write what Megatron's --load takes, as a "release" without optimizer state.
-        vocabulary_multiple: the vocabulary is padded with zeros to a multiple of it.
+        source: directory of the Hugging Face model.
+        save: directory to write, for Megatron's --load; the checkpoint is a "release" without
+            optimizer state.
+        vocabulary_multiple: the vocabulary is padded with zeros to a multiple of this number.
 
     Returns:
-        Megatron's arguments, which the checkpoint carries.
+        Megatron's arguments in the checkpoint.
 
     Raises:
-        UserError: an unsupported model, tensors that are missing, unknown or of another shape, or a
-            checkpoint that cannot be written.
+        UserError: the model is not supported; a tensor is missing, unknown, or has the wrong shape;
+            or the checkpoint cannot be written.
     """
     rank, size = this_rank()
     plan = together(partial(_plan, source, vocabulary_multiple))
@@ -126,7 +129,7 @@ def _plan(source: Path, vocabulary_multiple: int) -> _Plan:
 
 
 def _write(plan: _Plan, directory: Path, save: Path) -> Stored:
-    """Write this rank's part of the tensors."""
+    """Write this rank's share of the tensors."""
     rank, size = this_rank()
     objects = _objects(plan.architecture, plan.arguments) if rank == 0 else {}
     with saying_where(save):
@@ -143,7 +146,11 @@ def _complete(plan: _Plan, directory: Path, save: Path, everywhere: list[Stored 
 
 
 def as_options(arguments: dict[str, Any]) -> str:
-    """Return Megatron's options for a command line that does without --use-checkpoint-args."""
+    """Return Megatron's options for a model, to be used in place of --use-checkpoint-args.
+
+    Args:
+        arguments: what `import_hugging_face` returned.
+    """
     names = {
         "layernorm_epsilon": "norm-epsilon",
         "untie_embeddings_and_output_weights": "untie-embeddings-and-output-weights",
@@ -167,10 +174,10 @@ def as_options(arguments: dict[str, Any]) -> str:
 
 
 def read_architecture(source: Path) -> Architecture:
-    """Return that of a Hugging Face directory.
+    """Return the architecture of the model in a Hugging Face directory.
 
     Raises:
-        UserError: no readable config.json, or as from_hugging_face.
+        UserError: config.json cannot be read, or the model is not supported.
     """
     return from_hugging_face(read_config(source), str(source / CONFIG))
 
@@ -198,7 +205,7 @@ def _same(one: WeightOnDisk, other: WeightOnDisk) -> bool:
 
 
 def _check_tensors(source: Path, a: Architecture, found: dict[str, WeightOnDisk]) -> None:
-    """Compare the model's tensors with what its architecture says."""
+    """Check that the model has the tensors of its architecture, and no others."""
     shapes = hugging_face_shapes(a)
     for name, shape in shapes.items():
         if name not in found:
@@ -220,7 +227,7 @@ def _check_tensors(source: Path, a: Architecture, found: dict[str, WeightOnDisk]
 
 
 def _left_out(config: dict[str, Any], source: Path, dtypes: set[torch.dtype]) -> list[str]:
-    """Say what of config.json a checkpoint does not take over."""
+    """Return notes about what in config.json the checkpoint does not keep."""
     notes = []
     if config.get("attention_dropout"):
         notes.append(
@@ -238,7 +245,11 @@ def _left_out(config: dict[str, Any], source: Path, dtypes: set[torch.dtype]) ->
 
 
 def _dtypes(wanted: list[Block], tensors: dict[str, WeightOnDisk]) -> dict[str, torch.dtype]:
-    """Of each Megatron tensor, into which those of all layers go."""
+    """Return the dtype of each Megatron tensor.
+
+    Raises:
+        UserError: the layers' tensors, which become one, differ in dtype.
+    """
     first: dict[str, WeightOnDisk] = {}
     for block in wanted:
         for tensor in (tensors[name] for name in block.names):
@@ -265,7 +276,7 @@ def _arguments(a: Architecture, padded: int, multiple: int) -> dict[str, Any]:
 
 
 def _objects(a: Architecture, arguments: dict[str, Any]) -> dict[str, Any]:
-    """What is not a tensor, as Megatron has it in a checkpoint."""
+    """Return the objects other than tensors that Megatron expects in a checkpoint."""
     common = {
         "args": Namespace(**arguments),
         "checkpoint_version": 3.0,
@@ -289,7 +300,7 @@ def _part(
 
 
 def _dealt(parts: list[TensorPart], ranks: int) -> list[list[TensorPart]]:
-    """Parts for each rank, of about the same size in all."""
+    """Distribute the parts over the ranks so that each gets about the same number of weights."""
     hands: list[list[TensorPart]] = [[] for _ in range(ranks)]
     sizes = [0] * ranks
     for part in parts:

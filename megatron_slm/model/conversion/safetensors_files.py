@@ -1,8 +1,8 @@
-"""A Hugging Face model's safetensors files, read and written a tensor at a time.
+"""Read and write a Hugging Face model's safetensors files, one tensor at a time.
 
-The safetensors library reads.  It maps whole files, whose pages then count as this process's
-memory, so a file is opened anew for each tensor; and it can only write files that are in memory
-whole, so the writing is done here: a header with names, shapes and offsets, then the bytes.
+Reading uses the safetensors library.  It maps whole files into memory, whose pages then count as
+this process's, so a file is opened anew for each tensor.  The library can only write files that are
+in memory as a whole; so writing is done here: a header with names, shapes and offsets, then bytes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TYPE_NAMES = {dtype: name for name, dtype in WEIGHT_TYPES.items()}
 
 @dataclass(frozen=True)
 class WeightOnDisk:
-    """A tensor in a file, not read yet."""
+    """A tensor in a file that is not read yet."""
 
     name: str
     file: Path
@@ -42,24 +42,24 @@ class WeightOnDisk:
     dtype: torch.dtype
 
     def read(self) -> Tensor:
-        """A view of the file's pages: it is in memory as far as it is used."""
+        """Return the tensor as a view of the file's pages, which are loaded when they are used."""
         with safe_open(self.file, framework="pt") as file:
             tensor: Tensor = file.get_tensor(self.name)
             return tensor
 
 
 class _Index(msgspec.Struct):
-    """The table of which file has which tensor."""
+    """The index of a model, which says which file has which tensor."""
 
     weight_map: Annotated[dict[str, str], Meta(min_length=1)]
 
 
 def find_tensors(directory: Path) -> dict[str, WeightOnDisk]:
-    """Return all tensors of a model by name, from the files' headers alone.
+    """Return all tensors of a model by name; only the files' headers are read.
 
     Raises:
-        UserError: no safetensors, a file that is missing or damaged, an unsupported dtype, or two
-            files that could each be meant.
+        UserError: there are no safetensors files, a file is missing or damaged, a dtype is not
+            supported, or it is ambiguous which file is meant.
     """
     named = _files_by_tensor(directory)
     found: dict[str, WeightOnDisk] = {}
@@ -78,7 +78,8 @@ def find_tensors(directory: Path) -> dict[str, WeightOnDisk]:
 
 
 def _files_by_tensor(directory: Path) -> dict[str, Path]:
-    """Return what the index says; empty where the model is one file without an index."""
+    """Return the file of each tensor according to the index; nothing if the model is a single
+    file without one."""
     index, single = directory / INDEX, directory / SINGLE
     if index.is_file():
         table = read_json(index, _Index, INDEX_LIMIT).weight_map
@@ -129,11 +130,13 @@ class Entry:
 
     @property
     def bytes(self) -> int:
+        """Size of the tensor in bytes."""
         return prod(self.shape) * self.dtype.itemsize
 
 
 def shards(entries: Iterable[Entry], limit: int) -> list[list[Entry]]:
-    """Entries in order, in files of at most `limit` bytes unless a single one is larger."""
+    """Divide entries, in order, into files of at most `limit` bytes; an entry that is larger gets a
+    file of its own."""
     result: list[list[Entry]] = [[]]
     size = 0
     for entry in entries:
@@ -146,14 +149,20 @@ def shards(entries: Iterable[Entry], limit: int) -> list[list[Entry]]:
 
 
 def shard_names(count: int) -> list[str]:
-    """Names as transformers gives them."""
+    """Return the names that transformers gives to so many files."""
     if count == 1:
         return [SINGLE]
     return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
 def write_file(path: Path, entries: list[Entry], read: Callable[[str], Tensor]) -> None:
-    """Write one file, holding one tensor in memory at a time."""
+    """Write one file, with one tensor in memory at a time.
+
+    Args:
+        path: the file.
+        entries: its tensors.
+        read: function that returns a tensor by name.
+    """
     header: dict[str, dict[str, object]] = {"__metadata__": {"format": "pt"}}
     end = 0
     for entry in entries:
@@ -174,7 +183,7 @@ def write_file(path: Path, entries: list[Entry], read: Callable[[str], Tensor]) 
 
 
 def write_weight_index(directory: Path, files: dict[str, list[Entry]]) -> None:
-    """The table of which file has which tensor."""
+    """Write the index, which says which file has which tensor."""
     size = sum(entry.bytes for entries in files.values() for entry in entries)
     where = {entry.name: name for name, entries in files.items() for entry in entries}
     content = {"metadata": {"total_size": size}, "weight_map": where}

@@ -1,10 +1,10 @@
 """Write a sentencepiece model as the tokenizer.json that transformers reads.
 
-Transformers 5 orders a .model's merges by the ids of their pieces, which is not the order of their
-scores in every model (Mistral's runs of spaces), and knows nothing of user-defined symbols; both
-give other ids than training read.  Here the merges are in the order in which sentencepiece takes
-them, user-defined symbols are cut out of the text before anything is merged, and what transformers
-makes of the written files is compared on texts that contain every such piece.
+Transformers 5 does not convert every model faithfully: it orders merges by the ids of their pieces,
+which is not always the order of their scores (as in Mistral's runs of spaces), and it ignores
+user-defined symbols.  Here the merges are in sentencepiece's order, and user-defined symbols are
+cut out of the text before anything is merged.  Finally the written files are loaded with
+transformers and compared with the model on texts that contain every such piece.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from megatron_slm.errors import UserError
 from megatron_slm.files import LIMIT, read_bounded
 
 SPACE = "▁"
-UNIGRAM, BPE = 1, 2  # of a model's trainer_spec
-PLAIN, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # of a piece
-# What tokenizers disagree on: spaces in front, between and behind, bytes, other scripts, ligatures.
+UNIGRAM, BPE = 1, 2  # model types in trainer_spec
+PLAIN, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # types of a piece
+# What tokenizers disagree on: leading, inner and trailing spaces, bytes, other scripts, ligatures.
 SAMPLES = [
     "Not all tokens are what you need: 3.14 + 2 = 5.14",
     " a  b   c    d     e      f       g        h ",
@@ -53,10 +53,12 @@ def write_tokenizer_json(pieces: SentencePieceProcessor, directory: Path, name: 
     """Write tokenizer.json and tokenizer_config.json.
 
     Args:
-        name: of the model, for the error.
+        pieces: the sentencepiece model.
+        directory: where the files go.
+        name: name of the model, for errors.
 
     Raises:
-        UserError: transformers would read some text as other ids than the model gives.
+        UserError: transformers would encode some text differently from the model.
     """
     model = sentencepiece_model_pb2.ModelProto()
     model.ParseFromString(pieces.serialized_model_proto())
@@ -122,7 +124,9 @@ def _as_tokenizer(model: Any) -> Tokenizer:
 
 
 def _unigram(model: Any) -> Tokenizer:
-    lowest = min(piece.score for piece in model.pieces) - 1000.0  # of what no text is encoded as
+    lowest = (
+        min(piece.score for piece in model.pieces) - 1000.0
+    )  # for pieces that no text is encoded as
     scores = [
         (piece.piece, piece.score if piece.type in (PLAIN, USER_DEFINED) else lowest)
         for piece in model.pieces
@@ -135,9 +139,12 @@ def _unigram(model: Any) -> Tokenizer:
 
 
 def _bpe(model: Any) -> Tokenizer:
-    """Cut user-defined symbols out, and have a part of the text that is a piece's name become that
-    piece, since no merge leads to a symbol.  Such a part is cut once more, after its first token,
-    where its name is that of a piece that text is never encoded as, such as "</s>"."""
+    """Build a BPE tokenizer that first cuts user-defined symbols out of the text.
+
+    No merge leads to a symbol, so a part of the text that equals a piece's name becomes that piece
+    (ignore_merges).  If text is never encoded as that piece, as with "</s>", such a part is cut
+    once more, after its first token.
+    """
     names = [piece.piece for piece in model.pieces]
     bpe = models.BPE(
         vocab={name: at for at, name in enumerate(names)},
@@ -163,8 +170,8 @@ def _bpe(model: Any) -> Tokenizer:
 
 
 def _cut_name(bpe: models.BPE, name: str) -> str | None:
-    """Return a pattern for the first token of a text that is no more than the name of a piece, or
-    None where that piece is its only token."""
+    """Return a pattern that matches the first token of a text which equals a piece's name; None if
+    the piece is its only token."""
     end = len(name.encode()[: bpe.tokenize(name)[0].offsets[1]].decode())
     if end == len(name):
         return None

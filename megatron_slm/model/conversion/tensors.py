@@ -1,9 +1,9 @@
-"""Which Hugging Face tensors make up which Megatron tensor, as a table.
+"""Map Hugging Face tensors to Megatron tensors.
 
-Megatron stacks a tensor of all layers along a leading axis, fuses queries, keys and values group by
-group, and gate and up projection one over the other.  A Block is the unit of conversion: the part
-of a Megatron tensor that is made from one Hugging Face tensor, or from three for the fused
-attention.  Names are those on disk, which local and Transformer Engine layers share.
+Megatron stacks the tensors of all layers along a leading axis, fuses queries, keys and values group
+by group, and stacks the gate projection on the up projection.  A Block is the unit of conversion:
+the part of a Megatron tensor that is made from one Hugging Face tensor, or from three for the fused
+attention.  The names are those on disk, which local and Transformer Engine layers share.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatron_slm.model.architecture import Architecture
 
 QKV = "self_attention.linear_qkv.weight"
 
-# Megatron's name within a layer, Hugging Face's names, and which half of the rows.
+# Megatron's name within a layer, Hugging Face's names, and which half of the rows (None: all).
 LAYER_TABLE: tuple[tuple[str, tuple[str, ...], int | None], ...] = (
     ("self_attention.linear_qkv.layer_norm_weight", ("input_layernorm",), None),
     (QKV, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), None),
@@ -28,8 +28,8 @@ LAYER_TABLE: tuple[tuple[str, tuple[str, ...], int | None], ...] = (
     ("mlp.linear_fc2.weight", ("mlp.down_proj",), None),
 )
 
-# Modules that keep "extra state" (scales of fp8) in a checkpoint, with any version of Megatron and
-# Transformer Engine, which ask for it.
+# Modules that keep "extra state" (fp8 scales) in a checkpoint with some version of Megatron or
+# Transformer Engine; each version requires its own to be there.
 EXTRA_STATES_OF_LAYER = (
     "self_attention.linear_qkv",
     "self_attention.linear_proj",
@@ -42,27 +42,28 @@ EXTRA_STATES = ("decoder.final_layernorm",)
 
 @dataclass(frozen=True)
 class Block:
-    """Part of a Megatron tensor.
-
-    key, shape: name and shape of the whole tensor.
-    offset, size: where in it the block lies.
-    names: the Hugging Face tensors it is made of; empty for padding of the vocabulary.
-    """
+    """A part of a Megatron tensor."""
 
     key: str
+    """Name of the whole tensor."""
     shape: tuple[int, ...]
+    """Shape of the whole tensor."""
     offset: tuple[int, ...]
+    """Where in it the block begins, in each dimension."""
     size: tuple[int, ...]
+    """Shape of the block."""
     names: tuple[str, ...]
+    """The Hugging Face tensors it is made of; empty for padding of the vocabulary."""
 
     @property
     def inner(self) -> tuple[int, ...]:
-        """Its shape in one layer."""
+        """The block's shape without the axis of layers."""
         return self.size[1:] if self.key.startswith("decoder.layers.") else self.size
 
 
 def hugging_face_shapes(a: Architecture) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors by name, in the order in which a model uses them."""
+    """Return the shape of each Hugging Face tensor by name, in the order in which a model uses
+    them."""
     query, key = a.heads * a.head_dim, a.groups * a.head_dim
     layer = {
         "input_layernorm": (a.hidden,),
@@ -85,7 +86,7 @@ def hugging_face_shapes(a: Architecture) -> dict[str, tuple[int, ...]]:
 
 
 def blocks(a: Architecture, padded_vocabulary: int) -> list[Block]:
-    """All of a model, tensor by tensor in the order of hugging_face_shapes."""
+    """Return all blocks of a model, in the order of hugging_face_shapes."""
     shapes = hugging_face_shapes(a)
     result = _vocabulary_blocks(
         "embedding.word_embeddings.weight", "model.embed_tokens.weight", a, padded_vocabulary
@@ -122,7 +123,7 @@ def _vocabulary_blocks(key: str, name: str, a: Architecture, padded: int) -> lis
 
 
 def extra_state_keys(layers: int) -> list[str]:
-    """Names of extra states on disk, a part for each layer."""
+    """Return the names of extra states on disk, of which each layer has its own."""
     names = [
         f"decoder.layers.{module}._extra_state/shard_{layer}_{layers}"
         for layer in range(layers)
@@ -132,10 +133,10 @@ def extra_state_keys(layers: int) -> list[str]:
 
 
 def fuse(a: Architecture, tensors: list[Tensor]) -> Tensor:
-    """A block's rows from its Hugging Face tensors.
+    """Make a block's rows from its Hugging Face tensors.
 
-    Queries [heads*d, h], keys and values [groups*d, h] become, group by group, the group's queries,
-    its key and its value.
+    Queries [heads*d, h], keys and values [groups*d, h] become [(heads + 2*groups)*d, h]: for each
+    group its queries, its key and its value.  A single tensor is returned as it is.
     """
     if len(tensors) == 1:
         return tensors[0]
@@ -144,7 +145,7 @@ def fuse(a: Architecture, tensors: list[Tensor]) -> Tensor:
 
 
 def split(a: Architecture, block: Tensor, count: int) -> list[Tensor]:
-    """The inverse of fuse, for a block of `count` Hugging Face tensors."""
+    """Split a block into its `count` Hugging Face tensors; the inverse of fuse."""
     if count == 1:
         return [block]
     queries = a.heads // a.groups * a.head_dim

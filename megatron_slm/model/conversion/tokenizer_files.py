@@ -1,4 +1,4 @@
-"""The files of a Hugging Face tokenizer, which travel with a model."""
+"""Copy the files of a tokenizer along with a model."""
 
 from __future__ import annotations
 
@@ -22,14 +22,19 @@ FILES = """
     tokenizer.json tokenizer.model tokenizer.model.v3 tokenizer_config.json special_tokens_map.json
     added_tokens.json vocab.json merges.txt chat_template.jinja generation_config.json
 """.split()
-SETTINGS = ("tokenizer.json", "tokenizer_config.json")  # how to read a vocabulary
+SETTINGS = ("tokenizer.json", "tokenizer_config.json")  # say how to use a vocabulary
 TOKENIZER_LIMIT = 256 << 20  # bytes of a tokenizer.json; Gemma's has 33 million
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def fingerprint_of_files(arguments: Namespace) -> str:
-    """That of the files that a run's arguments name, as they are now; raises what reading them
-    does.  None of them is run."""
+    """Return the fingerprint of the tokenizer in the files that a run's arguments name.
+
+    The files are read as they are now, and no code in them is run.
+
+    Raises:
+        Exception: of any kind, if the files cannot be read.
+    """
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
     own = Namespace(**vars(arguments) | {"trust_remote_code": False, "pad_vocab_size": False})
@@ -37,19 +42,24 @@ def fingerprint_of_files(arguments: Namespace) -> str:
 
 
 def has_tokenizer(directory: Path) -> bool:
-    """Whether a tokenizer can be made from its files."""
+    """Return whether a directory has the files of a tokenizer."""
     return any((directory / name).is_file() for name in VOCABULARIES)
 
 
 def copy_tokenizer(source: Path, target: Path) -> dict[str, int | None]:
-    """Copy what there is of them; `source` may also be a file, under any name, and a sentencepiece
-    model gets a tokenizer.json, which transformers reads.
+    """Copy a tokenizer's files.
+
+    A sentencepiece model also gets a tokenizer.json, which transformers reads.
+
+    Args:
+        source: directory of the tokenizer, or its file under any name.
+        target: directory to copy to.
 
     Returns:
-        config.json's ids of bos, eos and pad; none where the files do not say.
+        The ids of bos, eos and pad for config.json, as far as the files give them.
 
     Raises:
-        UserError: transformers would read text in another way, or a file cannot be read.
+        UserError: transformers would tokenize text differently, or a file cannot be read.
     """
     if not source.is_file():
         for name in FILES:
@@ -79,7 +89,7 @@ class _Token(msgspec.Struct):
 
 
 class _Settings(msgspec.Struct):
-    """What tokenizer_config.json says of special tokens."""
+    """The special tokens in tokenizer_config.json."""
 
     bos_token: str | _Token | None = None
     eos_token: str | _Token | None = None
