@@ -1,4 +1,4 @@
-"""Names that only this program gives to files, by which its own output is told from input."""
+"""Recognise this program's own files by names that only it gives, to tell output from input."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 STDIN = "spooled-stdin.jsonl"
 DECIDED = "datasets.next"
-# Names of this program's files begin so: a task's (inputs.py), the verdicts, and these.
+# How the names of this program's files begin: a task's name (inputs.py), or one of these.
 TASK = r".+-[0-9a-f]{12}-\d{13,}"
 OWN_NAMES = re.compile(rf"{TASK}[._]|duplicates\.verdicts|{re.escape(STDIN)}|{DECIDED}", re.DOTALL)
-# And elsewhere its files end so.
+# How the names of its files end in other directories.
 OUTPUT = re.compile(
     r"_document\.(bin|idx|bin\.next|idx\.next|manifest\.json)$|\.data-args\.txt$"
     r"|-[0-9a-f]{8}-\d+\.partial$"
@@ -19,7 +19,8 @@ OUTPUT = re.compile(
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a file in one of the directories has a name that only this program gives."""
+    """Return whether a file in the shards' or rejects' directory has a name that only this program
+    gives."""
     return OWN_NAMES.match(path.name) is not None
 
 

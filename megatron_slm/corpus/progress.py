@@ -1,4 +1,4 @@
-"""What a run shows of itself: counters that all its processes share, and a bar on stderr."""
+"""Show a run's progress: counters that all its processes share, and a bar on stderr."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 POLL = 0.5  # seconds between looks at the counters
 
-# Hears of progress: input bytes, documents, tokens, characters.
+# A function that is told of progress: input bytes, documents, tokens, characters.
 Progress = Callable[[int, int, int, int], None]
 
 
@@ -20,20 +20,27 @@ class Stopped(Exception):
 
 
 class Counters:
-    """Input bytes, documents, tokens and characters of each task, int64 [tasks, 4], which processes
-    share.  A task counts in its own row, so there is no lock that a killed worker could keep."""
+    """Input bytes, documents, tokens and characters of each task, shared by all processes.
+
+    The counts are int64 [tasks, 4].  Each task counts in its own row, so there is no lock that a
+    killed worker could keep.
+    """
 
     def __init__(self, tasks: int) -> None:
         self.context = multiprocessing.get_context("fork")
         shared = np.frombuffer(self.context.RawArray("q", 4 * tasks + 1), np.int64)
         self.counts = shared[:-1].reshape(tasks, 4)
-        self.stop = shared[-1:]  # is not 0 when all workers are to leave their tasks
+        self.stop = shared[-1:]  # not 0 if all workers should leave their tasks
 
     def add(self, task: int, *counts: int) -> None:
-        """Count, or leave the task if it is to stop.
+        """Add to the counts of a task.
 
         Args:
-            task: its row.
+            task: row of the task.
+            counts: input bytes, documents, tokens and characters to add.
+
+        Raises:
+            Stopped: another task has failed, so this one should stop.
         """
         if self.stop[0]:
             raise Stopped
@@ -41,7 +48,7 @@ class Counters:
 
 
 class Bar:
-    """Progress on stderr: a bar on a terminal, else a line every ten seconds."""
+    """Progress on stderr: a bar on a terminal, otherwise a line every ten seconds."""
 
     def __init__(self, label: str, size: int, counters: Counters) -> None:
         self.counters = counters
@@ -56,7 +63,7 @@ class Bar:
         )
 
     def show(self) -> None:
-        """Draw what the counters say."""
+        """Draw the current counts."""
         size, documents, tokens, characters = self.counters.counts.sum(0).tolist()
         seconds = self.bar.format_dict["elapsed"] or 1
         self.bar.set_postfix_str(
@@ -71,5 +78,5 @@ class Bar:
 
 
 def announce(line: str) -> None:
-    """Tell people on stderr; results go to stdout."""
+    """Print a line for people to stderr; results go to stdout."""
     print(f"> {line}", file=sys.stderr, flush=True)

@@ -1,1 +1,1 @@
-"""Text and token files: what training reads and the tools that make it."""
+"""Read and write the files that a run uses for each token: datasets, score caches, token dumps."""

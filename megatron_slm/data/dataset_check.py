@@ -1,7 +1,7 @@
-"""Whether a dataset can be what its files say, by a few reads that take as long at any size.
+"""Check that a dataset can be what its files say, by a few reads whose number is bounded.
 
-Header, sizes, ends and a few offsets, and the manifest's sizes, type of ids and tokenizer: training
-checks them on every rank at its start.
+The check covers the header, sizes, ends and a few offsets, and the manifest's sizes, type of ids
+and tokenizer.  Every rank does it when training starts.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from megatron_slm.data.manifest_types import PairManifest
 from megatron_slm.errors import UserError
 from megatron_slm.files import sha256_of
 
-PROBED = 512  # offsets that the quick check looks at
+PROBED = 512  # offsets that are checked
 REWRITE = "write the dataset again"
 
-# Kinds of tokenizer files by Megatron's names for them.
+# Kinds of tokenizer files, by Megatron's names of tokenizer types.
 TOKENIZER_KINDS = {
     "SentencePieceTokenizer": "sentencepiece",
     "GPTSentencePieceTokenizer": "sentencepiece",
@@ -33,7 +33,7 @@ TOKENIZER_KINDS = {
 
 @dataclass(frozen=True)
 class CheckedDataset:
-    """A pair that has passed the quick check, with its manifest if there is one."""
+    """A pair of files that has passed the quick check, with its manifest if there is one."""
 
     prefix: Path
     index: Index
@@ -41,7 +41,7 @@ class CheckedDataset:
 
     @property
     def tokens(self) -> int:
-        """By the size of the .bin."""
+        """Number of tokens, from the size of the .bin."""
         return Path(f"{self.prefix}.bin").stat().st_size // self.index.dtype.itemsize
 
 
@@ -51,17 +51,18 @@ def check_quickly(
     manifest: PairManifest | None = None,
     tokenizer_model: str | None = None,
 ) -> CheckedDataset:
-    """Open a dataset.
+    """Open a dataset and check it quickly.
 
     Args:
-        prefix: without .bin and .idx.
-        vocab_size: of the run that is to read it.
-        manifest: default: that beside it, if there is one.
-        tokenizer_model: of that run; compared if the manifest has the hash of such a file.
+        prefix: path without .bin and .idx.
+        vocab_size: vocabulary size of the run that will read it; None not to check it.
+        manifest: the dataset's manifest; None for the one beside it, if there is one.
+        tokenizer_model: that run's tokenizer file, which is compared if the manifest has the hash
+            of a file of its kind.
 
     Raises:
-        UserError: index and data do not belong together, are truncated, or are of a type,
-            vocabulary or tokenizer that cannot be; or the dataset was not merged.
+        UserError: index and data do not belong together, are truncated, or have a wrong type,
+            vocabulary or tokenizer; or the dataset was not merged.
     """
     prefix = Path(prefix)
     if manifest is None:
@@ -87,7 +88,7 @@ def _check_manifest(
     vocab_size: int | None,
     tokenizer_model: str | None,
 ) -> None:
-    """Against the files and the run, without reading the data."""
+    """Check the manifest against the files and the run, without reading the data."""
     tokenizer = manifest.options.tokenizer
     for suffix, recorded in (("bin", manifest.bin.size), ("idx", manifest.idx.size)):
         path = Path(f"{prefix}.{suffix}")
@@ -128,8 +129,10 @@ def _check_manifest(
 
 
 def _same_kind(model: Path, name: str) -> Path | None:
-    """A run's tokenizer file, if a manifest's of this name is of its kind: only then do different
-    bytes mean another tokenizer."""
+    """Return a run's tokenizer file if a manifest's of this name is of the same kind, else None.
+
+    Only then do different bytes mean another tokenizer.
+    """
     if model.is_dir():
         model /= "tokenizer.json"
     sentencepiece = ".model" in model.name and ".model" in name
@@ -137,11 +140,11 @@ def _same_kind(model: Path, name: str) -> Path | None:
     return model if same and model.is_file() else None
 
 
-_tokenizer_hash = cache(sha256_of)  # once for all datasets of a run
+_tokenizer_hash = cache(sha256_of)  # hashed once for all datasets of a run
 
 
 def _check_ends(prefix: Path, index: Index, size: int) -> None:
-    """In a bounded number of reads."""
+    """Check the ends of the index in a bounded number of reads."""
     count, width = len(index.lengths), index.dtype.itemsize
     if count == 0:
         raise UserError(f"{prefix} has no documents")
@@ -160,7 +163,17 @@ def _check_ends(prefix: Path, index: Index, size: int) -> None:
 
 
 def refuse_offsets(prefix: Path, at: Any, offsets: Any, expected: Any) -> None:
-    """Raise UserError if sequences `at` [n] do not begin at the bytes expected of them."""
+    """Check that sequences begin at the expected bytes.
+
+    Args:
+        prefix: the dataset, for errors.
+        at: [n], numbers of the sequences.
+        offsets: [n], bytes at which they begin.
+        expected: [n], bytes at which they should begin.
+
+    Raises:
+        UserError: one of them does not.
+    """
     wrong = np.flatnonzero(offsets != expected)
     if wrong.size:
         first = wrong[0]

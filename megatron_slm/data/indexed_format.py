@@ -1,11 +1,11 @@
-"""Megatron's indexed dataset: token ids in .bin; lengths, offsets and document ends in .idx.
+"""Read and write Megatron's indexed datasets: token ids in .bin, what is where in .idx.
 
     .idx   magic 9 | version u64 | dtype code u8 | sequences S u64 | document ends D u64
            lengths S x i32 | byte offsets S x i64 | document ends D x i64
-    .bin   the token ids of all sequences, without a gap
+    .bin   the token ids of all sequences, without gaps
 
-One sequence is one document here, so D = S + 1.  Indices are written block by block and mapped
-when read, so neither takes memory in proportion to the data.
+Here each document is one sequence, so D = S + 1.  Indices are written block by block and mapped to
+be read, so memory use does not grow with the data.
 """
 
 from __future__ import annotations
@@ -36,25 +36,32 @@ Blocks = Callable[[], Iterator[Lengths]]
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The type that Megatron stores ids of such a vocabulary in."""
+    """Return the type in which Megatron stores ids of a vocabulary of this size."""
     return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
 
 
 @dataclass(frozen=True)
 class Index:
-    """An open .idx: lengths int32 [S], offsets int64 [S], document_ends int64 [D], all mapped."""
+    """An open .idx, whose arrays are mapped."""
 
     dtype: np.dtype
+    """Type of the token ids."""
     lengths: Lengths
+    """int32 [S], the number of tokens of each sequence."""
     offsets: NDArray[np.int64]
+    """[S], the byte in the .bin at which each sequence begins."""
     document_ends: NDArray[np.int64]
+    """[D], 0 and then the number of sequences up to the end of each document."""
 
 
 def write_index(path: Path, dtype: np.dtype, count: int, blocks: Blocks) -> None:
-    """Write an .idx of `count` one-sequence documents and sync it to the disk.
+    """Write an .idx of `count` one-sequence documents, and sync it to disk.
 
     Args:
-        blocks: gives the lengths, in blocks; called twice.
+        path: the .idx.
+        dtype: type of the token ids.
+        count: number of documents.
+        blocks: function that yields the lengths in blocks; called twice.
     """
     code = next(code for code, known in ID_TYPES.items() if known == dtype)
     with path.open("wb") as file:
@@ -75,7 +82,7 @@ def open_index(path: Path) -> Index:
     """Map an .idx whose header and size agree.
 
     Raises:
-        UserError: not such a file, truncated, or with something behind its end.
+        UserError: it is not such a file, is truncated, or has something after its end.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -88,7 +95,9 @@ def open_index(path: Path) -> Index:
             f"{path} has version {version} and dtype code {code}, which no reader knows"
         )
     expected = HEADER.size + 12 * sequences + 8 * ends
-    if size != expected and size != expected + sequences:  # a mode byte each: multimodal
+    if (
+        size != expected and size != expected + sequences
+    ):  # multimodal datasets add a byte per sequence
         raise UserError(
             f"{path} has {size} bytes, but its header says {sequences} sequences and {ends} "
             f"document ends, which take {expected}: it is truncated or damaged; write it again"
@@ -103,6 +112,6 @@ def open_index(path: Path) -> Index:
 
 
 def length_blocks(lengths: Lengths) -> Iterator[Lengths]:
-    """Views of at most BLOCK lengths."""
+    """Yield views of at most BLOCK lengths."""
     for first in range(0, len(lengths), BLOCK):
         yield lengths[first : first + BLOCK]

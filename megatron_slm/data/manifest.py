@@ -1,8 +1,7 @@
-"""Read and write the manifests of datasets and mixes: what they were made from, how, and what they
-hold.
+"""Read and write manifests of datasets and mixes, which say what they hold and were made from.
 
-A shard is made again unless its manifest has today's options and inputs.  An input counts as the
-same if its path, size and time are, or else its content by SHA-256.
+A shard is made again unless its manifest has this run's options and inputs.  An input counts as the
+same if its path, size and time are the same, or if its content has the same SHA-256.
 """
 
 from __future__ import annotations
@@ -28,26 +27,27 @@ def manifest_path(prefix: Path | str) -> Path:
 
 
 def write_manifest(path: Path, content: msgspec.Struct) -> None:
-    """Write a manifest whole or not at all."""
+    """Write a manifest, completely or not at all."""
     written = {"format": MANIFEST_FORMAT, **msgspec.to_builtins(content)}
     write_whole(path, orjson.dumps(written, option=orjson.OPT_INDENT_2))
 
 
 def write_data_args(prefix: Path | str, weights: Mapping[str, int]) -> None:
-    """Write PREFIX.data-args.txt for Megatron's --data-args-path, whole or not at all.
+    """Write PREFIX.data-args.txt for Megatron's --data-args-path, completely or not at all.
 
     Args:
-        weights: of the datasets, by prefix.
+        prefix: the path without .data-args.txt.
+        weights: weights of the datasets, by prefix.
     """
     lines = (f"{weight} {path}\n" for path, weight in weights.items())
     write_whole(Path(f"{prefix}.data-args.txt"), "".join(lines).encode())
 
 
 def manifest_of_pair(prefix: Path) -> PairManifest | None:
-    """Return that beside a pair of files: of a dataset, or of a shard that was not merged.
+    """Return the manifest of a pair of files, which is a dataset or a shard that was not merged.
 
     Raises:
-        UserError: it is damaged, or of a dataset that is no pair of files.
+        UserError: the manifest is damaged, or belongs to a dataset that is not a pair of files.
     """
     manifest = read_dataset_manifest(prefix)
     if manifest is not None:
@@ -66,7 +66,7 @@ def manifest_of_pair(prefix: Path) -> PairManifest | None:
 
 
 def no_pair(prefix: Path | str) -> UserError:
-    """Return what to say of a dataset that was not merged, or a mix."""
+    """Return the error about a dataset that was not merged, or a mix."""
     return UserError(
         f"{prefix} is no pair of files but a list of several: train with --data-args-path "
         f"{prefix}.data-args.txt, or verify the datasets in it"
@@ -74,10 +74,10 @@ def no_pair(prefix: Path | str) -> UserError:
 
 
 def read_dataset_manifest(prefix: Path | str) -> DatasetManifest | None:
-    """Return that of a dataset; None if there is none.
+    """Return the manifest of a dataset; None if there is none.
 
     Raises:
-        UserError: it is damaged, or of a mix.
+        UserError: the manifest is damaged, or belongs to a mix.
     """
     path = manifest_path(prefix)
     content = _read(path)
@@ -87,7 +87,7 @@ def read_dataset_manifest(prefix: Path | str) -> DatasetManifest | None:
 
 
 def is_mix(path: Path) -> bool:
-    """Return whether there is a manifest, and it is of a mix.
+    """Return whether there is a manifest that belongs to a mix.
 
     Raises:
         UserError: it is damaged, or of another version of this program.
@@ -96,7 +96,7 @@ def is_mix(path: Path) -> bool:
 
 
 def read_manifest[T: msgspec.Struct](path: Path, kind: type[T]) -> T | None:
-    """Return a manifest of a kind of manifest_types.py; None if there is none.
+    """Read a manifest of one of the types in manifest_types.py; return None if there is none.
 
     Raises:
         UserError: it is damaged, or of another version of this program.

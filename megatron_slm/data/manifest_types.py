@@ -1,4 +1,4 @@
-"""What the JSON beside datasets, mixes, score caches and in token dumps holds, as types.
+"""Define the types of the JSON beside datasets, mixes and score caches, and in token dumps.
 
 Reading a file checks it against its type; nothing else looks into its JSON.
 """
@@ -129,7 +129,7 @@ class ShardManifest(msgspec.Struct, frozen=True):
 
     @property
     def output(self) -> ShardOutput:
-        """Its only output, in the manifest of a dataset."""
+        """The shard's only output, in the manifest of a dataset."""
         (output,) = self.outputs.values()
         return output
 
@@ -178,7 +178,7 @@ class DatasetManifest(msgspec.Struct, frozen=True):
 
     @property
     def pair(self) -> PairManifest | None:
-        """What there is to know of its pair of files; None if it is none."""
+        """What is known of the dataset's pair of files; None if it was not merged."""
         if self.bin is UNSET or self.idx is UNSET or not self.merged:
             return None
         return PairManifest(self.options, self.bin, self.idx, self.shards)
@@ -186,7 +186,7 @@ class DatasetManifest(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class PairManifest:
-    """What there is to know of a .bin and .idx: those of a dataset, or of one shard of it."""
+    """What is known of a pair of .bin and .idx: a dataset's, or that of one of its shards."""
 
     options: ShardOptions
     bin: FileSize
@@ -196,13 +196,13 @@ class PairManifest:
 
     @classmethod
     def of_shard(cls, shard: ShardManifest, key: str) -> PairManifest:
-        """Return what there is to know of a shard's pair for a key."""
+        """Return what is known of a shard's pair of files for a key."""
         output = shard.outputs[key]
         return cls(shard.options, output.bin, output.idx, [shard.of_key(key)])
 
 
 class DecidedDatasets(msgspec.Struct, frozen=True):
-    """Datasets that are whole, by key, and not yet in the place of the old ones."""
+    """Datasets, by key, that are complete but have not replaced the old ones yet."""
 
     datasets: dict[str, DatasetManifest]
 
@@ -216,7 +216,7 @@ class Fingerprints(msgspec.Struct, frozen=True):
 
 
 class VerdictsManifest(msgspec.Struct, frozen=True):
-    """What the duplicates were found among."""
+    """The documents among which duplicates were looked for."""
 
     fingerprints: list[Fingerprints]
 
@@ -265,8 +265,10 @@ class MixManifest(msgspec.Struct, frozen=True):
 
 
 class ScoredData(msgspec.Struct, frozen=True):
-    """Fingerprints of what decides the tokens of each record of a score cache.  Those of the order
-    of samples (from `seed` on) are there for kind "sample" alone."""
+    """Fingerprints of all that determines the tokens of each record of a score cache.
+
+    Only caches of kind "sample" have those of the samples' order (from `seed` on).
+    """
 
     tokenizer: str
     vocabulary: int

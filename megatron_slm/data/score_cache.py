@@ -1,16 +1,14 @@
-"""Reference losses on disk: written once by a scoring job, read by any number of training runs.
+"""Store reference losses on disk: a scoring job writes them once, and any number of runs read them.
 
     DIR/manifest.json           what was scored with what (score_manifest.py)
     DIR/SECTION/00000.losses    shards: a fixed number of records each, the last one fewer
     record                      [s] losses, domain, CRC-32 of the labels, CRC-32 of all of it
 
-A section is a split of training samples in the order in which training draws them (kind "sample"),
-or a dataset cut into windows of s tokens in the order of its file (kind "document").  A shard gets
-its name when it is whole and on the disk, so what has a name is good, and a killed job goes on with
-the others.  Every record proves itself when it is read: its checksum begins with the manifest, the
-section and the record's number, so that it holds in its own place alone; by sample, the labels are
-those scored.  Records are read, not mapped: a shard that is cut while a run reads it is an error
-with a name, and not a bus error.
+A section is a split's samples in the order in which training draws them (kind "sample"), or a
+dataset cut into windows of s tokens (kind "document").  A shard gets its name once it is complete
+and on disk, so a killed job can continue with the others.  A record's checksum covers the manifest,
+the section and the record's number, so it is only valid in its own place.  Records are read, not
+mapped, so that a shard truncated during a run is an error that names it, and not a bus error.
 """
 
 from __future__ import annotations
@@ -29,17 +27,17 @@ from megatron_slm.data.score_manifest import CacheManifest
 from megatron_slm.errors import UserError
 from megatron_slm.files import open_regular, write_whole
 
-OPEN_SHARDS = 16  # of each reading process
+OPEN_SHARDS = 16  # in each process that reads
 SCORE_AGAIN = "delete it and run tools/score_reference.py again"
-LEAST = -1e-3  # nats: a loss is not negative but for rounding
+LEAST = -1e-3  # nats: rounding can make a loss slightly negative
 
-# uint16 holds round(8192 sqrt(loss)): losses up to 63.99 nats (larger ones are that) within
+# uint16 holds round(8192 sqrt(loss)): losses up to 63.99 nats (larger ones are clipped) within
 # (sqrt(loss) + 0.0001) / 8192: 1.2e-4 at 1 nat, 3.9e-4 at 10.  float16 errs by 4.9e-4 and 3.9e-3.
 SQUARE_ROOT_STEPS = 8192.0
 
 
 def encode(losses: NDArray[np.float32], dtype: str) -> NDArray[Any]:
-    """Losses (nats, not negative but for rounding) as they are stored."""
+    """Convert losses in nats, which are not negative except by rounding, to their stored form."""
     if dtype == "float32":
         return losses
     steps = np.sqrt(np.maximum(losses, 0.0), dtype=np.float64) * SQUARE_ROOT_STEPS
@@ -47,19 +45,19 @@ def encode(losses: NDArray[np.float32], dtype: str) -> NDArray[Any]:
 
 
 def decode(stored: NDArray[Any]) -> NDArray[np.float32]:
-    """The reverse of encode, up to what its type can hold."""
+    """Convert stored losses back to nats, up to the precision of their type."""
     if stored.dtype == np.float32:
         return stored.astype(np.float32)
     return np.square(stored / SQUARE_ROOT_STEPS).astype(np.float32)
 
 
 def checksum(values: NDArray[Any]) -> int:
-    """CRC-32 of an array's bytes."""
+    """Return the CRC-32 of an array's bytes."""
     return zlib.crc32(np.ascontiguousarray(values).view(np.uint8))
 
 
 def shard_path(directory: Path, section: str, shard: int) -> Path:
-    """Where a whole shard is, or will be."""
+    """Return the path of a complete shard."""
     return directory / section / f"{shard:05d}.losses"
 
 
@@ -72,11 +70,19 @@ def write_shard(
     labels: NDArray[np.int32],
     domains: NDArray[np.int64],
 ) -> None:
-    """Losses [records, s] in nats, of labels [records, s] from a blend's datasets [records], on the
-    disk before the shard has its name.
+    """Write a shard, and sync it to disk before it gets its name.
+
+    Args:
+        directory: the cache.
+        manifest: its manifest.
+        section: name of the section.
+        shard: number of the shard.
+        losses: [records, s], in nats.
+        labels: [records, s], the tokens that they are the losses of.
+        domains: [records], the number of each record's dataset in the blend.
 
     Raises:
-        ValueError: these are not the shard's records.
+        ValueError: the number of records is not the shard's.
         UserError: a loss is not finite or is negative, or the directory cannot be written to.
     """
     numbers = manifest.records_of(section, shard)
@@ -105,12 +111,12 @@ def write_shard(
 
 
 def _possible(losses: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Which of them a model can have."""
+    """Return which losses a model can have."""
     return np.isfinite(losses) & (losses >= LEAST)
 
 
 def missing_shards(directory: Path, manifest: CacheManifest) -> list[tuple[str, int]]:
-    """(section, shard) of those that are not there."""
+    """Return the section and number of each shard that does not exist."""
     return [
         (section, shard)
         for section in manifest.sections
@@ -119,8 +125,11 @@ def missing_shards(directory: Path, manifest: CacheManifest) -> list[tuple[str, 
 
 
 def _missing(directory: Path, manifest: CacheManifest, section: str) -> Iterator[int]:
-    """Shards of a section that are not there.  By a listing: a file system that thousands of ranks
-    ask answers one more readily than a question for each file."""
+    """Yield the numbers of a section's shards that do not exist.
+
+    The directory is listed once, which is easier on a file system that thousands of ranks use than
+    asking for each file.
+    """
     there = set(os.listdir(directory / section)) if (directory / section).is_dir() else set()
     for shard in range(manifest.shards(section)):
         if shard_path(directory, section, shard).name not in there:
@@ -128,10 +137,10 @@ def _missing(directory: Path, manifest: CacheManifest, section: str) -> Iterator
 
 
 def read_record(directory: Path, manifest: CacheManifest, section: str, number: int) -> np.void:
-    """A record of a section, one of those it has.
+    """Read a record, whose number must be one of the section's.
 
     Raises:
-        UserError: its shard is missing or damaged, or it is the record of another place.
+        UserError: its shard is missing or damaged, or the record belongs to another place.
     """
     shard, row = divmod(number, manifest.shard_records)
     path = shard_path(directory, section, shard)
@@ -156,7 +165,7 @@ def read_record(directory: Path, manifest: CacheManifest, section: str, number: 
 
 
 class Section:
-    """Reads the losses of a section.
+    """A reader of a section's losses.
 
     Raises:
         UserError: a shard is missing.
@@ -173,13 +182,13 @@ class Section:
     def losses(
         self, number: int, labels: NDArray[np.int32] | None, part: slice = slice(None)
     ) -> NDArray[np.float32]:
-        """Losses [s] of a record, or a part of them, in nats.
+        """Return the losses of a record in nats, [s], or a part of them.
 
         Args:
-            labels: [s], what was scored, to be compared; None not to.
+            labels: [s], the labels that must have been scored; None not to compare them.
 
         Raises:
-            UserError: there is no such record, it is damaged, or it is of other labels.
+            UserError: there is no such record, it is damaged, or other labels were scored.
         """
         if not 0 <= number < len(self):
             raise UserError(
@@ -197,7 +206,7 @@ class Section:
         return decode(record["losses"][part])
 
 
-# Of all sections together: a process that reads a blend must not run out of open files.
+# Shared by all sections, so that a process that reads a blend does not run out of open files.
 @lru_cache(OPEN_SHARDS)
 def _open_shard(path: Path, size: int) -> BinaryIO:
     if not path.exists():

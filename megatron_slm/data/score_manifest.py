@@ -1,7 +1,7 @@
-"""A score cache's manifest: what was scored with what.
+"""Read and write a score cache's manifest, which says what was scored with which reference.
 
-It is written first and never changed.  A run compares it with its own arguments, and every record
-is bound to it by its checksum.
+It is written first and never changes.  A run compares it with its own arguments, and it is part of
+every record's checksum.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from megatron_slm.files import alone_at, decode_json, read_bounded, write_whole
 
 MANIFEST = "manifest.json"
 CACHE_FORMAT = 2
-MOST_SHARDS = 1 << 20  # of a section: every start lists them
+MOST_SHARDS = 1 << 20  # of a section, since they are listed at every start
 STORED_TYPES = {"uint16": np.uint16, "float32": np.float32}
 
 _Positive = Annotated[int, msgspec.Meta(ge=1, le=1 << 50)]
-Name = Annotated[str, msgspec.Meta(pattern=r"^(?!\.{1,2}$)[^/\0]+$")]  # of a directory
+Name = Annotated[str, msgspec.Meta(pattern=r"^(?!\.{1,2}$)[^/\0]+$")]  # a valid name of a directory
 
 
 class CacheManifest(msgspec.Struct, frozen=True, dict=True):
-    """What a cache holds.
-
-    dtype: of stored losses.  sequence_length: s.
-    shard_records: records of each shard but a section's last.
-    sections: records of each section.
-    source: fingerprints of what was scored: data, order, tokenizer.
-    reference: fingerprint of the checkpoint that scored.
-    """
+    """What a cache holds."""
 
     kind: Literal["sample", "document"]
+    """Whether a record is a training sample, or a window of a dataset."""
     dtype: Literal["uint16", "float32"]
+    """How losses are stored."""
     sequence_length: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
+    """Tokens of a record, s."""
     shard_records: _Positive
+    """Records of each shard; a section's last shard may have fewer."""
     sections: dict[Name, _Positive]
+    """Records of each section, by name."""
     source: ScoredData
+    """Fingerprints of what was scored: data, order and tokenizer."""
     reference: dict[str, str]
+    """Fingerprint of the checkpoint that scored."""
 
     def __post_init__(self) -> None:
         if self.kind == "sample" and self.source.blends is UNSET:
@@ -59,10 +59,10 @@ class CacheManifest(msgspec.Struct, frozen=True, dict=True):
                 )
 
     def write(self, directory: Path) -> None:
-        """Write it, or check that a job that goes on is the job that began.
+        """Write the manifest, or check that the one already there is the same, so a job continues.
 
         Raises:
-            UserError: directory holds another cache, or cannot be written to.
+            UserError: the directory holds another cache, or cannot be written to.
         """
         path = directory / MANIFEST
         try:
@@ -97,7 +97,7 @@ class CacheManifest(msgspec.Struct, frozen=True, dict=True):
         return zlib.crc32(json.dumps(self._plain, sort_keys=True).encode())
 
     def checksum(self, section: str, number: int, record: bytes) -> int:
-        """CRC-32 of a record but for the checksum itself, in its place."""
+        """Return the CRC-32 of a record in its place; `record` does not include the checksum."""
         place = zlib.crc32(f"{section}/{number}".encode(), self._crc)
         return zlib.crc32(memoryview(record)[: -np.dtype("<u4").itemsize], place)
 
@@ -105,13 +105,13 @@ class CacheManifest(msgspec.Struct, frozen=True, dict=True):
         return -(-self.sections[section] // self.shard_records)
 
     def records_of(self, section: str, shard: int) -> range:
-        """Numbers of a shard's records in its section."""
+        """Return the numbers that a shard's records have in its section."""
         first = shard * self.shard_records
         return range(first, min(first + self.shard_records, self.sections[section]))
 
 
 def cache_differences(run: dict[str, Any], scored: dict[str, Any]) -> str:
-    """What a run has other than what was scored; empty if nothing."""
+    """Say in what a run differs from what was scored; return an empty string if in nothing."""
     runs, scoreds = _flat(run), _flat(scored)
     return "; ".join(
         f"{name} is {runs.get(name)} here, {scoreds.get(name)} there"
@@ -125,9 +125,10 @@ class _Version(msgspec.Struct):
 
 
 def read_cache_manifest(directory: Path) -> CacheManifest:
-    """
+    """Read the manifest of a cache.
+
     Raises:
-        UserError: there is none, or none that this version can read.
+        UserError: there is none, or this version cannot read it.
     """
     path = directory / MANIFEST
     if not path.exists():

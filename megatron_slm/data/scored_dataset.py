@@ -1,7 +1,7 @@
-"""Datasets whose samples carry reference losses from a score cache beside their tokens.
+"""Add reference losses from a score cache to the samples of datasets.
 
-Wrapped around what Megatron's builder makes, so that losses pass through loader workers, blends and
-resumed runs as tokens do.  Nothing is copied or indexed anew: a sample's number, or the positions
+The classes wrap what Megatron's builder makes, so losses pass through loader workers, blends and
+resumed runs as tokens do.  Nothing is copied or indexed again: a sample's number, or the positions
 of its tokens in their file, say where its losses are.
 """
 
@@ -25,14 +25,14 @@ from megatron_slm.data.score_cache import Section
 from megatron_slm.errors import UserError
 
 FIELD = "reference_losses"
-# How much of a file is hashed: enough to tell files apart, not to read terabytes at every start.
+# How much of a file is hashed: enough to tell files apart without reading terabytes at every start.
 BLOCKS, BLOCK_BYTES = 64, 1 << 16
 
 
 class SampleScored(torch.utils.data.Dataset[dict[str, Any]]):
-    """Samples of a split, in the order in which training draws them, with their section's losses.
+    """The samples of a split in the order in which training draws them, with their losses.
 
-    Each sample gains reference_losses, float32 [s], of its labels.
+    Each sample gains reference_losses, float32 [s], the losses of its labels in nats.
     """
 
     def __init__(self, dataset: Any, section: Section) -> None:
@@ -51,27 +51,27 @@ class SampleScored(torch.utils.data.Dataset[dict[str, Any]]):
         return sample
 
     def __getattr__(self, name: str) -> Any:
-        """What Megatron asks a dataset (split, index_split)."""
+        """Pass on what Megatron asks a dataset for (split, index_split)."""
         if name == "dataset":  # while it is unpickled
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
 
 class DocumentScored(GPTDataset):
-    """A GPTDataset whose samples gain the losses of their labels, wherever in the file these are.
+    """A GPTDataset whose samples gain the losses of their labels, wherever these are in the file.
 
-    Megatron's builder takes it in GPTDataset's place; make one with `document_scored`.
+    Megatron's builder uses it in place of GPTDataset; `document_scored` makes such a class.
     """
 
     sections: dict[str, Section]
 
     def __getitem__(self, idx: int | None) -> dict[str, Any]:
         sample: dict[str, Any] = super().__getitem__(idx)
-        # The sample's own query of its documents, answered with positions for tokens.
+        # Ask for the sample's documents as GPTDataset does, but get positions in place of tokens.
         self_of_positions = copy(self)
         self_of_positions.dataset = _Positions(self.dataset)
         positions, _, _ = self_of_positions._query_document_sample_shuffle_indices(idx or 0)
-        # Padding has a position as little as it has a loss, and is masked.
+        # Padding has no position and no loss, and is masked.
         positions = np.where(sample["loss_mask"].numpy() > 0, positions[1:], -1)
         section = self.sections[dataset_name(self.dataset_path)]
         sample[FIELD] = torch.from_numpy(_losses_at(section, positions))
@@ -79,7 +79,8 @@ class DocumentScored(GPTDataset):
 
 
 def document_scored(sections: dict[str, Section]) -> type[GPTDataset]:
-    """A class for Megatron's builder: GPTDataset with the losses of these datasets, by name."""
+    """Make a class for Megatron's builder: a GPTDataset with losses from sections, by the dataset's
+    name."""
     # By the name of its class a dataset finds its index in --data-cache-path.
     return type("GPTDataset", (DocumentScored,), {"sections": sections})
 
@@ -97,7 +98,7 @@ class _Positions:
 
 
 def _losses_at(section: Section, positions: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Losses of the tokens at these positions of the section's dataset; 0 for negative ones."""
+    """Return the losses of the tokens at positions of a section's dataset; 0 for negative ones."""
     window = section.manifest.sequence_length
     losses = np.zeros(positions.shape, np.float32)
     # Runs of consecutive positions in one window.
@@ -112,10 +113,10 @@ def _losses_at(section: Section, positions: NDArray[np.int64]) -> NDArray[np.flo
 
 
 class DocumentWindows(torch.utils.data.Dataset[dict[str, Any]]):
-    """A dataset's tokens in the order of its file, cut into windows of s, to be scored.
+    """A dataset's tokens in the order of its file, cut into windows of s tokens to be scored.
 
-    Every token is the label of one window, at position % s, and the first of them follows an
-    end-of-document token.  So a token has as much context, on average, as in a training sample.
+    Every token is a label in exactly one window, at its position % s; an end-of-document token is
+    put before the first. A token thus has, on average, as much context as in a training sample.
     """
 
     def __init__(self, dataset: IndexedDataset, sequence_length: int, eod: int) -> None:
@@ -159,15 +160,15 @@ class DocumentWindows(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 def dataset_name(prefix: str) -> str:
-    """Name of an indexed dataset's files, without the directory: caches outlive moves."""
+    """Return the name of a dataset's files without the directory, so that caches survive moves."""
     return Path(prefix).name
 
 
 def dataset_fingerprint(prefix: str) -> dict[str, str]:
-    """Of a dataset's two files: size, and hash of blocks spread evenly over the file.
+    """Return, for each of a dataset's two files, its size and a hash of evenly spread blocks.
 
     Raises:
-        UserError: no such files.
+        UserError: there are no such files.
     """
     try:
         return {kind: _file_fingerprint(f"{prefix}.{kind}") for kind in ("bin", "idx")}
@@ -186,9 +187,10 @@ def _file_fingerprint(path: str) -> str:
 
 
 def check_names(prefixes: Sequence[str]) -> None:
-    """
+    """Check that a blend's datasets have different names, since a cache identifies them by name.
+
     Raises:
-        UserError: two datasets of a blend have one name, by which a cache would know them.
+        UserError: two of them have the same name.
     """
     names = [dataset_name(prefix) for prefix in prefixes]
     twice = sorted({name for name in names if names.count(name) > 1})

@@ -1,15 +1,15 @@
-"""Per-token losses of a few fixed samples at one moment of a run: one safetensors file each.
+"""Read and write token dumps: the losses of a few fixed samples at one moment of a run.
 
     DIR/iter_0000100.safetensors     after 100 iterations
         tokens            int32 [n, s + 1]    losses[i, j] is that of token j + 1
         losses            float32 [n, s], nats
-        reference_losses  the same of the reference, if there is one
-        selected          bool [n, s], which tokens the run would train on; absent if not asked
+        reference_losses  the same for the reference, if there is one
+        selected          bool [n, s], which tokens the run would train on; may be absent
         valid             bool [n, s], False for padding and what the loss mask leaves out
         samples           int64 [n], number of each sample in its dataset
 
-Its metadata say which tokenizer and selection were used (`about`).  A file gets its name when it is
-whole and on the disk.
+Its metadata (`about`) say which tokenizer and selection were used.  A file gets its name once it is
+complete and on disk.
 """
 
 from __future__ import annotations
@@ -45,27 +45,34 @@ OPTIONAL = {"reference_losses", "selected"}
 
 @dataclass(frozen=True)
 class TokenDump:
-    """iteration: how many iterations the weights have been trained.  about: see above.
-    Arrays as in the file; n samples of s tokens.
-    """
+    """The losses of n samples of s tokens at one iteration."""
 
     iteration: int
+    """Number of iterations that the weights have been trained for."""
     tokens: NDArray[np.int32]
+    """[n, s + 1], token ids."""
     losses: NDArray[np.float32]
+    """[n, s], in nats; the loss at position j is that of token j + 1."""
     valid: NDArray[np.bool_]
+    """[n, s], False for padding and what the loss mask leaves out."""
     samples: NDArray[np.int64]
+    """[n], the number of each sample in its dataset."""
     about: DumpOrigin
+    """The tokenizer and the selection that were used."""
     reference_losses: NDArray[np.float32] | None = None
+    """[n, s], the reference's losses in nats, if there is a reference."""
     selected: NDArray[np.bool_] | None = None
+    """[n, s], which tokens the run would train on, if it was asked."""
 
 
 def dump_path(directory: Path, iteration: int) -> Path:
-    """Where a dump is."""
+    """Return the path of a dump."""
     return directory / f"iter_{iteration:07d}.safetensors"
 
 
 def write_dump(directory: Path, dump: TokenDump) -> Path:
-    """Write a dump, whole or not at all; one of the same iteration is replaced."""
+    """Write a dump, completely or not at all, in place of one of the same iteration; return its
+    path."""
     arrays = {
         "tokens": dump.tokens,
         "losses": dump.losses,
@@ -92,9 +99,10 @@ def write_dump(directory: Path, dump: TokenDump) -> Path:
 
 
 def read_dump(path: Path) -> TokenDump:
-    """
+    """Read a dump.
+
     Raises:
-        UserError: not such a file, damaged, or its parts do not belong together.
+        UserError: it is not such a file, is damaged, or its parts contradict each other.
     """
     with open_regular(path) as regular:
         if regular.seek(0, 2) > MOST_BYTES:
@@ -141,14 +149,15 @@ def _check_arrays(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
 def read_dumps(
     directory: Path, iterations: list[int] | None = None, most: int | None = None
 ) -> list[TokenDump]:
-    """The dumps of a directory, in the order of their iterations.
+    """Read the dumps of a directory, in the order of their iterations.
 
     Args:
-        iterations: of those wanted; None for all.
-        most: read so many at most, evenly spread from the first to the last.
+        directory: the directory.
+        iterations: iterations of the dumps wanted; None for all.
+        most: largest number to read, evenly spread from the first to the last; None for all.
 
     Raises:
-        UserError: there are none, one is damaged, they are not of the same samples, or too large.
+        UserError: there are none, one is damaged, they are of different samples, or too large.
     """
     paths = sorted(directory.glob("iter_*.safetensors"), key=lambda path: (len(path.name), path))
     if iterations is not None:
@@ -170,7 +179,7 @@ def read_dumps(
 
 
 def _is_of_the_same_run(dump: TokenDump, other: TokenDump) -> bool:
-    """Whether both have the same parts of the same samples."""
+    """Return whether two dumps have the same arrays for the same samples."""
     fixed = ("tokens", "valid", "samples")
     return all(
         (getattr(dump, name) is None) == (getattr(other, name) is None) for name in OPTIONAL

@@ -1,1 +1,1 @@
-"""Find duplicates and documents that contain a part of an evaluation set."""
+"""Find duplicates, and documents that contain parts of evaluation sets."""

@@ -1,5 +1,7 @@
-"""Documents that contain a part of an evaluation set: any run of 13 words (Brown et al. 2020,
-arXiv 2005.14165, appendix C)."""
+"""Find documents that contain a part of an evaluation set: any 13 consecutive words.
+
+The criterion is that of Brown et al. 2020 (arXiv 2005.14165), appendix C.
+"""
 
 from __future__ import annotations
 
@@ -23,28 +25,30 @@ NGRAM = 13
 
 @dataclass(frozen=True)
 class Contamination:
-    """hashes: of all runs of 13 words in the evaluation sets, sorted.  too_short: strings in them
-    that have fewer words, which are not looked for."""
+    """What evaluation sets contain."""
 
     hashes: NDArray[np.uint64]
+    """Hashes of all runs of 13 words in the evaluation sets, sorted."""
     too_short: int
+    """Number of strings in them with fewer words, which are not looked for."""
 
     def hit(self, text: str) -> bool:
-        """Whether the text has such a run."""
+        """Return whether a text has such a run of words."""
         found = shingles(text, NGRAM)
         at = np.searchsorted(self.hashes, found)
         return bool((self.hashes[np.minimum(at, len(self.hashes) - 1)] == found).any())
 
     @property
     def sha256(self) -> str:
+        """Hash of the hashes, which identifies the evaluation sets."""
         return hashlib.sha256(self.hashes.tobytes()).hexdigest()
 
 
 def read_evaluation_sets(paths: tuple[str, ...]) -> Contamination:
-    """All strings, at any depth, of jsonl files (also .gz and .zst).
+    """Read all strings, at any depth, of jsonl files, which may be compressed (.gz, .zst).
 
     Raises:
-        UserError: a file cannot be read, has a bad line, or all are too short.
+        UserError: a file cannot be read, a line is bad, or all strings are too short.
     """
     found, too_short = [], 0
     for path in paths:
@@ -80,7 +84,8 @@ def _strings(path: str) -> Iterator[str]:
 
 
 def _leaves(record: Any) -> Iterator[str]:
-    """Yield all strings but keys, in order, without a call for each level of a deep record."""
+    """Yield all strings of a record except keys, in order, without recursion, since records can be
+    deeply nested."""
     left = [record]
     while left:
         value = left.pop()

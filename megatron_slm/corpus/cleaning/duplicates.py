@@ -1,14 +1,13 @@
-"""Which documents repeat an earlier one, over all shards.
+"""Find the documents that repeat an earlier one in any shard.
 
-    fingerprint   each task, in parallel: a hash of every document, and its MinHash bands
-    verdicts      one process: sorts them; the first of equal documents, in input order, is kept
-    tokenize      each task drops what the verdicts say
+    1. fingerprint: each task, in parallel, hashes its documents and computes their MinHash bands.
+    2. verdicts: one process sorts the hashes, and keeps the first of equal documents.
+    3. tokenize: each task drops what the verdicts say.
 
-So a corpus is read twice, and the result does not depend on the number of workers.  Exact
-duplicates have the same text, to 128 bits.  Near-duplicates share one of 14 bands of 8 MinHash
-values of their runs of 5 words (FineWeb's setting: of pairs of Jaccard similarity 0.8 it finds
-92%, at 0.5 it takes 5%); of each group so connected one is kept.  Memory: about 1 GB for exact
-ones at any size; for near ones 50 bytes a document.  One file is open at a time.
+The result does not depend on the number of workers.  Exact duplicates have the same 128-bit hash.
+Near-duplicates share one of 14 bands of 8 MinHash values of their runs of 5 words (FineWeb's
+setting, which finds 92% of pairs with Jaccard similarity 0.8, and 5% with 0.5); of each connected
+group one is kept.  Memory: about 1 GB for exact duplicates, 50 bytes a document for near ones.
 """
 
 from __future__ import annotations
@@ -45,31 +44,35 @@ Hashes = NDArray[np.uint64]
 
 @dataclass(frozen=True)
 class Verdicts:
-    """On a task's documents.
-
-    Attributes:
-        dropped: uint8 [documents]: KEEP, EXACT or NEAR.
-        inputs: SHA-256 of the task's pieces as the documents were found in them.
-    """
+    """The verdicts on a task's documents."""
 
     dropped: NDArray[np.uint8]
+    """uint8 [documents]: KEEP, EXACT or NEAR."""
     inputs: Sequence[str]
+    """SHA-256 of the task's pieces, as they were when the documents were fingerprinted."""
 
     @property
     def sha256(self) -> str:
+        """Hash of the verdicts."""
         return hashlib.sha256(self.dropped.tobytes()).hexdigest()
 
 
 def fingerprint_path(directory: Path, task: Task, kind: str) -> Path:
-    """kind: exact [documents, 2], near [BANDS, documents] or json, the manifest; rows is near as it
-    is found, [documents, BANDS]."""
+    """Return the path of a task's fingerprints.
+
+    Args:
+        directory: the shards' directory.
+        task: the task.
+        kind: exact, uint64 [documents, 2]; near, [BANDS, documents]; rows, the transpose of near,
+            while it is made; or json, the manifest.
+    """
     return directory / f"{task.name}.fingerprints.{kind}"
 
 
 def fingerprint_documents(
     task: Task, directory: Path, wanted: Wanted, options: ReadingOptions, progress: Progress
 ) -> Fingerprints:
-    """Write a task's fingerprints; returns their manifest.
+    """Write a task's fingerprints, and return their manifest.
 
     Raises:
         UserError: an input is damaged, or the disk is full.
@@ -106,7 +109,8 @@ def fingerprint_documents(
 
 
 def write_columns(rows: Path, documents: int, path: Path) -> None:
-    """Hashes [documents, BANDS] as [BANDS, documents]: the search reads a band at a time."""
+    """Transpose hashes [documents, BANDS] into [BANDS, documents], since the search reads one band
+    at a time."""
     unfinished = temporary(path)
     with unfinished.open("wb") as file:
         if documents:
@@ -120,12 +124,15 @@ def write_columns(rows: Path, documents: int, path: Path) -> None:
 
 
 def exact_hash(text: str) -> bytes:
-    """128 bits."""
+    """Return a 128-bit hash of a text."""
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def band_hashes(texts: Sequence[str]) -> Hashes:
-    """[texts, BANDS].  Texts of fewer than WORDS words share no band with any other."""
+    """Return the MinHash bands of texts, uint64 [texts, BANDS].
+
+    Texts of fewer than BAND_WORDS words share a band only with equal texts.
+    """
     from rensa import RMinHash
 
     found = [shingles(text, BAND_WORDS) for text in texts]
@@ -149,12 +156,16 @@ def find_duplicates(
     """Write the verdicts on all documents, uint8 [all documents], task after task.
 
     Args:
-        counts: documents of each task.
+        tasks: all tasks, in order.
+        directory: directory of the fingerprints.
+        counts: number of documents of each task.
+        near: also find near-duplicates.
+        path: file to write.
     """
     total = sum(counts)
     unfinished = temporary(path)
     with unfinished.open("wb") as file:
-        if total:  # not as a hole: on a full disk, to write into a map would end the process
+        if total:  # not sparse: on a full disk, writing into the map would kill the process
             os.posix_fallocate(file.fileno(), 0, total)
         sync(file.fileno())
     if total:
@@ -169,8 +180,10 @@ def find_duplicates(
 def _read(
     tasks: Sequence[Task], directory: Path, counts: Sequence[int], kind: str, band: int = 0
 ) -> Iterator[Hashes]:
-    """Exact hashes [documents, 2] of task after task, or those of a band [documents, 1], for the
-    caller to copy from: a map holds its file open."""
+    """Yield each task's exact hashes [documents, 2], or those of a band [documents, 1].
+
+    The caller has to copy them, since a map keeps its file open.
+    """
     width = 2 if kind == "exact" else 1
     for task, count in zip(tasks, counts, strict=True):
         path = fingerprint_path(directory, task, kind)
@@ -182,7 +195,7 @@ def _read(
 
 
 def _mark_exact(verdicts: NDArray[np.uint8], fingerprints: Callable[[], Iterator[Hashes]]) -> None:
-    """A part of all hash values at a time."""
+    """Mark exact duplicates, working on a part of all hash values at a time."""
     parts = -(-len(verdicts) // SORTED_AT_ONCE)
     for part in range(parts):
         first, places, hashes = 0, [], []
@@ -199,7 +212,7 @@ def _mark_exact(verdicts: NDArray[np.uint8], fingerprints: Callable[[], Iterator
 
 
 def _mark_near(verdicts: NDArray[np.uint8], read: Callable[[int], Iterator[Hashes]]) -> None:
-    """Each document's leader becomes the first of those it is connected with; others go."""
+    """Mark near-duplicates: all documents but the first of each connected group."""
     leader = np.arange(len(verdicts))
     changed = True
     while changed:

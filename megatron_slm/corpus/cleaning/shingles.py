@@ -1,4 +1,4 @@
-"""Hashes of the runs of n words in a text, by which near-duplicates and contamination are found."""
+"""Hash the runs of n words in a text, to find near-duplicates and contamination."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-SHINGLES_VERSION = 2  # to be raised when other words are found
+SHINGLES_VERSION = 2  # raise it when the definition of a word changes
 WORD = re.compile(rb"[0-9a-z\x80-\xff]+")  # UTF-8, in lower case
 ZERO_WIDTH_SPACE, VARIATION_SELECTORS = 0x200B, range(0xFE00, 0xFE10)
 FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
 def shingles(text: str, n: int) -> NDArray[np.uint64]:
-    """A 64-bit hash of each run of n words [words - n + 1]; none if there are fewer words.
+    """Return a 64-bit hash of each run of n words, [words - n + 1]; none for fewer words.
 
-    A word is a run of letters, marks and digits, in lower case and Unicode's form NFKC.  Spaces,
-    punctuation and symbols part words; what cannot be seen (soft hyphens, joiners, marks of
-    direction, variation selectors) is as if it were not there, as in Unicode's annex 29.
+    A word is a run of letters, marks and digits, in lower case and normalised by Unicode's NFKC.
+    Spaces, punctuation and symbols separate words.  Invisible characters (soft hyphens, joiners,
+    marks of direction, variation selectors) are ignored, as in Unicode's annex 29.
     """
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text.translate(outside_words()))
@@ -38,7 +38,7 @@ def shingles(text: str, n: int) -> NDArray[np.uint64]:
 
 @functools.cache
 def outside_words() -> dict[int, str | None]:
-    """A space for characters beyond ASCII that part words, None for those that cannot be seen."""
+    """Map non-ASCII characters that separate words to a space, and invisible ones to None."""
     found: dict[int, str | None] = {}
     for code in (*range(0x80, 0x20000), *range(0xE0000, 0xE0200)):
         category = unicodedata.category(chr(code))

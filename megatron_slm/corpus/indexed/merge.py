@@ -1,5 +1,8 @@
-"""One dataset from many shards: the .idx is written from their lengths by numpy, the .bin is copied
-by the kernel in parallel (on file systems that share extents, without copying)."""
+"""Merge many shards into one dataset.
+
+The .idx is written from their lengths with numpy.  The .bin is copied by the kernel in parallel; on
+file systems that share extents, nothing is copied.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,8 @@ NOT_BY_KERNEL = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errn
 
 @dataclass(frozen=True)
 class DocumentRange:
-    """A run of documents of a dataset: `count` from the `first`, `size` bytes from `offset`."""
+    """Consecutive documents of a dataset: `count` from number `first` on, `size` bytes from
+    `offset` on."""
 
     prefix: Path
     first: int
@@ -32,7 +36,7 @@ class DocumentRange:
     size: int
 
     def lengths(self) -> Lengths:
-        """Of its documents."""
+        """Return the lengths of the documents, in tokens."""
         return open_index(Path(f"{self.prefix}.idx")).lengths[self.first : self.first + self.count]
 
 
@@ -41,8 +45,14 @@ def merge(
 ) -> tuple[FileSize, FileContent]:
     """Write PREFIX.bin.next and .idx.next.
 
+    Args:
+        prefix: the dataset's path without .bin and .idx.
+        parts: what the dataset consists of, in order.
+        dtype: type of the token ids.
+        workers: number of threads.
+
     Returns:
-        what manifests record of .bin and .idx.
+        What manifests record of .bin and .idx.
 
     Raises:
         UserError: the disk is full.

@@ -1,4 +1,4 @@
-"""Write an indexed dataset as its documents come, and publish its two files when they are whole."""
+"""Write an indexed dataset document by document, and publish its files when they are complete."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_slm.files import publish, sha256_of, sync, temporary
 
 
 class PairWriter:
-    """An indexed dataset in the making.  Lengths are spooled to disk."""
+    """A writer of an indexed dataset; lengths are spooled to disk."""
 
     def __init__(self, prefix: Path, vocab_size: int) -> None:
         self.prefix = prefix
@@ -30,10 +30,14 @@ class PairWriter:
         self.lengths_file: BinaryIO = self.lengths.open("wb")
 
     def add(self, ids: NDArray[Any], lengths: NDArray[np.int64]) -> None:
-        """Documents of these lengths, none of them 0.
+        """Write documents.
+
+        Args:
+            ids: token ids of all documents, one after the other.
+            lengths: number of tokens of each document, none of them 0.
 
         Raises:
-            UserError: an id that is not in the vocabulary.
+            UserError: an id is not in the vocabulary.
         """
         if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
             raise UserError(
@@ -48,7 +52,7 @@ class PairWriter:
         self.tokens += ids.size
 
     def finish(self) -> ShardOutput:
-        """Publish the pair; returns its part of the manifest."""
+        """Publish the two files, and return their part of the manifest."""
         for file in (self.bin_file, self.lengths_file):
             file.flush()
         sync(self.bin_file.fileno())
@@ -74,7 +78,7 @@ class PairWriter:
         )
 
     def discard(self) -> None:
-        """Remove what was not published."""
+        """Remove what has not been published."""
         for file, path in ((self.bin_file, self.bin), (self.lengths_file, self.lengths)):
             file.close()
             path.unlink(missing_ok=True)

@@ -1,8 +1,8 @@
-"""Whether a dataset has the ids of the texts that its manifest says it was made from: some texts of
-some shards are tokenized again, by the tokenizer's own library.
+"""Check that a dataset has the ids of the texts that its manifest says it was made from.
 
-The dataset's hash decides which, so that every check of it looks at the same ones: consecutive ones
-anywhere in inputs that can be read from any byte on, else some of the first AMONG of a shard.
+Some texts of some shards are tokenized again, by the tokenizer's own library.  The dataset's hash
+decides which, so every check looks at the same ones: consecutive texts anywhere in inputs that can
+be read from any byte on, otherwise some of the first AMONG documents of a shard.
 """
 
 from __future__ import annotations
@@ -28,17 +28,24 @@ from megatron_slm.data.manifest_types import ShardManifest
 from megatron_slm.errors import UserError
 from megatron_slm.files import sha256_of
 
-DOCUMENTS = 64  # of a shard
+DOCUMENTS = 64  # compared in each shard
 AMONG = 2048
 
 
 def check_deeply(
     dataset: CheckedDataset, tokenizer_model: str, chat_template: str | None, shards: int
 ) -> int:
-    """Compare documents of up to `shards` shards; returns how many.
+    """Compare documents of up to `shards` shards, and return how many were compared.
+
+    Args:
+        dataset: the dataset, which has passed the quick check.
+        tokenizer_model: path of the tokenizer.
+        chat_template: path of the chat template; None if the texts are not conversations.
+        shards: number of shards to look at.
 
     Raises:
-        UserError: other ids, another tokenizer or template, no manifest, or inputs that are gone.
+        UserError: ids differ, the tokenizer or template is another one, there is no manifest, or
+            inputs are gone.
     """
     manifest = dataset.manifest
     if manifest is None:
@@ -61,7 +68,11 @@ def check_deeply(
 
 
 def _renderer(prefix: Path, recorded: str | None, template: str | None) -> Render | None:
-    """Raises: UserError: the template is not the one that a manifest has the hash of."""
+    """Return the function that applies the chat template; None without one.
+
+    Raises:
+        UserError: the template is not the one whose hash the manifest has.
+    """
     render = None if template is None else chat_renderer(template)
     if recorded != (None if template is None else sha256_of(Path(template))):
         made = "without a" if recorded is None else "with a" if template is None else "with another"
@@ -71,14 +82,17 @@ def _renderer(prefix: Path, recorded: str | None, template: str | None) -> Rende
 
 @dataclass(frozen=True)
 class _Shard:
-    """documents: their numbers in the dataset."""
+    """A part of a dataset that was made from one task."""
 
     dataset: CheckedDataset
+    """The dataset."""
     manifest: ShardManifest
+    """Manifest of the shard."""
     documents: range
+    """Numbers of its documents in the dataset."""
 
     def check(self, render: Render | None, encode: Encode, draw: random.Random) -> int:
-        """Compare some documents; returns how many."""
+        """Compare some documents, and return how many were compared."""
         options = self.manifest.options
         gaps = options.dedup is not None or options.decontaminate is not None
         pieces = [
@@ -88,7 +102,7 @@ class _Shard:
         if gaps or any(piece.kind != "jsonl" for piece in pieces):
             return self._check_first(self._texts(pieces, render, encode), gaps, draw)
         start = draw.randrange(1 + sum(piece.end - piece.start for piece in pieces))
-        for part in (_behind(pieces, start), pieces):  # all, if no text begins behind it
+        for part in (_behind(pieces, start), pieces):  # all, if no text begins after it
             texts = list(islice(self._texts(part, render, encode), DOCUMENTS))
             if texts:
                 return self._check_consecutive(texts)
@@ -97,8 +111,11 @@ class _Shard:
         return 0
 
     def _check_first(self, texts: Iterator[_Text], gaps: bool, draw: random.Random) -> int:
-        """Documents have to be the texts of the same numbers, or, where duplicates and contaminated
-        ones are missing, texts in the same order."""
+        """Check that documents are the texts of the same numbers.
+
+        If duplicates and contaminated documents were dropped, they need only be texts in the same
+        order.
+        """
         among = self.documents[:AMONG]
         chosen = sorted(draw.sample(among, min(len(among), DOCUMENTS)))
         numbered = enumerate(texts, self.documents.start)
@@ -115,7 +132,7 @@ class _Shard:
         return len(chosen)
 
     def _check_consecutive(self, texts: list[_Text]) -> int:
-        """The texts have to be consecutive documents."""
+        """Check that the texts are consecutive documents, and return their number."""
         lengths = self.dataset.index.lengths[self.documents.start : self.documents.stop]
         most, first = 0, self.documents.start
         for place in np.flatnonzero(lengths == texts[0].ids.size).tolist():
@@ -150,7 +167,7 @@ class _Shard:
     def _texts(
         self, pieces: Iterable[Piece], render: Render | None, encode: Encode
     ) -> Iterator[_Text]:
-        """Those that have any ids."""
+        """Yield the texts that have any tokens."""
         options = self.manifest.options
         (key,) = self.manifest.outputs
         keys = tuple(options.json_keys)
@@ -170,14 +187,16 @@ class _Shard:
 
 @dataclass(frozen=True)
 class _Text:
-    """ids [n]: with those put around it."""
+    """A text that was tokenized again."""
 
     where: str
+    """Its file and beginning, for errors."""
     ids: NDArray[Any]
+    """[n], its token ids, with those that begin and end a document."""
 
 
 def _behind(pieces: Iterable[Piece], start: int) -> Iterator[Piece]:
-    """What is left of the pieces behind their first `start` bytes."""
+    """Yield the parts of the pieces after their first `start` bytes."""
     for piece in pieces:
         size = piece.end - piece.start
         if start < size:

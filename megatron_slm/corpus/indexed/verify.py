@@ -1,9 +1,9 @@
-"""Whether a dataset is what its files say.
+"""Check that a dataset is what its files say, in one of three depths.
 
 quick   header, sizes, ends and a few offsets, and the manifest's sizes, type of ids and tokenizer;
-        the same few reads at any size, so training does it on every rank at its start
+        a few reads whatever the size, so every rank does it when training starts
 whole   every length, offset and id, and the hashes in the manifest
-deep    also tokenizes some documents of some shards again (retokenize.py)
+deep    also the ids of some documents, which are tokenized again (retokenize.py)
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ READ_BYTES = 1 << 24
 
 
 def pairs_of(prefix: str) -> Iterator[tuple[str, PairManifest | None]]:
-    """Prefixes and manifests of a dataset's pairs of files: several if it was not merged."""
+    """Yield the prefix and manifest of each pair of files of a dataset; several if it was not
+    merged."""
     manifest = read_dataset_manifest(prefix)
     if manifest is None or manifest.pair is not None:
         yield prefix, None if manifest is None else manifest.pair
@@ -44,13 +45,15 @@ def pairs_of(prefix: str) -> Iterator[tuple[str, PairManifest | None]]:
 
 
 def check_wholly(dataset: CheckedDataset, vocab_size: int | None, workers: int) -> None:
-    """Read all of it.
+    """Check a dataset by reading all of it.
 
     Args:
-        vocab_size: default: that of the manifest's tokenizer, if there is one.
+        dataset: the dataset, which has passed the quick check.
+        vocab_size: bound of the ids; None for that of the manifest's tokenizer, if there is one.
+        workers: number of threads.
 
     Raises:
-        UserError: what is wrong, and where.
+        UserError: something is wrong; the message says what and where.
     """
     prefix, manifest = dataset.prefix, dataset.manifest
     _check_index(dataset)
@@ -100,7 +103,7 @@ def _check_index(dataset: CheckedDataset) -> None:
 
 
 def _check_ids(dataset: CheckedDataset, start: int, end: int, vocab_size: int | None) -> str:
-    """Bound the ids of some bytes; returns their SHA-256."""
+    """Check the ids in a range of bytes against the vocabulary, and return the bytes' SHA-256."""
     digest = hashlib.sha256()
     dtype = dataset.index.dtype
     path = Path(f"{dataset.prefix}.bin")

@@ -1,1 +1,1 @@
-"""Divide a token budget among datasets."""
+"""Divide a token budget among datasets according to a recipe."""

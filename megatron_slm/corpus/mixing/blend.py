@@ -1,4 +1,4 @@
-"""What training draws from a mix, read from the blend that Megatron itself builds."""
+"""Find out what training draws from a mix, from the blend that Megatron itself builds."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ TOLERANCE = 1e-3  # of all tokens
 
 
 def check_draws(recipe: Mix, shares: Sequence[Share], sequence_length: int) -> list[float]:
-    """Each source's part of the tokens drawn in training on the whole budget.
+    """Return each source's fraction of the tokens drawn when training on the whole budget.
 
     Raises:
-        UserError: a part is further from the recipe's than TOLERANCE of all tokens, whatever the
-            source's own share is: relative to a small one that can be much.
+        UserError: a fraction differs from the recipe's by more than TOLERANCE of all tokens. For a
+            small source, a smaller difference can still be large relative to its share.
     """
     weights = {path: weight for share in shares for path, weight in share.weights.items()}
     samples = recipe.budget // sequence_length
@@ -36,7 +36,7 @@ def check_draws(recipe: Mix, shares: Sequence[Share], sequence_length: int) -> l
 
 
 def drawn_by_dataset(weights: dict[str, int], samples: int, sequence_length: int) -> dict[str, int]:
-    """How many of the first `samples` samples come from each dataset."""
+    """Count how many of the first `samples` samples come from each dataset, by prefix."""
     from megatron.core.datasets.blended_megatron_dataset_builder import (
         BlendedMegatronDatasetBuilder,
     )
@@ -49,7 +49,7 @@ def drawn_by_dataset(weights: dict[str, int], samples: int, sequence_length: int
         sequence_length=sequence_length,
         blend=(paths, [float(weights[path]) for path in paths]),
         split="1,0,0",
-        # Only its end-of-document id is asked for, and no sample is read.
+        # Only its end-of-document id is used, since no sample is read.
         tokenizer=MegatronTokenizer.from_pretrained(
             metadata_path={"library": "null-text"}, vocab_size=2
         ),

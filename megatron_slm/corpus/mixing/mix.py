@@ -1,16 +1,15 @@
-"""Mixes: from a recipe and real datasets to what training is given, with exact shares in tokens.
+"""Turn a recipe and datasets into the blend that training is given, with exact shares in tokens.
 
     recipe (YAML)       budget: 80_000_000_000     tokens to train on
                         sources:
                           - {name: web, domain: web, ratio: 6, data: slimpajama_text_document}
                           - {name: code, ratio: 3, data: [a_text_document, b_text_document]}
-                        max_epochs: 1              of any source; more is an error (default: 1)
+                        max_epochs: 1              more of any source is an error (default: 1)
     PREFIX.data-args.txt   weights and datasets, for --data-args-path
-    PREFIX.manifest.json   what they are, with hashes of files and tokenizers, which ties a run to
-                           its data
+    PREFIX.manifest.json   hashes of the datasets' files and tokenizers, to identify a run's data
 
-The budget is divided by the ratios without a remainder, and each share by the tokens of its
-datasets; the weights are the tokens of each.
+The budget is divided in the ratios without a remainder, and each share in proportion to the tokens
+of its datasets.  A dataset's weight is the number of tokens to draw from it.
 """
 
 from __future__ import annotations
@@ -45,17 +44,20 @@ from megatron_slm.errors import UserError
 from megatron_slm.files import alone_at, read_yaml, sha256_of
 
 _Text = Annotated[str, Meta(min_length=1, pattern=r"^[^\x00-\x1f\x7f\ud800-\udfff]+$")]
-LARGEST_RATIO = 10**15  # a larger ratio, or exponent of one, would take all memory
+LARGEST_RATIO = 10**15  # larger ones, also by their exponents, would exhaust memory
 
 
 Texts = Annotated[list[_Text], Meta(min_length=1)]
 
 
 class SourceEntry(msgspec.Struct, forbid_unknown_fields=True):
-    """A source as a recipe file has it.  A ratio may be text: YAML reads 1/3 and 1e3 as strings."""
+    """A source as a recipe file has it.
+
+    A ratio may be text, since YAML reads 1/3 and 1e3 as strings.
+    """
 
     name: _Text | int
-    data: str | list[str]  # as Texts; msgspec 0.22 frees such a union of them twice
+    data: str | list[str]  # checked as Texts later, since msgspec 0.22 frees such a union twice
     ratio: (
         Annotated[int, Meta(gt=0, le=LARGEST_RATIO)]
         | Annotated[float, Meta(gt=0, le=LARGEST_RATIO)]
@@ -65,7 +67,7 @@ class SourceEntry(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class MixFile(msgspec.Struct, forbid_unknown_fields=True):
-    """What a recipe file holds."""
+    """The content of a recipe file."""
 
     budget: Annotated[int, Meta(gt=0, le=10**18)]
     sources: Annotated[list[SourceEntry], Meta(min_length=1)]
@@ -74,7 +76,7 @@ class MixFile(msgspec.Struct, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class MixSource:
-    """A line of a recipe."""
+    """A source of a recipe, checked."""
 
     name: str
     ratio: Fraction
@@ -84,37 +86,47 @@ class MixSource:
 
 @dataclass(frozen=True)
 class Mix:
-    """A recipe file.  budget: tokens."""
+    """A recipe, checked."""
 
     path: str
+    """Path of its file."""
     budget: int
+    """Number of tokens to train on."""
     sources: tuple[MixSource, ...]
+    """What the tokens come from."""
     max_epochs: float
+    """How often the tokens of any source may be drawn."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """tokens: to be drawn from the source; available: in its datasets, by prefix."""
+    """A source's share of the budget."""
 
     source: MixSource
+    """The source."""
     tokens: int
+    """Number of tokens to draw from it."""
     available: dict[str, int]
+    """Number of tokens in each of its datasets, by prefix."""
 
     @property
     def epochs(self) -> float:
-        """How often each token is drawn, on average."""
+        """How often each token of the source is drawn, on average."""
         return self.tokens / sum(self.available.values())
 
     @property
     def weights(self) -> dict[str, int]:
-        """Tokens to be drawn from each dataset."""
+        """Number of tokens to draw from each dataset, by prefix."""
         sizes = list(self.available.values())
         return dict(zip(self.available, apportion(self.tokens, sizes), strict=True))
 
 
 def apportion(total: int, ratios: Sequence[Fraction | int]) -> list[int]:
-    """Whole numbers in these ratios that add up to total: rounded down, the rest by the largest
-    remainders, the first of equal ones before."""
+    """Divide a total into whole numbers in these ratios.
+
+    Each is rounded down, and what is left goes to those with the largest remainders; among equal
+    ones, to the first.
+    """
     whole = sum(ratios, Fraction(0))
     exact = [total * Fraction(ratio) / whole for ratio in ratios]
     found = [int(share) for share in exact]
@@ -128,7 +140,7 @@ def read_mix(path: str) -> Mix:
     """Read a recipe.
 
     Raises:
-        UserError: no such file, or not a recipe; what is wrong with which source.
+        UserError: there is no such file, or it is not a recipe; the message names the source.
     """
     content = read_yaml(Path(path), MixFile)
     sources = tuple(_source(path, at, entry) for at, entry in enumerate(content.sources))
@@ -155,14 +167,15 @@ def _source(path: str, at: int, entry: SourceEntry) -> MixSource:
 
 
 def build_mix(recipe: Mix, root: Path) -> list[Share]:
-    """Divide the budget.
+    """Divide the budget among the sources and their datasets.
 
     Args:
-        root: where datasets are that the recipe names relatively.
+        recipe: the recipe.
+        root: base of the relative paths in the recipe.
 
     Raises:
-        UserError: a dataset is missing or damaged, is of another domain or tokenizer, is named
-            twice, or is too short for its share.
+        UserError: a dataset is missing or damaged, has another domain or tokenizer, is named twice,
+            or is too short for its share.
     """
     tokens = apportion(recipe.budget, [source.ratio for source in recipe.sources])
     shares, seen, tokenizers = [], set[Identity](), dict[str, str]()
@@ -176,7 +189,7 @@ def build_mix(recipe: Mix, root: Path) -> list[Share]:
                     _check_domain(recipe, source, prefix, manifest)
                     tokenizers.setdefault(manifest.options.tokenizer.sha256, prefix)
                 found = check_quickly(prefix, manifest=manifest)
-                file = identity_of(f"{prefix}.bin")  # which a recipe can spell in many ways
+                file = identity_of(f"{prefix}.bin")  # its path can be written in many ways
                 if file in seen:
                     raise UserError(f"{recipe.path}: {prefix} is named twice")
                 seen.add(file)
@@ -203,7 +216,7 @@ def _check_domain(recipe: Mix, source: MixSource, prefix: str, manifest: PairMan
 
 
 def shares_table(recipe: Mix, shares: Sequence[Share]) -> str:
-    """For people."""
+    """Format the shares as a table."""
     lines = [f"{'source':16}{'domain':12}{'available':>18}{'share':>18}{'':>9}{'epochs':>8}"]
     for share in shares:
         lines.append(
@@ -215,11 +228,11 @@ def shares_table(recipe: Mix, shares: Sequence[Share]) -> str:
 
 
 def write_mix(recipe: Mix, shares: Sequence[Share], prefix: str) -> None:
-    """Write PREFIX.data-args.txt and PREFIX.manifest.json, in a directory that is made if need be.
+    """Write PREFIX.data-args.txt and PREFIX.manifest.json, and create their directory if needed.
 
     Raises:
-        UserError: they cannot be written, a path has a space, which Megatron would split, a dataset
-            has this name, or another run is writing it.
+        UserError: they cannot be written; a path has a space, at which Megatron would split it; a
+            dataset has this name; or another run is writing it.
     """
     weights = {path: weight for share in shares for path, weight in share.weights.items()}
     for path in weights:
@@ -238,7 +251,7 @@ def write_mix(recipe: Mix, shares: Sequence[Share], prefix: str) -> None:
                 raise UserError(
                     f"--output-prefix {prefix}: a dataset has that name; choose another"
                 )
-            # A list never stands beside the manifest of another.
+            # Never leave a list beside the manifest of another one.
             final.unlink(missing_ok=True)
             write_data_args(prefix, {path: weight for path, weight in weights.items() if weight})
             write_manifest(final, manifest)
@@ -247,7 +260,7 @@ def write_mix(recipe: Mix, shares: Sequence[Share], prefix: str) -> None:
 
 
 def _mixed(share: Share) -> MixedSource:
-    """Return a share as manifests have it."""
+    """Return a share as manifests record it."""
     return MixedSource(
         name=share.source.name,
         domain=share.source.domain,

@@ -1,4 +1,4 @@
-"""The stages before tokenization that find duplicates, each kept from run to run."""
+"""Run the stages before tokenization that find duplicates; their results are kept between runs."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from megatron_slm.errors import UserError
 
 @dataclass(frozen=True)
 class AllVerdicts:
-    """The verdicts on the documents of all tasks, in a file one after the other."""
+    """The verdicts on the documents of all tasks, one after the other in a file."""
 
     path: Path
     tasks: dict[str, tuple[slice, list[str]]]
-    """By a task's name its part of the file, and the hashes of its pieces."""
+    """For each task's name, its part of the file and the hashes of its pieces."""
 
     def on(self, task: Task) -> Verdicts:
         """Return the verdicts on a task's documents."""
@@ -59,7 +59,7 @@ def all_fingerprints(setup: Setup) -> list[Fingerprints]:
     """Return the manifests of all tasks' fingerprints, which ranks have made.
 
     Raises:
-        UserError: some are missing, or of other inputs or options.
+        UserError: some are missing, or were made from other inputs or with other options.
     """
     found = _known_fingerprints(setup, setup.tasks)
     for task in setup.tasks:
@@ -69,7 +69,7 @@ def all_fingerprints(setup: Setup) -> list[Fingerprints]:
 
 
 def _known_fingerprints(setup: Setup, tasks: Sequence[Task]) -> dict[str, Fingerprints]:
-    """Return those that still hold, by the task's name."""
+    """Return the manifests of fingerprints that are still valid, by the task's name."""
     options = reading_options(setup.settings)
     found = {}
     for task in tasks:
@@ -97,7 +97,7 @@ def known_verdicts(setup: Setup, fingerprints: list[Fingerprints]) -> AllVerdict
     """Return the verdicts of an earlier stage.
 
     Raises:
-        UserError: there are none on these documents.
+        UserError: there are none for these documents.
     """
     if not _are_known(setup, fingerprints):
         raise UserError("the duplicates are not known yet: run --stage duplicates first")

@@ -1,6 +1,6 @@
-"""Tasks by datatrove's executors instead of our own processes (https://github.com/huggingface/datatrove).
+"""Run tasks with the executors of datatrove (https://github.com/huggingface/datatrove).
 
-Datatrove's ranks take the place of ours; shards, manifests and resuming stay as they are.
+Datatrove's ranks take the place of our processes; shards, manifests and resuming are the same.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatron_slm.errors import UserError
 
 @dataclass(frozen=True)
 class Stage:
-    """A datatrove pipeline step: a rank's part of a stage."""
+    """A step of a datatrove pipeline, which does a rank's part of a stage."""
 
     settings: PreprocessingSettings
 
@@ -34,10 +34,12 @@ def run_with_datatrove(
     """Run all stages before the merge.
 
     Args:
-        settings: workers: cores of a task; of all tasks together if the executor is local.
+        settings: the run; `workers` is the number of cores of each task, or of all tasks together
+            if the executor is local.
         executor: local, slurm or ray.
-        tasks: ranks of a stage.
-        options: for the executor.
+        tasks: number of ranks of a stage.
+        logging_dir: directory for datatrove's logs.
+        options: further options of the executor.
 
     Raises:
         UserError: datatrove is not installed.
@@ -56,7 +58,7 @@ def run_with_datatrove(
             pipeline=[Stage(replace(settings, stage=stage, workers=cores))],
             tasks=ranks,
             logging_dir=f"{logging_dir}/{stage}",
-            # Shards know whether they are right; datatrove's marks only say that a task once ended.
+            # Shards tell whether they are valid; datatrove's marks only say that a task ended.
             skip_completed=False,
             depends=previous,
             **place,

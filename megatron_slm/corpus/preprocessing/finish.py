@@ -1,11 +1,11 @@
-"""Shards to a dataset: one pair of files, or a list of the shards' pairs with their weights.
+"""Turn shards into a dataset: one pair of files, or a list of the shards' pairs with weights.
 
-PREFIX_KEY_document.bin, .idx        the dataset; the shards are removed then, for the manifest
-                                     says which of its documents came from where, and a later
-                                     run takes from it what has not changed
-PREFIX_KEY_document.data-args.txt    instead of these if not merged: for --data-args-path
+PREFIX_KEY_document.bin, .idx        the dataset; the shards are then removed, since the manifest
+                                     says where its documents came from, and a later run can
+                                     take from it what has not changed
+PREFIX_KEY_document.data-args.txt    without merging, the list for --data-args-path instead
 PREFIX_KEY_document.manifest.json    written last
-PREFIX_shards/                       shards in the making
+PREFIX_shards/                       shards, while they are made
 PREFIX_rejects/                      lines that could not be used
 """
 
@@ -38,12 +38,12 @@ from megatron_slm.errors import UserError
 from megatron_slm.files import decode_json, open_regular
 
 MOST_IN_A_BLEND = 32766
-LONGEST_REJECT = 1 << 20  # bytes of a line of a list of rejects
+LONGEST_REJECT = 1 << 20  # bytes of a line in a list of rejects
 
 
 @dataclass(frozen=True)
 class PreprocessingSummary:
-    """The datasets of a run."""
+    """The result of a run: its datasets."""
 
     layout: OutputPaths
     datasets: dict[str, DatasetManifest]
@@ -61,7 +61,7 @@ class PreprocessingSummary:
 
 
 def remove_lists(found: Found, layout: OutputPaths) -> None:
-    """Remove what makes datasets of shards that are not merged, before any of these changes."""
+    """Remove lists and manifests of datasets that are not merged, before their shards change."""
     for key, manifest in found.in_place.items():
         if manifest is None or not manifest.merged:
             manifest_path(layout.dataset(key)).unlink(missing_ok=True)
@@ -69,7 +69,7 @@ def remove_lists(found: Found, layout: OutputPaths) -> None:
 
 
 def remove_strangers(layout: OutputPaths, names: set[str]) -> None:
-    """Remove what earlier inputs have left, of tasks that are none of this run's."""
+    """Remove what earlier runs have left of tasks that are not in this run."""
     for path in layout.shards.glob("*.json"):
         of_a_shard = not path.stem.endswith((".fingerprints", ".manifest"))
         if of_a_shard and is_ours(path) and path.stem not in names:
@@ -80,8 +80,12 @@ def remove_strangers(layout: OutputPaths, names: set[str]) -> None:
 
 
 def check_rejects(layout: OutputPaths, shards: Sequence[ShardManifest], most: float) -> None:
-    """Raises: UserError: too large a part of the shards' documents, also those that a filter leaves
-    out, could not be used."""
+    """Check that few enough of the shards' documents could not be used.
+
+    Raises:
+        UserError: it is a larger fraction than `most` of all documents, including those that a
+            filter leaves out.
+    """
     counts = total_counts([shard.counts for shard in shards])
     rejects = counts.rejects
     seen = counts.read + counts.filtered + rejects
@@ -106,14 +110,16 @@ def check_rejects(layout: OutputPaths, shards: Sequence[ShardManifest], most: fl
 def finish(
     setup: Setup, shards: Sequence[ShardManifest], merged: Collection[str], found: Found
 ) -> PreprocessingSummary:
-    """Make datasets of all shards.
+    """Make the datasets of all shards.
 
     Args:
-        shards: in order.
-        merged: names of those that are part of the datasets that were found.
+        setup: the run.
+        shards: manifests of all shards, in order.
+        merged: names of the shards that are part of the datasets that were found.
+        found: what earlier runs have left.
 
     Raises:
-        UserError: too many rejects, no documents at all, or the disk is full.
+        UserError: there are too many rejects or no documents at all, or the disk is full.
     """
     layout, settings = setup.layout, setup.settings
     check_rejects(layout, shards, settings.max_reject_fraction)
@@ -128,7 +134,11 @@ def finish(
 
 
 def _counts(setup: Setup, key: str, shards: Sequence[ShardManifest]) -> DatasetCounts:
-    """Raises: UserError: there would be no documents."""
+    """Return the size of a key's dataset.
+
+    Raises:
+        UserError: it would have no documents.
+    """
     outputs = [shard.outputs[key] for shard in shards]
     documents = sum(output.documents for output in outputs)
     if documents == 0:
@@ -158,7 +168,7 @@ def _merge_all(
     merged: Collection[str],
     found: Found,
 ) -> dict[str, DatasetManifest]:
-    """Write all datasets before any old one is replaced, as shards may be in these alone."""
+    """Write all datasets before replacing any old one, which may be the only place of a shard."""
     layout, datasets = setup.layout, {}
     dtype = token_dtype(setup.options.tokenizer.vocab_size)
     try:
@@ -176,12 +186,12 @@ def _merge_all(
 def _list_all(
     setup: Setup, counts: dict[str, DatasetCounts], shards: Sequence[ShardManifest]
 ) -> dict[str, DatasetManifest]:
-    """Make lists of the shards the datasets, in the place of older ones."""
+    """Write lists of the shards as the datasets, in place of older datasets."""
     layout = setup.layout
     weights = {key: _weights(layout, key, shards) for key in layout.keys}
     for key in layout.keys:
         prefix = layout.dataset(key)
-        for suffix in ("idx", "bin", "manifest.json"):  # of an older, merged one
+        for suffix in ("idx", "bin", "manifest.json"):  # of an older dataset that was merged
             Path(f"{prefix}.{suffix}").unlink(missing_ok=True)
         write_data_args(prefix, weights[key])
     datasets = {
@@ -202,7 +212,7 @@ def _parts(
     key: str,
     found: Found,
 ) -> list[DocumentRange]:
-    """Return where each shard's documents are now."""
+    """Return the place where each shard's documents are now."""
     old: dict[str, DocumentRange] = {}
     first = offset = 0
     for shard in found.datasets[key].shards if merged and found.datasets is not None else []:

@@ -1,7 +1,7 @@
-"""Look at what earlier runs have left, once, and tell what of it still serves.
+"""Look once at what earlier runs have left, and tell what of it can still be used.
 
-A task's shard may be in PREFIX_shards or a part of merged datasets.  It serves if it was made with
-today's options from today's inputs.
+A task's shard may be in PREFIX_shards or a part of merged datasets.  It can be used if it was made
+with this run's options from this run's inputs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Found:
     in_place: dict[str, DatasetManifest | None]
     """The datasets' manifests by key."""
     datasets: dict[str, DatasetManifest] | None
-    """The datasets by key, in place or decided on; None unless those of all keys are whole."""
+    """The datasets by key, in place or decided on; None unless those of all keys are complete."""
     shards: dict[str, ShardManifest]
     """Shards in PREFIX_shards, of this rank's tasks, by the task's name."""
 
@@ -56,21 +56,21 @@ class Found:
 
 @dataclass(frozen=True)
 class Serving:
-    """What still serves of a task's shard."""
+    """What can still be used of a task's shard."""
 
     shard: ShardManifest | None
-    """In PREFIX_shards."""
+    """The shard in PREFIX_shards, if it can be used."""
     merged: ShardManifest | None
-    """In the merged datasets."""
+    """The shard in the merged datasets, if it can be used."""
     changed: str | None
-    """Why what is there does not serve."""
+    """Why what is there cannot be used."""
 
 
 def look(setup: Setup) -> Found:
     """Read the manifests of datasets and of this rank's shards.
 
     Raises:
-        UserError: one is damaged.
+        UserError: a manifest is damaged.
     """
     layout = setup.layout
     in_place = {key: read_dataset_manifest(layout.dataset(key)) for key in layout.keys}
@@ -112,7 +112,7 @@ def _has_sizes(prefix: Path, recorded: ShardOutput | PairManifest) -> bool:
 
 
 def serving(setup: Setup, found: Found) -> dict[str, Serving]:
-    """Return what serves of each of this rank's tasks, by its name."""
+    """Return what can be used of each of this rank's tasks, by its name."""
     merged = found.merged if setup.settings.merge else {}
     return {
         task.name: _serving(setup, task, found.shards.get(task.name), merged.get(task.name))
@@ -135,7 +135,7 @@ def _serving(
 def complete_datasets(
     setup: Setup, found: Found, serves: dict[str, Serving]
 ) -> dict[str, DatasetManifest] | None:
-    """Return the datasets that are there, by key, if they are what a run would make."""
+    """Return the datasets that exist, by key, if they are what this run would make; else None."""
     if found.datasets is None:
         return None
     names = [task.name for task in setup.tasks]

@@ -1,7 +1,7 @@
-"""Where the files of a run are, and their names while they are written.
+"""Say where the files of a run are, and keep others out of them.
 
 PREFIX_KEY_document.*   datasets, one for each key (finish.py)
-PREFIX_shards/          shards in the making (shard.py)
+PREFIX_shards/          shards, while they are made (shard.py)
 PREFIX_rejects/         lines that could not be used
 """
 
@@ -21,7 +21,7 @@ from megatron_slm.data.manifest import manifest_path
 from megatron_slm.errors import UserError
 from megatron_slm.files import alone_at, is_leftover, writing
 
-LOCK_WAIT = 10.0  # seconds that the workers of a killed run get to end
+LOCK_WAIT = 10.0  # seconds in which the workers of a killed run can end
 
 
 @dataclass(frozen=True)
@@ -41,20 +41,20 @@ class OutputPaths:
 
     @property
     def decided(self) -> Path:
-        """Manifests of new datasets that are whole, until they are in the place of the old ones."""
+        """Manifests of new datasets that are complete but have not replaced the old ones yet."""
         return self.shards / DECIDED
 
     def dataset(self, key: str) -> Path:
-        """The prefix of a key's dataset."""
+        """Return the prefix of a key's dataset."""
         return Path(f"{self.prefix}_{key}_document")
 
     @contextmanager
     def claim(self, alone: bool) -> Iterator[None]:
-        """Make the directories, and be the only one on this machine who is `alone` in them.
+        """Create the directories and, if `alone`, keep other such runs on this machine out of them.
 
         Raises:
-            UserError: another program's dataset is in the way, or files in one of the directories,
-                or another run is at work.
+            UserError: another program's dataset, or its files in one of the directories, are in the
+                way, or another run is at work.
         """
         try:
             self.shards.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ class OutputPaths:
             yield
 
     def alone_on(self, path: Path) -> AbstractContextManager[None]:
-        """Be the only process of this machine that writes a part, also among stages and ranks."""
+        """Be the only process on this machine, of any stage and rank, that writes a part."""
         return alone_at(path, "--output-prefix", LOCK_WAIT)
 
     def _make(self) -> None:
@@ -94,7 +94,7 @@ class OutputPaths:
             raise UserError(f"--output-prefix: {error.filename}: {error.strerror}") from error
 
     def remove_leftovers(self) -> None:
-        """Remove what this process, and those of this machine that are no more, were writing."""
+        """Remove unfinished files of this process and of processes that have ended."""
         name = Path(self.prefix).name
         for path in (
             *self.shards.glob("*.partial"),
@@ -105,16 +105,23 @@ class OutputPaths:
                 path.unlink(missing_ok=True)
 
     def clear(self, merged: bool) -> None:
-        """Remove shards that are part of the dataset now, and empty directories."""
+        """Remove shards that are now part of the dataset, and directories that are empty."""
         for path in list(self.shards.iterdir()):
             if path.name == STDIN or (merged and is_ours(path)):
                 path.unlink(missing_ok=True)
         for directory in (self.shards, self.rejects):
-            with suppress(OSError):  # it is not empty
+            with suppress(OSError):  # if it is not empty
                 directory.rmdir()
 
     def spool_stdin(self) -> str:
-        """Standard input as a file, which can be cut into tasks and read again."""
+        """Save standard input to a file, which can be cut into tasks and read again.
+
+        Returns:
+            The file's path.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
         path = self.shards / STDIN
         try:
             with writing(path) as unfinished, unfinished.open("wb") as file:

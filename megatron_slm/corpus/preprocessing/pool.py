@@ -1,7 +1,7 @@
-"""Run tasks over all cores: one process a core, no data between processes but progress counts.
+"""Run tasks on all cores: one process per core, which share nothing but progress counts.
 
-Workers are forked, so that what they need is loaded once, and its memory shared.  They end with
-their parent however it ends.  The first task that fails stops the others.
+Workers are forked, so that what they need is loaded once and its memory is shared.  They end with
+their parent, however it ends.  The first task that fails stops the others.
 """
 
 from __future__ import annotations
@@ -25,13 +25,16 @@ from megatron_slm.errors import UserError
 def over_all_cores[Result](
     label: str, tasks: Sequence[Task], work: Callable[[Task, Progress], Result], workers: int
 ) -> Iterator[tuple[Task, Result]]:
-    """Results of tasks as they are done; in this process if one is enough.
+    """Yield each task and its result when it is done; use this process if one is enough.
 
     Args:
-        work: what it uses must stand a fork: no threads that it waits for.
+        label: name of the work, for the progress bar.
+        tasks: the tasks.
+        work: function that does a task. It is forked, so it must not wait for threads.
+        workers: number of processes.
 
     Raises:
-        UserError: as the task does, or a worker was killed.
+        UserError: a task raised it, or a worker was killed.
     """
     if not tasks:
         return
@@ -59,7 +62,7 @@ def _in_processes(
 ) -> Iterator[tuple[Task, Any]]:
     pool = ProcessPoolExecutor(workers, counters.context, _start_worker, (work, counters))
     try:
-        # The largest first, so that none is left alone at the end.
+        # Start with the largest, so that none is left running alone at the end.
         largest = sorted(tasks, key=lambda task: -task.size)
         pending = {pool.submit(_in_worker, task, at): task for at, task in enumerate(largest)}
         while pending:
@@ -83,7 +86,7 @@ _counters: Counters
 
 def _start_worker(work: Callable[[Task, Progress], Any], counters: Counters) -> None:
     global _work, _counters
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which stops workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and stops the workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _work, _counters = work, counters
 

@@ -1,13 +1,13 @@
-"""Corpora to Megatron indexed datasets.
+"""Turn corpora into Megatron's indexed datasets.
 
-    plan        the inputs are cut into tasks                       inputs.py
-    look        what an earlier run has left, and what still serves found.py
-    duplicates  wanted only with dedup: two steps over all tasks    duplicates.py
-    tokenize    each task writes its shard, over all cores          shard.py, pool.py
-    finish      the shards become one dataset                       finish.py
+    plan        cut the inputs into tasks                           inputs.py
+    look        find what earlier runs have left that can be used   found.py
+    duplicates  with --dedup, two steps over all tasks              duplicates.py
+    tokenize    write each task's shard, on all cores               shard.py, pool.py
+    finish      turn the shards into datasets                       finish.py
 
-Every step keeps what an earlier run has finished and what is still right, whoever ran it, so a run
-that was killed goes on where it was, and several machines share one output directory.
+Every step keeps what earlier runs have finished and is still valid.  So a run that was killed can
+be continued, and several machines can share one output directory.
 """
 
 from __future__ import annotations
@@ -54,15 +54,18 @@ from megatron_slm.corpus.tokenizers.engines import choose_engine
 from megatron_slm.data.manifest_types import ShardManifest
 from megatron_slm.errors import UserError
 
-SAMPLED_TASKS, SAMPLED_CHARACTERS = 64, 1 << 20  # for the choice of an engine
+SAMPLED_TASKS, SAMPLED_CHARACTERS = 64, 1 << 20  # used to choose an engine
 
 
 def preprocess(settings: PreprocessingSettings) -> PreprocessingSummary | None:
-    """Do what the settings say; None if other ranks or stages have still to do their part.
+    """Run preprocessing, or the stage of it that the settings name.
+
+    Returns:
+        The datasets; None if other ranks or stages still have to do their part.
 
     Raises:
-        UserError: bad input or options, or a full disk.  No dataset that could be taken for a good
-            one is left then, and finished shards are kept for the next run.
+        UserError: the input or an option is wrong, or the disk is full. No dataset that could be
+            mistaken for a complete one is left then; finished shards are kept for the next run.
     """
     layout = OutputPaths(settings.output_prefix, settings.json_keys)
     try:
@@ -82,7 +85,7 @@ def preprocess(settings: PreprocessingSettings) -> PreprocessingSummary | None:
 
 
 def run_stages(setup: Setup) -> PreprocessingSummary | None:
-    """As preprocess."""
+    """Run the stages, once the output is claimed; return and raise what `preprocess` does."""
     layout, settings, stage = setup.layout, setup.settings, setup.settings.stage
     if stage == "fingerprint":
         make_fingerprints(setup)
@@ -114,10 +117,11 @@ def run_stages(setup: Setup) -> PreprocessingSummary | None:
 def tokenize(
     setup: Setup, found: Found, serves: dict[str, Serving], verdicts: AllVerdicts | None
 ) -> tuple[dict[str, ShardManifest], set[str]]:
-    """Make the shards of this rank that are missing.
+    """Make this rank's shards that are missing.
 
     Returns:
-        manifests by task, and the tasks whose shards are part of the merged datasets.
+        The manifest of each task's shard, and the names of the tasks whose shards are part of the
+        merged datasets.
     """
     shards: dict[str, ShardManifest] = {}
     merged: set[str] = set()
@@ -150,7 +154,7 @@ def tokenize(
 
 
 def recipe_of(setup: Setup, tasks: Sequence[Task]) -> ShardRecipe:
-    """How the tasks' documents become token ids, by an engine that is right for them."""
+    """Return how the tasks' documents become token ids, with an engine chosen for them."""
     settings, file = setup.settings, setup.file
     engine = choose_engine(settings.engine, file, settings.special_ids, sample(setup, tasks))
     announce(f"engine: {engine.why}")
@@ -167,7 +171,7 @@ def recipe_of(setup: Setup, tasks: Sequence[Task]) -> ShardRecipe:
 
 
 def sample(setup: Setup, tasks: Sequence[Task]) -> list[str]:
-    """The first documents of up to SAMPLED_TASKS of the tasks, as far as they can be used."""
+    """Return the texts of the first usable documents of up to SAMPLED_TASKS tasks."""
     texts: list[str] = []
     chosen = np.unique(np.linspace(0, len(tasks) - 1, SAMPLED_TASKS).astype(int))
     for at in chosen:

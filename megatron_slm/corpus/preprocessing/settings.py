@@ -1,4 +1,4 @@
-"""What a preprocessing run is told, and what it finds out before it starts."""
+"""Hold a preprocessing run's settings, and check and prepare all it needs before it starts."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class PreprocessingSettings:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run knows before it starts.  options: of the manifests."""
+    """What a run knows before it starts."""
 
     settings: PreprocessingSettings
     layout: OutputPaths
@@ -88,6 +88,7 @@ class Setup:
     file: TokenizerFile
     contamination: Contamination | None
     options: ShardOptions
+    """Options that manifests record."""
 
     @property
     def own(self) -> list[Task]:
@@ -96,7 +97,11 @@ class Setup:
 
 
 def prepare(settings: PreprocessingSettings, layout: OutputPaths) -> Setup:
-    """Look at inputs, tokenizer and evaluation sets."""
+    """Read the inputs' names, the tokenizer and the evaluation sets, and check the options.
+
+    Raises:
+        UserError: one of them is wrong, or does not fit the others.
+    """
     layout.remove_leftovers()
     if settings.dedup == "near":
         import_for("--dedup near", "rensa")
@@ -131,7 +136,11 @@ def prepare(settings: PreprocessingSettings, layout: OutputPaths) -> Setup:
 
 
 def refuse_spaces(layout: OutputPaths, tasks: Sequence[Task]) -> None:
-    """In what is to be a list for Megatron, before hours of work make it."""
+    """Refuse spaces in paths of a list for Megatron, before hours of work make it.
+
+    Raises:
+        UserError: a path would have a space.
+    """
     for task in tasks:
         for key in layout.keys:
             path = str(shard_prefix(layout.shards, task.name, key))
@@ -143,9 +152,9 @@ def refuse_spaces(layout: OutputPaths, tasks: Sequence[Task]) -> None:
 
 
 def reading_options(settings: PreprocessingSettings) -> ReadingOptions:
-    """Those that decide which texts are read."""
+    """Return the options that decide which texts are read."""
     template = settings.chat_template
-    wanted_of(settings)  # says what is wrong with the template
+    wanted_of(settings)  # raises an error if the template is wrong
     words = settings.dedup == "near" or settings.decontaminate
     return ReadingOptions(
         json_keys=list(settings.json_keys),
@@ -157,7 +166,7 @@ def reading_options(settings: PreprocessingSettings) -> ReadingOptions:
 
 
 def wanted_of(settings: PreprocessingSettings) -> Wanted:
-    """What to take of a record."""
+    """Return which records to take, and which texts in them."""
     template = settings.chat_template
     render = None if template is None else chat_renderer(template)
     return Wanted(settings.json_keys, settings.filters, render)

@@ -1,8 +1,8 @@
-"""Put new datasets in the place of the old ones, so that no crash leaves a mixture of the two.
+"""Replace old datasets by new ones, so that no crash leaves a mixture of the two.
 
-Datasets are written beside the old ones, as .bin.next and .idx.next.  When those of all keys are
-whole, the file of their manifests (OutputPaths.decided) is written: from then on they are the
-datasets, and whatever run comes next ends their replacement.
+New datasets are written beside the old ones, as .bin.next and .idx.next.  When those of all keys
+are complete, the file of their manifests (OutputPaths.decided) is written.  From then on they are
+the datasets, and if this run is killed, the next one completes the replacement.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from megatron_slm.files import publish
 
 
 def settle(layout: OutputPaths) -> None:
-    """Put the datasets that are decided on in the place of the old ones, from wherever an earlier
-    run was cut off; remove those that are not."""
+    """Replace the old datasets by those that are decided on, continuing where an earlier run was
+    cut off; remove new datasets that are not decided on."""
     decided = read_manifest(layout.decided, DecidedDatasets)
     for key in layout.keys if decided is None else decided.datasets:
         prefix = layout.dataset(key)
@@ -27,7 +27,7 @@ def settle(layout: OutputPaths) -> None:
             new_data.unlink(missing_ok=True)
             new_index.unlink(missing_ok=True)
             continue
-        if new_data.exists():  # an index never stands beside the data of another
+        if new_data.exists():  # never leave an index beside other data
             manifest_path(prefix).unlink(missing_ok=True)
             index.unlink(missing_ok=True)
             publish(new_data, data)

@@ -1,11 +1,11 @@
-"""Make one shard: the token ids of a task's documents, and a manifest that says what they are.
+"""Make a shard: the token ids of a task's documents, and a manifest that describes them.
 
     NAME_KEY_document.bin, .idx   an indexed dataset for each key
     NAME.json                     the manifest, written last: a shard without one does not exist
     ../PREFIX_rejects/NAME.jsonl  bad lines, if any: file, line, reason, content
 
 Everything is written under temporary names, synced and renamed, after the manifest and indices of
-an older version are gone: whatever a crash leaves cannot be opened, or is whole.
+an older version have been removed.  So what a crash leaves is complete or cannot be opened.
 """
 
 from __future__ import annotations
@@ -39,36 +39,38 @@ from megatron_slm.data.manifest_types import (
 from megatron_slm.errors import UserError
 from megatron_slm.files import publish, sync, temporary
 
-LISTED = 100_000  # rejects of a shard; a bomb has them by the billion
+LISTED = 100_000  # rejects of a shard; a malicious file could have billions
 
 
 @dataclass(frozen=True)
 class ShardRecipe:
-    """How documents become token ids: what a worker is told once.
-
-    Attributes:
-        engine: the name of what encodes.
-        before, after: ids put around every document.
-        options: what is written into manifests; a shard made with other ones is made again.
-    """
+    """How documents become token ids."""
 
     wanted: Wanted
+    """Which records to take, and which texts in them."""
     encode: Encode
+    """Function from texts to ids."""
     engine: str
+    """Name of the engine that encodes."""
     vocab_size: int
+    """Number of tokens of the vocabulary."""
     before: tuple[int, ...]
+    """Ids put before each document."""
     after: tuple[int, ...]
+    """Ids put after each document."""
     contamination: Contamination | None
+    """What documents must not contain."""
     options: ShardOptions
+    """What manifests record; a shard made with other options is made again."""
 
 
 def shard_prefix(directory: Path, name: str, key: str) -> Path:
-    """Of the .bin and .idx of a task of this name."""
+    """Return the path, without .bin and .idx, of a task's dataset for a key."""
     return directory / f"{name}_{key}_document"
 
 
 def remove_shard(layout: OutputPaths, name: str) -> None:
-    """Remove a shard, in an order that never leaves an index over other data."""
+    """Remove a shard, in an order that never leaves an index beside other data."""
     (layout.shards / f"{name}.json").unlink(missing_ok=True)
     (layout.rejects / f"{name}.jsonl").unlink(missing_ok=True)
     for key in layout.keys:
@@ -84,13 +86,17 @@ def make_shard(
     verdicts: Verdicts | None,
     progress: Progress,
 ) -> ShardManifest:
-    """Write a task's shard; returns its manifest.
+    """Write a task's shard, and return its manifest.
 
     Args:
-        verdicts: on the task's documents; None keeps all.
+        task: the task.
+        layout: where the files go.
+        recipe: how documents become token ids.
+        verdicts: the verdicts on the task's documents; None keeps all.
+        progress: function that is told of progress.
 
     Raises:
-        UserError: an input is damaged or is not what the verdicts are on, or the disk is full.
+        UserError: an input is damaged or has changed since the verdicts, or the disk is full.
     """
     try:
         remove_shard(layout, task.name)
@@ -160,8 +166,10 @@ def _write_shard(
 def _kept(
     batch: Batch, recipe: ShardRecipe, verdicts: Verdicts | None, counts: DocumentCounts
 ) -> Iterator[tuple[str, ...]]:
-    """Documents that are neither duplicates nor contaminated.  Those beyond the verdicts are of a
-    file that has changed, which is found out at its end."""
+    """Yield the documents that are neither duplicates nor contaminated.
+
+    If there are more documents than verdicts, the file has changed; that is reported at its end.
+    """
     if verdicts is None and recipe.contamination is None:
         yield from batch.texts
         return

@@ -1,1 +1,1 @@
-"""Read corpora: which files, cut into tasks, and the documents in them."""
+"""Read corpora: find the files, cut them into tasks, and read their documents."""

@@ -1,8 +1,9 @@
-"""Conversations to text, by a template in the language of Hugging Face's chat templates (Jinja).
+"""Turn conversations into text with a template like Hugging Face's chat templates (Jinja).
 
-bos_token and eos_token are empty in it: text is tokenized as text, and the ids that begin and end
-a document are put there afterwards.  A template is a program of whoever wrote it: Jinja's sandbox
-keeps it from everything but time and memory, which are bounded here for each conversation.
+bos_token and eos_token are empty in the template: its text is tokenized as text, and the ids that
+begin and end a document are added afterwards.  A template is a program that a stranger may have
+written.  Jinja's sandbox restricts everything except time and memory, which are limited here for
+each conversation.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from megatron_slm.corpus.reading.lines import LONGEST_LINE
 from megatron_slm.errors import UserError
 from megatron_slm.files import read_bounded
 
-# ShareGPT's names (OpenHermes) to those of templates.
+# ShareGPT's names of roles (as in OpenHermes), and those that templates use.
 CHAT_ROLES = {"human": "user", "gpt": "assistant"}
 LONGEST_TEMPLATE = 1 << 20  # bytes
-SECONDS = 5.0  # of a core, for a conversation that others render in microseconds
-MEMORY = 1 << 30  # bytes, on top of what the process has
-ENDLESS = 3  # conversations beyond these bounds, after which it is the template
+SECONDS = 5.0  # of CPU time per conversation, where microseconds are usual
+MEMORY = 1 << 30  # bytes, in addition to what the process uses
+ENDLESS = 3  # conversations beyond these limits until the template is blamed
 
 
 class _TooMuch(BaseException):
-    """A template is beyond its time.  Nothing in a template can catch it."""
+    """A template has used up its time.  Nothing in a template can catch this."""
 
 
 def chat_renderer(template: str) -> Render:
@@ -41,10 +42,10 @@ def chat_renderer(template: str) -> Render:
     value.
 
     Args:
-        template: a file.
+        template: path of the template.
 
     Raises:
-        UserError: no such file, or not a template.
+        UserError: there is no such file, or it is not a template.
     """
     compiled = _compile(template)
     beyond = 0
@@ -100,17 +101,22 @@ def _compile(template: str) -> Template:
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """Raise _TooMuch or MemoryError where the block goes beyond SECONDS or MEMORY."""
+    """Raise _TooMuch or MemoryError if the block exceeds SECONDS or MEMORY."""
 
     def stop(number: int, frame: Any) -> NoReturn:
         raise _TooMuch
 
-    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+    if (
+        threading.current_thread() is not threading.main_thread()
+    ):  # only the main thread gets signals
         with _limited_memory():
             yield
         return
     before = signal.signal(signal.SIGPROF, stop)
-    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None  # of generators that are cut off
+    hook, sys.unraisablehook = (
+        sys.unraisablehook,
+        lambda _: None,
+    )  # silences generators that are cut off
     try:
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
         with _limited_memory():

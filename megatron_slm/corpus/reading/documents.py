@@ -1,7 +1,7 @@
-"""Documents of a task's pieces: the strings under the wanted keys, batch by batch, and what could
-not be used, with file, line and reason.
+"""Read the documents of a task's pieces: the strings under the wanted keys, batch by batch.
 
-A batch is parsed in one go; only a batch in which something is wrong is looked at line by line.
+Records that cannot be used are reported with their file, line and reason.  A batch is parsed in one
+go; only if something in it is wrong is it parsed line by line.
 """
 
 from __future__ import annotations
@@ -22,34 +22,31 @@ from megatron_slm.corpus.reading.lines import (
 from megatron_slm.corpus.reading.parquet import Row, read_rows
 from megatron_slm.data.manifest_types import Reject
 
-QUARANTINED = 4096  # bytes of a bad line that are kept
+QUARANTINED = 4096  # bytes kept of a bad line
 
 Render = Callable[[Any], str]
 
 
 class BadRecord(Exception):
-    """What is wrong with a record."""
+    """A record cannot be used; the message says why."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which records, and what of them.
-
-    Attributes:
-        keys: of the texts; several keys make several datasets.
-        filters: (field, value): kept are records whose field, by its dotted path, is that value.
-        render: makes a text of what is under the key, unless it is one.
-    """
+    """Which records to take, and which texts in them."""
 
     keys: tuple[str, ...]
+    """Keys of the texts; each makes a dataset."""
     filters: tuple[tuple[str, str], ...] = ()
+    """Pairs of a field, given by its dotted path, and the value that records must have there."""
     render: Render | None = None
+    """Function that turns a value under a key into text, unless it is text already."""
 
     def texts(self, record: Any) -> tuple[str, ...] | None:
-        """Texts of a record, or None if a filter leaves it out.
+        """Return the texts of a record, one for each key; None if a filter leaves it out.
 
         Raises:
-            BadRecord: a key is missing, or what it holds is no text.
+            BadRecord: a key is missing, or its value is not text.
         """
         if not isinstance(record, dict):
             raise BadRecord(f"not a JSON object but a {type(record).__name__}")
@@ -73,7 +70,8 @@ class Wanted:
 
 
 def _field(record: Any, path: str) -> str | None:
-    """A field as --filter writes it: true and 3.5 as in JSON, strings without quotes."""
+    """Return a field's value as --filter writes it: as JSON, but strings without quotes; None if
+    there is no such field."""
     for name in (path,) if path in record else path.split("."):
         if not isinstance(record, dict) or name not in record:
             return None
@@ -88,16 +86,25 @@ def _field(record: Any, path: str) -> str | None:
 
 @dataclass
 class Batch:
-    """texts: a tuple a document, of one text a key.  rejects: for the rejects file."""
+    """Some documents, and what was left out among them."""
 
     texts: list[tuple[str, ...]]
+    """For each document, one text per key."""
     rejects: list[Reject] = field(default_factory=list)
+    """Records that cannot be used, for the rejects file."""
     blank_lines: int = 0
+    """Number of blank lines."""
     filtered: int = 0
+    """Number of records that a filter leaves out."""
 
 
 def read_documents(piece: Piece, wanted: Wanted, seen: InputHash) -> Iterator[Batch]:
-    """All documents of a piece, in order.
+    """Yield all documents of a piece, in order.
+
+    Args:
+        piece: the part of a file to read.
+        wanted: which records to take, and which texts in them.
+        seen: hash that the bytes read are added to.
 
     Raises:
         UserError: the file cannot be read, is truncated or damaged, or has no such column.
@@ -121,7 +128,7 @@ def _read_json(piece: Piece, wanted: Wanted, seen: InputHash) -> Iterator[Batch]
         if batch is None:
             batch = _parse_each(piece.path, before, lines, wanted)
             if batch.rejects and not first:
-                first = first_line_number(piece)  # reads all before the piece
+                first = first_line_number(piece)  # reads everything before the piece
             for reject in batch.rejects:
                 reject.line += first
         before += len(lines)
@@ -129,7 +136,7 @@ def _read_json(piece: Piece, wanted: Wanted, seen: InputHash) -> Iterator[Batch]
 
 
 def _parse_at_once(lines: list[bytes | None], wanted: Wanted) -> Batch | None:
-    """None if any line is not as it should be."""
+    """Parse lines in one go; return None if anything is wrong with one of them."""
     try:
         texts = [wanted.texts(orjson.loads(line)) for line in lines]  # type: ignore[arg-type]
     except (orjson.JSONDecodeError, BadRecord):
@@ -166,7 +173,7 @@ def _add(batch: Batch, texts: tuple[str, ...] | None) -> None:
 
 
 def _read_parquet(piece: Piece, wanted: Wanted, seen: InputHash) -> Iterator[Batch]:
-    """Rows count as lines, from 1."""
+    """Yield the documents of a parquet file; its rows count as lines, from 1."""
     number = 1
     for rows in read_rows(piece, wanted.keys, [path for path, _ in wanted.filters], seen):
         yield _parse_rows(piece.path, number, rows, wanted)
@@ -174,7 +181,7 @@ def _read_parquet(piece: Piece, wanted: Wanted, seen: InputHash) -> Iterator[Bat
 
 
 def _as_text(row: Row) -> str:
-    """Return a row as JSON, without the ends of what is long."""
+    """Return a row as JSON, with long values cut off."""
     short = row
     if isinstance(row, dict):
         short = {

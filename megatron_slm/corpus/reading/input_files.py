@@ -1,9 +1,9 @@
 """Find the files that --input names: each once, and none that this program wrote.
 
-Directories and patterns pass over, and say so: what is hidden (names that begin with a dot, and
-directories that begin with an underscore, where Spark and Hive keep what is no data), further paths
-of a file that is read already (links, hard links, mounts), what this program writes, and files that
-another option of the run names.  A file that is named itself is read whatever its name is.
+In directories and patterns, some files are passed over with a message: hidden ones (names that
+begin with a dot, and directories that begin with an underscore, where Spark and Hive keep what is
+not data), further paths of a file (links, hard links, mounts), what this program writes, and files
+that another option names.  A file that --input names itself is read whatever its name is.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from megatron_slm.corpus.progress import announce
 from megatron_slm.corpus.reading.inputs import KINDS, NOT_READ
 from megatron_slm.errors import UserError
 
-NAMED = 3  # of what is passed over, in a message
+NAMED = 3  # files named in a message about those passed over
 
-Identity = tuple[int, int]  # device and inode: the same by whatever path
+Identity = tuple[int, int]  # device and inode, which do not depend on the path
 
 
 @dataclass
 class PassedOver:
-    """Counts what one input leaves out, by the reason."""
+    """The files that one input leaves out, by reason."""
 
     reasons: dict[str, list[str]] = field(default_factory=dict)
 
@@ -48,11 +48,12 @@ class PassedOver:
 def find_files(
     inputs: Iterable[str], output_prefix: str | None = None, aside: Sequence[str] = ()
 ) -> list[str]:
-    """Return every file once, in the order given; those of a directory or pattern sorted.
+    """Return every file once, in the order given; those of a directory or pattern are sorted.
 
     Args:
-        output_prefix: of this run, whose files are not its input even where they are named.
-        aside: files that the run names for something else.
+        inputs: files, directories and patterns.
+        output_prefix: output of this run, which is not its input even if it is named.
+        aside: files that the run uses for something else.
 
     Raises:
         UserError: an input does not exist, cannot be read, holds nothing, or is named twice.
@@ -90,10 +91,10 @@ def find_files(
 
 
 def identity_of(path: str) -> Identity:
-    """Return what a file or directory is, by whatever path.
+    """Return what identifies a file or directory, whatever its path.
 
     Raises:
-        UserError: it is a link to nothing, or cannot be looked at.
+        UserError: it is a broken link, or cannot be accessed.
     """
     try:
         path.encode()
@@ -133,8 +134,11 @@ def _named_by(name: str, passed: PassedOver) -> Iterator[str]:
 
 
 def _matches(pattern: str, passed: PassedOver) -> Iterator[str]:
-    """Yield what a pattern matches.  `**` stands for each directory below once, however it is
-    linked; glob itself would follow links in circles."""
+    """Yield what a pattern matches.
+
+    `**` visits each directory below once, however it is linked; glob itself would follow links in
+    circles.
+    """
     head, stars, tail = pattern.partition("**/")
     if stars and head[-1:] in ("", "/"):
         for top in glob.glob(head) if head else ["."]:
@@ -159,7 +163,8 @@ def _is_hidden_match(path: str, pattern: str) -> bool:
 
 
 def _is_hidden(directory: str) -> bool:
-    """As Hadoop, Spark and Arrow have it: _temporary, _delta_log; not _column=value."""
+    """Return whether a directory is hidden to Hadoop, Spark and Arrow: _temporary and _delta_log
+    are, _column=value is not."""
     return directory.startswith(".") or (directory.startswith("_") and "=" not in directory)
 
 
@@ -176,13 +181,13 @@ def _files_below(directory: str, passed: PassedOver) -> list[str]:
             elif known:
                 found.append(path)
             else:
-                identity_of(str(path))  # a link to a directory that is gone is not passed over
+                identity_of(str(path))  # a broken link to a directory is an error
                 passed.add("files of other kinds", name)
     return [str(path) for path in sorted(found)]
 
 
 def _walk(top: str, passed: PassedOver) -> Iterator[tuple[str, list[str]]]:
-    """Yield each directory that is not hidden and its files' names, also through links, once."""
+    """Yield each directory that is not hidden once, with its files' names, following links."""
 
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error

@@ -1,4 +1,4 @@
-"""What manifests record of inputs and options, by which a later run tells whether they changed."""
+"""Record inputs and options in manifests, so that later runs can tell whether they changed."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ def describe_input(piece: Piece, sha256: str) -> InputPart:
     """Return a piece as manifests record it.
 
     Args:
-        sha256: of its bytes.
+        piece: part of an input file.
+        sha256: hash of its bytes.
     """
     return InputPart(piece.path, piece.size, piece.modified, piece.start, piece.end, sha256)
 
 
 def same_inputs(task: Task, recorded: Sequence[InputPart]) -> bool:
-    """Return whether a manifest's inputs are the task's."""
+    """Return whether the inputs that a manifest records are those of a task."""
     return len(recorded) == len(task.pieces) and all(
         (before.start, before.end) == (piece.start, piece.end)
         and (
@@ -36,10 +37,13 @@ def what_changed(
     manifest: ShardManifest | Fingerprints,
     engine: str = "auto",
 ) -> str | None:
-    """Return why what a manifest describes has to be made again; None if it need not be.
+    """Return why the output that a manifest describes has to be made again; None if it need not be.
 
     Args:
-        engine: that a shard is to be made by; auto: by any.
+        task: the task that makes the output.
+        options: options of this run.
+        manifest: manifest of the output.
+        engine: engine that has to have made a shard; auto for any.
     """
     recorded = manifest.options
     changed = sorted(

@@ -1,9 +1,9 @@
-"""Which files to read, and how they are cut into tasks.
+"""Cut input files into tasks.
 
-A task is a contiguous part of the input: a range of a large plain jsonl file (lines that begin in
-the range), one compressed or parquet file, or several small files.  Tasks follow from the inputs
-and the shard size alone, so any number of workers and machines makes the same ones.  The name of
-one, and where it ends, follow from its own files, so that files added elsewhere leave it as it is.
+A task is a contiguous part of the input: a range of a large plain jsonl file (the lines that begin
+in the range), one compressed or parquet file, or several small files.  Tasks depend only on the
+inputs and the shard size, so they are the same for any number of workers and machines.  A task's
+name and its end depend only on its own files, so adding other files does not change it.
 """
 
 from __future__ import annotations
@@ -58,13 +58,14 @@ class Task:
 
     @property
     def size(self) -> int:
-        """Bytes of input."""
+        """Number of bytes of input."""
         return sum(piece.end - piece.start for piece in self.pieces)
 
 
 def plan_tasks(files: Sequence[str], shard_size: int) -> list[Task]:
-    """Cut files into tasks of about `shard_size` bytes, in the order given, which is that of the
-    dataset's documents.
+    """Cut files into tasks of about `shard_size` bytes.
+
+    The order of the files is kept; it becomes the order of the dataset's documents.
 
     Raises:
         UserError: a file is not readable, or not what its name says.
@@ -92,21 +93,23 @@ def plan_tasks(files: Sequence[str], shard_size: int) -> list[Task]:
 
 
 def ends_task(piece: Piece, shard_size: int) -> bool:
-    """Whether a small file is the last of its task, by its size and a hash of its path: tasks of
-    half the shard size on average."""
+    """Decide from its size and a hash of its path whether a small file is the last of its task.
+
+    Tasks of small files have half the shard size on average.
+    """
     digest = hashlib.sha256(os.path.abspath(piece.path).encode()).digest()
     return int.from_bytes(digest[:8]) * shard_size < 2 * piece.size << 64
 
 
 def task_name(first: Piece) -> str:
-    """After its first file and offset."""
+    """Name a task after its first file and the offset in it."""
     path = Path(os.path.abspath(first.path))
     digest = hashlib.sha256(str(path.parent).encode()).hexdigest()
     return f"{path.name}-{digest[:12]}-{first.start:013d}"
 
 
 def import_for(what: str, package: str) -> None:
-    """Import a package that `what` needs, before hours of work find out that it is missing.
+    """Import a package that `what` needs, so that it is not found missing after hours of work.
 
     Raises:
         UserError: it is not installed.
@@ -118,7 +121,12 @@ def import_for(what: str, package: str) -> None:
 
 
 def open_piece(path: str, start: int = 0, end: int | None = None) -> Piece:
-    """A part of a file, whose first bytes are as its name says; default: all of it."""
+    """Return a part of a file, or all of it, after checking that its first bytes fit its name.
+
+    Raises:
+        UserError: the file cannot be read, is not of the kind that its name says, or needs a
+            package that is not installed.
+    """
     suffix = Path(path).suffix.lower()
     if suffix in NOT_READ:
         raise UserError(f"{path}: {suffix} is not read; compress it with zstd or gzip instead")

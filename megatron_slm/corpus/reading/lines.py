@@ -1,7 +1,7 @@
-"""Lines of plain, gzip and zstd files, in batches of bounded size, hashed as they are read.
+"""Read lines from plain, gzip and zstd files in batches of bounded size, and hash what is read.
 
-A file that ends in the middle of a compressed stream is an error, which zstandard's and gzip's own
-file objects do not all raise.
+A file that ends in the middle of a compressed stream is an error here; the file objects of
+zstandard and gzip do not always raise one.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from typing import Any
 from megatron_slm.corpus.reading.inputs import Piece
 from megatron_slm.errors import UserError
 
-COMPRESSED_BYTES = 1 << 12  # compressed; a file of one repeated byte expands them 30,000 times
+COMPRESSED_BYTES = 1 << 12  # read at a time; one repeated byte expands them 30,000 times
 BATCH_BYTES = 1 << 20
 LONGEST_LINE = 1 << 26
 
 Advance = Callable[[int], None]
-# None stands for a line of more than LONGEST_LINE bytes, a number for so many blank lines: a few
-# kilobytes can unpack to billions of these.
+# None stands for a line of more than LONGEST_LINE bytes.  A number stands for so many blank lines,
+# since a few kilobytes can unpack to billions of them.
 Lines = list[bytes | None] | int
 
 
 class InputHash:
-    """SHA-256 of the bytes a task has read of a piece; `advance` hears how many."""
+    """SHA-256 of the bytes that a task has read of a piece; `advance` is told how many."""
 
     def __init__(self, advance: Advance) -> None:
         self.digest = hashlib.sha256()
@@ -49,7 +49,7 @@ def read_lines(piece: Piece, seen: InputHash) -> Iterator[Lines]:
 
 
 def first_line_number(piece: Piece) -> int:
-    """Number, from 1, of the first line that begins in the piece."""
+    """Return the number, from 1, of the first line that begins in a piece."""
     if piece.start == 0:
         return 1
     count, left = 0, piece.start - 1
@@ -61,7 +61,7 @@ def first_line_number(piece: Piece) -> int:
 
 
 def hash_piece(piece: Piece) -> str:
-    """What InputHash has when all of the piece is read."""
+    """Return the hash that InputHash has once all of a piece is read."""
     seen = InputHash(lambda _: None)
     if piece.kind == "jsonl":
         for _ in _range(piece, seen):
@@ -76,7 +76,7 @@ def hash_piece(piece: Piece) -> str:
 def _split(chunks: Iterator[bytes]) -> Iterator[Lines]:
     lines: list[bytes | None] = []
     size = 0
-    partial: list[bytes] = []  # of the line that the chunks so far have not ended
+    partial: list[bytes] = []  # of the line that is not complete yet
     partial_size = 0
     for chunk in _cut(chunks):
         if partial_size < BATCH_BYTES and chunk.isspace() and not b"".join(partial).strip():
@@ -123,7 +123,7 @@ def _cut(chunks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _without_long(partial: bytes, partial_size: int, ended: list[bytes]) -> list[bytes | None]:
-    """The lines of a chunk and what came before, of which some may be too long."""
+    """Return the lines that a chunk ends, with None for those that are too long."""
     first = partial + ended[0] if partial_size + len(ended[0]) <= LONGEST_LINE else None
     return [first, *(line if len(line) <= LONGEST_LINE else None for line in ended[1:])]
 
@@ -141,7 +141,7 @@ def _chunks(piece: Piece, seen: InputHash) -> Iterator[bytes]:
 
 
 def _range(piece: Piece, seen: InputHash) -> Iterator[bytes]:
-    """From the first line that begins in the range to the end of the last."""
+    """Yield the bytes from the first line that begins in the range to the end of the last."""
     with open(piece.path, "rb") as file:
         skipping = piece.start > 0
         file.seek(piece.start - 1 if skipping else 0)
@@ -173,7 +173,7 @@ def _decompressed(
     new_stream: Callable[[], Any],
     damaged: type[Exception],
 ) -> Iterator[bytes]:
-    """All members or frames of a file."""
+    """Yield the decompressed bytes of all members or frames of a file."""
     stream: Any = None
     with open(piece.path, "rb") as file:
         while compressed := file.read(COMPRESSED_BYTES):

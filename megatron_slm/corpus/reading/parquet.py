@@ -1,4 +1,4 @@
-"""Rows of parquet files, a bounded number of bytes at a time."""
+"""Read rows of parquet files, a bounded number of bytes at a time."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from megatron_slm.corpus.reading.inputs import Piece
 from megatron_slm.corpus.reading.lines import BATCH_BYTES, LONGEST_LINE, InputHash
 from megatron_slm.errors import UserError
 
-ROWS = 256  # at a time
-COLUMN_BYTES = 1 << 20  # of a column that are read at a time
+ROWS = 256  # at most, read at a time
+COLUMN_BYTES = 1 << 20  # of a column, read at a time
 DICTIONARY_PAGE = 2
 
 Row = dict[str, Any] | Exception
@@ -19,12 +19,16 @@ Row = dict[str, Any] | Exception
 def read_rows(
     piece: Piece, keys: Sequence[str], fields: Sequence[str], seen: InputHash
 ) -> Iterator[list[Row]]:
-    """Yield the rows of a file in order; an exception in the place of one that Python cannot hold.
-    The file is hashed by the way, in step with its row groups.
+    """Yield the rows of a file in order, with an exception in place of a row that Python cannot
+    represent.
+
+    The file is hashed on the way, in step with its row groups.
 
     Args:
-        keys: columns.
-        fields: columns, or dotted paths to a field inside one, of which nothing else is read.
+        piece: the file.
+        keys: columns to read.
+        fields: further columns, or dotted paths to a field in one; only that field is read.
+        seen: hash that the file's bytes are added to.
 
     Raises:
         UserError: the file is damaged, or has no such column.
@@ -68,8 +72,10 @@ def read_rows(
 
 
 def _rows_at_once(group: Any, headers: BinaryIO, roots: set[str]) -> int:
-    """Return how many rows take little memory, even if all are the largest value there is: a
-    dictionary of some kilobytes can stand for terabytes of rows."""
+    """Return how many rows take little memory even if all have the largest value there is.
+
+    A dictionary of a few kilobytes can stand for terabytes of rows.
+    """
     largest = 1
     for at in range(group.num_columns):
         chunk = group.column(at)
@@ -99,8 +105,10 @@ def _dictionary_bytes(chunk: Any, headers: BinaryIO) -> int:
 
 
 def _in_python(table: Any) -> list[Row]:
-    """Return rows as dictionaries.  What is not UTF-8, or a time that Python has no type for, fails
-    in its row alone."""
+    """Return rows as dictionaries.
+
+    A value that is not UTF-8, or a time that Python has no type for, only affects its own row.
+    """
     try:
         found: list[Row] = table.to_pylist()
     except (ValueError, OverflowError):

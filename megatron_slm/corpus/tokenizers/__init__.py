@@ -1,1 +1,1 @@
-"""Tokenizer files, and the engines that turn texts into token ids."""
+"""Read tokenizer files, and choose the engines that turn texts into token ids."""

@@ -1,8 +1,8 @@
-"""Engines that turn texts into token ids, and the choice among them.
+"""Load engines that turn texts into token ids, and choose among them.
 
-Each kind of tokenizer has a reference engine: the library that defines its ids.  Faster ones are
-taken only if they give the same ids as the reference on a sample of the corpus itself and on what
-is easily got wrong: white space, other scripts, and the tokenizer's own special tokens as text.
+Each kind of tokenizer has a reference engine: the library that defines its ids.  A faster one is
+used only if it gives the same ids as the reference on a sample of the corpus and on what is easy to
+get wrong: white space, other scripts, and the tokenizer's own special tokens as text.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from megatron_slm.corpus.tokenizers.tokenizer_file import TokenizerFile
 from megatron_slm.errors import UserError
 
-# Texts to the ids of all of them [n] and their numbers of ids [texts].
+# A function from texts to the ids of all texts [n] and the number of ids of each text [texts].
 Encode = Callable[[list[str]], tuple[NDArray[Any], NDArray[np.int64]]]
 Load = Callable[[TokenizerFile, bool], Encode]
 
@@ -40,15 +40,18 @@ PROBES = (
 
 @dataclass(frozen=True)
 class EngineChoice:
-    """An engine.  why: for people."""
+    """The engine that was chosen."""
 
     name: str
+    """Name of the engine."""
     encode: Encode
+    """Its function from texts to ids."""
     why: str
+    """Why it was chosen, for people."""
 
 
 def encode_lists(encode: Callable[[list[str]], Sequence[Sequence[int]]]) -> Encode:
-    """An engine that returns lists."""
+    """Adapt an engine's function that returns a list of ids for each text."""
 
     def encode_flat(texts: list[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         found = encode(texts)
@@ -60,7 +63,7 @@ def encode_lists(encode: Callable[[list[str]], Sequence[Sequence[int]]]) -> Enco
 
 
 def load_sentencepiece(file: TokenizerFile, special: bool) -> Encode:
-    """It reads special tokens as text whatever one wishes."""
+    """Load sentencepiece, which always reads special tokens as text, whatever `special` says."""
     import sentencepiece
 
     pieces = sentencepiece.SentencePieceProcessor(model_proto=file.content)
@@ -68,8 +71,8 @@ def load_sentencepiece(file: TokenizerFile, special: bool) -> Encode:
 
 
 def load_hugging_face(file: TokenizerFile, special: bool) -> Encode:
-    """Hugging Face's tokenizers."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a worker is one core's
+    """Load Hugging Face's tokenizers."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker has one core
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str(file.content.decode())
@@ -84,7 +87,7 @@ def load_hugging_face(file: TokenizerFile, special: bool) -> Encode:
 
 
 def load_mistral(file: TokenizerFile, special: bool) -> Encode:
-    """mistral-common's, which is tiktoken within."""
+    """Load mistral-common, which uses tiktoken."""
     from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
     tokenizer = Tekkenizer.from_file(file.path)
@@ -94,7 +97,7 @@ def load_mistral(file: TokenizerFile, special: bool) -> Encode:
 
 
 def load_kitoken(file: TokenizerFile, special: bool) -> Encode:
-    """Kitoken."""
+    """Load Kitoken."""
     from kitoken import Kitoken
 
     read = {
@@ -107,7 +110,8 @@ def load_kitoken(file: TokenizerFile, special: bool) -> Encode:
 
 
 def load_gigatoken(file: TokenizerFile, special: bool) -> Encode:
-    """Its added tokens always match in text, so those that should not are taken out."""
+    """Load Gigatoken, without the added tokens that should not match in text: those it has always
+    do."""
     import awkward
     from gigatoken import Tokenizer
     from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
@@ -130,7 +134,7 @@ def load_gigatoken(file: TokenizerFile, special: bool) -> Encode:
     return encode
 
 
-# The fastest first, the reference last.
+# For each kind, the fastest engine is first and the reference is last.
 ENGINES: dict[str, dict[str, Load]] = {
     "sentencepiece": {
         "gigatoken": load_gigatoken,
@@ -148,19 +152,20 @@ PACKAGES = {"hf": "tokenizers", "mistral": "mistral-common"}
 
 
 def engine_names() -> list[str]:
-    """All names, for a command line."""
+    """Return the names of all engines, for a command line."""
     return list(dict.fromkeys(chain.from_iterable(ENGINES.values())))
 
 
 def check_engine(name: str, file: TokenizerFile, special: bool) -> None:
-    """Refuse an engine that cannot do what is asked, before hours of work ask it.
+    """Refuse an engine that cannot do what is asked, before hours of work.
 
     Args:
-        name: of an engine, or auto.
+        name: name of an engine, or auto.
+        file: the tokenizer.
         special: whether special tokens in text become their ids, not the ids of their letters.
 
     Raises:
-        UserError: the engine has no such kind of tokenizer, or is not installed.
+        UserError: the engine does not support this kind of tokenizer, or is not installed.
     """
     if name not in ("auto", *ENGINES[file.kind]):
         raise UserError(f"--engine {name} cannot read {file.path}, a {file.kind} tokenizer")
@@ -178,7 +183,7 @@ def load_engine(name: str, file: TokenizerFile, special: bool) -> Encode:
     """Return an engine's function from texts to ids.
 
     Raises:
-        UserError: as check_engine.
+        UserError: the engine cannot do what is asked (check_engine).
     """
     check_engine(name, file, special)
     return ENGINES[file.kind][name](file, special)
@@ -187,8 +192,14 @@ def load_engine(name: str, file: TokenizerFile, special: bool) -> Encode:
 def choose_engine(
     wanted: str, file: TokenizerFile, special: bool, sample: list[str]
 ) -> EngineChoice:
-    """The engine to take: the one that is wanted, or for `auto` the fastest that is exact, which
-    nothing but a sample with text can show.
+    """Choose the engine: the one that is wanted, or for `auto` the fastest that is exact.
+
+    Args:
+        wanted: name of an engine, or auto.
+        file: the tokenizer.
+        special: whether special tokens in text become their ids, not the ids of their letters.
+        sample: documents of the corpus to compare engines on; without any text in them, `auto`
+            chooses the reference.
 
     Raises:
         UserError: the engine that is wanted gives other ids than the reference.
@@ -204,12 +215,14 @@ def choose_engine(
     passed_over: list[str] = []
     others = [name for name in names[:-1] if wanted in ("auto", name)]
     with ThreadPoolExecutor(1) as pool:
-        expected = pool.submit(exact, texts if others else [])  # while the next one is loaded
+        expected = pool.submit(
+            exact, texts if others else []
+        )  # runs while the next engine is loaded
         for name in others:
             try:
                 encode = load_engine(name, file, special)
                 fault = differs(encode, texts, expected.result())
-            except Exception as error:  # whatever it is, another engine can do it
+            except Exception as error:  # whatever it is, another engine may work
                 fault = str(error) or type(error).__name__
             if fault is None:
                 same = f"the same ids as {reference} on {len(sample)} documents of this corpus"
@@ -223,7 +236,7 @@ def choose_engine(
 
 
 def differs(encode: Encode, texts: list[str], expected: tuple[Any, Any]) -> str | None:
-    """What an engine gives otherwise than expected."""
+    """Say which text an engine encodes differently from what is expected; None if there is none."""
     ids, lengths = encode(texts)
     if np.array_equal(ids, expected[0]) and np.array_equal(lengths, expected[1]):
         return None
@@ -239,7 +252,7 @@ def differs(encode: Encode, texts: list[str], expected: tuple[Any, Any]) -> str 
 
 
 def version(engine: str) -> str:
-    """Name and version of an engine's package."""
+    """Return the name and version of an engine's package."""
     package = PACKAGES.get(engine, engine)
     return f"{package} {importlib.metadata.version(package)}"
 
@@ -251,7 +264,17 @@ def _besides(passed_over: list[str]) -> str:
 def surround(
     ids: NDArray[Any], lengths: NDArray[np.int64], before: tuple[int, ...], after: tuple[int, ...]
 ) -> NDArray[Any]:
-    """ids [n] of documents of these lengths, with the same ids put around each."""
+    """Put the same ids around each document.
+
+    Args:
+        ids: [n], the ids of all documents, one after the other.
+        lengths: number of ids of each document.
+        before: ids to put before each document.
+        after: ids to put after each document.
+
+    Returns:
+        [n + documents * (before + after)], the ids of all documents.
+    """
     ends = np.cumsum(lengths + len(before) + len(after))
     starts = ends - lengths - len(before) - len(after)
     result = np.empty(ids.size + len(lengths) * (len(before) + len(after)), ids.dtype)

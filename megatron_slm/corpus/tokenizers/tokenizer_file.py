@@ -1,7 +1,7 @@
-"""Tokenizer files: sentencepiece .model, Hugging Face tokenizer.json or directory, Mistral tekken.
+"""Read tokenizer files: sentencepiece, Hugging Face (tokenizer.json or directory), Mistral tekken.
 
-The file's bytes go to the workers, which need nothing else, and their hash identifies the tokenizer
-in manifests.
+The workers get the file's bytes and need nothing else; their hash identifies the tokenizer in
+manifests.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron_slm.data.dataset_check import TOKENIZER_KINDS
 from megatron_slm.errors import UserError
 from megatron_slm.files import decode_json, open_regular, read_bounded, read_json
 
-LARGEST_TOKENIZER = 1 << 28  # bytes of a file; the largest vocabularies take a seventh
+LARGEST_TOKENIZER = 1 << 28  # bytes; the largest vocabularies take a seventh of it
 MOST_TOKENS = 1 << 26
 
 
@@ -30,21 +30,21 @@ class AddedToken(msgspec.Struct):
 
 
 class Config(msgspec.Struct):
-    """What is read of a tokenizer_config.json."""
+    """The part of a tokenizer_config.json that is read."""
 
     bos_token: AddedToken | str | None = None
     eos_token: AddedToken | str | None = None
 
 
 class TekkenConfig(msgspec.Struct):
-    """Sizes in a tekken.json, for which Mistral's library makes lists."""
+    """Sizes in a tekken.json; Mistral's library allocates lists of these lengths."""
 
     default_vocab_size: Annotated[int, Meta(ge=1, le=MOST_TOKENS)]
     default_num_special_tokens: Annotated[int, Meta(ge=0, le=1 << 20)]
 
 
 class Tekken(msgspec.Struct):
-    """What is checked of a tekken.json before Mistral's library reads it."""
+    """The part of a tekken.json that is checked before Mistral's library reads it."""
 
     config: TekkenConfig
     vocab: list[dict[str, Any]]
@@ -52,27 +52,38 @@ class Tekken(msgspec.Struct):
 
 @dataclass(frozen=True)
 class TokenizerFile:
-    """content: what engines read.  bos, eod: ids, None if the tokenizer has none.
-    special_tokens: that text may contain literally."""
+    """A tokenizer."""
 
     path: str
+    """Path of its file or directory."""
     kind: str
+    """sentencepiece, hugging-face or tekken."""
     content: bytes
+    """What engines read."""
     vocab_size: int
+    """Number of tokens."""
     bos: int | None
+    """Id of the token that begins a document; None if the tokenizer has none."""
     eod: int | None
+    """Id of the token that ends a document; None if the tokenizer has none."""
     special_tokens: tuple[str, ...]
+    """Special tokens, which text may contain literally."""
 
     @property
     def sha256(self) -> str:
+        """Hash of the content."""
         return hashlib.sha256(self.content).hexdigest()
 
 
 def open_tokenizer(path: str, megatron_type: str | None = None) -> TokenizerFile:
-    """Read a tokenizer, whose kind is told from the file unless its Megatron type is given.
+    """Read a tokenizer.
+
+    Args:
+        path: its file or directory.
+        megatron_type: Megatron's name of its type, which it is checked against; None for any.
 
     Raises:
-        UserError: no such file, or not a tokenizer of that kind.
+        UserError: there is no such file, or it is not a tokenizer of that type.
     """
     where = Path(path)
     try:
@@ -136,7 +147,7 @@ def _hugging_face(path: Path, content: bytes, config: Config) -> TokenizerFile:
 
 
 def _open_directory(path: Path) -> TokenizerFile:
-    """As transformers loads it, which is what training does."""
+    """Read a directory as transformers does, which training uses."""
     for inner in path.iterdir():
         if inner.suffix in (".json", ".model", ".txt") and not inner.is_dir():
             with open_regular(inner) as file:  # transformers would wait for a pipe
