@@ -118,7 +118,7 @@ def read_documents(piece: Piece, wanted: Wanted, seen: InputHash) -> Iterator[Ba
 
 def _read_json(piece: Piece, wanted: Wanted, seen: InputHash) -> Iterator[Batch]:
     before = 0
-    first: int | None = None
+    first = 0  # the number of the piece's first line, once that is needed
     for lines in read_lines(piece, seen):
         if isinstance(lines, int):
             before += lines
@@ -127,7 +127,7 @@ def _read_json(piece: Piece, wanted: Wanted, seen: InputHash) -> Iterator[Batch]
         batch = _parse_at_once(lines, wanted)
         if batch is None:
             batch = _parse_each(piece.path, before, lines, wanted)
-            if batch.rejects and first is None:
+            if batch.rejects and not first:
                 first = first_line_number(piece)  # reads everything before the piece
             for reject in batch.rejects:
                 reject.line += first
