@@ -12,6 +12,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import torch
 from megatron.core import mpu
@@ -100,8 +101,8 @@ def score_checkpoints(args: Namespace) -> Path:
     micro_batches = samples.read(-(-count // (args.micro_batch_size * ranks)))
     model: OnlineReference | None = None
     for step, (checkpoint, own) in zip(args.ckpt_steps, opened, strict=True):
-        about = DumpOrigin(
-            **described_tokenizer(),
+        about = msgspec.structs.replace(
+            described_tokenizer(),
             split=samples.split,
             checkpoint=checkpoint_fingerprint(checkpoint),
         )

@@ -15,13 +15,13 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import torch
 from megatron.core import mpu
 from megatron.training import get_args
 from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
 
-from megatron_slm.data.manifest_types import DumpOrigin
 from megatron_slm.data.token_dump import TokenDump, write_dump
 from megatron_slm.errors import UserError
 from megatron_slm.reference import Reference, Scored
@@ -146,8 +146,8 @@ class TokenDumps:
             losses=losses,
             valid=valid,
             samples=samples.numbers(len(losses)),
-            about=DumpOrigin(
-                **described_tokenizer(),
+            about=msgspec.structs.replace(
+                described_tokenizer(),
                 split=samples.split,
                 domains=domains,
                 score=selection.score if self.settings.selective else None,

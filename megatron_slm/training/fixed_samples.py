@@ -17,6 +17,7 @@ from megatron.training import get_args
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_slm.data.manifest_types import DumpOrigin
 from megatron_slm.data.scored_dataset import SampleScored
 from megatron_slm.training.datasets import DatasetProvider
 from megatron_slm.training.micro_batch import MicroBatch, read_micro_batches, whole_sequences
@@ -111,10 +112,10 @@ def is_writer() -> bool:
     )
 
 
-def described_tokenizer() -> dict[str, str | None]:
+def described_tokenizer() -> DumpOrigin:
     """Return what a dump says of the tokenizer, so that its readers find it."""
     args = get_args()
     model = args.tokenizer_model
     # A name on the hub stays as it is; a path must hold wherever a report is made.
     path = str(Path(model).resolve()) if model and Path(model).exists() else model
-    return {"tokenizer_type": args.tokenizer_type, "tokenizer_model": path}
+    return DumpOrigin(args.tokenizer_type, path)

@@ -149,4 +149,4 @@ def test_one_checkpoint_is_not_enough(corpus: Corpus, untied: Checkpoints, tmp_p
     arguments = [*corpus.arguments, "--micro-batch-size", "4", "--dynamics", "dynamics"]
     refused = launch(1, [TOOL, *arguments, "--load", str(untied.policy)], tmp_path, check=False)
     assert refused.codes == [2]
-    assert "need two checkpoints" in refused.outputs[0]
+    assert "need at least two checkpoints" in refused.outputs[0]

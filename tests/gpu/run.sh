@@ -9,7 +9,8 @@
 # is no GPU.  Takes the Python that is active, else .venv (tools/environment.sh makes it).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-if ! python -c 'import megatron.core' 2> /dev/null && [ -f .venv/bin/activate ]; then
+if [ -f .venv/bin/activate ] && ! python -c 'import sys; from importlib.util import find_spec
+sys.exit(not find_spec("megatron"))' 2> /dev/null; then
     # shellcheck disable=SC1091
     source .venv/bin/activate
 fi

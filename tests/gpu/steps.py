@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import statistics
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 from table import arguments, measured, row, skipped
@@ -18,7 +19,8 @@ from training import BILLION, train
 
 RATIO = "--slm-token-ratio 0.6"
 TOKENS = 16 * 2048
-ROWS = {  # more arguments; the aim, as a multiple of CLM's time
+# More arguments, and the aim as a multiple of the time that CLM takes.
+ROWS: dict[str, tuple[str, float | None]] = {
     "CLM": ("", None),
     "SLM": (f"{RATIO} --slm-reference-load REFERENCE", 1.34),
     "SLM, nothing spent on a reference (as with cached losses)": (
@@ -34,6 +36,20 @@ ROWS = {  # more arguments; the aim, as a multiple of CLM's time
 }
 
 
+def rows() -> dict[str, tuple[str, float | None]]:
+    """Return ROWS, and a reference in fp8 where it can be computed."""
+    import torch
+
+    name = "SLM, the reference in fp8"
+    if find_spec("transformer_engine") is None:
+        skipped(f"1.1B, {name}", "Transformer Engine is not installed")
+    elif torch.cuda.get_device_capability() < (8, 9):
+        skipped(f"1.1B, {name}", "this GPU has no fp8")
+    else:
+        return ROWS | {name: (f"{ROWS['SLM'][0]} --slm-reference-fp8", 1.34)}
+    return ROWS
+
+
 def main() -> None:
     """Each row twelve steps, of which the first three are passed over."""
     if args.device == "cpu" or args.small:
@@ -44,7 +60,7 @@ def main() -> None:
         at = Path(scratch)
         saving = f"--train-iters 1 --save {at}/reference --save-interval 1 --no-save-optim"
         train(at / "reference-run", f"{BILLION} {saving}")
-        for number, (name, (more, aim)) in enumerate(ROWS.items()):
+        for number, (name, (more, aim)) in enumerate(rows().items()):
             run = train(
                 at / f"run{number}",
                 f"{BILLION} --train-iters 12 {more.replace('REFERENCE', f'{at}/reference')}",

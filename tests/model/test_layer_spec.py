@@ -4,7 +4,6 @@ is saved of them against what Megatron's Transformer Engine layers load."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,11 +14,8 @@ from torch import Tensor, distributed
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from jobs import LLAMA, OPTIMIZER, POLICY, UNTIED, Corpus
-from launch import SUPPORT, launch, pretrain
 from megatron_slm.model import layer_spec
 from megatron_slm.model.layer_spec import GatheredAttention
-from random_llama import small_llama, write_random_llama
 
 
 @pytest.fixture
@@ -115,17 +111,3 @@ def test_dry_runs_keep_no_mask(alone: SimpleNamespace) -> None:
             query, key = torch.empty(12, 2, 4, 8), torch.empty(12, 2, 2, 8)
             assert layer(alone, 3, 2)(query, key, key, None).shape == (12, 2, 32)
     assert layer_spec._causal_mask.cache_info().currsize == 0
-
-
-def test_transformer_engine_loads_what_plain_layers_save(corpus: Corpus, tmp_path: Path) -> None:
-    """And what was imported."""
-    model = [*POLICY, *LLAMA, *UNTIED, "--qk-layernorm", "--micro-batch-size", "12"]
-    run = f"--train-iters 1 --save {tmp_path / 'saved'} --save-interval 1 --no-save-optim".split()
-    pretrain(1, [*corpus.arguments, *model, *OPTIMIZER, *run], tmp_path / "run")
-    imported = write_random_llama(tmp_path / "random", small_llama(257, 64), torch.float32)
-    script = str(SUPPORT / "load_with_te.py")
-    directories = [str(tmp_path / "saved" / "iter_0000001"), str(imported / "release")]
-    loaded = launch(1, [script, *directories], tmp_path / "load").outputs[0]
-    assert [line for line in loaded.splitlines() if line.startswith("loaded")] == [
-        f"loaded {directory}" for directory in directories
-    ]

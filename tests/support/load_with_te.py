@@ -1,13 +1,21 @@
-"""Load checkpoints into Megatron's Transformer Engine layers, as its --load does."""
+"""Load checkpoints into Megatron's Transformer Engine layers, as its --load does, and save them.
+
+    load_with_te.py real|stand-in CHECKPOINT...
+
+Prints "loaded CHECKPOINT" and what the layers keep, and saves what it loaded in the directory that
+it runs in, as saved0, saved1 ...
+"""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
-import te_stand_in
+if sys.argv[1] == "stand-in":
+    import te_stand_in
 
-te_stand_in.install()
+    te_stand_in.install()
 
 from megatron_slm import cpu_platform
 
@@ -26,7 +34,7 @@ from megatron_slm.model.torch_dist import TorchDistReader
 SIZES = "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups normalization"
 
 
-def load(directory: Path) -> None:
+def load(directory: Path, target: Path) -> None:
     reader = TorchDistReader(directory)
     saved = reader.arguments
     config = TransformerConfig(
@@ -53,11 +61,20 @@ def load(directory: Path) -> None:
     ):
         torch.testing.assert_close(value.data, reader.read(key, (0,) * value.ndim, value.shape))
     print(f"loaded {directory}")
+    # Extra states are tensors or bytes of some kind: what matters is that they are there and empty.
+    kept = {
+        name: "extra" if name.endswith("_extra_state") else list(value.shape)
+        for name, value in sorted(model.state_dict().items())
+    }
+    print(f"kept {json.dumps(kept)}")
+    target.mkdir()
+    state = {"args": saved, "iteration": 1, "model": model.sharded_state_dict()}
+    dist_checkpointing.save(state, str(target))
 
 
 if __name__ == "__main__":
     assert HAVE_TE
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     mpu.initialize_model_parallel()
-    for name in sys.argv[1:]:
-        load(Path(name))
+    for number, name in enumerate(sys.argv[2:]):
+        load(Path(name), Path(f"saved{number}"))

@@ -59,7 +59,7 @@ def token_map(
     cut = np.s_[:count, :length]
     first = shown[0]
     unique, ids = np.unique(first.tokens[:count, : length + 1], return_inverse=True)
-    names = first.about.domains or [None] * count
+    names = first.about.domains or [""] * count
     opens = _opens(shown, count, length)
     return {
         "length": length,

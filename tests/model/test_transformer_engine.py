@@ -1,0 +1,114 @@
+"""Checkpoints of plain layers in Megatron's Transformer Engine layers, and back.
+
+Without Transformer Engine a stand-in has what its modules keep.  Where it is installed, the real
+ones have to keep the same.  That takes no GPU, but the libraries of torch's wheels on
+LD_LIBRARY_PATH.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from jobs import LLAMA, OPTIMIZER, POLICY, REFERENCE, UNTIED, Corpus
+from launch import SUPPORT, launch, pretrain
+from megatron_slm.model.conversion.export_hf import export_hugging_face
+from random_llama import small_llama, write_random_llama
+
+INSTALLED = pytest.mark.skipif(
+    find_spec("transformer_engine") is None, reason="Transformer Engine is not installed"
+)
+
+
+@dataclass
+class Loaded:
+    """Checkpoints, and what each of the layers said and saved."""
+
+    checkpoints: list[Path]
+    source: Path
+    runs: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def loaded(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    """A checkpoint that plain layers saved, and one that was imported from `source`."""
+    at = tmp_path_factory.mktemp("engine")
+    model = [*POLICY, *LLAMA, *UNTIED, "--qk-layernorm", "--micro-batch-size", "12"]
+    run = f"--train-iters 1 --save {at / 'saved'} --save-interval 1 --no-save-optim".split()
+    arguments = [*corpus.arguments, *model, *OPTIMIZER, *run]
+    pretrain(1, arguments, at / "run", module="pretrain_without_te")
+    imported = write_random_llama(at / "random", small_llama(257, 64), torch.float32)
+    checkpoints = [at / "saved" / "iter_0000001", imported / "release"]
+    return Loaded(checkpoints, at / "random" / "hf", {})
+
+
+def load(loaded: Loaded, layers: str, at: Path) -> Any:
+    """Load them into layers of a kind, once."""
+    if layers not in loaded.runs:
+        command = [str(SUPPORT / "load_with_te.py"), layers, *map(str, loaded.checkpoints)]
+        loaded.runs[layers] = launch(1, command, at / layers)
+    return loaded.runs[layers]
+
+
+def lines(run: Any, word: str) -> list[str]:
+    said = run.outputs[0].splitlines()
+    return [line.removeprefix(f"{word} ") for line in said if line.startswith(f"{word} ")]
+
+
+@pytest.mark.parametrize("layers", ["stand-in", pytest.param("real", marks=INSTALLED)])
+def test_what_plain_layers_save_and_what_was_imported(
+    layers: str, loaded: Loaded, tmp_path: Path
+) -> None:
+    assert lines(load(loaded, layers, tmp_path), "loaded") == list(map(str, loaded.checkpoints))
+
+
+@INSTALLED
+def test_the_stand_in_keeps_what_the_real_one_keeps(loaded: Loaded, tmp_path: Path) -> None:
+    kept = [
+        [json.loads(line) for line in lines(load(loaded, layers, tmp_path), "kept")]
+        for layers in ("stand-in", "real")
+    ]
+    assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("layers", ["stand-in", pytest.param("real", marks=INSTALLED)])
+def test_what_they_save_is_exported(layers: str, loaded: Loaded, tmp_path: Path) -> None:
+    """To the tensors that were imported, bit by bit."""
+    run = load(loaded, layers, tmp_path)
+    target = tmp_path / "exported"
+    export_hugging_face(run.directory / "saved1", target, loaded.source, None, 10**9)
+    before = load_file(loaded.source / "model.safetensors")
+    after = load_file(target / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+FP8 = "--bf16 --slm-token-ratio 0.6 --slm-reference-fp8 --slm-reference-load"
+
+
+@INSTALLED
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--micro-batch-size 1 --seq-length 60", "has 60 tokens of a micro-batch on a rank"),
+        ("--micro-batch-size 2 --fp8-format hybrid --slm-dump-interval 1", "--slm-dump-interval"),
+    ],
+)
+def test_fp8_that_cannot_be(
+    flags: str, said: str, corpus: Corpus, loaded: Loaded, tmp_path: Path
+) -> None:
+    """Refused before anything is built, where Transformer Engine is there to compute it."""
+    model = [*REFERENCE, *LLAMA, *UNTIED, *OPTIMIZER, *corpus.arguments]
+    reference = loaded.source.with_name("megatron")
+    arguments = [*model, *FP8.split(), str(reference), *"--train-iters 1".split(), *flags.split()]
+    run = pretrain(1, [*arguments, "--slm-dump-dir", "dump"], tmp_path / "run", check=False)
+    assert run.codes == [2], run.outputs[0][-3000:]
+    (line,) = [one for one in run.outputs[0].splitlines() if one.startswith("error: ")]
+    assert said in line
