@@ -1,8 +1,8 @@
 """Read and write a score cache's manifest, which says what was scored with which reference.
 
 It is written first and never changes.  A run compares it with its own arguments, and it is part of
-every record's checksum.  In format 1, of version 0.1, a checksum covers a record's losses alone: such
-a cache is read too, but a record in another's place is noticed by its labels only.
+every record's checksum.  In format 1, of version 0.1, a checksum covers a record's losses alone:
+such a cache is read too, but a record in another's place is noticed by its labels only.
 """
 
 from __future__ import annotations
