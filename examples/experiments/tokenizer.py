@@ -1,6 +1,6 @@
 """Train a sentencepiece BPE with byte fallback:  tokenizer.py MODEL VOCABULARY CORPUS.jsonl ...
 
-On the first CHARACTERS of each corpus, so that each has the same say.
+It learns from the first CHARACTERS of each corpus, so that all have the same weight.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CHARACTERS = 1_500_000
 
 
 def lines(corpora: list[str]) -> Iterator[str]:
-    """Of the beginning of each corpus."""
+    """Yield the lines at the beginning of each corpus, up to CHARACTERS characters."""
     for corpus in corpora:
         left = CHARACTERS
         with Path(corpus).open(encoding="utf-8") as file:
@@ -32,7 +32,13 @@ def lines(corpora: list[str]) -> Iterator[str]:
 
 
 def main(model: str, vocabulary: int, corpora: list[str]) -> None:
-    """Write the model."""
+    """Train the tokenizer, and write its model.
+
+    Args:
+        model: path of the model to write.
+        vocabulary: number of tokens.
+        corpora: paths of jsonl files.
+    """
     Path(model).parent.mkdir(parents=True, exist_ok=True)
     with writing(Path(model)) as unfinished, unfinished.open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(

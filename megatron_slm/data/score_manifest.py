@@ -1,7 +1,8 @@
 """Read and write a score cache's manifest, which says what was scored with which reference.
 
 It is written first and never changes.  A run compares it with its own arguments, and it is part of
-every record's checksum.
+every record's checksum.  In format 1, of version 0.1, a checksum covers a record's losses alone:
+such a cache is read too, but a record in another's place is noticed by its labels only.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from msgspec import UNSET
 
 from megatron_slm.data.manifest_types import ScoredData
 from megatron_slm.errors import UserError
-from megatron_slm.files import alone_at, decode_json, read_bounded, write_whole
+from megatron_slm.files import alone_at, read_json, write_whole
 
 MANIFEST = "manifest.json"
 CACHE_FORMAT = 2
@@ -46,6 +47,8 @@ class CacheManifest(msgspec.Struct, frozen=True, dict=True):
     """Fingerprints of what was scored: data, order and tokenizer."""
     reference: dict[str, str]
     """Fingerprint of the checkpoint that scored."""
+    format: Literal[1, 2] = CACHE_FORMAT
+    """What a record's checksum covers."""
 
     def __post_init__(self) -> None:
         if self.kind == "sample" and self.source.blends is UNSET:
@@ -71,10 +74,16 @@ class CacheManifest(msgspec.Struct, frozen=True, dict=True):
             raise UserError(f"cannot write to {directory}: {error.strerror}") from error
         with alone_at(path, "--slm-reference-cache", wait=60.0):
             if not path.exists():
-                write_whole(
-                    path, json.dumps({"format": CACHE_FORMAT, **self._plain}, indent=1).encode()
+                content = {"format": self.format, **self._plain}
+                write_whole(path, json.dumps(content, indent=1).encode())
+                return
+            there = read_cache_manifest(directory)
+            if there.format != self.format:
+                raise UserError(
+                    f"{path} was begun by an older version, whose format {there.format} is read "
+                    "but no longer written; choose another directory"
                 )
-            elif found := cache_differences(self._plain, read_cache_manifest(directory)._plain):
+            if found := cache_differences(self._plain, there._plain):
                 raise UserError(
                     f"{path} was begun with other arguments ({found}); give those, or choose "
                     "another directory"
@@ -83,6 +92,7 @@ class CacheManifest(msgspec.Struct, frozen=True, dict=True):
     @property
     def _plain(self) -> dict[str, Any]:
         plain: dict[str, Any] = msgspec.to_builtins(self)
+        del plain["format"]
         return plain
 
     @cached_property
@@ -97,7 +107,9 @@ class CacheManifest(msgspec.Struct, frozen=True, dict=True):
         return zlib.crc32(json.dumps(self._plain, sort_keys=True).encode())
 
     def checksum(self, section: str, number: int, record: bytes) -> int:
-        """Return the CRC-32 of a record in its place; `record` does not include the checksum."""
+        """Return the CRC-32 of a record in its place, without the checksum that it ends with."""
+        if self.format == 1:
+            return zlib.crc32(memoryview(record)[: self.record.fields["domain"][1]])
         place = zlib.crc32(f"{section}/{number}".encode(), self._crc)
         return zlib.crc32(memoryview(record)[: -np.dtype("<u4").itemsize], place)
 
@@ -120,10 +132,6 @@ def cache_differences(run: dict[str, Any], scored: dict[str, Any]) -> str:
     )
 
 
-class _Version(msgspec.Struct):
-    format: int
-
-
 def read_cache_manifest(directory: Path) -> CacheManifest:
     """Read the manifest of a cache.
 
@@ -136,14 +144,7 @@ def read_cache_manifest(directory: Path) -> CacheManifest:
             f"{directory} is not a score cache: it has no {MANIFEST}; make one with "
             "tools/score_reference.py"
         )
-    content = read_bounded(path)
-    found = decode_json(content, _Version, path).format
-    if found != CACHE_FORMAT:
-        raise UserError(
-            f"{path} is of format {found}, and this version reads format {CACHE_FORMAT}: score "
-            "again, with --slm-reference-cache naming another directory"
-        )
-    return decode_json(content, CacheManifest, path)
+    return read_json(path, CacheManifest)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

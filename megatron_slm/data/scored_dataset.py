@@ -81,7 +81,7 @@ class DocumentScored(GPTDataset):
 def document_scored(sections: dict[str, Section]) -> type[GPTDataset]:
     """Make a class for Megatron's builder: a GPTDataset with losses from sections, by the dataset's
     name."""
-    # By the name of its class a dataset finds its index in --data-cache-path.
+    # A dataset finds its index in --data-cache-path by the name of its class.
     return type("GPTDataset", (DocumentScored,), {"sections": sections})
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -16,7 +20,7 @@ from gpt_datasets import gpt_config
 from megatron_slm.data import score_cache
 from megatron_slm.data.manifest_types import ScoredData
 from megatron_slm.data.score_cache import Section, write_shard
-from megatron_slm.data.score_manifest import CacheManifest
+from megatron_slm.data.score_manifest import CacheManifest, read_cache_manifest
 from megatron_slm.data.scored_dataset import (
     DocumentWindows,
     SampleScored,
@@ -223,6 +227,29 @@ def test_two_jobs_begin_a_cache(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="sequence_length is 8 here, 4 there"):
         other.write(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_a_cache_of_version_0_1_is_read(tmp_path: Path) -> None:
+    """Written here as that version wrote it; a job does not continue it."""
+    about = {"dtype": "uint16", "sequence_length": 4, "shard_records": 2, "sections": {"train": 3}}
+    about |= {"format": 1, "kind": "sample", "source": msgspec.to_builtins(SOURCE), "reference": {}}
+    (tmp_path / "manifest.json").write_text(json.dumps(about))
+    (tmp_path / "train").mkdir()
+    labels = np.arange(12, dtype=np.int32).reshape(3, 4)
+    records = [
+        struct.pack("<4H3I", *stored, 0, zlib.crc32(row.tobytes()), zlib.crc32(stored.tobytes()))
+        for row in labels
+        for stored in [(700 * row).astype("<u2")]
+    ]
+    (tmp_path / "train/00000.losses").write_bytes(records[0] + records[1])
+    (tmp_path / "train/00001.losses").write_bytes(records[2][:-1] + b"?")
+    manifest = read_cache_manifest(tmp_path)
+    section = Section(tmp_path, manifest, "train")
+    assert np.array_equal(section.losses(1, labels[1]), np.float32((labels[1] * 700 / 8192) ** 2))
+    with pytest.raises(UserError, match=r"damaged at record 0 \(sample 2\)"):
+        section.losses(2, labels[2])
+    with pytest.raises(UserError, match="begun by an older version, whose format 1 is read"):
+        CacheManifest("sample", "uint16", 4, 2, {"train": 3}, SOURCE, {}).write(tmp_path)
 
 
 def test_a_loss_that_is_no_number_is_not_written(tmp_path: Path) -> None:

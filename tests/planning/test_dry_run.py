@@ -41,9 +41,9 @@ REFUSALS = {
     "batch": "--global-batch-size 100 is not a multiple of",
     "ratio": "--slm-token-ratio must be in (0, 1]",
     "option": "--mtp-num-layers",
-    "scoring": "pretrain_slm_1b.sh with these settings scores",
+    "scoring": "pretrain_slm_1b.sh scores with these settings",
     "rank": "ranks 0 to 7",
-    "shapes": "gives [512, 1, 8192], and [512, 1, 4096] is expected",
+    "shapes": "returns the shape [512, 1, 8192] instead of [512, 1, 4096]",
     "groups": "dp group is",
 }
 

@@ -72,7 +72,7 @@ class PreprocessingSettings:
             raise UserError("--world-size needs --stage: every rank does its part of one stage")
         if "-" in self.inputs and self.stage != "all":
             raise UserError(
-                "--input -: stages and ranks have no standard input in common: write it to a file"
+                "--input -: stages and ranks do not share standard input; write it to a file"
             )
         if self.stage in ("fingerprint", "duplicates") and self.dedup is None:
             raise UserError(f"--stage {self.stage} needs --dedup")

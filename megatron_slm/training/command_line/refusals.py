@@ -20,7 +20,7 @@ from megatron_slm.errors import UserError
 
 MOST = 400  # characters of what Megatron says
 OURS = Path(__file__).parents[2]
-PLATFORM = Path(__file__).parents[2] / "cpu_platform"  # which a GPU machine never imports
+PLATFORM = Path(__file__).parents[2] / "cpu_platform"  # a GPU machine never imports it
 MEGATRON = tuple(
     Path(path).parent for package in (megatron.core, megatron.training) for path in package.__path__
 )
