@@ -2,7 +2,8 @@
 
 import sys
 
-sys.modules["transformer_engine"] = None  # type: ignore[assignment]
+for name in ("transformer_engine", "transformer_engine_torch"):
+    sys.modules[name] = None  # type: ignore[assignment]
 
 from megatron_slm import pretrain
 
