@@ -47,10 +47,14 @@ class CacheManifest(msgspec.Struct, frozen=True, dict=True):
     """Fingerprints of what was scored: data, order and tokenizer."""
     reference: dict[str, str]
     """Fingerprint of the checkpoint that scored."""
-    format: Literal[1, 2] = CACHE_FORMAT
+    format: int = CACHE_FORMAT
     """What a record's checksum covers."""
 
     def __post_init__(self) -> None:
+        if self.format not in (1, CACHE_FORMAT):
+            raise ValueError(
+                f"it is of format {self.format}, and this version reads 1 and {CACHE_FORMAT}"
+            )
         if self.kind == "sample" and self.source.blends is UNSET:
             raise ValueError("its source has no blends")
         if self.kind == "document" and not self.sections.keys() <= self.source.datasets.keys():
@@ -109,7 +113,7 @@ class CacheManifest(msgspec.Struct, frozen=True, dict=True):
     def checksum(self, section: str, number: int, record: bytes) -> int:
         """Return the CRC-32 of a record in its place, without the checksum that it ends with."""
         if self.format == 1:
-            return zlib.crc32(memoryview(record)[: self.record.fields["domain"][1]])
+            return zlib.crc32(memoryview(record)[: self.record["losses"].itemsize])
         place = zlib.crc32(f"{section}/{number}".encode(), self._crc)
         return zlib.crc32(memoryview(record)[: -np.dtype("<u4").itemsize], place)
 

@@ -175,7 +175,10 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         lambda reference: ["--load", "absent", "--pretrained-checkpoint", str(reference)],
         "hidden_size is 96 there and 64 here",
     ),
-    "a change that is none": (lambda _: ["--slm-changed", "rope"], "--slm-changed: rope shapes"),
+    "a change that is none": (
+        lambda _: ["--slm-changed", "rope"],
+        "--slm-changed: unknown argument rope",
+    ),
     "fp8 without its library": (lambda _: ["--slm-reference-fp8"], "Transformer Engine"),
     "dumps of nowhere": (lambda _: ["--slm-dump-interval", "5"], "--slm-dump-dir or --save"),
     "dumps never": (
