@@ -1,6 +1,6 @@
 """Run the checks of this directory, each in a process of its own, and print their table.
 
-kernels    losses, gradients and selection against float64 and a sort; attention's kernel
+exactness  losses, gradients and selection against float64 and a sort; attention's kernel
 losses     training on this device, and over several ranks, against training on the CPU
 head       time and memory of the selective head beside its peers
 steps      seconds a step at 1.1B parameters: SLM against CLM
@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SECONDS = {"kernels": 180, "losses": 420, "head": 180, "steps": 420, "waits": 150}  # at most
+SECONDS = {"exactness": 180, "losses": 420, "head": 180, "steps": 420, "waits": 150}  # at most
 PACKAGES = "torch triton megatron-core transformer-engine apex nvidia-nccl-cu13".split()
 
 

@@ -1,6 +1,6 @@
 """The head's losses and gradients against float64, selection against a sort, and attention.
 
-    python tests/gpu/kernels.py [--device cpu] [--small]
+    python tests/gpu/exactness.py [--device cpu] [--small]
 
 Logits are rounded to the weights' type here as there, so what is compared is the arithmetic after
 them.  Under compute-sanitizer (--tool memcheck), --small is enough.
