@@ -219,6 +219,24 @@ def write_whole(path: Path, content: bytes) -> None:
         unfinished.write_bytes(content)
 
 
+def make_directory(directory: Path, flag: str) -> None:
+    """Make a directory, with those above it, and check that files can be made in it.
+
+    Args:
+        directory: the directory, which may be there already.
+        flag: the option that names it, for the error.
+
+    Raises:
+        UserError: it cannot be made or written to.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag} {directory}: {error.strerror}") from error
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {directory} cannot be written to")
+
+
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file of any size, in hexadecimal."""
     with path.open("rb") as file:

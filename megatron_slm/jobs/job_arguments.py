@@ -7,6 +7,7 @@ from argparse import Namespace
 from megatron.training.arguments import validate_args
 from megatron.training.global_vars import set_global_variables
 
+from megatron_slm.training.command_line.parsing import DEFAULTS
 from megatron_slm.training.command_line.refusals import in_one_line
 
 
@@ -32,7 +33,7 @@ def settle_arguments(args: Namespace, model: Namespace) -> None:
     args.tensorboard_dir, args.wandb_project = None, ""  # this job does not write to the run's logs
     args.exit_signal_handler = False  # a killed job can be continued like any other
     with in_one_line():
-        validate_args(args, {"tokenizer_type": "GPT2BPETokenizer"})
+        validate_args(args, DEFAULTS)
         set_global_variables(args)
     args.global_batch_size = batches["global_batch_size"]
     args.eval_global_batch_size = batches["eval_global_batch_size"] or args.global_batch_size

@@ -8,8 +8,8 @@ from megatron_slm.loss.head import (
     all_losses,
     dense_losses,
     loss_of_selected,
-    same_on_ranks,
 )
+from megatron_slm.loss.ranks import same_on_ranks
 
 __all__ = [
     "Scoring",

@@ -47,6 +47,7 @@ from torch.distributed import ProcessGroup, ReduceOp
 
 from megatron_slm.kernels import triton_kernels
 from megatron_slm.loss import softmax
+from megatron_slm.loss.ranks import same_on_ranks
 from megatron_slm.loss.softmax import raise_maximum
 from megatron_slm.loss.weight_gradient import WeightGradient, add_product
 
@@ -143,10 +144,7 @@ def token_losses(
         results.append(torch.log(whole[1]) - (sums[0] - top))
     if entropies:
         results.append(log_sum - sums[2] / sums[1])
-    result = torch.stack(results)
-    if size > 1:
-        # Ranks whose losses differed by a bit could select, and train on, different tokens.
-        torch.distributed.broadcast(result, group=tp_group, group_src=0)
+    result = same_on_ranks(torch.stack(results), tp_group)
     return TokenLosses(
         losses=result[0],
         trained=result[1 if padded else 0],

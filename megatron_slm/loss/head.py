@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_slm.loss.chunked import selected_loss, token_losses
+from megatron_slm.loss.ranks import same_on_ranks
 
 
 @dataclass(frozen=True)
@@ -195,16 +196,6 @@ def dense_losses(
         )
     )
     return compute_language_model_loss(labels, logits)
-
-
-def same_on_ranks(losses: Tensor, group: ProcessGroup) -> Tensor:
-    """Broadcast losses in place from the first rank of a group, and return them.
-
-    Ranks whose losses differed by a bit could select, and train on, different tokens.
-    """
-    if group.size() > 1:
-        torch.distributed.broadcast(losses, group=group, group_src=0)
-    return losses
 
 
 @torch.no_grad()

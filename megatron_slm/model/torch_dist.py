@@ -283,6 +283,14 @@ def iteration_directory(load: Path, step: int | None, flag: str, step_flag: str)
     return directory
 
 
+def saved_iteration(save: str | Path) -> str | None:
+    """Return the iteration that the tracker file of a run's --save names; None if there is none."""
+    try:
+        return (Path(save) / TRACKER).read_text().strip() or None
+    except (OSError, ValueError):
+        return None
+
+
 def _latest(load: Path, flag: str, step_flag: str) -> str:
     """Return the name of the directory that the tracker file names."""
     tracker = load / TRACKER

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_slm.errors import UserError
 from megatron_slm.files import write_whole
 from megatron_slm.model.layer_spec import extra_states
-from megatron_slm.model.torch_dist import TRACKER
+from megatron_slm.model.torch_dist import TRACKER, saved_iteration
 from megatron_slm.training import helper_processes
 from megatron_slm.training.nan import check_weights
 
@@ -165,11 +165,8 @@ def _saving(what: str) -> Iterator[None]:
 
 
 def _failed(what: str, cause: str) -> str:
-    save = Path(get_args().save)
-    try:
-        last = (save / TRACKER).read_text()
-    except OSError:
-        last = ""
+    save = get_args().save
+    last = saved_iteration(save)
     kept = f"the last good one is that of iteration {last}" if last else "there is none before it"
     return f"{what} cannot be written to {save}: {cause}; {kept}"
 

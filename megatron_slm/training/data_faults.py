@@ -10,13 +10,12 @@ import signal
 import traceback
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 
 from torch.utils.data._utils.signal_handling import _set_SIGCHLD_handler
 
 from megatron_slm.errors import UserError
-from megatron_slm.model.torch_dist import TRACKER
+from megatron_slm.model.torch_dist import saved_iteration
 from megatron_slm.training.datasets import check_files
 
 WORKER = "DataLoader worker"
@@ -90,7 +89,7 @@ def _kept(args: Namespace) -> str:
     """Say what remains of a run that ends here."""
     if args.save is None:
         return "nothing was saved, as there is no --save"
-    with suppress(OSError, ValueError):
-        iteration = (Path(args.save) / TRACKER).read_text().strip()
-        return f"the last checkpoint in {args.save} is of iteration {iteration}: --load it to go on"
-    return f"no checkpoint had been saved in {args.save}"
+    iteration = saved_iteration(args.save)
+    if iteration is None:
+        return f"no checkpoint had been saved in {args.save}"
+    return f"the last checkpoint in {args.save} is of iteration {iteration}: --load it to go on"

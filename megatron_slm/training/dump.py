@@ -10,7 +10,6 @@ defines the file, and fixed_samples.py reads the samples.
 
 from __future__ import annotations
 
-import os
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from megatron_slm.data.token_dump import TokenDump, write_dump
 from megatron_slm.errors import UserError
+from megatron_slm.files import make_directory
 from megatron_slm.reference import Reference, Scored
 from megatron_slm.selection import TokenSelector
 from megatron_slm.training.datasets import DatasetProvider
@@ -174,12 +174,7 @@ def token_dumps(
     if args.slm_dump_interval is None:
         return None
     directory = Path(args.slm_dump_dir or Path(args.save) / "dump")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--slm-dump-dir {directory}: {error.strerror}") from error
-    if not os.access(directory, os.W_OK | os.X_OK):
-        raise UserError(f"--slm-dump-dir {directory} cannot be written to")
+    make_directory(directory, "--slm-dump-dir")
     return TokenDumps(directory, args.slm_dump_interval, settings, provider)
 
 

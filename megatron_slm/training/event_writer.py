@@ -7,12 +7,11 @@ and the steps since the last checkpoint would be lost for events that are only t
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_slm.errors import UserError
+from megatron_slm.files import make_directory
 
 
 def check_directory(directory: str | None) -> None:
@@ -24,15 +23,8 @@ def check_directory(directory: str | None) -> None:
     Raises:
         UserError: they cannot.
     """
-    if directory is None or "://" in directory:
-        return
-    path = Path(directory)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--tensorboard-dir {directory}: {error.strerror}") from error
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise UserError(f"--tensorboard-dir {directory} cannot be written to")
+    if directory is not None and "://" not in directory:
+        make_directory(Path(directory), "--tensorboard-dir")
 
 
 def wrap_write(

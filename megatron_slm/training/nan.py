@@ -21,7 +21,7 @@ from megatron.training import get_args
 from megatron.training.async_utils import maybe_finalize_async_save
 
 from megatron_slm.errors import UserError
-from megatron_slm.model.torch_dist import TRACKER
+from megatron_slm.model.torch_dist import TRACKER, saved_iteration
 from megatron_slm.training.settings import Step
 
 
@@ -89,9 +89,9 @@ def _raise_together(found: list[str], when: str) -> None:
 def _message(what: str, ranks: list[int], when: str) -> str:
     where = f"rank {ranks[0]}" + (f" and {len(ranks) - 1} more" if len(ranks) > 1 else "")
     save = get_args().save
-    tracker = Path(save or "") / TRACKER
-    if save is not None and tracker.is_file():
-        kept = f"the last checkpoint, written before, is {tracker.read_text()} (by {tracker})"
-    else:
+    last = None if save is None else saved_iteration(save)
+    if last is None:
         kept = "no checkpoint has been written"
+    else:
+        kept = f"the last checkpoint, written before, is {last} (by {Path(save) / TRACKER})"
     return f"{when}, {where}: {what}; {kept}"

@@ -15,7 +15,7 @@ from table import arguments, measured, row, skipped
 
 args = arguments(__doc__)
 
-from training import BILLION, train
+from training import BILLION, save_reference, train
 
 RATIO = "--slm-token-ratio 0.6"
 TOKENS = 16 * 2048
@@ -58,8 +58,7 @@ def main() -> None:
     base = 0.0
     with tempfile.TemporaryDirectory() as scratch:
         at = Path(scratch)
-        saving = f"--train-iters 1 --save {at}/reference --save-interval 1 --no-save-optim"
-        train(at / "reference-run", f"{BILLION} {saving}")
+        save_reference(at)
         for number, (name, (more, aim)) in enumerate(rows().items()):
             run = train(
                 at / f"run{number}",

@@ -25,6 +25,12 @@ BILLION = f"""
 """
 
 
+def save_reference(directory: Path) -> None:
+    """Save a model of a billion parameters in `directory`/reference."""
+    saving = f"--train-iters 1 --save {directory}/reference --save-interval 1 --no-save-optim"
+    train(directory / "reference-run", f"{BILLION} {saving}")
+
+
 def train(
     directory: Path,
     arguments: str,

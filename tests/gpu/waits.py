@@ -13,7 +13,7 @@ from table import arguments, row, skipped
 
 args = arguments(__doc__)
 
-from training import BILLION, train
+from training import BILLION, save_reference, train
 
 MICRO_BATCHES = 4
 # As docs/design.md has them, with one reference and one scope.
@@ -27,8 +27,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         at = Path(scratch)
-        saving = f"--train-iters 1 --save {at}/reference --save-interval 1 --no-save-optim"
-        train(at / "reference-run", f"{BILLION} {saving}")
+        save_reference(at)
         slm = f"--train-iters 6 --slm-token-ratio 0.6 --slm-reference-load {at}/reference"
         said = train(at / "run", f"{BILLION} {slm}", module="watched_step").outputs[0]
     found = re.findall(r"^wait (\d+) (.*)", said, re.MULTILINE)

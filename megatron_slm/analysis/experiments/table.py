@@ -45,12 +45,7 @@ def spread(values: dict[str, Any], sign: str = "") -> str:
         values: a Spread of study_file.py.
         sign: "+" to show the sign of positive means as well.
     """
-    if values["mean"] is None:
-        return "not known"
-    text = f"{values['mean']:{sign}.4f}"
-    if values["std"] is not None:
-        text += f" ± {values['std']:.4f}"
-    return text + _missing(values)
+    return _format(values, sign, ".4f", "not known")
 
 
 def part(values: dict[str, Any]) -> str:
@@ -59,17 +54,18 @@ def part(values: dict[str, Any]) -> str:
     Args:
         values: a Spread of study_file.py.
     """
+    return _format(values, "", ".0%", "not reached")
+
+
+def _format(values: dict[str, Any], sign: str, form: str, none: str) -> str:
+    """Format a Spread, or say that there is none."""
     if values["mean"] is None:
-        return "not reached"
-    text = f"{values['mean']:.0%}"
+        return none
+    text = f"{values['mean']:{sign}{form}}"
     if values["std"] is not None:
-        text += f" ± {values['std']:.0%}"
-    return text + _missing(values)
-
-
-def _missing(values: dict[str, Any]) -> str:
+        text += f" ± {values['std']:{form}}"
     missing, count = values["missing"], len(values["values"])
-    return f" ({count - missing} of {count} seeds)" if missing else ""
+    return f"{text} ({count - missing} of {count} seeds)" if missing else text
 
 
 def results_table(summary: dict[str, Any]) -> str:
