@@ -107,6 +107,11 @@ def validate_arguments(args: Namespace) -> None:
             "--reset-position-ids does not reach --position-embedding-type "
             f"{args.position_embedding_type}, which goes by the place in the sample: leave it out"
         )
+    if args.slm_scope == "document" and not (args.sft or args.dataloader_inter_document_masking):
+        raise UserError(
+            "--slm-scope document needs documents that do not see each other: give "
+            "--dataloader-inter-document-masking, or --sft for conversations"
+        )
     for flag, value in (
         ("--slm-reference-fp8", args.slm_reference_fp8),
         ("--fp8-format", args.fp8),
