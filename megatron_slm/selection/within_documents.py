@@ -36,7 +36,7 @@ class DocumentPlaces:
     """How many tokens precede each token in its document, int64 [b, s/c]."""
 
     def sets(self, cp_size: int) -> tuple[Tensor, int]:
-        """Give each document of all samples a number, leaving room for one at each token of a sample.
+        """Give each document of all samples a number, with room for one at each of their tokens.
 
         Args:
             cp_size: context-parallel size, c.

@@ -55,15 +55,16 @@ def score_with_policy(
             **arguments
             | {
                 "forward_step_func": score,
-                "data_iterator": for_model_chunks(
-                    form, noting(micro_batches, read), arguments["num_microbatches"]
-                ),
+                "data_iterator": for_model_chunks(form, noting(micro_batches, read)),
                 "forward_only": True,
                 "collect_non_loss_data": True,
             }
         )
     for model in models:
         model.train()
+    size = arguments["micro_batch_size"]
+    # [1, b * s/c] if the samples were passed as one sequence.
+    scored = [said.reshape(*said.shape[:-2], size, -1) for said in scored]
     return read, [tuple(said) if scoring.entropies else (said, None) for said in scored]
 
 

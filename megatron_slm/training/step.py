@@ -22,6 +22,7 @@ from megatron.training import get_args
 from torch import Tensor
 
 from megatron_slm.loss import Scoring, Selecting, Telling, dense_losses, loss_of_selected
+from megatron_slm.model.documents import activation_shape
 from megatron_slm.reference import Reference, Scored
 from megatron_slm.selection import Choice, Ranks, TokenSelector
 from megatron_slm.training import nan
@@ -105,6 +106,7 @@ class SelectiveStep:
         """
         if self.step is None:
             self._build()
+        schedule = partial(_run_schedule, schedule)
         # Validation alone (--skip-train) never sets the current iteration.
         iteration = getattr(get_args(), "curr_iteration", get_args().iteration)
         form = form_of(data_iterator)
@@ -124,7 +126,7 @@ class SelectiveStep:
             micro_batches = noting(micro_batches, seen)
         try:
             result = schedule(
-                data_iterator=for_model_chunks(form, micro_batches, arguments["num_microbatches"]),
+                data_iterator=for_model_chunks(form, micro_batches),
                 forward_only=forward_only,
                 **arguments,
             )
@@ -294,6 +296,12 @@ class SelectiveStep:
             torch.cat(domains) if domains else None,
             len(read),
         )
+
+
+def _run_schedule(schedule: Callable[..., Any], **arguments: Any) -> Any:
+    """Run a schedule, and tell it the shape of what pipeline stages send each other."""
+    length, samples = arguments["seq_length"], arguments["micro_batch_size"]
+    return schedule(**arguments | activation_shape(get_args(), length, samples))
 
 
 @contextmanager
