@@ -242,7 +242,12 @@ def _documents(args: Namespace) -> dict[str, tuple[Any, int]]:
         windows = None
         if reads_data():
             dataset = IndexedDataset(prefix, mmap=args.mmap_bin_files)
-            windows = DocumentWindows(dataset, args.seq_length, int(get_tokenizer().eod))
+            windows = DocumentWindows(
+                dataset,
+                args.seq_length,
+                int(get_tokenizer().eod),
+                apart=args.dataloader_inter_document_masking,
+            )
         datasets[dataset_name(prefix)] = (windows, 0 if windows is None else len(windows))
     return datasets
 
