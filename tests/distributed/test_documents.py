@@ -21,6 +21,7 @@ from launch import Run, pretrain
 from megatron_slm.data.score_cache import Section
 from megatron_slm.data.score_manifest import read_cache_manifest
 from megatron_slm.data.scored_dataset import document_scored
+from megatron_slm.data.token_dump import read_dumps
 from real_text import docstrings
 
 STEPS, MICRO_BATCH = 3, 2
@@ -70,8 +71,8 @@ def arguments(short: Corpus, start: Checkpoints, extra: str) -> list[str]:
     return [*short.arguments, *start.without_reference, *of_run.split()]
 
 
-def samples(short: Corpus, kind: Any = GPTDataset) -> Any:
-    """The training samples of the runs."""
+def samples(short: Corpus, kind: Any = GPTDataset, split: int = 0) -> Any:
+    """The training samples of the runs, or those of another split."""
     config = gpt_config(
         SEQUENCE,
         VOCABULARY,
@@ -81,7 +82,13 @@ def samples(short: Corpus, kind: Any = GPTDataset) -> Any:
         inter_document_masking=True,
     )
     counts = [STEPS * GLOBAL_BATCH, GLOBAL_BATCH, 0]
-    return BlendedMegatronDatasetBuilder(kind, counts, lambda: True, config).build()[0]
+    return BlendedMegatronDatasetBuilder(kind, counts, lambda: True, config).build()[split]
+
+
+def documents_of(rows: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """The number of each token's document, counted from where Megatron says they end."""
+    places = torch.arange(SEQUENCE)
+    return torch.stack([torch.searchsorted(r["cu_seqlens"][1:], places, right=True) for r in rows])
 
 
 @pytest.fixture(scope="module")
@@ -108,14 +115,26 @@ def test_tokens_compete_within_their_document(short: Corpus, online: Run) -> Non
             chunks = [half[name].chunk(2, dim=1) for half in halves]
             ordered = [chunks[0][0], chunks[1][0], chunks[1][1], chunks[0][1]]
             whole[name] = torch.cat(ordered, dim=1)
-        places = torch.arange(SEQUENCE)
-        ends = [row["cu_seqlens"][1:] for row in rows]
-        documents = torch.stack([torch.searchsorted(of_row, places, right=True) for of_row in ends])
+        documents = documents_of(rows)
         several += int(documents.max())
         valid = torch.stack([row["loss_mask"] for row in rows]) > 0
         expected = top_of_documents(whole["scores"], valid, documents, [0.6] * MICRO_BATCH)
         assert torch.equal(whole["selected"], expected), number
     assert several > len(parts[0])  # more than two documents a sample, on average
+
+
+def test_dumps_know_the_documents(short: Corpus, online: Run) -> None:
+    """And select within them, as training does."""
+    dumps = read_dumps(online.directory / "dump")
+    validation = samples(short, split=1)
+    rows = [validation[int(number)] for number in dumps[0].samples]
+    expected = documents_of(rows)
+    for dump in dumps:
+        assert dump.about.scope == "document"
+        assert np.array_equal(dump.documents, expected.numpy())
+        scores = torch.from_numpy(dump.losses - dump.reference_losses)
+        chosen = top_of_documents(scores, torch.from_numpy(dump.valid), expected, [0.6] * len(rows))
+        assert np.array_equal(dump.selected, chosen.numpy())
 
 
 def test_cached_is_online(
