@@ -78,6 +78,13 @@ class Work:
     """Number of layers whose activations are recomputed together; 0 for none."""
     device: Literal["cpu", "cuda"] = "cuda"
     """Device, which decides the size of the chunked head's chunks."""
+    document: float | None = None
+    """Mean length of a document over its tokens; None where documents see each other."""
+
+    @property
+    def attended(self) -> float:
+        """Tokens that attend to each other: those of a document, or of a sample."""
+        return self.sequence if self.document is None else self.document
 
     def micro_batches(self, layout: Layout) -> int:
         """Return the number of micro-batches of a step on each rank."""
@@ -254,14 +261,14 @@ def head_bytes(a: Architecture, layout: Layout, work: Work) -> int:
 
 
 def forward_flops(
-    a: Architecture, tokens: int, sequence: int, *, causal: bool = True
+    a: Architecture, tokens: int, attended: float, *, causal: bool = True
 ) -> tuple[int, int]:
     """Count the FLOPs of a forward pass, two for each multiplication, without the output layer.
 
     Args:
         a: the model's architecture.
         tokens: number of tokens in all.
-        sequence: number of tokens of a sample.
+        attended: tokens that attend to each other, those of a sample or a document.
         causal: leave out the half of the attention that is masked, as good kernels do.
 
     Returns:
@@ -269,8 +276,8 @@ def forward_flops(
     """
     query, key = a.heads * a.head_dim, a.groups * a.head_dim
     projections = 2 * (a.hidden * (2 * query + 2 * key) + 3 * a.hidden * a.ffn)
-    seen = sequence if a.window is None or not causal else min(sequence, 2 * a.window)
-    attention = 2 * 2 * query * seen // (2 if causal else 1)
+    seen = attended if a.window is None or not causal else min(attended, 2 * a.window)
+    attention = int(2 * 2 * query * seen) // (2 if causal else 1)
     return a.layers * tokens * projections, a.layers * tokens * attention
 
 
@@ -289,7 +296,7 @@ def step_flops(
         causal: leave out the half of the attention that is masked, as good kernels do.
     """
     tokens = work.global_batch * work.sequence
-    projections, attention = forward_flops(a, tokens, work.sequence, causal=causal)
+    projections, attention = forward_flops(a, tokens, work.attended, causal=causal)
     head = tokens * a.hidden * work.padded_vocabulary
     # The chunked head computes the logits of all tokens; then, for the selected ones, the logits
     # again and two gradients.
@@ -298,7 +305,7 @@ def step_flops(
     if work.recompute:
         total += projections + attention
     for reference in (*references, *[a] * work.ranks_first):
-        total += sum(forward_flops(reference, tokens, work.sequence, causal=causal))
+        total += sum(forward_flops(reference, tokens, work.attended, causal=causal))
         total += 2 * tokens * reference.hidden * work.padded_vocabulary
     return total
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from jobs import write_dataset
 from launch import pretrain
 from megatron_slm.model.architecture import Architecture
+from megatron_slm.planning.documents import document_length
 from megatron_slm.planning.formulas import (
     Layout,
     ReferenceModel,
@@ -107,6 +111,36 @@ def test_memory_and_flops_of_a_run(case: str, reference: Path, tmp_path: Path) -
         assert total == pytest.approx(expected.total, rel=0.05), (rank, found, expected)
     flops = step_flops(POLICY, scored_by, work, causal=False)
     assert sum(found["flops"] for found in measured) == pytest.approx(flops, rel=1e-3)
+
+
+def test_attention_within_documents(tmp_path: Path) -> None:
+    """Token by token: each attends to those before it in its document and sample, and to itself."""
+    draw = np.random.default_rng(2)
+    texts = ["x" * int(length) for length in draw.exponential(60, 40)]
+    write_dataset(tmp_path / "a", texts)
+    write_dataset(tmp_path / "b", ["y" * 500])
+    sample, pairs, tokens = 64, 0, 0
+    for text in texts:
+        place = 0
+        for _ in range(len(text) + 1):  # and an end of document
+            place = 1 if tokens % sample == 0 else place + 1
+            pairs, tokens = pairs + 2 * place - 1, tokens + 1  # the full square, not its half
+    data = {name: None for name in ("data_args_path", "per_split_data_args_path")}
+    data |= {f"{split}_data_path": None for split in ("train", "valid", "test")}
+    args = Namespace(seq_length=sample, dataloader_inter_document_masking=True, **data)
+    args.data_path, args.mock_data = [str(tmp_path / "a")], False
+    assert document_length(args) == pytest.approx(pairs / tokens)
+    args.data_path = ["3", str(tmp_path / "a"), "1", str(tmp_path / "b")]
+    of_b = (7 * 64**2 + 53**2) / 501
+    assert document_length(args) == pytest.approx((3 * pairs / tokens + of_b) / 4)
+    work = Work(**vars(WORK) | {"document": pairs / tokens})
+    least, most = (step_flops(POLICY, [REFERENCE], one) for one in (work, WORK))
+    apart = work.global_batch * work.sequence * (work.sequence - pairs / tokens)
+    widths = 7 / 2 * POLICY.layers * POLICY.heads * POLICY.head_dim
+    widths += REFERENCE.layers * REFERENCE.heads * REFERENCE.head_dim
+    assert most - least == pytest.approx(2 * apart * widths, rel=1e-2)
+    args.data_path = [str(tmp_path / "absent")]
+    assert document_length(args) is None
 
 
 def test_parameters() -> None:
