@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
@@ -200,11 +200,10 @@ class PackedForPlainLayers(PackedSeqParams):
 def packed_as_one(documents: Documents) -> PackedSeqParams:
     """Return what GPTModel is given with Transformer Engine's layers, and with those of --spec:
     the documents of all samples as one sequence, [1, b * s]."""
-    lengths = torch.tensor([0, *documents.lengths], dtype=torch.int32).cumsum(0, torch.int32)
     device = documents.numbers.device
-    if device.type == "cuda":
-        lengths = lengths.pin_memory()
-    ends = lengths.to(device, non_blocking=True)
+    on_host = torch.tensor([0, *accumulate(documents.lengths)], dtype=torch.int32)
+    # A copy from pinned memory does not make the host wait.
+    ends = on_host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else on_host
     longest = max(documents.lengths)
     return PackedSeqParams(
         qkv_format="thd",
