@@ -30,15 +30,20 @@ def packs_documents(args: Namespace) -> bool:
 
 
 def takes_one_sequence(args: Namespace) -> bool:
-    """Return whether a run's layers take the packed documents of all samples as one sequence."""
-    return packs_documents(args) and (HAVE_TE or args.spec is not None)
+    """Return whether a model's layers take the packed documents of all samples as one sequence.
+
+    Args:
+        args: the model's arguments.
+    """
+    plain = not HAVE_TE if args.spec is None else args.spec[-1] == "plain_block_spec"
+    return packs_documents(args) and not plain
 
 
 def activation_shape(args: Namespace, length: int, samples: int) -> dict[str, int]:
     """Return the arguments by which a schedule knows what pipeline stages send each other.
 
     Args:
-        args: Megatron's arguments.
+        args: the model's arguments.
         length: tokens of a sample.
         samples: samples of a micro-batch.
     """
