@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
@@ -30,15 +30,20 @@ def packs_documents(args: Namespace) -> bool:
 
 
 def takes_one_sequence(args: Namespace) -> bool:
-    """Return whether a run's layers take the packed documents of all samples as one sequence."""
-    return packs_documents(args) and (HAVE_TE or args.spec is not None)
+    """Return whether a model's layers take the packed documents of all samples as one sequence.
+
+    Args:
+        args: the model's arguments.
+    """
+    plain = not HAVE_TE if args.spec is None else args.spec[-1] == "plain_block_spec"
+    return packs_documents(args) and not plain
 
 
 def activation_shape(args: Namespace, length: int, samples: int) -> dict[str, int]:
     """Return the arguments by which a schedule knows what pipeline stages send each other.
 
     Args:
-        args: Megatron's arguments.
+        args: the model's arguments.
         length: tokens of a sample.
         samples: samples of a micro-batch.
     """
@@ -200,11 +205,10 @@ class PackedForPlainLayers(PackedSeqParams):
 def packed_as_one(documents: Documents) -> PackedSeqParams:
     """Return what GPTModel is given with Transformer Engine's layers, and with those of --spec:
     the documents of all samples as one sequence, [1, b * s]."""
-    lengths = torch.tensor([0, *documents.lengths], dtype=torch.int32).cumsum(0, torch.int32)
     device = documents.numbers.device
-    if device.type == "cuda":
-        lengths = lengths.pin_memory()
-    ends = lengths.to(device, non_blocking=True)
+    on_host = torch.tensor([0, *accumulate(documents.lengths)], dtype=torch.int32)
+    # A copy from pinned memory does not make the host wait.
+    ends = on_host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else on_host
     longest = max(documents.lengths)
     return PackedSeqParams(
         qkv_format="thd",

@@ -206,7 +206,8 @@ class GatheredAttention(MegatronModule):
     ) -> Tensor:
         """Attend over whole sequences: [b, heads, s/c, d], and [b, groups, s, d].
 
-        A mask is that of the first tokens of sequences of `longest` tokens; None if these are such.
+        If there is a `longest`, a mask is cut from that of sequences as long, which all lengths can
+        share.
         """
         size, rank, length = self.cp_group.size(), self.cp_group.rank(), key.shape[2]
         left = self._window_over(length)
@@ -222,7 +223,9 @@ class GatheredAttention(MegatronModule):
         # A dry run's fake tensors are of no use to the next.
         build = _causal_mask if type(query) is Tensor else _causal_mask.__wrapped__
         mask = build(longest or length, rank, size, left, query.dtype, query.device)
-        return self._masked(query, key, value, mask[: query.shape[2], :length])
+        if longest is not None:
+            mask = mask[:length, :length]
+        return self._masked(query, key, value, mask)
 
     def _by_document(
         self, query: Tensor, key: Tensor, value: Tensor, documents: Documents

@@ -86,11 +86,15 @@ class MicroBatch:
         """The position of each token within its document, from 0, int64 [b, s/c]; None as above."""
         return None if self.packed is None else _own_part(self.packed.positions)
 
-    def model_inputs(self, *others: MicroBatch) -> dict[str, Any]:
+    def model_inputs(self, *others: MicroBatch, one_sequence: bool) -> dict[str, Any]:
         """Return the arguments of GPTModel.forward for this micro-batch, and others joined to it.
 
-        Attention is causal and needs no mask.  Where documents are passed as one sequence, the
-        model's losses have the shape [1, b * s/c].
+        Attention is causal and needs no mask.
+
+        Args:
+            others: the other micro-batches.
+            one_sequence: whether the model takes packed documents as one sequence, in which case
+                its losses have the shape [1, b * s/c].
         """
         batches = (self, *others)
         inputs = {
@@ -103,7 +107,7 @@ class MicroBatch:
         if not parts:
             return inputs
         documents = parts[0] if len(parts) == 1 else joined(parts)
-        if not takes_one_sequence(get_args()):
+        if not one_sequence:
             return inputs | {"packed_seq_params": PackedForPlainLayers(documents)}
         pipelined = mpu.get_pipeline_model_parallel_world_size() > 1
         if not documents.several and not (pipelined and len(documents.bounds) > 1):

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from megatron.training import get_args
 from torch import Tensor
 
 from megatron_slm.loss import Scoring, all_losses
+from megatron_slm.model.documents import takes_one_sequence
 from megatron_slm.reference import Reference, Scored
 from megatron_slm.training.data_iterators import for_model_chunks
 from megatron_slm.training.micro_batch import MicroBatch
@@ -40,7 +42,7 @@ def score_with_policy(
         data_iterator: Iterator[MicroBatch], model: torch.nn.Module
     ) -> tuple[Tensor, Callable[..., Any]]:
         output = model(
-            **next(data_iterator).model_inputs(),
+            **next(data_iterator).model_inputs(one_sequence=takes_one_sequence(get_args())),
             output_processor=all_losses,
             output_processor_context=scoring,
         )

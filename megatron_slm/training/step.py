@@ -22,7 +22,7 @@ from megatron.training import get_args
 from torch import Tensor
 
 from megatron_slm.loss import Scoring, Selecting, Telling, dense_losses, loss_of_selected
-from megatron_slm.model.documents import activation_shape
+from megatron_slm.model.documents import activation_shape, takes_one_sequence
 from megatron_slm.reference import Reference, Scored
 from megatron_slm.selection import Choice, Ranks, TokenSelector
 from megatron_slm.training import nan
@@ -167,7 +167,9 @@ class SelectiveStep:
         objective = MicroBatchObjective(micro_batch, self.settings, self.step, self.selector)
         last = get_attr_wrapped_model(model, "post_process")
         head = self._head(objective) if last else {}
-        return model(**micro_batch.model_inputs(), **head), objective
+        return model(
+            **micro_batch.model_inputs(one_sequence=takes_one_sequence(get_args())), **head
+        ), objective
 
     def save(self, iteration: int) -> None:
         """Write what has to be on the disk before the policy's checkpoint of `iteration`.

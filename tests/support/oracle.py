@@ -127,6 +127,9 @@ def train(
 ) -> list[Step]:
     """Train for `steps` on consecutive samples; tokens, labels int64, loss_mask float [N, s].
 
+    With documents, the number of each token's document in its sample, int64 [N, s], these do not
+    see each other.
+
     vocabulary: number of tokens; logits beyond it are padding, which counts in the policy's
         losses that are trained and reported, and not in what tokens are scored by.
     watched: samples whose losses are computed before each step.
@@ -145,14 +148,18 @@ def train(
         rows = slice(step * global_batch, (step + 1) * global_batch)
         tokens, labels, mask = (samples[key][rows] for key in ("tokens", "labels", "loss_mask"))
         valid = mask > 0
+        documents = samples["documents"][rows] if "documents" in samples else None
         with torch.no_grad():
-            reference_logits = reference(tokens).logits[..., :vocabulary]
+            reference_logits = logits_of(reference, tokens, documents)[..., :vocabulary]
             reference_losses = _token_losses(reference_logits, labels)
             of_watched = [
-                _token_losses(model(watched["tokens"]).logits[..., :vocabulary], watched["labels"])
+                _token_losses(
+                    logits_of(model, watched["tokens"], watched.get("documents"))[..., :vocabulary],
+                    watched["labels"],
+                )
                 for model in (policy, reference)
             ]
-        logits = policy(tokens).logits
+        logits = logits_of(policy, tokens, documents)
         trained = _token_losses(logits, labels)
         of_tokens = logits.detach()[..., :vocabulary]
         losses = _token_losses(of_tokens, labels)
@@ -192,6 +199,18 @@ def train(
             )
         )
     return done
+
+
+def logits_of(model: LlamaForCausalLM, tokens: Tensor, documents: Tensor | None) -> Tensor:
+    """Logits of samples, [b, s, v]; of documents that do not see each other, by a mask."""
+    if documents is None:
+        return model(tokens).logits
+    places = torch.arange(tokens.shape[1])
+    same = documents[:, :, None] == documents[:, None, :]
+    seen = same & (places[:, None] >= places)
+    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    positions = seen.sum(2) - 1
+    return model(tokens, attention_mask=mask[:, None], position_ids=positions).logits
 
 
 def select(
