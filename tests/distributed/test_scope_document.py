@@ -17,7 +17,7 @@ from by_sorting import top_of_documents
 from forked_jobs import Server
 from gpt_datasets import gpt_config
 from jobs import GLOBAL_BATCH, SEQUENCE, SPLIT, VOCABULARY, Checkpoints, Corpus, write_dataset
-from launch import Run, pretrain
+from launch import Run
 from megatron_slm.data.score_cache import Section
 from megatron_slm.data.score_manifest import read_cache_manifest
 from megatron_slm.data.scored_dataset import document_scored
@@ -91,14 +91,20 @@ def documents_of(rows: list[dict[str, torch.Tensor]]) -> torch.Tensor:
     return torch.stack([torch.searchsorted(r["cu_seqlens"][1:], places, right=True) for r in rows])
 
 
+def run(server: Server, ranks: int, arguments: list[str], directory: Path) -> Run:
+    more = "--tensorboard-dir tensorboard --num-workers 0".split()
+    return Run(directory, server.run("record", ranks, arguments + more, directory), [0] * ranks)
+
+
 @pytest.fixture(scope="module")
-def online(short: Corpus, untied: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def online(
+    short: Corpus, untied: Checkpoints, server: Server, tmp_path_factory: pytest.TempPathFactory
+) -> Run:
     """Over two context-parallel ranks, with the reference at hand."""
     extra = f"{MASKING} --slm-reference-load {untied.reference} --context-parallel-size 2"
     extra += " --slm-dump-interval 2 --slm-dump-dir dump"
     directory = tmp_path_factory.mktemp("online")
-    run = arguments(short, untied, extra)
-    return pretrain(2, run, directory, module="recorded_pretrain")
+    return run(server, 2, arguments(short, untied, extra), directory)
 
 
 def test_tokens_compete_within_their_document(short: Corpus, online: Run) -> None:
@@ -138,14 +144,14 @@ def test_dumps_know_the_documents(short: Corpus, online: Run) -> None:
 
 
 def test_cached_is_online(
-    short: Corpus, untied: Checkpoints, caches: Caches, online: Run, tmp_path: Path
+    short: Corpus, untied: Checkpoints, caches: Caches, online: Run, server: Server, tmp_path: Path
 ) -> None:
     """In another layout too."""
     extra = f"{MASKING} --slm-reference-cache {caches.by_sample}"
-    run = pretrain(1, arguments(short, untied, extra), tmp_path)
+    cached = run(server, 1, arguments(short, untied, extra), tmp_path)
     for tag in TAGS:
         assert len(online.scalars(tag)) == STEPS
-        assert run.scalars(tag) == pytest.approx(online.scalars(tag), rel=2e-5, abs=2e-5), tag
+        assert cached.scalars(tag) == pytest.approx(online.scalars(tag), rel=2e-5, abs=2e-5), tag
 
 
 def test_losses_by_document_are_those_by_sample(short: Corpus, caches: Caches) -> None:
