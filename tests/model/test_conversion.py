@@ -25,9 +25,9 @@ from transformers import (
 )
 
 from launch import REPOSITORY, Run, launch, pretrain
-from megatron_slm.model.architecture import from_hugging_face
 from megatron_slm.model.conversion.export_hf import export_hugging_face
 from megatron_slm.model.conversion.import_hf import import_hugging_face
+from megatron_slm.model.hugging_face_config import from_hugging_face
 
 TOOL = str(REPOSITORY / "tools" / "convert_checkpoint.py")
 VOCABULARY = 32003

@@ -25,10 +25,8 @@ from torch import Tensor
 from megatron_slm.errors import UserError
 from megatron_slm.model.architecture import (
     Architecture,
-    from_hugging_face,
     from_megatron,
     number_of_tokens,
-    to_hugging_face,
     vocabulary_of,
 )
 from megatron_slm.model.conversion.destination import (
@@ -53,7 +51,11 @@ from megatron_slm.model.conversion.tokenizer_files import (
     fingerprint_of_files,
     has_tokenizer,
 )
-from megatron_slm.model.hugging_face_config import SPECIAL_IDS
+from megatron_slm.model.hugging_face_config import (
+    SPECIAL_IDS,
+    from_hugging_face,
+    to_hugging_face,
+)
 from megatron_slm.model.torch_dist import TorchDistReader
 
 
@@ -94,9 +96,9 @@ def export_hugging_face(
         The architecture of the model.
 
     Raises:
-        UserError: the model is neither a Llama nor a Mistral, or not of the architecture of `like`;
-            a tensor is missing or has the wrong shape; the run's tokenizer was replaced, or
-            transformers cannot use it as the run did; or the directory cannot be written.
+        UserError: the model is of no family, or not of the architecture of `like`; a tensor is
+            missing or has the wrong shape; the run's tokenizer was replaced, or transformers cannot
+            use it as the run did; or the directory cannot be written.
     """
     plan = together(partial(_plan, checkpoint, like, vocabulary, shard_bytes))
     with finished_directory(target, "--hf") as directory:
