@@ -27,10 +27,12 @@ def train_oracle(
     """Train the oracle from the checkpoints that runs start from, and validate it."""
     with tempfile.TemporaryDirectory() as scratch:
         models = [
-            oracle.llama(directory, Path(scratch), heads=heads, groups=groups, tied=start.tied)
-            for directory, heads, groups in (
-                (start.policy / "iter_0000002", 4, 2),
-                (start.reference / "iter_0000010", 6, 6),
+            oracle.llama(
+                directory, Path(scratch), heads=heads, groups=groups, tied=start.tied, base=base
+            )
+            for directory, heads, groups, base in (
+                (start.policy / "iter_0000002", 4, 2, start.base),
+                (start.reference / "iter_0000010", 6, 6, 10000),
             )
         ]
     return oracle.train(
