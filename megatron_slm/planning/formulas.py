@@ -103,10 +103,16 @@ class ReferenceModel:
 
 
 def layer_parameters(a: Architecture) -> int:
-    """Count a layer's parameters: projections of q, k, v and the output; gate, up and down
-    projections; and two norms."""
+    """Count a layer's parameters: projections of q, k, v and the output, with biases of the first
+    three where the model has them; gate, up and down projections; and norms."""
     query, key = a.heads * a.head_dim, a.groups * a.head_dim
-    return a.hidden * (2 * query + 2 * key) + 3 * a.hidden * a.ffn + 2 * a.hidden
+    biases = (query + 2 * key) * a.qkv_bias
+    return a.hidden * (2 * query + 2 * key) + biases + 3 * a.hidden * a.ffn + norm_parameters(a)
+
+
+def norm_parameters(a: Architecture) -> int:
+    """Count the parameters of a layer's norms, which every tensor-parallel rank has whole."""
+    return 2 * a.hidden + 2 * a.head_dim * a.qk_norm
 
 
 def parameters(a: Architecture, padded_vocabulary: int) -> int:
@@ -121,7 +127,7 @@ def stage_parameters(a: Architecture, padded_vocabulary: int, layout: Layout, st
     Norms are not split: every tensor-parallel rank has them whole.
     """
     layers = a.layers // layout.pp
-    norms = 2 * layers * a.hidden
+    norms = layers * norm_parameters(a)
     count = (layers * layer_parameters(a) - norms) // layout.tp + norms
     table = padded_vocabulary * a.hidden // layout.tp
     first, last = stage == 0, stage == layout.pp - 1

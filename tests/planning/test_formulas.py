@@ -117,6 +117,12 @@ def test_parameters() -> None:
         7_241_732_096: Architecture(32, 4096, 14336, 32, 8, 128, 32000, 32768, tied=False, **shape),
         68_976_648_192: Architecture(80, 8192, 28672, 64, 8, 128, 32000, 4096, tied=False, **shape),
         1_235_814_400: Architecture(16, 2048, 8192, 32, 8, 64, 128256, 131072, tied=True, **shape),
+        494_032_768: Architecture(  # Qwen2.5-0.5B
+            24, 896, 4864, 14, 2, 64, 151936, 32768, tied=True, qkv_bias=True, **shape
+        ),
+        596_049_920: Architecture(  # Qwen3-0.6B
+            28, 1024, 3072, 16, 8, 128, 151936, 32768, tied=True, qk_norm=True, **shape
+        ),
     }
     for count, architecture in published.items():
         assert parameters(architecture, architecture.vocabulary) == count

@@ -125,7 +125,9 @@ def _plan(source: Path, vocabulary_multiple: int) -> _Plan:
     parts = [_part(block, architecture, tensors, dtypes[block.key]) for block in wanted]
     arguments = _arguments(architecture, padded, vocabulary_multiple)
     typed = typed_config(config, str(source / CONFIG))
-    arguments["slm_special_ids"] = {name: getattr(typed, name) for name in SPECIAL_IDS}
+    ids = {name: getattr(typed, name) for name in SPECIAL_IDS}
+    # A run replaces the first by its tokenizer's, and passes the second on.
+    arguments |= {"slm_special_ids": ids, "slm_model_special_ids": ids}
     return _Plan(architecture, arguments, parts, notes)
 
 
