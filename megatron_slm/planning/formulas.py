@@ -195,14 +195,17 @@ def layer_activation_bytes(a: Architecture, layout: Layout, work: Work) -> int:
 
     Two norms keep their input and output; plain layers keep the input in float32, and the
     normalised input as well.  Attention keeps the rotated q and k, the fused q, k and v (of which v
-    is a view), its output and the log-sum-exp.  The MLP keeps gate and up and their product; plain
-    layers also keep silu(gate) and a copy of the product.
+    is a view), its output and the log-sum-exp.  Norms of q and k keep a copy of their input; plain
+    ones, the normalised input in float32.  The MLP keeps gate and up and their product; plain layers
+    also keep silu(gate) and a copy of the product.
     """
     e, t, n = work.weight_bytes, layout.tp, work.tokens(layout)
     query, key = a.heads * a.head_dim, a.groups * a.head_dim
     plain = work.kernels == "plain"
     norms = 2 * ((2 * FLOAT32 + e if plain else 2 * e) * a.hidden + FLOAT32)
     attention = e * (3 * query + 3 * key) + FLOAT32 * a.heads
+    if a.qk_norm:
+        attention += (FLOAT32 if plain else e) * (query + key)
     mlp = (5 if plain else 3) * e * a.ffn
     rope = 4 * work.sequence * a.head_dim * e if plain else 0
     return n * (norms // (t if layout.sequence_parallel else 1) + (attention + mlp) // t) + rope

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,11 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 RUNS = {
-    "dp2, all tokens": (Layout(dp=2, distributed_optimizer=True), "--use-distributed-optimizer", 1),
+    "dp2, all tokens, like Qwen": (
+        Layout(dp=2, distributed_optimizer=True),
+        "--use-distributed-optimizer --add-qkv-bias --qk-layernorm",
+        1,
+    ),
     "tp2 sp, selected": (
         Layout(tp=2, sequence_parallel=True),
         "--tensor-model-parallel-size 2 --sequence-parallel",
@@ -86,6 +91,8 @@ RUNS = {
 @pytest.mark.parametrize("case", RUNS)
 def test_memory_and_flops_of_a_run(case: str, reference: Path, tmp_path: Path) -> None:
     layout, flags, ratio = RUNS[case]
+    like_qwen = "--qk-layernorm" in flags
+    policy = replace(POLICY, qkv_bias=like_qwen, qk_norm=like_qwen)
     work, scored_by = WORK, []
     if ratio < 1:
         work = Work(**vars(WORK) | {"ratio": ratio, "head": "chunked"})
@@ -99,13 +106,13 @@ def test_memory_and_flops_of_a_run(case: str, reference: Path, tmp_path: Path) -
     for rank, found in enumerate(measured):
         stage = rank if layout.pp > 1 else 0
         expected = memory(
-            POLICY, [ReferenceModel(one, 4) for one in scored_by], layout, work, stage
+            policy, [ReferenceModel(one, 4) for one in scored_by], layout, work, stage
         )
         moment = expected.activations + expected.head
         assert found["states"] == pytest.approx(expected.total - moment, rel=1e-3)
         total = found["states"] + found["moment"]
         assert total == pytest.approx(expected.total, rel=0.05), (rank, found, expected)
-    flops = step_flops(POLICY, scored_by, work, causal=False)
+    flops = step_flops(policy, scored_by, work, causal=False)
     assert sum(found["flops"] for found in measured) == pytest.approx(flops, rel=1e-3)
 
 
