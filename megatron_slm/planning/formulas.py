@@ -195,9 +195,9 @@ def layer_activation_bytes(a: Architecture, layout: Layout, work: Work) -> int:
 
     Two norms keep their input and output; plain layers keep the input in float32, and the
     normalised input as well.  Attention keeps the rotated q and k, the fused q, k and v (of which v
-    is a view), its output and the log-sum-exp.  Norms of q and k keep a copy of their input; plain
-    ones, the normalised input in float32.  The MLP keeps gate and up and their product; plain layers
-    also keep silu(gate) and a copy of the product.
+    is a view), its output and the log-sum-exp.  Norms of q and k keep a copy of their input, plain
+    ones the normalised input in float32.  The MLP keeps gate and up and their product; plain
+    layers also keep silu(gate) and a copy of the product.
     """
     e, t, n = work.weight_bytes, layout.tp, work.tokens(layout)
     query, key = a.heads * a.head_dim, a.groups * a.head_dim
