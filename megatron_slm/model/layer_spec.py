@@ -239,8 +239,8 @@ class GatheredAttention(MegatronModule):
         ]
         contexts = []
         for (size, number), *of_group in zip(documents.groups, *parts, strict=True):
-            group = (x.unflatten(0, (number, size)).transpose(1, 2) for x in of_group)
-            context = self._causal(*group, longest=length)
+            q, k, v = (x.unflatten(0, (number, size)).transpose(1, 2) for x in of_group)
+            context = self._causal(q, k, v, longest=length)
             contexts.append(context.transpose(1, 2).flatten(0, 1))
         context = torch.cat(contexts).index_select(0, documents.places)
         return context.view(batch, length, heads, width).transpose(1, 2)

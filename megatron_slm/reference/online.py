@@ -35,7 +35,7 @@ from torch import Tensor
 
 from megatron_slm.errors import UserError
 from megatron_slm.loss import Scoring, all_losses
-from megatron_slm.model.documents import activation_shape, takes_one_sequence
+from megatron_slm.model.documents import activation_shape
 from megatron_slm.model.gpt_config import build_gpt
 from megatron_slm.reference import Reference, Scored
 from megatron_slm.reference.checkpoint import UNSUPPORTED_MODELS, ReferenceCheckpoint
@@ -73,7 +73,7 @@ class OnlineReference(Reference):
         ) -> tuple[Tensor, Callable[..., Tensor]]:
             first, *others = [next(data_iterator) for _ in range(joined)]
             output = model(
-                **first.model_inputs(*others, one_sequence=takes_one_sequence(self.arguments)),
+                **first.model_inputs(self.arguments, *others),
                 output_processor=all_losses,
                 output_processor_context=self.scoring,
             )

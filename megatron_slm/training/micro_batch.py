@@ -7,6 +7,7 @@ tensors are the same either way; only the arguments of the model differ.
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from megatron.core import mpu
 from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from megatron.training import get_args
+from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from torch import Tensor
 
 from megatron_slm.errors import UserError
@@ -86,15 +88,20 @@ class MicroBatch:
         """The position of each token within its document, from 0, int64 [b, s/c]; None as above."""
         return None if self.packed is None else _own_part(self.packed.positions)
 
-    def model_inputs(self, *others: MicroBatch, one_sequence: bool) -> dict[str, Any]:
+    def report_lengths(self) -> None:
+        """Count packed documents by their length in what Megatron logs as FLOPs."""
+        if self.packed is not None:
+            update_seqlen_stats_from_cu_seqlens(self.packed.ends)
+
+    def model_inputs(self, args: Namespace, *others: MicroBatch) -> dict[str, Any]:
         """Return the arguments of GPTModel.forward for this micro-batch, and others joined to it.
 
-        Attention is causal and needs no mask.
+        Attention is causal and needs no mask.  If the model takes packed documents as one sequence,
+        its losses have the shape [1, b * s/c].
 
         Args:
+            args: the model's arguments.
             others: the other micro-batches.
-            one_sequence: whether the model takes packed documents as one sequence, in which case
-                its losses have the shape [1, b * s/c].
         """
         batches = (self, *others)
         inputs = {
@@ -107,7 +114,7 @@ class MicroBatch:
         if not parts:
             return inputs
         documents = parts[0] if len(parts) == 1 else joined(parts)
-        if not one_sequence:
+        if not takes_one_sequence(args):
             return inputs | {"packed_seq_params": PackedForPlainLayers(documents)}
         pipelined = mpu.get_pipeline_model_parallel_world_size() > 1
         if not documents.several and not (pipelined and len(documents.bounds) > 1):

@@ -1,4 +1,4 @@
-"""Score micro-batches in forward-only passes of their own, before a step's schedule."""
+"""Run a step's schedule, and before it score micro-batches in forward-only passes of their own."""
 
 from __future__ import annotations
 
@@ -10,10 +10,21 @@ from megatron.training import get_args
 from torch import Tensor
 
 from megatron_slm.loss import Scoring, all_losses
-from megatron_slm.model.documents import takes_one_sequence
+from megatron_slm.model.documents import activation_shape
 from megatron_slm.reference import Reference, Scored
 from megatron_slm.training.data_iterators import for_model_chunks
 from megatron_slm.training.micro_batch import MicroBatch
+
+
+def run_in_shape(schedule: Callable[..., Any], **arguments: Any) -> Any:
+    """Run a schedule, and tell it the shape of what the policy's pipeline stages send each other.
+
+    Args:
+        schedule: Megatron's schedule.
+        arguments: its arguments, as Megatron gives them.
+    """
+    length, samples = arguments["seq_length"], arguments["micro_batch_size"]
+    return schedule(**arguments | activation_shape(get_args(), length, samples))
 
 
 def score_with_policy(
@@ -42,7 +53,7 @@ def score_with_policy(
         data_iterator: Iterator[MicroBatch], model: torch.nn.Module
     ) -> tuple[Tensor, Callable[..., Any]]:
         output = model(
-            **next(data_iterator).model_inputs(one_sequence=takes_one_sequence(get_args())),
+            **next(data_iterator).model_inputs(get_args()),
             output_processor=all_losses,
             output_processor_context=scoring,
         )

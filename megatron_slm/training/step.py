@@ -22,7 +22,6 @@ from megatron.training import get_args
 from torch import Tensor
 
 from megatron_slm.loss import Scoring, Selecting, Telling, dense_losses, loss_of_selected
-from megatron_slm.model.documents import activation_shape, takes_one_sequence
 from megatron_slm.reference import Reference, Scored
 from megatron_slm.selection import Choice, Ranks, TokenSelector
 from megatron_slm.training import nan
@@ -32,7 +31,7 @@ from megatron_slm.training.device_timer import device_timer
 from megatron_slm.training.dump import TokenDumps
 from megatron_slm.training.micro_batch import MicroBatch, read_micro_batches
 from megatron_slm.training.objective import MicroBatchObjective
-from megatron_slm.training.passes import noting, score_with_policy, with_reference
+from megatron_slm.training.passes import noting, run_in_shape, score_with_policy, with_reference
 from megatron_slm.training.settings import SelectiveSettings, Step
 from megatron_slm.training.sources import Source
 
@@ -106,7 +105,7 @@ class SelectiveStep:
         """
         if self.step is None:
             self._build()
-        schedule = partial(_run_schedule, schedule)
+        schedule = partial(run_in_shape, schedule)
         # Validation alone (--skip-train) never sets the current iteration.
         iteration = getattr(get_args(), "curr_iteration", get_args().iteration)
         form = form_of(data_iterator)
@@ -165,11 +164,11 @@ class SelectiveStep:
         assert self.step is not None
         micro_batch = next(data_iterator)
         objective = MicroBatchObjective(micro_batch, self.settings, self.step, self.selector)
+        if self.step.training and not get_attr_wrapped_model(model, "vp_stage"):
+            micro_batch.report_lengths()  # once for all model chunks
         last = get_attr_wrapped_model(model, "post_process")
         head = self._head(objective) if last else {}
-        return model(
-            **micro_batch.model_inputs(one_sequence=takes_one_sequence(get_args())), **head
-        ), objective
+        return model(**micro_batch.model_inputs(get_args()), **head), objective
 
     def save(self, iteration: int) -> None:
         """Write what has to be on the disk before the policy's checkpoint of `iteration`.
@@ -298,12 +297,6 @@ class SelectiveStep:
             torch.cat(domains) if domains else None,
             len(read),
         )
-
-
-def _run_schedule(schedule: Callable[..., Any], **arguments: Any) -> Any:
-    """Run a schedule, and tell it the shape of what pipeline stages send each other."""
-    length, samples = arguments["seq_length"], arguments["micro_batch_size"]
-    return schedule(**arguments | activation_shape(get_args(), length, samples))
 
 
 @contextmanager

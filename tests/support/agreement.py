@@ -41,10 +41,12 @@ def oracle_models(start: Checkpoints) -> list[LlamaForCausalLM]:
     """Return the oracle's policy and reference."""
     with tempfile.TemporaryDirectory() as scratch:
         return [
-            oracle.llama(directory, Path(scratch), heads=heads, groups=groups, tied=start.tied)
-            for directory, heads, groups in (
-                (start.policy / "iter_0000002", 4, 2),
-                (start.reference / "iter_0000010", 6, 6),
+            oracle.llama(
+                directory, Path(scratch), heads=heads, groups=groups, tied=start.tied, base=base
+            )
+            for directory, heads, groups, base in (
+                (start.policy / "iter_0000002", 4, 2, start.base),
+                (start.reference / "iter_0000010", 6, 6, 10000),
             )
         ]
 
