@@ -81,11 +81,6 @@ class Work:
     document: float | None = None
     """Mean length of a document over its tokens; None where documents see each other."""
 
-    @property
-    def attended(self) -> float:
-        """Tokens that attend to each other: those of a document, or of a sample."""
-        return self.sequence if self.document is None else self.document
-
     def micro_batches(self, layout: Layout) -> int:
         """Return the number of micro-batches of a step on each rank."""
         return self.global_batch // (self.micro_batch * layout.dp)
@@ -305,7 +300,8 @@ def step_flops(
         causal: leave out the half of the attention that is masked, as good kernels do.
     """
     tokens = work.global_batch * work.sequence
-    projections, attention = forward_flops(a, tokens, work.attended, causal=causal)
+    attended = work.document or work.sequence
+    projections, attention = forward_flops(a, tokens, attended, causal=causal)
     head = tokens * a.hidden * work.padded_vocabulary
     # The chunked head computes the logits of all tokens; then, for the selected ones, the logits
     # again and two gradients.
@@ -314,7 +310,7 @@ def step_flops(
     if work.recompute:
         total += projections + attention
     for reference in (*references, *[a] * work.ranks_first):
-        total += sum(forward_flops(reference, tokens, work.attended, causal=causal))
+        total += sum(forward_flops(reference, tokens, attended, causal=causal))
         total += 2 * tokens * reference.hidden * work.padded_vocabulary
     return total
 

@@ -129,7 +129,7 @@ def select_top_fraction(
     # The candidates are now the ties at the thresholds, of which `remaining` fit.
     fits = _rank_among_ties(candidates, sets, placement, number_of_sets) < remaining[sets][:, None]
     selected = (valid & (keys < prefix[sets][:, None])) | (candidates & fits)
-    return Selection(selected, score_of(prefix), number_valid, number_selected)
+    return Selection(selected, score_of_key(prefix), number_valid, number_selected)
 
 
 def in_units(ratios: Sequence[float] | Tensor, device: torch.device) -> Tensor:
@@ -254,7 +254,7 @@ def descending_keys(scores: Tensor) -> Tensor:
     return torch.where(bits < 0, bits + (1 << 32), (1 << 31) - 1 - bits)
 
 
-def score_of(key: Tensor) -> Tensor:
+def score_of_key(key: Tensor) -> Tensor:
     """Map keys back to their scores; the inverse of descending_keys."""
     bits = torch.where(key >= 1 << 31, key - (1 << 32), (1 << 31) - 1 - key)
     return bits.to(torch.int32).view(torch.float32)

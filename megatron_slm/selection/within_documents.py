@@ -20,7 +20,7 @@ from megatron_slm.selection.top_fraction import (
     descending_keys,
     in_units,
     round_half_up,
-    score_of,
+    score_of_key,
 )
 
 _KEY_BITS = 32
@@ -95,7 +95,7 @@ def select_within_documents(
     selected = torch.empty_like(keys, dtype=torch.bool)
     selected[order] = rank < fits[document]
     last = ranked[(first[:-1] + count - 1).clamp(min=0)]
-    threshold = score_of(last & ((1 << _KEY_BITS) - 1))
+    threshold = score_of_key(last & ((1 << _KEY_BITS) - 1))
     mine = selected.view(-1, *scores.shape)[placement.cp_rank if placement.shared else 0]
     return Selection(mine, threshold, found[:-1], count)
 
