@@ -103,16 +103,6 @@ class Documents:
         return sorted(Counter(self.lengths).items(), reverse=True)
 
     @cached_property
-    def ends(self) -> Tensor:
-        """0 and the end of each document in all samples as one sequence, int32 [n + 1]."""
-        on_host = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32)
-        device = self.numbers.device
-        # A copy from pinned memory does not make the host wait.
-        return (
-            on_host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else on_host
-        )
-
-    @cached_property
     def order(self) -> Tensor:
         """The tokens by the length of their document, longest first, and else as they come.
 
@@ -215,7 +205,10 @@ class PackedForPlainLayers(PackedSeqParams):
 def packed_as_one(documents: Documents) -> PackedSeqParams:
     """Return what GPTModel is given with Transformer Engine's layers, and with those of --spec:
     the documents of all samples as one sequence, [1, b * s]."""
-    ends = documents.ends
+    device = documents.numbers.device
+    ends = torch.tensor([0, *accumulate(documents.lengths)], dtype=torch.int32)
+    if device.type == "cuda":  # a copy from pinned memory does not make the host wait
+        ends = ends.pin_memory().to(device, non_blocking=True)
     longest = max(documents.lengths)
     return PackedSeqParams(
         qkv_format="thd",

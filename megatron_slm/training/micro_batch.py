@@ -16,7 +16,6 @@ import torch
 from megatron.core import mpu
 from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from megatron.training import get_args
-from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from torch import Tensor
 
 from megatron_slm.errors import UserError
@@ -87,11 +86,6 @@ class MicroBatch:
     def document_positions(self) -> Tensor | None:
         """The position of each token within its document, from 0, int64 [b, s/c]; None as above."""
         return None if self.packed is None else _own_part(self.packed.positions)
-
-    def report_lengths(self) -> None:
-        """Count packed documents by their length in what Megatron logs as FLOPs."""
-        if self.packed is not None:
-            update_seqlen_stats_from_cu_seqlens(self.packed.ends)
 
     def model_inputs(self, args: Namespace, *others: MicroBatch) -> dict[str, Any]:
         """Return the arguments of GPTModel.forward for this micro-batch, and others joined to it.

@@ -164,8 +164,6 @@ class SelectiveStep:
         assert self.step is not None
         micro_batch = next(data_iterator)
         objective = MicroBatchObjective(micro_batch, self.settings, self.step, self.selector)
-        if self.step.training and not get_attr_wrapped_model(model, "vp_stage"):
-            micro_batch.report_lengths()  # once for all model chunks
         last = get_attr_wrapped_model(model, "post_process")
         head = self._head(objective) if last else {}
         return model(**micro_batch.model_inputs(get_args()), **head), objective

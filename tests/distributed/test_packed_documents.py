@@ -19,6 +19,7 @@ from forked_jobs import Server
 from gpt_datasets import samples_of
 from jobs import STEPS, VOCABULARY, Checkpoints, Corpus, write_dataset
 from launch import Run
+from megatron_slm.data.token_dump import read_dumps
 from real_text import docstrings
 
 RATIO = 0.6
@@ -38,11 +39,16 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+def texts() -> list[str]:
     """Documents of a line and of several samples, and some of a single token."""
-    texts = []
+    found = []
     for text in docstrings(["argparse", "difflib", "statistics"]):
-        texts += [*text.splitlines(), text]
+        found += [*text.splitlines(), text]
+    return found
+
+
+@pytest.fixture(scope="module")
+def packed(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     prefix = tmp_path_factory.mktemp("packed") / "lines"
     write_dataset(prefix, texts)
     return Corpus(prefix)
@@ -151,3 +157,31 @@ def test_samples_of_one_document(server: Server, untied: Checkpoints, tmp_path: 
     ]
     for tag in ("lm loss", "reference loss", "threshold", "grad-norm"):
         assert runs[0].scalars(tag) == runs[1].scalars(tag)
+
+
+def test_other_documents_do_not_matter(
+    server: Server, texts: list[str], packed: Corpus, untied: Checkpoints, tmp_path: Path
+) -> None:
+    """With other tokens in two documents of three, the others' losses are the same to the bit."""
+    prefix = tmp_path / "changed"
+    write_dataset(prefix, [text.swapcase() if n % 3 else text for n, text in enumerate(texts)])
+    dumps = []
+    for name, corpus in (("as is", packed), ("changed", Corpus(prefix))):
+        extra = f"{MASKED} --micro-batch-size 3 --train-iters 1 {CP2}"
+        dump = "--slm-dump-interval 1 --slm-dump-dir dump"
+        done = run(server, 2, untied, corpus, f"{extra} {dump}", tmp_path / name)
+        dumps.append(read_dumps(done.directory / "dump")[0])
+    one, other = dumps
+    tokens = torch.from_numpy(one.tokens)
+    ends = (tokens == VOCABULARY - 1).long()
+    documents = ends.cumsum(1) - ends
+    differ = torch.from_numpy(one.tokens != other.tokens)
+    touched = torch.stack(
+        [torch.isin(row, row[changed]) for row, changed in zip(documents, differ, strict=True)]
+    )
+    # The label of a document's last token is the first one of the next.
+    untouched = ~touched[:, :-1] & ~differ[:, 1:]
+    assert 0.1 < untouched.float().mean() < 0.9
+    for name in ("losses", "reference_losses"):
+        same = torch.from_numpy(getattr(one, name) == getattr(other, name))
+        assert same[untouched].all() and not same[touched[:, :-1]].all()
