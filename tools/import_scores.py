@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import sys
 
-from megatron_slm.entry import use_device
 from megatron_slm.errors import exit_on_user_error
 from megatron_slm.jobs.outside.command_line import import_parser, parse
 
@@ -27,8 +26,7 @@ def main(command: list[str]) -> None:
     """Import the files that the command line names."""
     with exit_on_user_error():
         args = parse(import_parser(__doc__), command)
-        use_device()
-        # Megatron may only be imported after the platform is installed.
+        # After the command line is known to be right: this imports torch and Megatron.
         from megatron_slm.jobs.outside.import_values import import_scores
 
         import_scores(args)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import sys
 
-from megatron_slm.entry import use_device
 from megatron_slm.errors import exit_on_user_error
 from megatron_slm.jobs.outside.command_line import parse, scoring_parser
 
@@ -26,8 +25,7 @@ def main(command: list[str]) -> None:
     """Score the datasets that the command line names."""
     with exit_on_user_error("the same command goes on with what was scored"):
         args = parse(scoring_parser(__doc__), command)
-        use_device()
-        # Megatron may only be imported after the platform is installed.
+        # After the command line is known to be right: this imports torch and Megatron.
         from megatron_slm.jobs.outside.score import score_with_model
 
         score_with_model(args)

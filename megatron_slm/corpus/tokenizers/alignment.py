@@ -48,7 +48,8 @@ class Alignment:
         """Return the sum of the other tokenization's losses [m] in each segment."""
         inside = self.given_segments >= 0
         count = int(self.segments.max(initial=-1)) + 1
-        return np.bincount(self.given_segments[inside], losses[inside], count)
+        found: Floats = np.bincount(self.given_segments[inside], losses[inside], count)
+        return found
 
     def bring(self, losses: Floats) -> Floats:
         """Bring losses to the tokens.

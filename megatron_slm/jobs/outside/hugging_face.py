@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,8 +34,12 @@ class HuggingFaceModel:
 
     def __init__(self, directory: str, dtype: str, vocabulary: int, batch_tokens: int) -> None:
         from transformers import AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
 
-        self.device = _device()
+        disable_progress_bar()
+        # The CPU platform is not installed here: transformers would take it for a GPU.
+        rank = int(os.getenv("LOCAL_RANK", "0"))
+        self.device = torch.device("cuda", rank) if torch.cuda.is_available() else "cpu"
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 directory,
@@ -103,13 +106,6 @@ class HuggingFaceModel:
         ]
         losses = torch.cat(parts).view(len(rows), length - 1).double().cpu().numpy()
         return [losses[at, : len(row) - 1] for at, row in enumerate(rows)]
-
-
-def _device() -> torch.device:
-    platform = sys.modules.get("megatron_slm.cpu_platform")  # a GPU machine never imports it
-    if platform is not None and platform.installed():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.getenv("LOCAL_RANK", "0")))
 
 
 def fingerprint(directory: str) -> dict[str, str]:

@@ -15,6 +15,7 @@ where no token has one.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -78,6 +79,13 @@ class ModelTokenizer:
         self.fast.no_truncation()
         self.fast.no_padding()
         self.fast.encode_special_tokens = True  # what looks like one in a text is text
+        self.pieces: TokenBytes | None = None
+        with suppress(UserError):  # then its tokens say which characters they stand for
+            self.pieces = TokenBytes(file)
+
+    def is_of(self, own: TokenBytes) -> bool:
+        """Return whether it has the tokens of another tokenizer, with the same numbers."""
+        return self.pieces is not None and self.pieces.pieces == own.pieces
 
     @property
     def beginning(self) -> int | None:
@@ -88,6 +96,20 @@ class ModelTokenizer:
         """Return a text's token ids [n], and the characters that each stands for."""
         found = self.fast.encode(text, add_special_tokens=False)
         return np.array(found.ids, np.int64), found.offsets
+
+    def ends(
+        self, text: Text, ids: NDArray[np.int64], spans: list[tuple[int, int]]
+    ) -> NDArray[np.int64]:
+        """Return the byte of a text at which each of its tokens [n] ends.
+
+        That is known exactly where the tokens' own bytes are the text.  Otherwise (a normaliser
+        changed the text, or it was cut) it is taken from their characters.
+        """
+        if self.pieces is not None:
+            said = self.pieces.text(ids)
+            if said.content == text.content:
+                return said.ends
+        return text.ends_of(spans)
 
 
 @dataclass
@@ -169,16 +191,18 @@ class ByText:
         for start in range(0, len(whole), self.length):
             passages.append(Passage(whole[start : start + self.length], before))
             before = int(passages[-1].ids[-1])
-        return passages, text.ends_of(spans)
+        return passages, self.tokenizer.ends(text, ids, spans)
 
     def _cut_text(self, text: Text) -> tuple[list[Passage], NDArray[np.int64]]:
         """Cut a text into parts that are each tokenized alone."""
-        passages, spans = [], []
+        passages: list[Passage] = []
+        spans: list[tuple[int, int]] = []
         for start, part in self._parts(text.characters):
             ids, own = self.tokenizer.encode(part)
             passages.append(Passage(ids, None, part))
             spans += [(start + first, start + last) for first, last in own]
-        return passages, text.ends_of(spans)
+        everything = [np.zeros(0, np.int64), *(passage.ids for passage in passages)]
+        return passages, self.tokenizer.ends(text, np.concatenate(everything), spans)
 
     def _parts(self, characters: str) -> Iterator[tuple[int, str]]:
         """Yield parts that the model reads at once, each with its first character's number.
@@ -198,8 +222,3 @@ class ByText:
                 cut = space if space > 0 else max(cut, 1)
             yield at, rest[:cut]
             at += cut
-
-
-def same_tokenizer(own: TokenBytes, other: TokenBytes) -> bool:
-    """Return whether two tokenizers have the same tokens, with the same numbers."""
-    return own.pieces == other.pieces

@@ -35,7 +35,6 @@ from megatron_slm.jobs.outside.passages import (
     ModelTokenizer,
     Passage,
     Scorer,
-    same_tokenizer,
 )
 
 BATCHES = 16  # that documents are sorted by length for
@@ -55,11 +54,12 @@ def score_with_model(args: Namespace) -> None:
     datasets = open_documents(args.data_path, tokenizer)
     file = _model_tokenizer(args, tokenizer)
     own = None if tokenizer.model is None else TokenBytes(open_tokenizer(tokenizer.model))
-    by_text = own is not None and file is not None and not same_tokenizer(own, TokenBytes(file))
+    theirs = None if own is None or file is None else ModelTokenizer(file)
+    by_text = own is not None and theirs is not None and not theirs.is_of(own)
     scorer, reference = _scorer(args, tokenizer, file, by_text)
-    if own is not None and file is not None and (by_text or scorer.takes_text):
-        reference |= {"tokenizer": file.sha256, "tokens": BY_BYTES}
-        texts = ByText(scorer, own, tokenizer.eod, ModelTokenizer(file), args.seq_length)
+    if own is not None and theirs is not None and (by_text or scorer.takes_text):
+        reference |= {"tokenizer": theirs.file.sha256, "tokens": BY_BYTES}
+        texts = ByText(scorer, own, tokenizer.eod, theirs, args.seq_length)
         score, counts = _by_text(texts, args), texts.counts
     else:
         score, counts = _by_window(scorer, tokenizer.eod, args), None

@@ -26,7 +26,8 @@ from megatron_slm.files import decode_json
 from megatron_slm.jobs.outside.passages import Floats, ModelTokenizer, Passage
 
 ATTEMPTS, FIRST_PAUSE, LONGEST_PAUSE = 8, 1.0, 60.0  # pauses in seconds
-PASSING = (408, 409, 425, 429, 500, 502, 503, 504)  # HTTP codes after which to try again
+BUSY = (408, 409, 425, 429, 502, 503, 504)  # HTTP codes after which to try again
+FAILED = 500  # llama-cpp-python says so of a request that it cannot read, too
 LARGEST_ANSWER = 1 << 28  # bytes
 AGREE = 0.05  # nats between a token generated and the same token in a prompt
 TRIALS = (
@@ -100,6 +101,7 @@ class CompletionsServer:
         timeout: float,
     ) -> None:
         self.url, self.tokenizer, self.timeout = url.rstrip("/"), tokenizer, timeout
+        self.passing: tuple[int, ...] = BUSY
         self.pool = ThreadPoolExecutor(concurrency)
         self.model = self._first_model() if model is None else model
         self.takes_text = False
@@ -111,6 +113,7 @@ class CompletionsServer:
             self._check()
         except _Rejected as error:
             raise UserError(f"{self.url} takes neither token ids nor text: {error}") from error
+        self.passing = (*BUSY, FAILED)
 
     def losses(self, passages: Sequence[Passage]) -> list[Floats]:
         """Return the losses of each passage's tokens [n] in nats; NaN where there is none."""
@@ -132,8 +135,7 @@ class CompletionsServer:
         count = len(passage.ids)
         if not count:
             return np.zeros(0)
-        prompt = passage.text if self.takes_text else passage.tokens.tolist()
-        answer = self._complete(prompt, echo=True)
+        answer = self._complete(self._prompt(passage), echo=True)
         found = answer.choices[0].logprobs if answer.choices else None
         if found is None:
             raise UserError(
@@ -165,6 +167,10 @@ class CompletionsServer:
                     "the model's tokenizer?"
                 )
 
+    def _prompt(self, passage: Passage) -> str | list[int]:
+        tokens: list[int] = passage.tokens.tolist()
+        return (passage.text or "") if self.takes_text else tokens
+
     def _passage(self, text: str) -> Passage:
         ids, _ = self.tokenizer.encode(text)
         return Passage(ids, self.tokenizer.beginning, text)
@@ -177,8 +183,7 @@ class CompletionsServer:
         """
         for text in TRIALS:
             passage = self._passage(text)
-            prompt = text if self.takes_text else passage.tokens.tolist()
-            answer = self._complete(prompt, echo=False).choices[0]
+            answer = self._complete(self._prompt(passage), echo=False).choices[0]
             if answer.logprobs is None or not answer.logprobs.token_logprobs or not answer.text:
                 continue
             longer = self._passage(text + answer.text)
@@ -240,7 +245,7 @@ class CompletionsServer:
                     return whole
             except urllib.error.HTTPError as error:
                 said = f"{error.code} {' '.join(error.read(300).decode(errors='replace').split())}"
-                if error.code not in PASSING:
+                if error.code not in self.passing:
                     raise _Rejected(said) from error
             except ValueError as error:
                 raise UserError(f"--server {self.url}: {error}") from error
