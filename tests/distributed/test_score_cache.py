@@ -300,7 +300,8 @@ def test_transformers_gives_the_same_losses(
     launch(2, command, tmp_path / "job")
     one, other = (read_cache_manifest(each) for each in (tmp_path / "cache", by_document))
     assert msgspec.structs.replace(one, reference=other.reference) == other
-    tokens = IndexedDataset(str(corpus.prefix)).index.sequence_lengths.sum()
+    dataset = IndexedDataset(str(corpus.prefix))
+    tokens = dataset.index.sequence_lengths.sum()
     found, expected = (
         losses(each, corpus.prefix.name).ravel()[:tokens]
         for each in (tmp_path / "cache", by_document)

@@ -48,8 +48,8 @@ class Alignment:
         """Return the sum of the other tokenization's losses [m] in each segment."""
         inside = self.given_segments >= 0
         count = int(self.segments.max(initial=-1)) + 1
-        found: Floats = np.bincount(self.given_segments[inside], losses[inside], count)
-        return found
+        sums = np.bincount(self.given_segments[inside], losses[inside], count)
+        return sums.astype(np.float64)
 
     def bring(self, losses: Floats) -> Floats:
         """Bring losses to the tokens.
