@@ -19,13 +19,13 @@ from __future__ import annotations
 import sys
 
 from megatron_slm.errors import exit_on_user_error
-from megatron_slm.jobs.outside.command_line import import_parser, parse
+from megatron_slm.jobs.outside.command_line import import_parser, outside_arguments
 
 
 def main(command: list[str]) -> None:
     """Import the files that the command line names."""
     with exit_on_user_error():
-        args = parse(import_parser(__doc__), command)
+        args = outside_arguments(import_parser(__doc__), command)
         # After the command line is known to be right: this imports torch and Megatron.
         from megatron_slm.jobs.outside.import_values import import_scores
 

@@ -18,13 +18,13 @@ from __future__ import annotations
 import sys
 
 from megatron_slm.errors import exit_on_user_error
-from megatron_slm.jobs.outside.command_line import parse, scoring_parser
+from megatron_slm.jobs.outside.command_line import outside_arguments, scoring_parser
 
 
 def main(command: list[str]) -> None:
     """Score the datasets that the command line names."""
     with exit_on_user_error("the same command goes on with what was scored"):
-        args = parse(scoring_parser(__doc__), command)
+        args = outside_arguments(scoring_parser(__doc__), command)
         # After the command line is known to be right: this imports torch and Megatron.
         from megatron_slm.jobs.outside.score import score_with_model
 

@@ -112,7 +112,7 @@ def main(steps: int) -> None:
             [[1, *own.encode(text), 2] for text in clean],
             [[0, *other.encode(text).ids, 1] for text in clean],
         )
-        # As many bytes for each: the steps of the other are as many as its tokens are more or fewer.
+        # As many bytes for each: with the other tokenizer, more or fewer steps by its tokens.
         parts = [sum(map(len, each)) for each in (with_own, with_other)]
         train([[1, *own.encode(text), 2] for text in code], 0, steps, directory / "policy")
         train(with_own, 1, steps, directory / "reference")

@@ -44,8 +44,12 @@ NAMES = {
 }
 
 
-def gguf_model(directory: Path) -> Path:
-    """Write a model of random weights for transformers, and as model.gguf for llama.cpp."""
+def gguf_model(directory: Path, beginning: bool) -> Path:
+    """Write a model of random weights for transformers, and as model.gguf for llama.cpp.
+
+    Args:
+        beginning: whether llama.cpp puts the token for the beginning of a text before it.
+    """
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(MODEL))
     torch.manual_seed(1)
     config = LlamaConfig(
@@ -72,7 +76,7 @@ def gguf_model(directory: Path) -> Path:
     writer.add_head_count_kv(HEADS)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    _add_tokenizer(writer, pieces)
+    _add_tokenizer(writer, pieces, beginning)
     for name, tensor in model.state_dict().items():
         values = tensor.float()
         if "q_proj" in name or "k_proj" in name:  # llama.cpp turns neighboring channels
@@ -90,7 +94,7 @@ def gguf_model(directory: Path) -> Path:
     return directory
 
 
-def _add_tokenizer(writer: Any, pieces: Any) -> None:
+def _add_tokenizer(writer: Any, pieces: Any, beginning: bool) -> None:
     size = range(pieces.get_piece_size())
     writer.add_tokenizer_model("llama")
     writer.add_token_list([pieces.id_to_piece(at).encode() for at in size])
@@ -104,7 +108,7 @@ def _add_tokenizer(writer: Any, pieces: Any) -> None:
     writer.add_bos_token_id(pieces.bos_id())
     writer.add_eos_token_id(pieces.eos_id())
     writer.add_unk_token_id(pieces.unk_id())
-    writer.add_add_bos_token(True)
+    writer.add_add_bos_token(beginning)
     writer.add_add_space_prefix(True)
 
 

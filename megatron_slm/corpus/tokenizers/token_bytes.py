@@ -23,7 +23,7 @@ from megatron_slm.corpus.tokenizers.tokenizer_file import TokenizerFile
 from megatron_slm.errors import UserError
 from megatron_slm.files import decode_json
 
-SPACE = "\u2581"  # stands for a space in sentencepiece's tokens
+_SPACE = "\u2581"  # stands for a space in sentencepiece's tokens
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def _sentencepiece(file: TokenizerFile) -> tuple[Pieces, bytes]:
 def _with_spaces(piece: str) -> bytes:
     if byte := BYTE_PIECE.fullmatch(piece):
         return bytes.fromhex(byte[1])
-    return piece.replace(SPACE, " ").encode()
+    return piece.replace(_SPACE, " ").encode()
 
 
 class _Definition(msgspec.Struct):

@@ -126,7 +126,7 @@ def _add_cache(parser: Parser) -> None:
     )
 
 
-def parse(parser: Parser, command: Sequence[str]) -> Namespace:
+def outside_arguments(parser: Parser, command: Sequence[str]) -> Namespace:
     """Parse a command line of either tool.
 
     Raises:

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_slm.corpus.tokenizers.alignment import Floats
 from megatron_slm.errors import UserError
-from megatron_slm.jobs.outside.passages import Floats, Passage
+from megatron_slm.jobs.outside.passages import Passage
 
 AT_ONCE = 1 << 27  # logits in float32
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_slm.corpus.tokenizers.alignment import align, ends_of_spans
+from megatron_slm.corpus.tokenizers.alignment import Floats, align, ends_of_spans
 from megatron_slm.corpus.tokenizers.token_bytes import Text, TokenBytes
 from megatron_slm.corpus.tokenizers.tokenizer_file import open_tokenizer
 from megatron_slm.data.score_cache import LEAST, missing_shards
@@ -38,14 +38,12 @@ from megatron_slm.jobs.outside.documents import (
     write_values,
 )
 from megatron_slm.jobs.outside.value_files import (
-    Place,
+    RecordPlace,
     Spans,
     ValueRecord,
     check_tokens,
     read_records,
 )
-
-Floats = NDArray[np.float64]
 
 
 def import_scores(args: Namespace) -> None:
@@ -128,7 +126,7 @@ class Rules:
     pieces: TokenBytes | None
     """The tokenizer's tokens; None if they are mere numbers."""
 
-    def values(self, place: Place, record: ValueRecord, ids: NDArray[np.int64]) -> Floats:
+    def values(self, place: RecordPlace, record: ValueRecord, ids: NDArray[np.int64]) -> Floats:
         """Return the value of each of a document's tokens [n].
 
         Raises:
@@ -149,7 +147,7 @@ class Rules:
             found = self._by_characters(spans, text)
         return self._complete(place, field, found)
 
-    def _text(self, place: Place, record: ValueRecord, ids: NDArray[np.int64]) -> Text | None:
+    def _text(self, place: RecordPlace, record: ValueRecord, ids: NDArray[np.int64]) -> Text | None:
         if record.spans is None and record.text is None:
             return None
         if self.pieces is None:
@@ -167,7 +165,7 @@ class Rules:
             )
         return text
 
-    def _check_spans(self, place: Place, field: str, spans: Spans, size: int) -> None:
+    def _check_spans(self, place: RecordPlace, field: str, spans: Spans, size: int) -> None:
         before = 0
         for at, (start, stop, _) in enumerate(spans):
             if not start <= stop <= size:
@@ -214,7 +212,7 @@ class Rules:
         total[known] /= weight[known] if self.kind == "external" else 1.0
         return np.where(known, least if self.kind == "mask" else total, np.nan)
 
-    def _complete(self, place: Place, field: str, found: Floats) -> Floats:
+    def _complete(self, place: RecordPlace, field: str, found: Floats) -> Floats:
         """Give tokens without a value the default, and check that all are of the kind."""
         lacking = np.isnan(found)
         if self.default is not None:

@@ -22,14 +22,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_slm.corpus.tokenizers.alignment import align
+from megatron_slm.corpus.tokenizers.alignment import Floats, align
 from megatron_slm.corpus.tokenizers.token_bytes import Text, TokenBytes
 from megatron_slm.corpus.tokenizers.tokenizer_file import TokenizerFile
 from megatron_slm.errors import UserError
 
-Floats = NDArray[np.float64]
 SPARED = 8  # tokens of room for what a text that was cut may have more, and for a server's own
-WHOLE = 0.5  # of what is read at once, before a place to cut is looked for within a word
 
 
 @dataclass(frozen=True)
@@ -218,7 +216,7 @@ class ByText:
                 return
             cut = len(rest) if len(ids) <= most else spans[most][0]
             if cut < len(characters) - at:
-                space = rest.rfind(" ", int(cut * WHOLE), cut)
+                space = rest.rfind(" ", cut // 2, cut)
                 cut = space if space > 0 else max(cut, 1)
             yield at, rest[:cut]
             at += cut

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from megatron_slm.corpus.tokenizers.alignment import Floats
 from megatron_slm.corpus.tokenizers.token_bytes import TokenBytes
 from megatron_slm.corpus.tokenizers.tokenizer_file import TokenizerFile, open_tokenizer
 from megatron_slm.data.score_cache import missing_shards
@@ -31,7 +32,6 @@ from megatron_slm.jobs.outside.documents import (
 )
 from megatron_slm.jobs.outside.passages import (
     ByText,
-    Floats,
     ModelTokenizer,
     Passage,
     Scorer,

@@ -21,9 +21,10 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from megatron_slm.corpus.tokenizers.alignment import Floats
 from megatron_slm.errors import UserError
 from megatron_slm.files import decode_json
-from megatron_slm.jobs.outside.passages import Floats, ModelTokenizer, Passage
+from megatron_slm.jobs.outside.passages import ModelTokenizer, Passage
 
 ATTEMPTS, FIRST_PAUSE, LONGEST_PAUSE = 8, 1.0, 60.0  # pauses in seconds
 BUSY = (408, 409, 425, 429, 502, 503, 504)  # HTTP codes after which to try again
@@ -46,7 +47,7 @@ class LogProbabilities(msgspec.Struct):
     token_logprobs: list[float | None]
 
 
-class Choice(msgspec.Struct):
+class Answer(msgspec.Struct):
     """An answer."""
 
     text: str = ""
@@ -62,7 +63,7 @@ class Usage(msgspec.Struct):
 class Completion(msgspec.Struct):
     """The part of a server's answer that is read."""
 
-    choices: list[Choice]
+    choices: list[Answer]
     usage: Usage
 
 

@@ -44,7 +44,7 @@ class ValueRecord(msgspec.Struct):
 
 
 @dataclass(frozen=True)
-class Place:
+class RecordPlace:
     """Where a record stands, for errors."""
 
     path: str
@@ -58,7 +58,7 @@ class Place:
         return UserError(f"{self.path}:{self.line}: document {self.document}: {field}: {what}")
 
 
-def read_records(paths: list[str]) -> Iterator[tuple[Place, ValueRecord]]:
+def read_records(paths: list[str]) -> Iterator[tuple[RecordPlace, ValueRecord]]:
     """Yield the records of all files in order.
 
     Raises:
@@ -68,7 +68,7 @@ def read_records(paths: list[str]) -> Iterator[tuple[Place, ValueRecord]]:
     for path in paths:
         read = _rows if open_piece(path).kind == "parquet" else _lines
         for line, content in read(path):
-            place = Place(path, line, count)
+            place = RecordPlace(path, line, count)
             count += 1
             try:
                 record = (
@@ -80,7 +80,7 @@ def read_records(paths: list[str]) -> Iterator[tuple[Place, ValueRecord]]:
                 field, what = _in_words(error)
                 raise place.error(field, what) from error
             if record.document is not None:
-                place = Place(path, line, record.document)
+                place = RecordPlace(path, line, record.document)
             yield place, _checked(place, record)
 
 
@@ -134,7 +134,7 @@ def _in_words(error: Exception) -> tuple[str, str]:
     return where.rstrip("`") or "record", what
 
 
-def _checked(place: Place, record: ValueRecord) -> ValueRecord:
+def _checked(place: RecordPlace, record: ValueRecord) -> ValueRecord:
     given = [name for name in FORMS if getattr(record, name) is not None]
     if len(given) != 1:
         has = " and ".join(given) or "none of them"
@@ -147,7 +147,7 @@ def _checked(place: Place, record: ValueRecord) -> ValueRecord:
     return record
 
 
-def check_tokens(place: Place, record: ValueRecord, ids: NDArray[np.int64]) -> None:
+def check_tokens(place: RecordPlace, record: ValueRecord, ids: NDArray[np.int64]) -> None:
     """Check what a record says of its document's token ids [n].
 
     Raises:
