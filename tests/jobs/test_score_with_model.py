@@ -238,7 +238,7 @@ def test_refused(options: tuple[object, ...], said: str, prefix: Path, tmp_path:
 )
 def test_llama_cpp(tmp_path: Path) -> None:
     """llama.cpp's own server gives transformers' losses of the same weights, but for the first
-    token's; one whose losses of prompts are shifted, as without a beginning, is found out."""
+    token's; without a token for the beginning of a text it leaves one out, and is refused."""
     from llama_cpp_server import gguf_model, serving
 
     texts = [*docstrings(["argparse"])[:6], "naïve 東京 🎲\n\n x"]
@@ -252,8 +252,8 @@ def test_llama_cpp(tmp_path: Path) -> None:
     for ids, values in zip(read_dataset(data), found, strict=True):
         whole = [PIECES.bos_id(), *ids[:-1]]
         expected = by_transformers(directory, whole, PIECES.get_piece_size(), 1024)
-        np.testing.assert_allclose(values[1:-1], expected[1:], rtol=0, atol=0.005)
+        np.testing.assert_allclose(values[1:-1], expected[1:], rtol=0, atol=0.02)
     without = gguf_model(tmp_path / "without", beginning=False)
     with serving(without / "model.gguf") as url:
         error = scored(data, tmp_path / "none", "--server", url, *options, code=2).err
-    assert "its losses of prompts cannot be used" in error
+    assert "tokens where --model-tokenizer has" in error

@@ -130,7 +130,10 @@ def _by_window(scorer: Scorer, eod: int, args: Namespace) -> Score:
 
 
 def _by_text(texts: ByText, args: Namespace) -> Score:
-    """Score the documents that a shard has tokens of, whole, and take its part of them."""
+    """Score the documents that a shard has tokens of, whole, and take its part of them.
+
+    A document that stands in two shards is scored for both, since another rank may have the other.
+    """
 
     def score(documents: Documents, start: int, stop: int) -> Floats:
         found = []
