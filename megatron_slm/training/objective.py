@@ -88,18 +88,28 @@ class MicroBatchObjective:
     ) -> Tensor:
         """Return how much each token counts, float32 [b, s/c], or whether it counts, bool [b, s/c].
 
+        All are [1, b * s/c] if the model was given its samples as one sequence.
+
         Args:
             losses: the policy's losses without padding in the softmax, float32 [b, s/c].
             entropies: its entropies, if the score needs them.
             trained: its losses with padding.
         """
-        batch = self.micro_batch
+        batch, shape = self.micro_batch, losses.shape
+        losses, entropies, trained = map(self._by_sample, (losses, entropies, trained))
         self.losses, self.trained = losses, trained
         if not self.step.selects:
-            return batch.valid
+            return batch.valid.view(shape)
+        assert losses is not None
         scores = self.score(losses, entropies)
         self.choice = batch.choice or self._choose(batch, scores)
-        return self.choice.selected if self.choice.weights is None else self.choice.weights
+        counted = self.choice.selected if self.choice.weights is None else self.choice.weights
+        return counted.view(shape)
+
+    def _by_sample(self, values: Tensor | None) -> Tensor | None:
+        """Return values of tokens, which may be [1, b * s/c], as [b, s/c]."""
+        assert self.micro_batch.loss_mask is not None
+        return None if values is None else values.view(self.micro_batch.loss_mask.shape)
 
     def score(self, losses: Tensor, entropies: Tensor | None) -> Tensor:
         """Set and return the tokens' scores, given the policy's losses and entropies."""

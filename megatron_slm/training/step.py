@@ -31,7 +31,7 @@ from megatron_slm.training.device_timer import device_timer
 from megatron_slm.training.dump import TokenDumps
 from megatron_slm.training.micro_batch import MicroBatch, read_micro_batches
 from megatron_slm.training.objective import MicroBatchObjective
-from megatron_slm.training.passes import noting, score_with_policy, with_reference
+from megatron_slm.training.passes import noting, run_in_shape, score_with_policy, with_reference
 from megatron_slm.training.settings import SelectiveSettings, Step
 from megatron_slm.training.sources import Source
 
@@ -105,6 +105,7 @@ class SelectiveStep:
         """
         if self.step is None:
             self._build()
+        schedule = partial(run_in_shape, schedule)
         # Validation alone (--skip-train) never sets the current iteration.
         iteration = getattr(get_args(), "curr_iteration", get_args().iteration)
         form = form_of(data_iterator)
@@ -124,7 +125,7 @@ class SelectiveStep:
             micro_batches = noting(micro_batches, seen)
         try:
             result = schedule(
-                data_iterator=for_model_chunks(form, micro_batches, arguments["num_microbatches"]),
+                data_iterator=for_model_chunks(form, micro_batches),
                 forward_only=forward_only,
                 **arguments,
             )
@@ -163,9 +164,11 @@ class SelectiveStep:
         assert self.step is not None
         micro_batch = next(data_iterator)
         objective = MicroBatchObjective(micro_batch, self.settings, self.step, self.selector)
+        if self.step.training and not get_attr_wrapped_model(model, "vp_stage"):
+            micro_batch.report_lengths()  # once for all model chunks
         last = get_attr_wrapped_model(model, "post_process")
         head = self._head(objective) if last else {}
-        return model(**micro_batch.model_inputs(), **head), objective
+        return model(**micro_batch.model_inputs(get_args()), **head), objective
 
     def save(self, iteration: int) -> None:
         """Write what has to be on the disk before the policy's checkpoint of `iteration`.

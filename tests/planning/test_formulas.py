@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,11 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 RUNS = {
-    "dp2, all tokens": (Layout(dp=2, distributed_optimizer=True), "--use-distributed-optimizer", 1),
+    "dp2, all tokens, like Qwen": (
+        Layout(dp=2, distributed_optimizer=True),
+        "--use-distributed-optimizer --add-qkv-bias --qk-layernorm",
+        1,
+    ),
     "tp2 sp, selected": (
         Layout(tp=2, sequence_parallel=True),
         "--tensor-model-parallel-size 2 --sequence-parallel",
@@ -86,6 +91,8 @@ RUNS = {
 @pytest.mark.parametrize("case", RUNS)
 def test_memory_and_flops_of_a_run(case: str, reference: Path, tmp_path: Path) -> None:
     layout, flags, ratio = RUNS[case]
+    like_qwen = "--qk-layernorm" in flags
+    policy = replace(POLICY, qkv_bias=like_qwen, qk_norm=like_qwen)
     work, scored_by = WORK, []
     if ratio < 1:
         work = Work(**vars(WORK) | {"ratio": ratio, "head": "chunked"})
@@ -99,13 +106,13 @@ def test_memory_and_flops_of_a_run(case: str, reference: Path, tmp_path: Path) -
     for rank, found in enumerate(measured):
         stage = rank if layout.pp > 1 else 0
         expected = memory(
-            POLICY, [ReferenceModel(one, 4) for one in scored_by], layout, work, stage
+            policy, [ReferenceModel(one, 4) for one in scored_by], layout, work, stage
         )
         moment = expected.activations + expected.head
         assert found["states"] == pytest.approx(expected.total - moment, rel=1e-3)
         total = found["states"] + found["moment"]
         assert total == pytest.approx(expected.total, rel=0.05), (rank, found, expected)
-    flops = step_flops(POLICY, scored_by, work, causal=False)
+    flops = step_flops(policy, scored_by, work, causal=False)
     assert sum(found["flops"] for found in measured) == pytest.approx(flops, rel=1e-3)
 
 
@@ -117,6 +124,12 @@ def test_parameters() -> None:
         7_241_732_096: Architecture(32, 4096, 14336, 32, 8, 128, 32000, 32768, tied=False, **shape),
         68_976_648_192: Architecture(80, 8192, 28672, 64, 8, 128, 32000, 4096, tied=False, **shape),
         1_235_814_400: Architecture(16, 2048, 8192, 32, 8, 64, 128256, 131072, tied=True, **shape),
+        494_032_768: Architecture(  # Qwen2.5-0.5B
+            24, 896, 4864, 14, 2, 64, 151936, 32768, tied=True, qkv_bias=True, **shape
+        ),
+        596_049_920: Architecture(  # Qwen3-0.6B
+            28, 1024, 3072, 16, 8, 128, 151936, 32768, tied=True, qk_norm=True, **shape
+        ),
     }
     for count, architecture in published.items():
         assert parameters(architecture, architecture.vocabulary) == count
