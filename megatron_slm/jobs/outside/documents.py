@@ -67,7 +67,7 @@ def open_run_tokenizer(args: Namespace) -> RunTokenizer:
 
 
 @dataclass(frozen=True)
-class Documents:
+class DatasetDocuments:
     """A dataset's documents, whose tokens stand in the .bin one after the other."""
 
     prefix: Path
@@ -104,7 +104,7 @@ class Documents:
         return range(first, int(np.searchsorted(self.starts, stop, side="left")))
 
 
-def open_documents(prefixes: Sequence[str], tokenizer: RunTokenizer) -> list[Documents]:
+def open_documents(prefixes: Sequence[str], tokenizer: RunTokenizer) -> list[DatasetDocuments]:
     """Open datasets, and check that they are whole and of the run's tokenizer.
 
     Raises:
@@ -114,7 +114,7 @@ def open_documents(prefixes: Sequence[str], tokenizer: RunTokenizer) -> list[Doc
     found = []
     for prefix in prefixes:
         checked = check_quickly(prefix, tokenizer.vocabulary, tokenizer_model=tokenizer.model)
-        documents = Documents(checked.prefix, checked.index)
+        documents = DatasetDocuments(checked.prefix, checked.index)
         offsets = checked.index.offsets
         if not np.array_equal(offsets, documents.starts[:-1] * checked.index.dtype.itemsize):
             raise UserError(
@@ -126,7 +126,7 @@ def open_documents(prefixes: Sequence[str], tokenizer: RunTokenizer) -> list[Doc
 
 def begin_cache(
     args: Namespace,
-    datasets: Sequence[Documents],
+    datasets: Sequence[DatasetDocuments],
     tokenizer: RunTokenizer,
     reference: dict[str, str],
     **changes: Any,
@@ -179,7 +179,7 @@ def shard_span(manifest: CacheManifest, section: str, shard: int, tokens: int) -
 def write_values(
     directory: Path,
     manifest: CacheManifest,
-    documents: Documents,
+    documents: DatasetDocuments,
     shard: int,
     values: NDArray[np.float32],
     eod: int,
@@ -206,8 +206,8 @@ def write_values(
 
 
 def missing_of(
-    there: Sequence[tuple[str, int]], datasets: Sequence[Documents]
-) -> Iterator[tuple[Documents, int]]:
+    there: Sequence[tuple[str, int]], datasets: Sequence[DatasetDocuments]
+) -> Iterator[tuple[DatasetDocuments, int]]:
     """Yield the missing shards, given by section and number, each with its dataset."""
     named = {each.name: each for each in datasets}
     for section, shard in there:

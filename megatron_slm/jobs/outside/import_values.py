@@ -29,7 +29,7 @@ from megatron_slm.data.score_cache import LEAST, missing_shards
 from megatron_slm.errors import UserError
 from megatron_slm.files import make_directory, sha256_of, temporary
 from megatron_slm.jobs.outside.documents import (
-    Documents,
+    DatasetDocuments,
     begin_cache,
     missing_of,
     open_documents,
@@ -89,7 +89,7 @@ def _spool(directory: Path, tokens: int) -> Iterator[NDArray[np.float32]]:
 
 
 def _fill(
-    values: NDArray[np.float32], documents: Documents, files: list[str], rules: Rules
+    values: NDArray[np.float32], documents: DatasetDocuments, files: list[str], rules: Rules
 ) -> None:
     seen = np.zeros(len(documents), bool)
     for place, record in read_records(files):

@@ -21,7 +21,7 @@ from megatron_slm.corpus.tokenizers.tokenizer_file import TokenizerFile, open_to
 from megatron_slm.data.score_cache import missing_shards
 from megatron_slm.errors import UserError, say
 from megatron_slm.jobs.outside.documents import (
-    Documents,
+    DatasetDocuments,
     RunTokenizer,
     begin_cache,
     missing_of,
@@ -41,7 +41,7 @@ BATCHES = 16  # that documents are sorted by length for
 BY_BYTES = "by bytes, 1"  # which rule brings losses to other tokens
 
 # Returns the losses of a dataset's tokens from one position to another.
-Score = Callable[[Documents, int, int], Floats]
+Score = Callable[[DatasetDocuments, int, int], Floats]
 
 
 def score_with_model(args: Namespace) -> None:
@@ -118,7 +118,7 @@ def _scorer(
 def _by_window(scorer: Scorer, eod: int, args: Namespace) -> Score:
     """Score a dataset's tokens themselves, in windows as tools/score_reference.py cuts them."""
 
-    def score(documents: Documents, start: int, stop: int) -> Floats:
+    def score(documents: DatasetDocuments, start: int, stop: int) -> Floats:
         passages = []
         for first in range(start, stop, args.seq_length):
             ids = documents.stream[first : min(first + args.seq_length, stop)].astype(np.int64)
@@ -135,7 +135,7 @@ def _by_text(texts: ByText, args: Namespace) -> Score:
     A document that stands in two shards is scored for both, since another rank may have the other.
     """
 
-    def score(documents: Documents, start: int, stop: int) -> Floats:
+    def score(documents: DatasetDocuments, start: int, stop: int) -> Floats:
         found = []
         for group in _groups(documents, documents.overlapping(start, stop), args.batch_tokens):
             found += texts.losses(group)
@@ -146,7 +146,7 @@ def _by_text(texts: ByText, args: Namespace) -> Score:
 
 
 def _groups(
-    documents: Documents, numbers: range, batch_tokens: int
+    documents: DatasetDocuments, numbers: range, batch_tokens: int
 ) -> list[list[NDArray[np.int64]]]:
     """Cut documents into groups of about BATCHES batches."""
     groups: list[list[NDArray[np.int64]]] = [[]]
