@@ -102,6 +102,12 @@ def open_caches(args: Namespace) -> Caches:
         raise UserError("--slm-reference-cache cannot be used with --full-validation")
     directories = [Path(directory) for directory in args.slm_reference_cache]
     manifests = [read_cache_manifest(directory) for directory in directories]
+    for directory, manifest in zip(directories, manifests, strict=True):
+        if manifest.values is not UNSET:
+            raise UserError(
+                f"--slm-reference-cache {directory} holds values of the kind {manifest.values}, "
+                "not losses of a reference"
+            )
     kind = manifests[0].kind
     if kind == "sample" and args.dataloader_type != "single":
         raise UserError(
