@@ -55,7 +55,8 @@ def read_bounded(path: Path, limit: int = LIMIT) -> bytes:
     """
     with open_regular(path) as file:
         try:
-            content = file.read(limit + 1)
+            # read() takes as much memory as it is asked for, however small the file is.
+            content = file.read(min(os.fstat(file.fileno()).st_size, limit) + 1)
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from error
     if len(content) > limit:
