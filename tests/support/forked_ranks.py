@@ -21,6 +21,7 @@ cpu_platform.install()
 import megatron.core.tokenizers.text
 import megatron.training.arguments  # noqa: F401
 
+import recorded_experts
 from megatron_slm import pretrain
 from megatron_slm.entry import add_arguments
 from megatron_slm.errors import exit_on_user_error
@@ -42,7 +43,8 @@ def run(rank: int, job: dict[str, Any]) -> int:
     sys.argv = [job["tool"], *job["arguments"]]
     try:
         with exit_on_user_error():
-            {"train": pretrain.train, "score": score}[job["tool"]]()
+            tools = {"train": pretrain.train, "score": score, "record": recorded_experts.train}
+            tools[job["tool"]]()
     except SystemExit as left:
         return int(left.code or 0)
     return 0

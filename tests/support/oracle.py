@@ -9,12 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 
 @dataclass
@@ -41,14 +42,10 @@ def llama(
     checkpoint: Path, scratch: Path, *, heads: int, groups: int, tied: bool
 ) -> LlamaForCausalLM:
     """Make a Hugging Face model with the weights of a Megatron torch_dist checkpoint."""
-    file = scratch / f"{checkpoint.parent.name}.pt"
-    dcp_to_torch_save(str(checkpoint), str(file))
-    saved = torch.load(file, weights_only=False)
-    qkv = saved["decoder.layers.self_attention.linear_qkv.weight"]
+    saved = weights_of(checkpoint, scratch)
     gate_up = saved["decoder.layers.mlp.linear_fc1.weight"]
-    layers, _, hidden = qkv.shape
+    layers, _, hidden = gate_up.shape
     embedding = saved["embedding.word_embeddings.weight"]
-    head_dim = hidden // heads
     config = LlamaConfig(
         vocab_size=embedding.shape[0],
         hidden_size=hidden,
@@ -61,6 +58,39 @@ def llama(
         attention_bias=False,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )
+    weights = outside_mlps(saved, heads, groups, tied)
+    for i in range(layers):
+        gate, up = gate_up[i].chunk(2)
+        prefix = f"model.layers.{i}."
+        weights |= {
+            prefix + "mlp.gate_proj.weight": gate,
+            prefix + "mlp.up_proj.weight": up,
+            prefix + "mlp.down_proj.weight": saved["decoder.layers.mlp.linear_fc2.weight"][i],
+            prefix + "post_attention_layernorm.weight": saved[
+                "decoder.layers.mlp.linear_fc1.layer_norm_weight"
+            ][i],
+        }
+    model = LlamaForCausalLM(config).float()
+    model.load_state_dict({name: value.clone() for name, value in weights.items()})
+    return model
+
+
+def weights_of(checkpoint: Path, scratch: Path) -> dict[str, Tensor]:
+    """Read a checkpoint of layers that are all alike, by Megatron's names."""
+    file = scratch / f"{checkpoint.parent.name}.pt"
+    dcp_to_torch_save(str(checkpoint), str(file))
+    saved: dict[str, Tensor] = torch.load(file, weights_only=False)
+    return saved
+
+
+def outside_mlps(
+    saved: dict[str, Tensor], heads: int, groups: int, tied: bool
+) -> dict[str, Tensor]:
+    """Return the weights outside the MLPs and their norms by Hugging Face's names."""
+    qkv = saved["decoder.layers.self_attention.linear_qkv.weight"]
+    layers, _, hidden = qkv.shape
+    head_dim = hidden // heads
+    embedding = saved["embedding.word_embeddings.weight"]
     weights = {
         "model.embed_tokens.weight": embedding,
         "model.norm.weight": saved["decoder.final_layernorm.weight"],
@@ -70,7 +100,6 @@ def llama(
     for i in range(layers):
         # Rows: for every group its query heads, then its key head, then its value head.
         rows = qkv[i].view(groups, per_group + 2, head_dim, hidden)
-        gate, up = gate_up[i].chunk(2)
         prefix = f"model.layers.{i}."
         weights |= {
             prefix + "self_attn.q_proj.weight": rows[:, :per_group].reshape(-1, hidden),
@@ -79,19 +108,11 @@ def llama(
             prefix + "self_attn.o_proj.weight": saved[
                 "decoder.layers.self_attention.linear_proj.weight"
             ][i],
-            prefix + "mlp.gate_proj.weight": gate,
-            prefix + "mlp.up_proj.weight": up,
-            prefix + "mlp.down_proj.weight": saved["decoder.layers.mlp.linear_fc2.weight"][i],
             prefix + "input_layernorm.weight": saved[
                 "decoder.layers.self_attention.linear_qkv.layer_norm_weight"
             ][i],
-            prefix + "post_attention_layernorm.weight": saved[
-                "decoder.layers.mlp.linear_fc1.layer_norm_weight"
-            ][i],
         }
-    model = LlamaForCausalLM(config).float()
-    model.load_state_dict({name: value.clone() for name, value in weights.items()})
-    return model
+    return weights
 
 
 @dataclass
@@ -111,9 +132,21 @@ class Method:
     guard: float = 0.0
 
 
+class Experts(Protocol):
+    """What the experts of a policy add to a step."""
+
+    def auxiliary_loss(self, valid: Tensor) -> Tensor:
+        """Return what is added to the loss after a pass."""
+        ...
+
+    def after_backward(self) -> None:
+        """Change what does not have a gradient."""
+        ...
+
+
 def train(
-    policy: LlamaForCausalLM,
-    reference: LlamaForCausalLM,
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
     samples: dict[str, Tensor],
     method: Method,
     *,
@@ -121,6 +154,7 @@ def train(
     global_batch: int,
     vocabulary: int,
     watched: dict[str, Tensor],
+    experts: Experts | None = None,
     lr: float = 3e-4,
     weight_decay: float = 0.01,
     clip: float = 1.0,
@@ -172,7 +206,10 @@ def train(
         weights = _weights(scores, valid, selected, method)
         loss = (weights * trained).sum() / selected.sum()
         optimizer.zero_grad()
-        loss.backward()
+        whole = loss if experts is None else loss + experts.auxiliary_loss(valid)
+        whole.backward()
+        if experts is not None:
+            experts.after_backward()
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), clip)
         optimizer.step()
         done.append(
