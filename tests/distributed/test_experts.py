@@ -77,7 +77,9 @@ CASES = {
     "ep2 dp2": Case(4, "--expert-model-parallel-size 2", "biases", micro_batch=1),
     "ep2 tp2": Case(4, f"--expert-model-parallel-size 2 {TP2}", "losses"),
     "ep2 pp2": Case(4, "--expert-model-parallel-size 2 --pipeline-model-parallel-size 2", "losses"),
-    "ep4": Case(4, "--expert-model-parallel-size 4", "losses", reference="biases"),
+    "ep4, reference from the host": Case(
+        4, "--expert-model-parallel-size 4 --slm-reference-offload", "losses", reference="biases"
+    ),
     "etp": Case(
         2, f"--expert-model-parallel-size 2 --expert-tensor-parallel-size 1 {TP2}", "biases"
     ),
@@ -179,22 +181,69 @@ def test_experts_agree_with_oracle(name: str, setting: Setting, tmp_path: Path) 
         assert seen["moved"] == []
 
 
+def test_dense_policy_with_experts_as_reference(setting: Setting, tmp_path: Path) -> None:
+    """Over tensor-parallel ranks that do not share out the sequence, as training experts must."""
+    arguments = [
+        *setting.corpus.arguments,
+        *setting.dense.without_reference,
+        *f"--slm-reference-load {setting.starts['losses']} --train-iters {STEPS}".split(),
+        *"--micro-batch-size 3 --slm-token-ratio 0.6 --tensorboard-dir tensorboard".split(),
+        *"--tensor-model-parallel-size 2".split(),
+    ]
+    outputs = setting.server.run("record", 2, arguments, tmp_path)
+    directory = setting.dense.policy / "iter_0000002"
+    expected = oracle.train(
+        oracle.llama(directory, tmp_path, heads=4, groups=2, tied=False),
+        setting.model("losses", tmp_path),
+        setting.samples,
+        oracle.Method(0.6, 3, 3),
+        steps=STEPS,
+        global_batch=GLOBAL_BATCH,
+        vocabulary=VOCABULARY,
+        watched=setting.watched,
+    )
+    agrees_with_oracle(Run(tmp_path, outputs, [0, 0]), expected, 3)
+
+
 def test_resumes_with_other_expert_parallelism(setting: Setting, tmp_path: Path) -> None:
-    """From EP2 to EP1 and back, with the biases in the checkpoints."""
-    case = Case(2, "--expert-model-parallel-size 2", "biases")
-    arguments = setting.arguments(case)
-    parallel = arguments[-2:]
-    plain, start = arguments[:-2], arguments.index("--load")
+    """From EP2 to EP4 and back, with the biases in the checkpoints, and not to EP1."""
+    case = Case(2, "", "biases")
+    plain = setting.arguments(case)
+    start = plain.index("--load")
     resumed = [*plain[:start], "--load", "saved", *plain[start + 5 :]]
+    ep2, ep4 = (["--expert-model-parallel-size", size] for size in ("2", "4"))
     save = ["--save", "saved", "--save-interval", "2", "--exit-interval"]
-    setting.server.run("train", 2, [*arguments, *save, "2"], tmp_path)
-    setting.server.run("train", 1, [*resumed, *save, "4"], tmp_path)
-    setting.server.run("train", 2, [*resumed, *parallel, *save, "6"], tmp_path)
+    run = setting.server.run
+    run("train", 2, [*plain, *ep2, *save, "2"], tmp_path)
+    run("train", 4, [*resumed, *ep4, *save, "4"], tmp_path)
+    run("train", 2, [*resumed, *ep2, *save, "6"], tmp_path)
     steps, _ = setting.expected(case, tmp_path)
-    run = Run(tmp_path, [], [])
+    scalars = Run(tmp_path, [], []).scalars
     for tag, of_step in (("lm loss", "lm_loss"), ("grad-norm", "grad_norm")):
         expected = [getattr(step, of_step) for step in steps]
-        assert list(run.scalars(tag).values()) == pytest.approx(expected, rel=1e-5)
+        assert list(scalars(tag).values()) == pytest.approx(expected, rel=1e-5)
+    log = tmp_path / "rank0.log"
+    log.unlink()
+    setting.server.start("train", 1, resumed, tmp_path)
+    assert setting.server.codes() == [2]
+    assert "has the optimizer's state for --expert-model-parallel-size 2" in log.read_text()
+
+
+def test_moving_average_of_experts(setting: Setting, tmp_path: Path) -> None:
+    """It starts as the policy, with its biases, and a resumed run goes on with it."""
+    plain = setting.arguments(Case(2, "--expert-model-parallel-size 2", "biases"))
+    reference, start = plain.index("--slm-reference-load"), plain.index("--load")
+    plain[reference : reference + 2] = ["--slm-reference", "ema:0.5"]
+    save = ["--save", "saved", "--save-interval", "2"]
+    setting.server.run("train", 2, [*plain, *save], tmp_path / "whole")
+    saved = ["--load", str(tmp_path / "whole" / "saved"), "--ckpt-step", "2"]
+    resumed = [*plain[:start], *saved, *plain[start + 5 :]]
+    setting.server.run("train", 2, resumed, tmp_path / "resumed")
+    whole, rest = (Run(tmp_path / name, [], []) for name in ("whole", "resumed"))
+    assert whole.scalars("excess loss")[1] == 0.0
+    for tag in ("lm loss", "excess loss", "grad-norm"):
+        expected = {step: value for step, value in whole.scalars(tag).items() if step > 2}
+        assert rest.scalars(tag) == expected
 
 
 def test_full_ratio_is_bitwise_causal_language_modeling(setting: Setting, tmp_path: Path) -> None:
