@@ -7,13 +7,8 @@ import signal
 import pytest
 import torch
 
-from gpt_datasets import gpt_config
+from gpt_datasets import samples_of
 from jobs import (
-    GLOBAL_BATCH,
-    SEQUENCE,
-    SPLIT,
-    STEPS,
-    VOCABULARY,
     Checkpoints,
     Corpus,
     train_checkpoints,
@@ -35,33 +30,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 @pytest.fixture(scope="session")
 def both_samples(corpus: Corpus) -> list[dict[str, torch.Tensor]]:
-    """Training and validation samples in the order a run reads them, by Megatron's own datasets:
-    tokens, labels, loss_mask [N, s]."""
-    from megatron.core.datasets.blended_megatron_dataset_builder import (
-        BlendedMegatronDatasetBuilder,
-    )
-    from megatron.core.datasets.gpt_dataset import GPTDataset
-
-    counts = [STEPS * GLOBAL_BATCH, GLOBAL_BATCH, 0]
-    config = gpt_config(
-        SEQUENCE,
-        VOCABULARY,
-        blend=([str(corpus.prefix)], None),
-        split=SPLIT,
-        eod_mask_loss=True,
-    )
-    built = BlendedMegatronDatasetBuilder(GPTDataset, counts, lambda: True, config).build()
-    rows = [
-        [dataset[i] for i in range(count)]
-        for dataset, count in zip(built[:2], counts[:2], strict=True)
-    ]
-    return [
-        {
-            name: torch.stack([torch.as_tensor(row[name]) for row in of_split])
-            for name in ("tokens", "labels", "loss_mask")
-        }
-        for of_split in rows
-    ]
+    """Training and validation samples in the order a run reads them."""
+    return samples_of(corpus)
 
 
 @pytest.fixture(scope="session")

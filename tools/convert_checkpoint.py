@@ -1,4 +1,4 @@
-"""Convert Llama and Mistral models between Hugging Face safetensors and Megatron checkpoints.
+"""Convert Llama, Mistral, Qwen and Seed-OSS between Hugging Face safetensors and Megatron.
 
     python tools/convert_checkpoint.py import --hf TinyLlama-1.1B --save base
     torchrun ... -m megatron_slm.pretrain --load base --use-checkpoint-args ... --save policy

@@ -49,6 +49,8 @@ def inspect(arguments: list[str]) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="PNG, SVG or PDF.")
     args = parser.parse_args(arguments)
     manifest = read_cache_manifest(args.cache)
+    if manifest.values == "external":
+        raise UserError(f"{args.cache} holds external values, and only losses can be shown")
     histograms, faults = count_losses(args.cache, manifest)
     print(f"{args.cache}: by {manifest.kind}, {manifest.dtype}, s = {manifest.sequence_length}")
     print(f"reference: {manifest.reference}")

@@ -6,16 +6,14 @@ and characters that change the direction of the text are shown as their numbers.
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections.abc import Callable, Iterable
 
+from megatron_slm.corpus.tokenizers.byte_pieces import BYTE_LEVEL, BYTE_PIECE, REPLACEMENT
 from megatron_slm.corpus.tokenizers.tokenizer_file import TokenizerFile, open_tokenizer
 from megatron_slm.data.token_dump import TokenDump
 from megatron_slm.errors import UserError
 
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 # Unicode's categories of controls, formats, surrogates, private-use and unassigned characters, and
 # of the separators of lines and paragraphs.
 HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
@@ -136,17 +134,6 @@ def _of_bytes(content: bytes) -> str:
         return _show_bytes(content)
 
 
-def _byte_level() -> dict[str, int]:
-    """Map GPT-2's characters to the bytes that they stand for: printable ones stand for themselves,
-    and the others are numbered from 256 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {
-        chr(256 + number): byte for number, byte in enumerate(others)
-    }
-
-
-BYTE_LEVEL = _byte_level()
 DECODERS = {
     "sentencepiece": _sentencepiece,
     "hugging-face": _hugging_face,

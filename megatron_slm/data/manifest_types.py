@@ -273,6 +273,8 @@ class ScoredData(msgspec.Struct, frozen=True):
     tokenizer: str
     vocabulary: int
     datasets: dict[str, dict[str, str]]
+    inter_document_masking: Literal[True] | UnsetType = UNSET
+    """Whether documents did not see each other; unset where they did."""
     seed: int | UnsetType = UNSET
     split: str | UnsetType | None = UNSET
     reset_position_ids: bool | UnsetType = UNSET

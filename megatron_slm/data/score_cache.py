@@ -88,7 +88,7 @@ def write_shard(
     numbers = manifest.records_of(section, shard)
     if losses.shape != (len(numbers), manifest.sequence_length) or losses.shape != labels.shape:
         raise ValueError(f"{losses.shape} losses, {labels.shape} labels for {numbers}")
-    if len(bad := np.flatnonzero(~_possible(losses).all(axis=1))):
+    if len(bad := np.flatnonzero(~_can_be(losses, manifest).all(axis=1))):
         raise UserError(
             f"the reference's loss of sample {numbers[bad[0]]} of {section} is not a finite number "
             "from 0 on: is its checkpoint whole?"
@@ -108,6 +108,11 @@ def write_shard(
             f"{error}; the shards that are there are kept, and the same command goes on with the "
             "others"
         ) from error
+
+
+def _can_be(values: NDArray[np.float32], manifest: CacheManifest) -> NDArray[np.bool_]:
+    """Return which values a cache can have: external ones may be any numbers."""
+    return np.isfinite(values) if manifest.values == "external" else _possible(values)
 
 
 def _possible(losses: NDArray[np.float32]) -> NDArray[np.bool_]:
@@ -153,7 +158,7 @@ def read_record(directory: Path, manifest: CacheManifest, section: str, number: 
     if len(content) == size:
         record: np.void = np.frombuffer(content, manifest.record)[0]
         if manifest.checksum(section, number, content) == record["checksum"]:
-            if manifest.dtype == "float32" and not _possible(record["losses"]).all():
+            if manifest.dtype == "float32" and not _can_be(record["losses"], manifest).all():
                 raise UserError(
                     f"{path} has a loss that is not a finite number from 0 on in record {row} "
                     f"(sample {number}): {SCORE_AGAIN}"

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from megatron_slm.data.manifest_types import ScoredData
 from megatron_slm.errors import UserError
@@ -26,8 +27,18 @@ CACHE_FORMAT = 2
 MOST_SHARDS = 1 << 20  # of a section, since they are listed at every start
 STORED_TYPES = {"uint16": np.uint16, "float32": np.float32}
 
+# A killed replica loses at most one shard.  A shard is also the unit of work that is shared among
+# replicas, and a device holds one at a time.
+MOST_TOKENS, LEAST_RECORDS, SHARDS = 1 << 23, 16, 512
+
 _Positive = Annotated[int, msgspec.Meta(ge=1, le=1 << 50)]
 Name = Annotated[str, msgspec.Meta(pattern=r"^(?!\.{1,2}$)[^/\0]+$")]  # a valid name of a directory
+
+
+def shard_size(sections: Mapping[str, int], sequence_length: int) -> int:
+    """Choose how many records a shard has, given those of each section."""
+    enough = max(LEAST_RECORDS, max(sections.values()) // SHARDS)
+    return max(1, min(enough, MOST_TOKENS // sequence_length))
 
 
 class CacheManifest(msgspec.Struct, frozen=True, dict=True):
@@ -47,6 +58,9 @@ class CacheManifest(msgspec.Struct, frozen=True, dict=True):
     """Fingerprints of what was scored: data, order and tokenizer."""
     reference: dict[str, str]
     """Fingerprint of the checkpoint that scored."""
+    values: Literal["external", "mask"] | UnsetType = UNSET
+    """What is stored, if not losses of a reference: values for a score, or 1 and 0 for tokens that
+    may and may not count."""
     format: int = CACHE_FORMAT
     """What a record's checksum covers."""
 
@@ -55,6 +69,8 @@ class CacheManifest(msgspec.Struct, frozen=True, dict=True):
             raise ValueError(
                 f"it is of format {self.format}, and this version reads 1 and {CACHE_FORMAT}"
             )
+        if self.values == "external" and self.dtype != "float32":
+            raise ValueError("external values, which may be negative, are float32")
         if self.kind == "sample" and self.source.blends is UNSET:
             raise ValueError("its source has no blends")
         if self.kind == "document" and not self.sections.keys() <= self.source.datasets.keys():

@@ -8,7 +8,6 @@ of its tokens in their file, say where its losses are.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from copy import copy
 from itertools import pairwise
@@ -22,6 +21,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from numpy.typing import NDArray
 
 from megatron_slm.data.score_cache import Section
+from megatron_slm.data.windows import Windows
 from megatron_slm.errors import UserError
 
 FIELD = "reference_losses"
@@ -65,6 +65,12 @@ class DocumentScored(GPTDataset):
 
     sections: dict[str, Section]
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.section = self.sections[dataset_name(self.dataset_path)]
+        length = self.section.manifest.sequence_length
+        self.windows = Windows(self.dataset.index, length, self.config.inter_document_masking)
+
     def __getitem__(self, idx: int | None) -> dict[str, Any]:
         sample: dict[str, Any] = super().__getitem__(idx)
         # Ask for the sample's documents as GPTDataset does, but get positions in place of tokens.
@@ -73,8 +79,7 @@ class DocumentScored(GPTDataset):
         positions, _, _ = self_of_positions._query_document_sample_shuffle_indices(idx or 0)
         # Padding has no position and no loss, and is masked.
         positions = np.where(sample["loss_mask"].numpy() > 0, positions[1:], -1)
-        section = self.sections[dataset_name(self.dataset_path)]
-        sample[FIELD] = torch.from_numpy(_losses_at(section, positions))
+        sample[FIELD] = torch.from_numpy(_losses_at(self.section, self.windows, positions))
         return sample
 
 
@@ -97,54 +102,74 @@ class _Positions:
         return np.arange(first + offset, first + stop, dtype=np.int64)
 
 
-def _losses_at(section: Section, positions: NDArray[np.int64]) -> NDArray[np.float32]:
+def _losses_at(
+    section: Section, windows: Windows, positions: NDArray[np.int64]
+) -> NDArray[np.float32]:
     """Return the losses of the tokens at positions of a section's dataset; 0 for negative ones."""
-    window = section.manifest.sequence_length
     losses = np.zeros(positions.shape, np.float32)
     # Runs of consecutive positions in one window.
-    numbers = positions // window
+    numbers, places = windows.places(positions)
     breaks = np.flatnonzero((np.diff(positions) != 1) | (np.diff(numbers) != 0)) + 1
     for start, stop in pairwise([0, *breaks.tolist(), len(positions)]):
         if positions[start] >= 0:
-            number, offset = divmod(int(positions[start]), window)
+            offset = int(places[start])
             part = slice(offset, offset + stop - start)
-            losses[start:stop] = section.losses(number, None, part)
+            losses[start:stop] = section.losses(int(numbers[start]), None, part)
     return losses
 
 
 class DocumentWindows(torch.utils.data.Dataset[dict[str, Any]]):
     """A dataset's tokens in the order of its file, cut into windows of s tokens to be scored.
 
-    Every token is a label in exactly one window, at its position % s; an end-of-document token is
-    put before the first. A token thus has, on average, as much context as in a training sample.
+    Every token is a label in exactly one window (windows.py); an end-of-document token is put
+    before the first. A token thus has, on average, as much context as in a training sample.
     """
 
-    def __init__(self, dataset: IndexedDataset, sequence_length: int, eod: int) -> None:
-        self.sequence_length, self.eod = sequence_length, eod
-        self.dataset = dataset
+    def __init__(
+        self, dataset: IndexedDataset, sequence_length: int, eod: int, apart: bool = False
+    ) -> None:
+        """Cut a dataset.
+
+        Args:
+            dataset: the dataset.
+            sequence_length: tokens of a window, s.
+            eod: id of the end-of-document token.
+            apart: whether documents do not see each other.
+
+        Raises:
+            UserError: its index does not list the documents as they lie in the file.
+        """
+        self.eod, self.dataset = eod, dataset
         self.first = dataset.index.sequence_pointers // dataset.index.dtype_size
-        self.tokens = int(dataset.index.sequence_lengths.sum(dtype=np.int64))
         ends = self.first + dataset.index.sequence_lengths
         if self.first[0] != 0 or (self.first[1:] != ends[:-1]).any():
             raise UserError(
                 f"{dataset.path_prefix}.idx does not list the .bin's documents in order and "
                 "without gaps; score it --by sample"
             )
+        self.windows = Windows(dataset.index, sequence_length, apart)
 
     def __len__(self) -> int:
-        return math.ceil(self.tokens / self.sequence_length)
+        return len(self.windows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        start = index * self.sequence_length
-        stop = min(start + self.sequence_length, self.tokens)
-        stream = np.full(self.sequence_length + 1, self.eod, np.int64)
+        start, stop = self.windows.span(index)
+        length = self.windows.length
+        stream = np.full(length + 1, self.eod, np.int64)
         stream[max(0, 1 - start) : stop - start + 1] = self._read(max(0, start - 1), stop)
-        return {
+        sample = {
             "tokens": torch.from_numpy(stream[:-1]),
             "labels": torch.from_numpy(stream[1:]),
-            "loss_mask": torch.ones(self.sequence_length),
-            "position_ids": torch.arange(self.sequence_length),
+            "loss_mask": torch.ones(length),
+            "position_ids": torch.arange(length),
         }
+        if self.windows.bounds is None:
+            return sample
+        ends = self.windows.ends(index)
+        sample["position_ids"] -= torch.from_numpy(np.repeat(ends[:-1], np.diff(ends)))
+        padded = np.full(length + 1, length, np.int32)  # as in Megatron's datasets
+        padded[: len(ends)] = ends
+        return sample | {"cu_seqlens": torch.from_numpy(padded)}
 
     def _read(self, start: int, stop: int) -> NDArray[Any]:
         document = int(np.searchsorted(self.first, start, side="right")) - 1

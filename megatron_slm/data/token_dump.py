@@ -7,6 +7,8 @@
         selected          bool [n, s], which tokens the run would train on; may be absent
         valid             bool [n, s], False for padding and what the loss mask leaves out
         samples           int64 [n], number of each sample in its dataset
+        documents         int32 [n, s], where documents do not see each other: the number, within
+                          its sample, of the document that token j is in
 
 Its metadata (`about`) say which tokenizer and selection were used.  A file gets its name once it is
 complete and on disk.
@@ -39,8 +41,9 @@ ARRAYS: dict[str, tuple[str, int | None]] = {
     "selected": ("bool", 0),
     "valid": ("bool", 0),
     "samples": ("int64", None),
+    "documents": ("int32", 0),
 }
-OPTIONAL = {"reference_losses", "selected"}
+OPTIONAL = {"reference_losses", "selected", "documents"}
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,20 @@ class TokenDump:
     """[n, s], the reference's losses in nats, if there is a reference."""
     selected: NDArray[np.bool_] | None = None
     """[n, s], which tokens the run would train on, if it was asked."""
+    documents: NDArray[np.int32] | None = None
+    """[n, s], the number within its sample of the document that token j is in; None where documents
+    see each other."""
+
+    def begins(self) -> NDArray[np.bool_] | None:
+        """Return whether the token of each loss, token j + 1, is the first of its document, [n, s].
+
+        Of the last one in a sample this is not known, and it counts as one that is not.
+        """
+        if self.documents is None:
+            return None
+        own = np.zeros(self.losses.shape, np.bool_)
+        own[:, :-1] = self.documents[:, 1:] != self.documents[:, :-1]
+        return own
 
 
 def dump_path(directory: Path, iteration: int) -> Path:
@@ -80,6 +97,7 @@ def write_dump(directory: Path, dump: TokenDump) -> Path:
         "samples": dump.samples,
         "reference_losses": dump.reference_losses,
         "selected": dump.selected,
+        "documents": dump.documents,
     }
     content = save(
         {name: np.ascontiguousarray(array) for name, array in arrays.items() if array is not None},

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -169,7 +170,8 @@ def _score(
         tokens, valid = samples.tokens(count)
         numbers = samples.numbers(count)
         try:
-            write_dump(directory, TokenDump(step, tokens, whole, valid, numbers, about))
+            dump = TokenDump(step, tokens, whole, valid, numbers, about)
+            write_dump(directory, replace(dump, documents=samples.documents(count)))
         except UserError as error:
             return str(error)
     return None

@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_slm.data.score_cache import missing_shards, write_shard
-from megatron_slm.data.score_manifest import CacheManifest
+from megatron_slm.data.score_manifest import CacheManifest, shard_size
 from megatron_slm.data.scored_dataset import DocumentWindows, dataset_name
 from megatron_slm.errors import UserError
 from megatron_slm.jobs.job_arguments import settle_arguments
@@ -54,9 +54,6 @@ from megatron_slm.training.micro_batch import (
 )
 from megatron_slm.training.passes import with_reference
 
-# A killed replica loses at most one shard.  A shard is also the unit of work that is shared among
-# replicas, and a device holds one at a time.
-MOST_TOKENS, LEAST_RECORDS, SHARDS = 1 << 23, 16, 512
 OTHERS_POLL_SECONDS = 5.0
 FAILED = "megatron-slm: scoring failed"  # key of the job's store under which a rank says why
 
@@ -190,13 +187,13 @@ def _begin(
     sections = {name: size for name, (_, size) in datasets.items() if size > 0}
     if not sections:
         raise UserError("there is nothing to score: no samples, or no --data-path")
-    enough = max(LEAST_RECORDS, max(sections.values()) // SHARDS)
-    records = max(1, min(enough, MOST_TOKENS // args.seq_length))
     what = {
         "kind": args.by,
         "dtype": args.cache_dtype,
         "sequence_length": args.seq_length,
-        "shard_records": records if args.shard_samples is None else args.shard_samples,
+        "shard_records": shard_size(sections, args.seq_length)
+        if args.shard_samples is None
+        else args.shard_samples,
         "sections": sections,
         "source": describe_data(args, args.by),
         "reference": checkpoint_fingerprint(checkpoint),
@@ -242,7 +239,12 @@ def _documents(args: Namespace) -> dict[str, tuple[Any, int]]:
         windows = None
         if reads_data():
             dataset = IndexedDataset(prefix, mmap=args.mmap_bin_files)
-            windows = DocumentWindows(dataset, args.seq_length, int(get_tokenizer().eod))
+            windows = DocumentWindows(
+                dataset,
+                args.seq_length,
+                int(get_tokenizer().eod),
+                apart=args.dataloader_inter_document_masking,
+            )
         datasets[dataset_name(prefix)] = (windows, 0 if windows is None else len(windows))
     return datasets
 

@@ -1,8 +1,7 @@
-"""Describe a Llama or Mistral, and translate between config.json and Megatron's arguments.
+"""Describe a model of a family that is converted, by itself and by Megatron's arguments.
 
-Llama 1 to 3, TinyLlama and Mistral share one architecture: RMSNorm, rotary embeddings, grouped
-queries, SwiGLU and no biases.  Mistral adds a sliding window, which not all its models have.  Any
-other setting, on either side, that changes what is computed is refused by name.
+An Architecture holds what the families of families.py have in common and where they differ.  Any
+other setting of Megatron's that changes what is computed is refused by name.
 """
 
 from __future__ import annotations
@@ -10,24 +9,14 @@ from __future__ import annotations
 from argparse import Namespace
 from dataclasses import dataclass
 from reprlib import repr as brief
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
 from megatron_slm.errors import UserError
-from megatron_slm.model.hugging_face_config import (
-    LLAMA3_ROPE,
-    Layers,
-    Positive,
-    Size,
-    rope,
-    rope_base,
-    typed_config,
-)
+from megatron_slm.model.families import FAMILIES, Layers, Positive, Size
 
-CAUSAL_LM = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
-
-# Megatron's arguments that have only one value in this architecture.
+# Megatron's arguments that have only one value in all families.
 FIXED_ARGUMENTS: dict[str, Any] = {
     "position_embedding_type": "rope",
     "add_position_embedding": True,
@@ -43,8 +32,6 @@ FIXED_ARGUMENTS: dict[str, Any] = {
     "glu_linear_offset": 0.0,
     "activation_func_clamp_value": None,
     "add_bias_linear": False,
-    "add_qkv_bias": False,
-    "qk_layernorm": False,
     "qk_l2_norm": False,
     "attention_output_gate": False,
     "softmax_type": "vanilla",
@@ -56,17 +43,21 @@ FIXED_ARGUMENTS: dict[str, Any] = {
     "hybrid_layer_pattern": None,
 }
 
+# Fields of Architecture in which the families differ, with Megatron's argument for each.
+DIFFERENCES = {"qkv_bias": "add_qkv_bias", "qk_norm": "qk_layernorm"}
+
 # Arguments of the model that Megatron's --use-checkpoint-args does not take from a checkpoint.
 NOT_TAKEN_BY_MEGATRON = (
     "layernorm_epsilon",
     "use_rope_scaling",
     "rope_scaling_factor",
     "window_size",
+    "qk_layernorm",
 )
 
 
 class MegatronArguments(msgspec.Struct):
-    """Megatron's arguments in a checkpoint that describe a Llama or Mistral."""
+    """Megatron's arguments in a checkpoint that describe an architecture."""
 
     num_layers: Layers
     hidden_size: Size
@@ -82,12 +73,14 @@ class MegatronArguments(msgspec.Struct):
     use_rope_scaling: bool = False
     rope_scaling_factor: Positive = 8.0
     window_size: tuple[int, int] | None = None
-    slm_model_type: Literal["llama", "mistral"] | None = None
+    add_qkv_bias: bool | None = False
+    qk_layernorm: bool | None = False
+    slm_model_type: str | None = None
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """All that determines what a Llama or Mistral computes, but for its weights."""
+    """All that determines what a model computes, but for its weights."""
 
     layers: int
     """Number of layers."""
@@ -116,89 +109,66 @@ class Architecture:
     tied: bool
     """Whether the output layer shares the embedding's weights."""
     model_type: str = "llama"
-    """The model's type in config.json; Llama and Mistral without a window are the same."""
+    """The type that the model has, or had, in config.json."""
+    qkv_bias: bool = False
+    """Whether the projections to queries, keys and values have biases."""
+    qk_norm: bool = False
+    """Whether each head's query and key are normed, with weights that all heads share."""
 
     @property
     def family(self) -> str:
-        """The model type that transformers uses; only Mistral's supports windows."""
-        return self.model_type if self.window is None else "mistral"
+        """The model type for transformers: the model's own, unless only another family has what it
+        has, as only Mistral has a Llama's windows.
+
+        Raises:
+            UserError: no family has it.
+        """
+        has = {name for name in DIFFERENCES if getattr(self, name)}
+        fitting = [
+            name
+            for name, family in FAMILIES.items()
+            if family.has == has and (self.window is None or family.windows)
+        ]
+        if not fitting:
+            raise UserError(
+                f"no family that can be exported has all of {', '.join(sorted(has))}"
+                + (" and a window" if self.window is not None else "")
+            )
+        return self.model_type if self.model_type in fitting else fitting[0]
 
 
-def from_hugging_face(config: dict[str, Any], where: str) -> Architecture:
-    """Read the architecture from a config.json.
+def check_sizes(a: Architecture, where: str) -> None:
+    """Check that a model has sizes that Megatron can compute with, and transformers, too.
 
     Args:
-        config: content of the file.
-        where: path of the file, for errors.
+        a: the model.
+        where: path of the file that describes it, for errors.
 
     Raises:
-        UserError: the model has another architecture, or an option that Megatron cannot compute.
+        UserError: it has not.
     """
-    c = typed_config(config, where)
-    theta, scaling = rope(c, where)
-    return _computable(
-        Architecture(
-            layers=c.num_hidden_layers,
-            hidden=c.hidden_size,
-            ffn=c.intermediate_size,
-            heads=c.num_attention_heads,
-            groups=c.num_key_value_heads or c.num_attention_heads,
-            head_dim=c.head_dim or c.hidden_size // c.num_attention_heads,
-            vocabulary=c.vocab_size,
-            positions=c.max_position_embeddings,
-            epsilon=c.rms_norm_eps,
-            rope_theta=theta,
-            rope_scaling=scaling,
-            window=c.window,
-            tied=c.tie_word_embeddings,
-            model_type=config["model_type"],
-        ),
-        where,
-    )
-
-
-def _computable(a: Architecture, where: str) -> Architecture:
-    """Return the architecture, unless its sizes are ones that transformers or Megatron refuses."""
     if a.heads % a.groups:
         raise UserError(f"{where}: {a.groups} key-value heads do not divide {a.heads} heads")
     if a.head_dim % 2:
         raise UserError(f"{where}: heads of size {a.head_dim} cannot be rotated; it has to be even")
-    if a.hidden % a.heads and a.family == "llama":
+    if a.hidden % a.heads and FAMILIES[a.model_type].whole_heads and a.window is None:
         raise UserError(f"{where}: {a.heads} heads do not divide a hidden size of {a.hidden}")
-    return a
 
 
-def to_hugging_face(architecture: Architecture, dtype: str) -> dict[str, Any]:
-    """Return a config.json that versions 4 and 5 of transformers read.
+def rope_base(theta: Any, where: str) -> int:
+    """Return the base of a rotary embedding, which has to be a positive integer in Megatron.
 
-    Args:
-        architecture: the model.
-        dtype: torch's name of the weights' type, such as bfloat16.
+    Raises:
+        UserError: it is not a positive integer.
     """
-    a = architecture
-    config = {
-        "architectures": [CAUSAL_LM[a.family]],
-        "model_type": a.family,
-        "hidden_act": "silu",
-        "hidden_size": a.hidden,
-        "intermediate_size": a.ffn,
-        "num_hidden_layers": a.layers,
-        "num_attention_heads": a.heads,
-        "num_key_value_heads": a.groups,
-        "head_dim": a.head_dim,
-        "vocab_size": a.vocabulary,
-        "max_position_embeddings": a.positions,
-        "rms_norm_eps": a.epsilon,
-        "rope_theta": float(a.rope_theta),
-        "rope_scaling": None,
-        "tie_word_embeddings": a.tied,
-        "torch_dtype": dtype,
-    }
-    if a.rope_scaling is not None:
-        config["rope_scaling"] = {"rope_type": "llama3", "factor": a.rope_scaling} | LLAMA3_ROPE
-    if a.family == "mistral":
-        config["sliding_window"] = a.window  # transformers assumes 4096 if it is absent
-    return config
+    try:
+        if msgspec.convert(theta, Positive) == int(theta):
+            return int(theta)
+    except msgspec.ValidationError:
+        pass
+    raise UserError(
+        f"{where}: rope_theta {brief(theta)} is not supported: Megatron's is a positive integer"
+    )
 
 
 def vocabulary_of(arguments: Namespace) -> int | None:
@@ -243,6 +213,7 @@ def to_megatron(architecture: Architecture) -> dict[str, Any]:
     """Return Megatron's arguments for an architecture, by their names in a checkpoint."""
     a = architecture
     return FIXED_ARGUMENTS | {
+        **{argument: getattr(a, name) for name, argument in DIFFERENCES.items()},
         "num_layers": a.layers,
         "hidden_size": a.hidden,
         "ffn_hidden_size": a.ffn,
@@ -273,7 +244,7 @@ def from_megatron(arguments: Namespace, vocabulary: int, where: str) -> Architec
         where: path of the checkpoint, for errors.
 
     Raises:
-        UserError: the model is neither a Llama nor a Mistral.
+        UserError: no family has such a model.
     """
     saved = vars(arguments)
     for name, only in FIXED_ARGUMENTS.items():
@@ -281,8 +252,8 @@ def from_megatron(arguments: Namespace, vocabulary: int, where: str) -> Architec
         plain = value is None or isinstance(value, bool | int | float | str | list | tuple)
         if not plain or (value != only and (value or only)):  # None, False and 0 mean the same
             raise UserError(
-                f"{where}: {name} {brief(value)} has no counterpart in Hugging Face's Llama and "
-                f"Mistral, which have {only!r}"
+                f"{where}: {name} {brief(value)} has no counterpart in the models that are "
+                f"converted, which have {only!r}"
             )
     try:
         m = msgspec.convert(saved, MegatronArguments)
@@ -292,23 +263,28 @@ def from_megatron(arguments: Namespace, vocabulary: int, where: str) -> Architec
         raise UserError(
             f"{where}: window_size {m.window_size} is not a window of tokens before a query"
         )
+    if m.slm_model_type is not None and m.slm_model_type not in FAMILIES:
+        raise UserError(
+            f"{where}: its argument slm_model_type is {brief(m.slm_model_type)}, which is none of "
+            f"{', '.join(FAMILIES)}"
+        )
     groups = m.num_query_groups if m.group_query_attention else None
-    return _computable(
-        Architecture(
-            layers=m.num_layers,
-            hidden=m.hidden_size,
-            ffn=m.ffn_hidden_size,
-            heads=m.num_attention_heads,
-            groups=groups or m.num_attention_heads,
-            head_dim=m.kv_channels,
-            vocabulary=vocabulary,
-            positions=m.max_position_embeddings,
-            epsilon=m.layernorm_epsilon,
-            rope_theta=rope_base(m.rotary_base, where),
-            rope_scaling=m.rope_scaling_factor if m.use_rope_scaling else None,
-            window=None if m.window_size is None else m.window_size[0] + 1,
-            tied=not m.untie_embeddings_and_output_weights,
-            model_type=m.slm_model_type or "llama",
-        ),
-        where,
+    architecture = Architecture(
+        layers=m.num_layers,
+        hidden=m.hidden_size,
+        ffn=m.ffn_hidden_size,
+        heads=m.num_attention_heads,
+        groups=groups or m.num_attention_heads,
+        head_dim=m.kv_channels,
+        vocabulary=vocabulary,
+        positions=m.max_position_embeddings,
+        epsilon=m.layernorm_epsilon,
+        rope_theta=rope_base(m.rotary_base, where),
+        rope_scaling=m.rope_scaling_factor if m.use_rope_scaling else None,
+        window=None if m.window_size is None else m.window_size[0] + 1,
+        tied=not m.untie_embeddings_and_output_weights,
+        model_type=m.slm_model_type or "llama",
+        **{name: bool(getattr(m, argument)) for name, argument in DIFFERENCES.items()},
     )
+    check_sizes(architecture, where)
+    return architecture

@@ -1,4 +1,4 @@
-"""Read a Llama's or Mistral's config.json into types, as transformers 5 understands it.
+"""Read a config.json as transformers 5 understands it, and write one.
 
 Where keys disagree or one is missing, the value is the one that transformers uses.  An option that
 Megatron cannot compute is refused by name.
@@ -7,30 +7,24 @@ Megatron cannot compute is refused by name.
 from __future__ import annotations
 
 from reprlib import repr as brief
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
-from msgspec import UNSET, Meta
+from msgspec import UNSET
 
 from megatron_slm.errors import UserError
+from megatron_slm.model.architecture import Architecture, check_sizes, rope_base
+from megatron_slm.model.families import (
+    FAMILIES,
+    FULL,
+    LACKING,
+    ONLY,
+    SLIDING,
+    LlamaConfig,
+    Positive,
+)
 
-Size = Annotated[int, Meta(ge=1, lt=2**31)]
-Layers = Annotated[int, Meta(ge=1, le=10_000)]  # bounds the memory for tables of all tensors
-Positive = Annotated[float, Meta(gt=0, lt=1e15)]
-
-# Keys of config.json that change what is computed or which weights are read, with the only value
-# that is supported.
-FIXED_KEYS: dict[str, Any] = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "quantization_config": None,
-    "per_layer_config": None,
-    "transformers_weights": None,
-}
-
-# Special tokens, with the ids that transformers uses if config.json does not have them.
-SPECIAL_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 # These values are built into Megatron's rotary embedding.
 LLAMA3_ROPE = {
@@ -40,48 +34,73 @@ LLAMA3_ROPE = {
 }
 
 
-class LlamaConfig(msgspec.Struct):
-    """A Llama's config.json; the defaults are those of transformers."""
+def from_hugging_face(config: dict[str, Any], where: str) -> Architecture:
+    """Read the architecture from a config.json.
 
-    hidden_size: Size
-    intermediate_size: Size
-    num_hidden_layers: Layers
-    num_attention_heads: Size
-    vocab_size: Size
-    num_key_value_heads: Size | None = None
-    head_dim: Size | None = None
-    max_position_embeddings: Size = 2048
-    rms_norm_eps: Positive = 1e-6
-    tie_word_embeddings: bool = False
-    bos_token_id: int | None = SPECIAL_IDS["bos_token_id"]
-    eos_token_id: int | list[int] | None = SPECIAL_IDS["eos_token_id"]
-    pad_token_id: int | None = SPECIAL_IDS["pad_token_id"]
-    layer_types: list[str] | None = None
-    rope_parameters: dict[str, Any] | None = None
-    rope_scaling: dict[str, Any] | None = None
-    rope_theta: Any = 10000.0
-    partial_rotary_factor: Any = None
-    original_max_position_embeddings: Any = UNSET
+    Args:
+        config: content of the file.
+        where: path of the file, for errors.
 
-    @property
-    def window(self) -> int | None:
-        """Number of tokens that a query sees, itself included; None for all before it."""
-        return None
-
-
-class MistralConfig(LlamaConfig):
-    """A Mistral's config.json."""
-
-    num_key_value_heads: Size | None = 8
-    max_position_embeddings: Size = 4096 * 32
-    sliding_window: Size | None = 4096
-
-    @property
-    def window(self) -> int | None:
-        return self.sliding_window
+    Raises:
+        UserError: the model has another architecture, or an option that Megatron cannot compute.
+    """
+    c = typed_config(config, where)
+    theta, scaling = _rope(c, where)
+    architecture = Architecture(
+        layers=c.num_hidden_layers,
+        hidden=c.hidden_size,
+        ffn=c.intermediate_size,
+        heads=c.num_attention_heads,
+        groups=c.num_key_value_heads or c.num_attention_heads,
+        head_dim=c.head_dim or c.hidden_size // c.num_attention_heads,
+        vocabulary=c.vocab_size,
+        positions=c.max_position_embeddings,
+        epsilon=c.rms_norm_eps,
+        rope_theta=theta,
+        rope_scaling=scaling,
+        window=c.window,
+        tied=c.tie_word_embeddings,
+        model_type=config["model_type"],
+        **dict.fromkeys(FAMILIES[config["model_type"]].has, True),
+    )
+    check_sizes(architecture, where)
+    return architecture
 
 
-CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig}
+def to_hugging_face(architecture: Architecture, dtype: str) -> dict[str, Any]:
+    """Return a config.json that versions 4 and 5 of transformers read.
+
+    Args:
+        architecture: the model.
+        dtype: torch's name of the weights' type, such as bfloat16.
+
+    Raises:
+        UserError: no family has models of this architecture.
+    """
+    a = architecture
+    family = FAMILIES[a.family]
+    config = {
+        "architectures": [family.causal_lm],
+        "model_type": a.family,
+        "hidden_act": "silu",
+        "hidden_size": a.hidden,
+        "intermediate_size": a.ffn,
+        "num_hidden_layers": a.layers,
+        "num_attention_heads": a.heads,
+        "num_key_value_heads": a.groups,
+        "vocab_size": a.vocabulary,
+        "max_position_embeddings": a.positions,
+        "rms_norm_eps": a.epsilon,
+        "rope_theta": float(a.rope_theta),
+        "rope_scaling": None,
+        "tie_word_embeddings": a.tied,
+        "torch_dtype": dtype,
+    }
+    if family.head_dim or a.head_dim * a.heads != a.hidden:
+        config["head_dim"] = a.head_dim
+    if a.rope_scaling is not None:
+        config["rope_scaling"] = {"rope_type": "llama3", "factor": a.rope_scaling} | LLAMA3_ROPE
+    return config | family.config.window_keys(a.window)
 
 
 def typed_config(config: dict[str, Any], where: str) -> LlamaConfig:
@@ -95,30 +114,31 @@ def typed_config(config: dict[str, Any], where: str) -> LlamaConfig:
         UserError: the model has another architecture or an option that Megatron cannot compute, or
             a key is missing or has the wrong type.
     """
-    family = config.get("model_type")
-    if not isinstance(family, str) or family not in CONFIGS:
+    name = config.get("model_type")
+    family = FAMILIES.get(name) if isinstance(name, str) else None
+    if family is None:
+        why = LACKING.get(name) if isinstance(name, str) else None
         raise UserError(
-            f"{where}: model_type {brief(family)} is not supported, only {' and '.join(CONFIGS)}"
+            f"{where}: model_type {brief(name)} is not supported, only {', '.join(FAMILIES)}"
+            + (f"; it has {why}, which are not converted" if why else "")
         )
-    for name, only in FIXED_KEYS.items():
-        if config.get(name, only) != only:
-            raise UserError(
-                f"{where}: {name} {brief(config[name])} is not supported, only {only!r}"
-            )
+    for key, only in (ONLY | family.only).items():
+        if config.get(key, only) != only:
+            raise UserError(f"{where}: {key} {brief(config[key])} is not supported, only {only!r}")
     try:
-        c = msgspec.convert(config, CONFIGS[family])
+        c = msgspec.convert(config, family.config)
     except msgspec.ValidationError as error:
         raise UserError(f"{where}: {error}") from error
-    kind = "full_attention" if c.window is None else "sliding_attention"
-    if set(c.layer_types or [kind]) != {kind}:
+    kind = FULL if c.window is None else SLIDING
+    if set(c.kinds) != {kind} or len(c.kinds) != c.num_hidden_layers:
         raise UserError(
-            f"{where}: layer_types {brief(c.layer_types)} are not supported: with sliding_window "
-            f"{c.window} all layers of a {family} are {kind}"
+            f"{where}: layers with attention of the kinds {brief(c.kinds)} are not supported: with "
+            f"a window of {c.window}, all {c.num_hidden_layers} have to be {kind}"
         )
     return c
 
 
-def rope(c: LlamaConfig, where: str) -> tuple[int, float | None]:
+def _rope(c: LlamaConfig, where: str) -> tuple[int, float | None]:
     """Return the base of the rotary embedding and the factor of Llama 3's scaling, None without it.
 
     Different versions of transformers write different keys; they are read in the order of
@@ -157,19 +177,3 @@ def rope(c: LlamaConfig, where: str) -> tuple[int, float | None]:
         raise UserError(
             f"{where}: factor {brief(found.get('factor'))} of the llama3 rope is not positive"
         ) from error
-
-
-def rope_base(theta: Any, where: str) -> int:
-    """Return the base of a rotary embedding, which has to be a positive integer in Megatron.
-
-    Raises:
-        UserError: it is not a positive integer.
-    """
-    try:
-        if msgspec.convert(theta, Positive) == int(theta):
-            return int(theta)
-    except msgspec.ValidationError:
-        pass
-    raise UserError(
-        f"{where}: rope_theta {brief(theta)} is not supported: Megatron's is a positive integer"
-    )

@@ -24,6 +24,7 @@ import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -33,6 +34,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.functional import dropout, scaled_dot_product_attention
 
 from megatron_slm.errors import UserError
+from megatron_slm.model.documents import Documents, PackedForPlainLayers, SeparateDocuments, zigzag
 from megatron_slm.model.torch_dist import NO_EXTRA_STATE
 
 # Modules of their own with Transformer Engine too, which fuses other norms with what follows them.
@@ -60,20 +62,16 @@ def plain_block_spec(config: Any, vp_stage: int | None = None) -> TransformerBlo
     for layer in block.layer_specs:  # layers of one kind share their spec
         parts = layer.submodules
         parts.input_layernorm = parts.pre_mlp_layernorm = SequenceParallelNorm
+        parts.self_attention.module = DocumentAttention
         attention = parts.self_attention.submodules
         attention.core_attention = GatheredAttention
         if config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = SequenceParallelNorm
-        if _has_experts(layer):
+        if getattr(parts.mlp, "func", None) is MoELayer:
             # Transformer Engine has no linear layer to fuse this norm with, and keeps its name.
             parts.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
     block.layer_norm = SequenceParallelNorm
     return block
-
-
-def _has_experts(layer: Any) -> bool:
-    """Return whether a layer's spec has experts in place of the dense MLP."""
-    return getattr(layer.submodules.mlp, "func", None) is MoELayer
 
 
 def _check(config: Any) -> None:
@@ -127,12 +125,36 @@ def extra_states(model: Sequence[torch.nn.Module]) -> Iterator[None]:
             hook.remove()
 
 
+class DocumentAttention(SelfAttention):
+    """Megatron's self-attention, in which rotary positions begin anew in each document."""
+
+    def forward(
+        self,
+        *args: Any,
+        rotary_pos_emb: Tensor | None = None,
+        packed_seq_params: PackedForPlainLayers | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        separate = None
+        if packed_seq_params is not None:
+            separate = packed_seq_params.separate
+            if rotary_pos_emb is not None:
+                rotary_pos_emb = separate.rotary(rotary_pos_emb, self.pg_collection.cp)
+        attended: tuple[Tensor, Tensor | None] = super().forward(
+            *args, rotary_pos_emb=rotary_pos_emb, packed_seq_params=separate, **kwargs
+        )
+        return attended
+
+
 class GatheredAttention(MegatronModule):
     """Causal attention over keys and values gathered from all context-parallel ranks.
 
     Queries, keys and values are [s/c, b, heads/t, d] for c ranks, in Megatron's zigzag order (rank
     r holds chunks r and 2c-1-r of 2c).  One all-gather of keys and values forward, one all-reduce
     of their gradients backward.
+
+    Of packed samples, documents of one length are attended to together, so that nothing is computed
+    across documents.  Context-parallel ranks hold parts of documents, and mask the rest.
     """
 
     def __init__(
@@ -165,19 +187,37 @@ class GatheredAttention(MegatronModule):
         attention_mask: Tensor | None,
         attn_mask_type: Any = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: Any = None,
+        packed_seq_params: SeparateDocuments | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """[s/c, b, heads/t * d].  attention_mask is not read: the mask is causal."""
         length, batch = query.shape[:2]
-        size, rank = self.cp_group.size(), self.cp_group.rank()
-        if size > 1:
+        if self.cp_group.size() > 1:
             key = _GatherSequence.apply(key, self.cp_group)
             value = _GatherSequence.apply(value, self.cp_group)
-        left = self._window_over(len(key))
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        if packed_seq_params is None or not packed_seq_params.documents.several:
+            context = self._causal(query, key, value)
+        elif self.cp_group.size() > 1:
+            left = self._window_over(key.shape[2])
+            mask = packed_seq_params.mask(left, query.dtype, self.cp_group)
+            context = self._masked(query, key, value, mask)
+        else:
+            context = self._by_document(query, key, value, packed_seq_params.documents)
+        return context.permute(2, 0, 1, 3).reshape(length, batch, -1)
+
+    def _causal(
+        self, query: Tensor, key: Tensor, value: Tensor, longest: int | None = None
+    ) -> Tensor:
+        """Attend over whole sequences: [b, heads, s/c, d], and [b, groups, s, d].
+
+        If there is a `longest`, a mask is cut from that of sequences as long, which all lengths can
+        share.
+        """
+        size, rank, length = self.cp_group.size(), self.cp_group.rank(), key.shape[2]
+        left = self._window_over(length)
         if size == 1 and left is None and not self._drops():
-            context = scaled_dot_product_attention(
+            return scaled_dot_product_attention(
                 query,
                 key,
                 value,
@@ -185,19 +225,37 @@ class GatheredAttention(MegatronModule):
                 scale=self.scale,
                 enable_gqa=key.shape[1] != query.shape[1],
             )
-        else:
-            # A dry run's fake tensors are of no use to the next.
-            build = _causal_mask if type(query) is Tensor else _causal_mask.__wrapped__
-            mask = build(length, rank, size, left, query.dtype, query.device)
-            repeat = query.shape[1] // key.shape[1]
-            key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
-            if self._drops():
-                context = self._with_dropout(query, key, value, mask)
-            else:
-                context = scaled_dot_product_attention(
-                    query, key, value, attn_mask=mask, scale=self.scale
-                )
-        return context.permute(2, 0, 1, 3).reshape(length, batch, -1)
+        # A dry run's fake tensors are of no use to the next.
+        build = _causal_mask if type(query) is Tensor else _causal_mask.__wrapped__
+        mask = build(longest or length, rank, size, left, query.dtype, query.device)
+        if longest is not None:
+            mask = mask[:length, :length]
+        return self._masked(query, key, value, mask)
+
+    def _by_document(
+        self, query: Tensor, key: Tensor, value: Tensor, documents: Documents
+    ) -> Tensor:
+        """Attend within documents; [b, heads, s, d], and [b, groups, s, d]."""
+        batch, heads, length, width = query.shape
+        sizes = [size * number for size, number in documents.groups]
+        parts = [
+            x.transpose(1, 2).flatten(0, 1).index_select(0, documents.order).split(sizes)
+            for x in (query, key, value)
+        ]
+        contexts = []
+        for (size, number), *of_group in zip(documents.groups, *parts, strict=True):
+            q, k, v = (x.unflatten(0, (number, size)).transpose(1, 2) for x in of_group)
+            context = self._causal(q, k, v, longest=length)
+            contexts.append(context.transpose(1, 2).flatten(0, 1))
+        context = torch.cat(contexts).index_select(0, documents.places)
+        return context.view(batch, length, heads, width).transpose(1, 2)
+
+    def _masked(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        repeat = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+        if self._drops():
+            return self._with_dropout(query, key, value, mask)
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scale)
 
     def _window_over(self, length: int) -> int | None:
         """Return how many positions before its own a token sees; None for all of `length`."""
@@ -227,21 +285,13 @@ def _causal_mask(
 
     It has the scores' type, to which torch would convert a mask of bools anew in each layer.
     """
-    own = _positions(length, rank, size, device)[:, None]
-    of_keys = torch.cat([_positions(length, r, size, device) for r in range(size)])[None, :]
+    of_ranks = [zigzag(length, r, size, device) for r in range(size)]
+    own, of_keys = of_ranks[rank][:, None], torch.cat(of_ranks)[None, :]
     hidden = of_keys > own
     if left is not None:
         hidden |= of_keys < own - left
     mask = torch.zeros(hidden.shape, dtype=dtype, device=device)
     return mask.masked_fill_(hidden, -torch.inf)
-
-
-def _positions(length: int, rank: int, size: int, device: torch.device) -> Tensor:
-    """Sequence positions of a rank's tokens, int64 [length]."""
-    if size == 1:
-        return torch.arange(length, device=device)
-    chunk = torch.arange(length // 2, device=device)
-    return torch.cat([chunk + rank * len(chunk), chunk + (2 * size - 1 - rank) * len(chunk)])
 
 
 class _GatherSequence(torch.autograd.Function):

@@ -78,6 +78,8 @@ class Work:
     """Number of layers whose activations are recomputed together; 0 for none."""
     device: Literal["cpu", "cuda"] = "cuda"
     """Device, which decides the size of the chunked head's chunks."""
+    document: float | None = None
+    """Mean length of a document over its tokens; None where documents see each other."""
 
     def micro_batches(self, layout: Layout) -> int:
         """Return the number of micro-batches of a step on each rank."""
@@ -103,10 +105,16 @@ class ReferenceModel:
 
 
 def layer_parameters(a: Architecture) -> int:
-    """Count a layer's parameters: projections of q, k, v and the output; gate, up and down
-    projections; and two norms."""
+    """Count a layer's parameters: projections of q, k, v and the output, with biases of the first
+    three where the model has them; gate, up and down projections; and norms."""
     query, key = a.heads * a.head_dim, a.groups * a.head_dim
-    return a.hidden * (2 * query + 2 * key) + 3 * a.hidden * a.ffn + 2 * a.hidden
+    biases = (query + 2 * key) * a.qkv_bias
+    return a.hidden * (2 * query + 2 * key) + biases + 3 * a.hidden * a.ffn + norm_parameters(a)
+
+
+def norm_parameters(a: Architecture) -> int:
+    """Count the parameters of a layer's norms, which every tensor-parallel rank has whole."""
+    return 2 * a.hidden + 2 * a.head_dim * a.qk_norm
 
 
 def parameters(a: Architecture, padded_vocabulary: int) -> int:
@@ -121,7 +129,7 @@ def stage_parameters(a: Architecture, padded_vocabulary: int, layout: Layout, st
     Norms are not split: every tensor-parallel rank has them whole.
     """
     layers = a.layers // layout.pp
-    norms = 2 * layers * a.hidden
+    norms = layers * norm_parameters(a)
     count = (layers * layer_parameters(a) - norms) // layout.tp + norms
     table = padded_vocabulary * a.hidden // layout.tp
     first, last = stage == 0, stage == layout.pp - 1
@@ -189,7 +197,8 @@ def layer_activation_bytes(a: Architecture, layout: Layout, work: Work) -> int:
 
     Two norms keep their input and output; plain layers keep the input in float32, and the
     normalised input as well.  Attention keeps the rotated q and k, the fused q, k and v (of which v
-    is a view), its output and the log-sum-exp.  The MLP keeps gate and up and their product; plain
+    is a view), its output and the log-sum-exp.  Norms of q and k keep a copy of their input, plain
+    ones the normalised input in float32.  The MLP keeps gate and up and their product; plain
     layers also keep silu(gate) and a copy of the product.
     """
     e, t, n = work.weight_bytes, layout.tp, work.tokens(layout)
@@ -197,6 +206,8 @@ def layer_activation_bytes(a: Architecture, layout: Layout, work: Work) -> int:
     plain = work.kernels == "plain"
     norms = 2 * ((2 * FLOAT32 + e if plain else 2 * e) * a.hidden + FLOAT32)
     attention = e * (3 * query + 3 * key) + FLOAT32 * a.heads
+    if a.qk_norm:
+        attention += (FLOAT32 if plain else e) * (query + key)
     mlp = (5 if plain else 3) * e * a.ffn
     rope = 4 * work.sequence * a.head_dim * e if plain else 0
     return n * (norms // (t if layout.sequence_parallel else 1) + (attention + mlp) // t) + rope
@@ -254,14 +265,14 @@ def head_bytes(a: Architecture, layout: Layout, work: Work) -> int:
 
 
 def forward_flops(
-    a: Architecture, tokens: int, sequence: int, *, causal: bool = True
+    a: Architecture, tokens: int, attended: float, *, causal: bool = True
 ) -> tuple[int, int]:
     """Count the FLOPs of a forward pass, two for each multiplication, without the output layer.
 
     Args:
         a: the model's architecture.
         tokens: number of tokens in all.
-        sequence: number of tokens of a sample.
+        attended: tokens that attend to each other, those of a sample or a document.
         causal: leave out the half of the attention that is masked, as good kernels do.
 
     Returns:
@@ -269,8 +280,8 @@ def forward_flops(
     """
     query, key = a.heads * a.head_dim, a.groups * a.head_dim
     projections = 2 * (a.hidden * (2 * query + 2 * key) + 3 * a.hidden * a.ffn)
-    seen = sequence if a.window is None or not causal else min(sequence, 2 * a.window)
-    attention = 2 * 2 * query * seen // (2 if causal else 1)
+    seen = attended if a.window is None or not causal else min(attended, 2 * a.window)
+    attention = int(2 * 2 * query * seen) // (2 if causal else 1)
     return a.layers * tokens * projections, a.layers * tokens * attention
 
 
@@ -289,7 +300,8 @@ def step_flops(
         causal: leave out the half of the attention that is masked, as good kernels do.
     """
     tokens = work.global_batch * work.sequence
-    projections, attention = forward_flops(a, tokens, work.sequence, causal=causal)
+    attended = work.document or work.sequence
+    projections, attention = forward_flops(a, tokens, attended, causal=causal)
     head = tokens * a.hidden * work.padded_vocabulary
     # The chunked head computes the logits of all tokens; then, for the selected ones, the logits
     # again and two gradients.
@@ -298,7 +310,7 @@ def step_flops(
     if work.recompute:
         total += projections + attention
     for reference in (*references, *[a] * work.ranks_first):
-        total += sum(forward_flops(reference, tokens, work.sequence, causal=causal))
+        total += sum(forward_flops(reference, tokens, attended, causal=causal))
         total += 2 * tokens * reference.hidden * work.padded_vocabulary
     return total
 

@@ -25,6 +25,7 @@ from typing import Any, Literal
 from megatron_slm.errors import UserError
 from megatron_slm.model.architecture import Architecture, from_megatron
 from megatron_slm.model.torch_dist import TRACKER
+from megatron_slm.planning.documents import document_length
 from megatron_slm.planning.formulas import FLOAT32, Layout, ReferenceModel, Work
 from megatron_slm.reference.checkpoint import ReferenceCheckpoint, open_checkpoint
 from megatron_slm.training.command_line.decisions import head_of
@@ -255,4 +256,5 @@ def work_of(
         fused_gradients=args.gradient_accumulation_fusion or kernels == "te",
         recompute=recompute or 0,
         device=device,
+        document=document_length(args),
     )

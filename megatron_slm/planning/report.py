@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from itertools import islice
 
 from megatron_slm.model.architecture import Architecture
+from megatron_slm.model.documents import packs_documents
 from megatron_slm.planning.cluster import Cluster, Plan, best_plans, plan
 from megatron_slm.planning.formulas import (
     Layout,
@@ -66,6 +67,7 @@ def report(args: Namespace, recipe: LaunchRecipe) -> str:
     tokens = (megatron.train_samples or megatron.train_iters * work.global_batch) * work.sequence
     text = [
         *assumptions(args, cluster),
+        *attention_within(megatron, work),
         "",
         report_line(
             "parameters, billions", f"{parameters(model, work.padded_vocabulary) / 1e9:.3f}"
@@ -109,6 +111,14 @@ def assumptions(args: Namespace, cluster: Cluster) -> Iterator[str]:
     )
     layers = "Transformer Engine's, with Apex" if args.kernels == "te" else "of plain torch"
     yield f"Layers: {layers}.  --help lists the flags that change these."
+
+
+def attention_within(megatron: Namespace, work: Work) -> Iterator[str]:
+    """Yield a line that says over how many tokens attention reaches, in runs of packed samples."""
+    if work.document is not None:
+        yield f"Documents do not see each other: {work.document:,.0f} tokens, the mean over tokens."
+    elif packs_documents(megatron):
+        yield "Documents do not see each other, but their lengths are not known: taken as samples."
 
 
 def report_line(name: str, *values: object) -> str:

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from megatron_slm.errors import UserError
 from megatron_slm.loss import Scoring, all_losses
+from megatron_slm.model.documents import activation_shape
 from megatron_slm.model.gpt_config import build_gpt
 from megatron_slm.reference import Reference, Scored
 from megatron_slm.reference.checkpoint import UNSUPPORTED_MODELS, ReferenceCheckpoint
@@ -55,7 +56,7 @@ class OnlineReference(Reference):
         """
         self.model = model
         self.scoring = scoring
-        self.seq_length = arguments.seq_length
+        self.arguments = arguments
         self.micro_batch_size = arguments.slm_reference_micro_batch_size
         self.streamed = StreamedLayers(gpt(model)) if arguments.slm_reference_offload else None
 
@@ -65,13 +66,14 @@ class OnlineReference(Reference):
     ) -> list[Scored]:
         """Score in one pass.  Collective over the pipeline, tensor- and context-parallel ranks."""
         joined = _joined(self.micro_batch_size, micro_batch_size, count)
+        samples = micro_batch_size * joined
 
         def forward_step(
             data_iterator: Iterator[Any], model: torch.nn.Module
         ) -> tuple[Tensor, Callable[..., Tensor]]:
-            batches = [next(data_iterator) for _ in range(joined)]
+            first, *others = [next(data_iterator) for _ in range(joined)]
             output = model(
-                **_join([batch.model_inputs() for batch in batches]),
+                **first.model_inputs(self.arguments, *others),
                 output_processor=all_losses,
                 output_processor_context=self.scoring,
             )
@@ -90,14 +92,17 @@ class OnlineReference(Reference):
             data_iterator=micro_batches,
             model=[self.model],
             num_microbatches=count // joined,
-            seq_length=self.seq_length,
-            micro_batch_size=micro_batch_size * joined,
+            **activation_shape(self.arguments, self.arguments.seq_length, samples),
             forward_only=True,
             collect_non_loss_data=True,
         )
         if self.streamed is not None:
             self.streamed.end()
-        parts = [part for values in scored for part in values.chunk(joined, dim=-2)]
+        parts = [
+            part
+            for values in scored  # [1, n * s/c] if the n samples were passed as one sequence
+            for part in values.reshape(*values.shape[:-2], samples, -1).chunk(joined, dim=-2)
+        ]
         return [tuple(part) if self.scoring.entropies else (part, None) for part in parts]
 
 
@@ -126,18 +131,6 @@ def _joined(wanted: int | None, micro_batch_size: int, count: int) -> int:
     That is as many as make up `wanted` samples, or fewer if these do not divide `count`.
     """
     return math.gcd(max(1, (wanted or 0) // micro_batch_size), count)
-
-
-def _join(inputs: list[dict[str, Tensor | None]]) -> dict[str, Tensor | None]:
-    """Join the inputs of several micro-batches for one forward pass."""
-    first, *others = inputs
-    if not others:
-        return first
-    joined: dict[str, Tensor | None] = {}
-    for name, value in first.items():
-        parts = [of_one[name] for of_one in inputs]
-        joined[name] = None if value is None else torch.cat(parts)
-    return joined
 
 
 def frozen_arguments(arguments: Namespace) -> Namespace:

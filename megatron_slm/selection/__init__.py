@@ -18,6 +18,7 @@ from megatron_slm.selection.selector import (
 )
 from megatron_slm.selection.top_fraction import Placement, Selection, select_top_fraction
 from megatron_slm.selection.weights import WEIGHTINGS
+from megatron_slm.selection.within_documents import DocumentPlaces
 
 __all__ = [
     "NEED_REFERENCE",
@@ -26,6 +27,7 @@ __all__ = [
     "WEIGHTINGS",
     "CarriedThreshold",
     "Choice",
+    "DocumentPlaces",
     "Placement",
     "Ranks",
     "RatioSchedule",

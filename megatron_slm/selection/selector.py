@@ -21,8 +21,9 @@ from megatron_slm.selection.top_fraction import (
     selected_of,
 )
 from megatron_slm.selection.weights import Weighting, guard_weights, soft_weights
+from megatron_slm.selection.within_documents import DocumentPlaces, select_within_documents
 
-Scope = Literal["sequence", "micro-batch", "data-parallel", "global-batch"]
+Scope = Literal["document", "sequence", "micro-batch", "data-parallel", "global-batch"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 
@@ -31,9 +32,9 @@ class SelectionSettings:
     """How tokens are selected and weighed."""
 
     scope: Scope = "micro-batch"
-    """The valid tokens that compete with each other for selection: those of one sequence, of one
-    micro-batch, of the micro-batches that all data-parallel ranks hold at the same time, or of a
-    whole step (global-batch)."""
+    """The valid tokens that compete with each other for selection: those of one document of a
+    sample, of one sequence, of one micro-batch, of the micro-batches that all data-parallel ranks
+    hold at the same time, or of a whole step (global-batch)."""
     exact: bool = False
     """Whether scope global-batch ranks all tokens of the step in a forward pass of its own, and
     does not compare them with a threshold carried from the steps before."""
@@ -86,7 +87,12 @@ class TokenSelector:
         self.ranks = ranks
 
     def choose(
-        self, scores: Tensor, valid: Tensor, ratio: float, domains: Tensor | None = None
+        self,
+        scores: Tensor,
+        valid: Tensor,
+        ratio: float,
+        domains: Tensor | None = None,
+        documents: DocumentPlaces | None = None,
     ) -> Choice:
         """Choose from one micro-batch, over the ranks of the scope.
 
@@ -99,7 +105,11 @@ class TokenSelector:
             ratio: the ratio of datasets without one of their own.
             domains: the dataset of each sample, int64 [b]; None without a blend, or in validation,
                 where `ratio` holds for all samples.
+            documents: the documents of the tokens, which scope document needs.
         """
+        if self.settings.scope == "document":
+            assert documents is not None, "scope document needs documents"
+            return self._choose_within(scores, valid, ratio, domains, documents)
         wide = self.settings.scope == "data-parallel"
         return self._weigh(scores, valid, *self._select(scores, valid, ratio, domains, 1, wide))
 
@@ -130,28 +140,32 @@ class TokenSelector:
     ) -> tuple[Tensor, Sequence[float] | Tensor]:
         """Return the set of each sample, int64 [b], and the ratio of each set."""
         own = self.settings.domain_ratios
-        of_domains = [ratio if value is None else value for value in own]
         by_sample = self.settings.scope == "sequence"
         if not own or domains is None:
             if by_sample:
                 return torch.arange(samples, device=device), [ratio] * samples
             return torch.zeros(samples, dtype=torch.int64, device=device), [ratio]
-        ratios = _on_device(tuple(of_domains), device)
+        ratios = self._of_domains(ratio, device)
         if by_sample:
             return torch.arange(samples, device=device), ratios[domains]
         return domains, ratios
+
+    def _of_domains(self, ratio: float, device: torch.device) -> Tensor:
+        """Return the ratio of each of the blend's datasets, float64; `ratio` where it has none."""
+        own = self.settings.domain_ratios
+        return _on_device(tuple(ratio if value is None else value for value in own), device)
 
     def most_selected(self, samples: int, length: int, ratio: float) -> int | None:
         """Return the most tokens of a micro-batch, [samples, length], that can count.
 
         As many do count if none of them is masked.  None if only the device knows: when tokens
-        compete with those of other ranks or other micro-batches, when ratios depend on samples, or
-        when tokens that are not selected count too.
+        compete within documents, or with those of other ranks or other micro-batches, when ratios
+        depend on samples, or when tokens that are not selected count too.
         """
         settings = self.settings
-        wide = settings.scope in ("data-parallel", "global-batch")
+        unknown = settings.scope in ("document", "data-parallel", "global-batch")
         weighted = settings.weighting != "hard" or settings.unselected_weight > 0.0
-        if wide or weighted or settings.domain_ratios or self.ranks.cp_group.size() > 1:
+        if unknown or weighted or settings.domain_ratios or self.ranks.cp_group.size() > 1:
             return None
         if settings.scope == "sequence":
             return samples * selected_of(length, ratio)
@@ -207,6 +221,31 @@ class TokenSelector:
         sets, ratios = self.sets(len(scores), ratio, domains, scores.device)
         placement = self._placement(len(scores) // count, count, wide, scores.device)
         return select_top_fraction(scores, valid, ratios, sets, placement), sets, placement
+
+    def _choose_within(
+        self,
+        scores: Tensor,
+        valid: Tensor,
+        ratio: float,
+        domains: Tensor | None,
+        documents: DocumentPlaces,
+    ) -> Choice:
+        """Choose from each document of one micro-batch."""
+        samples = len(scores)
+        sets, room = documents.sets(self.ranks.cp_group.size())
+        ratios = torch.full((samples,), ratio, dtype=torch.float64, device=scores.device)
+        if self.settings.domain_ratios and domains is not None:
+            ratios = self._of_domains(ratio, scores.device)[domains]
+        placement = self._placement(samples, 1, False, scores.device)
+        selection = select_within_documents(
+            scores,
+            valid,
+            ratios[:, None].expand(samples, room).flatten(),
+            sets,
+            documents.positions,
+            placement,
+        )
+        return self._weigh(scores, valid, selection, sets, placement)
 
     def _placement(self, samples: int, count: int, wide: bool, device: torch.device) -> Placement:
         """Return how `count` micro-batches of `samples` each lie over ranks; over the data-parallel

@@ -102,12 +102,12 @@ def select_top_fraction(
     if sets is None:
         sets = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
     number_of_sets = len(ratios)
-    units = _in_units(ratios, scores.device)
+    units = in_units(ratios, scores.device)
     if not placement.shared:
         kernels = triton_kernels("megatron_slm.selection.top_fraction_triton", scores.device)
         if kernels is not None:
             return Selection(*kernels.select(scores, valid, units, sets))
-    keys = _descending_keys(scores)
+    keys = descending_keys(scores)
     candidates = valid
     prefix = torch.zeros(number_of_sets, dtype=torch.int64, device=scores.device)
     for position, (shift, width) in enumerate(_DIGITS):
@@ -118,7 +118,7 @@ def select_top_fraction(
         upto = _total(counts, placement).view(number_of_sets, -1).cumsum(1)
         if position == 0:
             number_valid = upto[:, -1]
-            number_selected = _round_half_up(units, number_valid)
+            number_selected = round_half_up(units, number_valid)
             remaining = number_selected
         digit = (upto < remaining[:, None]).sum(1)
         before = upto.gather(1, (digit - 1).clamp(min=0)[:, None]).squeeze(1)
@@ -129,10 +129,10 @@ def select_top_fraction(
     # The candidates are now the ties at the thresholds, of which `remaining` fit.
     fits = _rank_among_ties(candidates, sets, placement, number_of_sets) < remaining[sets][:, None]
     selected = (valid & (keys < prefix[sets][:, None])) | (candidates & fits)
-    return Selection(selected, _score_of(prefix), number_valid, number_selected)
+    return Selection(selected, score_of_key(prefix), number_valid, number_selected)
 
 
-def _in_units(ratios: Sequence[float] | Tensor, device: torch.device) -> Tensor:
+def in_units(ratios: Sequence[float] | Tensor, device: torch.device) -> Tensor:
     """Return ratios in millionths, int64 [sets]."""
     if isinstance(ratios, Tensor):
         return (ratios * _RATIO_UNITS).round().long()
@@ -155,7 +155,7 @@ def numbers_selected(number: Tensor, ratios: Sequence[float] | Tensor) -> Tensor
         number: the valid tokens of each set, int64 [sets].
         ratios: the ratio of each set.
     """
-    return _round_half_up(_in_units(ratios, number.device), number)
+    return round_half_up(in_units(ratios, number.device), number)
 
 
 def _total(counts: Tensor, placement: Placement) -> Tensor:
@@ -247,7 +247,7 @@ def _before_in_set(ties: Tensor, sets: Tensor, number_of_sets: int) -> Tensor:
     return torch.empty_like(running).index_copy_(0, order, running)
 
 
-def _round_half_up(units: Tensor, number: Tensor) -> Tensor:
+def round_half_up(units: Tensor, number: Tensor) -> Tensor:
     """Return max(1, floor(ratio * number + 1/2)), or 0 if the number is 0, in integer arithmetic.
 
     Args:
@@ -258,13 +258,13 @@ def _round_half_up(units: Tensor, number: Tensor) -> Tensor:
     return torch.minimum(rounded.clamp(min=1), number)
 
 
-def _descending_keys(scores: Tensor) -> Tensor:
+def descending_keys(scores: Tensor) -> Tensor:
     """Map float32 scores to integers in [0, 2^32), int64, that sort in the opposite order."""
     bits = (scores + 0.0).view(torch.int32).long()  # adding 0.0 turns -0 into +0
     return torch.where(bits < 0, bits + (1 << 32), (1 << 31) - 1 - bits)
 
 
-def _score_of(key: Tensor) -> Tensor:
-    """Map keys back to their scores; the inverse of _descending_keys."""
+def score_of_key(key: Tensor) -> Tensor:
+    """Map keys back to their scores; the inverse of descending_keys."""
     bits = torch.where(key >= 1 << 31, key - (1 << 32), (1 << 31) - 1 - key)
     return bits.to(torch.int32).view(torch.float32)

@@ -65,7 +65,7 @@ def select(
 
 @triton.jit
 def _keys(scores, offsets, inside):  # type: ignore[no-untyped-def]
-    """Load scores, float32 read as int32, and map them to keys as _descending_keys does."""
+    """Load scores, float32 read as int32, and map them to keys as descending_keys does."""
     bits = tl.load(scores + offsets, mask=inside, other=0).to(tl.int64)
     bits = tl.where(bits == -(1 << 31), 0, bits)  # -0 is +0
     return tl.where(bits < 0, bits + (1 << 32), (1 << 31) - 1 - bits)

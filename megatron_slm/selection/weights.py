@@ -47,7 +47,7 @@ def soft_weights(
         selection: the tokens that hard selection selects.
         weighting: relu or softmax.
         temperature: of softmax.
-        sets: the set of each sample, int64 [b].
+        sets: the set of each sample, int64 [b], or of each token, int64 [b, s].
         placement: how the samples lie over ranks.
     """
     number_of_sets = len(selection.count)
@@ -56,17 +56,19 @@ def soft_weights(
     else:
         highest = scores.new_full((number_of_sets,), -torch.inf)
         masked = torch.where(valid, scores, -torch.inf)
-        highest.scatter_reduce_(0, sets, masked.amax(1), "amax")
+        most = masked.amax(1) if sets.dim() == 1 else masked.flatten()
+        highest.scatter_reduce_(0, sets.flatten(), most, "amax")
         if placement.shared:
             torch.distributed.all_reduce(highest, ReduceOp.MAX, group=placement.group)
         highest = torch.where(highest.isfinite(), highest, 0.0)
-        raw = torch.exp((masked - highest[sets][:, None]) / temperature)
-    totals = scores.new_zeros(number_of_sets).index_add_(0, sets, raw.sum(1))
+        raw = torch.exp((masked - _by_token(highest, sets)) / temperature)
+    sums = raw.sum(1) if sets.dim() == 1 else raw.flatten()
+    totals = scores.new_zeros(number_of_sets).index_add_(0, sets.flatten(), sums)
     if placement.shared:
         torch.distributed.all_reduce(totals, group=placement.group)
     factor = selection.count / totals.clamp(min=TINY)
-    soft = raw * factor[sets][:, None]
-    return torch.where((totals > TINY)[sets][:, None], soft, selection.selected.float())
+    soft = raw * _by_token(factor, sets)
+    return torch.where(_by_token(totals > TINY, sets), soft, selection.selected.float())
 
 
 def guard_weights(valid: Tensor, selection: Selection, guard: float, sets: Tensor) -> Tensor:
@@ -76,8 +78,14 @@ def guard_weights(valid: Tensor, selection: Selection, guard: float, sets: Tenso
         valid: which tokens may be selected, bool [b, s].
         selection: the tokens that are selected.
         guard: the weight w of the unselected tokens' mean loss.
-        sets: the set of each sample, int64 [b].
+        sets: the set of each sample, int64 [b], or of each token, int64 [b, s].
     """
     unselected = (selection.valid - selection.count).clamp(min=1)
     each = guard * selection.count / unselected
-    return torch.where(valid & ~selection.selected, each[sets][:, None], 0.0).float()
+    return torch.where(valid & ~selection.selected, _by_token(each, sets), 0.0).float()
+
+
+def _by_token(of_sets: Tensor, sets: Tensor) -> Tensor:
+    """Return the values of the tokens' sets, [b, 1] for sets of samples, [b, s] for sets of
+    tokens."""
+    return of_sets[sets].view(len(sets), -1)

@@ -11,7 +11,6 @@ the loss masks.  The last pipeline stage, which has the masks, sends it to the o
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,13 +22,6 @@ from torch import Tensor
 from megatron_slm.selection import TokenSelector
 from megatron_slm.training.micro_batch import MicroBatch
 from megatron_slm.training.settings import Step
-
-
-def has_auxiliary_losses(args: Namespace) -> bool:
-    """Return whether a run's routers have losses of their own."""
-    balancing = args.moe_aux_loss_coeff
-    coefficients = balancing if isinstance(balancing, list) else [balancing]
-    return bool(args.num_experts) and (any(coefficients) or bool(args.moe_z_loss_coeff))
 
 
 class AuxiliaryScale:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 from megatron.training.utils import get_blend_and_blend_per_split
+from msgspec import UNSET
 
 from megatron_slm.data.manifest_types import ScoredData
 from megatron_slm.data.score_cache import Section
@@ -69,6 +70,7 @@ def describe_data(args: Namespace, kind: str) -> ScoredData:
         tokenizer=args.slm_tokenizer,
         vocabulary=args.slm_vocab_size,
         datasets={dataset_name(prefix): dataset_fingerprint(prefix) for prefix in prefixes},
+        inter_document_masking=True if args.dataloader_inter_document_masking else UNSET,
     )
     if kind == "document":
         return source
@@ -100,6 +102,12 @@ def open_caches(args: Namespace) -> Caches:
         raise UserError("--slm-reference-cache cannot be used with --full-validation")
     directories = [Path(directory) for directory in args.slm_reference_cache]
     manifests = [read_cache_manifest(directory) for directory in directories]
+    for directory, manifest in zip(directories, manifests, strict=True):
+        if manifest.values is not UNSET:
+            raise UserError(
+                f"--slm-reference-cache {directory} holds values of the kind {manifest.values}, "
+                "not losses of a reference"
+            )
     kind = manifests[0].kind
     if kind == "sample" and args.dataloader_type != "single":
         raise UserError(
@@ -125,6 +133,13 @@ def open_caches(args: Namespace) -> Caches:
 
 
 def _check(args: Namespace, own: ScoredData, directory: Path, manifest: CacheManifest) -> None:
+    apart, own_apart = (data.inter_document_masking is True for data in (manifest.source, own))
+    if apart != own_apart:
+        raise UserError(
+            f"the score cache {directory} was scored {_with(apart)} "
+            f"--dataloader-inter-document-masking, and this run is {_with(own_apart)} it: its "
+            "tokens have another context; score again with the run's own arguments"
+        )
     scored: dict[str, Any] = msgspec.to_builtins(manifest.source)
     mine: dict[str, Any] = msgspec.to_builtins(own)
     # Documents serve any sequence length, and a cache may have more datasets than a run reads.
@@ -137,6 +152,10 @@ def _check(args: Namespace, own: ScoredData, directory: Path, manifest: CacheMan
         mine["sequence_length"] = args.seq_length
     if found := cache_differences(mine, scored):
         raise UserError(f"the score cache {directory} was made for another run: {found}")
+
+
+def _with(given: bool) -> str:
+    return "with" if given else "without"
 
 
 def _blends(args: Namespace) -> dict[str, tuple[list[str], list[float] | None]]:

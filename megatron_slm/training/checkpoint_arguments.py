@@ -87,7 +87,8 @@ def check_start(args: Namespace) -> Namespace:
     """Check the checkpoint that the run starts from, and compare its model with this run's.
 
     Also sets the arguments by which later checkpoints remember the original model: slm_model_type,
-    and slm_model_vocab_size, the size of its vocabulary, which may exceed the tokenizer's.
+    slm_model_special_ids, and slm_model_vocab_size, the size of its vocabulary, which may exceed
+    the tokenizer's.
 
     Returns:
         The arguments of the run that this one resumes; empty if it starts afresh.
@@ -112,7 +113,8 @@ def check_start(args: Namespace) -> Namespace:
     saved = reader.arguments
     reader.check_objects()
     where = f"{start.flag} {start.directory}"
-    args.slm_model_type = getattr(saved, "slm_model_type", None)
+    for name in ("slm_model_type", "slm_model_special_ids"):
+        setattr(args, name, getattr(saved, name, None))
     differ = differences(saved, args, args.slm_changed)
     if differ:
         said = ", ".join(f"{name} is {there} there and {here} here" for name, there, here in differ)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import tee
 from typing import Any
 
 from megatron.core import mpu
@@ -30,20 +31,21 @@ def form_of(data_iterator: Any) -> list[None] | None:
 
 
 def for_model_chunks(
-    form: list[None] | None, micro_batches: Iterator[MicroBatch], count: int
+    form: list[None] | None, micro_batches: Iterator[MicroBatch]
 ) -> Iterator[MicroBatch] | list[Iterator[MicroBatch]]:
     """Return micro-batches in the form of a step's data iterator.
 
     Args:
         form: the form of the step's iterator, from form_of.
         micro_batches: what the iterator is to yield.  Of several model chunks, the others get
-            empty micro-batches.
-        count: how many micro-batches there are.
+            micro-batches that only know where documents are.
     """
     if form is None:
         return micro_batches
+    copies = tee(micro_batches, len(form))
     chunks: list[Iterator[MicroBatch]] = [
-        (MicroBatch(number) for number in range(count)) for _ in form
+        (MicroBatch(batch.number, packed=batch.packed) for batch in copy) for copy in copies
     ]
-    chunks[0 if mpu.is_pipeline_first_stage() else -1] = micro_batches
+    own = 0 if mpu.is_pipeline_first_stage() else -1
+    chunks[own] = copies[own]
     return chunks

@@ -19,6 +19,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 from megatron_slm.data.dataset_check import TOKENIZER_KINDS, check_quickly
 from megatron_slm.data.scored_dataset import SampleScored, document_scored
 from megatron_slm.errors import UserError
+from megatron_slm.model.documents import packs_documents
 from megatron_slm.training.caches import SPLITS, Caches, data_prefixes
 from megatron_slm.training.data_parts import check_parts
 
@@ -120,8 +121,16 @@ class DatasetProvider:
 
 
 def reads_data(vp_stage: int | None = None) -> bool:
-    """Return whether this rank reads samples."""
-    return mpu.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(vp_stage)
+    """Return whether this rank, or the model chunk `vp_stage` on it, reads samples."""
+    if mpu.get_tensor_model_parallel_rank() != 0:
+        return False
+    if is_first_or_last_pipeline_stage(vp_stage):
+        return True
+    # A stage between has to know where documents end.
+    between = not is_first_or_last_pipeline_stage(None)
+    last_chunk = mpu.get_virtual_pipeline_model_parallel_world_size()
+    own = vp_stage is None or vp_stage + 1 == last_chunk
+    return packs_documents(get_args()) and between and own
 
 
 def _built(builder: BlendedMegatronDatasetBuilder) -> list[Any]:
@@ -173,4 +182,5 @@ def _dataset_config(args: Any) -> GPTDatasetConfig:
         context_parallel_size=args.context_parallel_size,
         data_parallel_size=args.data_parallel_size,
         sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
+        inter_document_masking=args.dataloader_inter_document_masking,
     )

@@ -156,6 +156,7 @@ class TokenDumps:
             ),
             reference_losses=reference[0] if reference else None,
             selected=selected > 0,
+            documents=samples.documents(len(losses)),
         )
         try:
             write_dump(self.directory, dump)

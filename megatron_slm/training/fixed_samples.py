@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_slm.data.manifest_types import DumpOrigin
 from megatron_slm.data.scored_dataset import SampleScored
+from megatron_slm.model.documents import packs_documents
 from megatron_slm.training.datasets import DatasetProvider
 from megatron_slm.training.micro_batch import MicroBatch, read_micro_batches, whole_sequences
 
@@ -77,6 +78,17 @@ class FixedSamples:
         ids = [np.append(row["tokens"][:1].numpy(), row["labels"].numpy()) for row in rows]
         valid = [row["loss_mask"].numpy() > 0 for row in rows]
         return np.stack(ids).astype(np.int32), np.stack(valid)
+
+    def documents(self, count: int) -> NDArray[np.int32] | None:
+        """Return the number within its sample of the document that each token of the first `count`
+        samples is in, int32 [count, s]; None in runs in which documents see each other."""
+        if not packs_documents(get_args()):
+            return None
+        rows = [self.dataset[int(number)]["cu_seqlens"].numpy() for number in self.numbers(count)]
+        places = np.arange(rows[0][-1])
+        bounds = [np.unique(row) for row in rows]  # without documents that have no token
+        numbers = [np.searchsorted(of_row, places, side="right") - 1 for of_row in bounds]
+        return np.stack(numbers).astype(np.int32)
 
     def domains(self, count: int) -> list[int]:
         """Return the number in the blend of the dataset that each of the first `count` samples is

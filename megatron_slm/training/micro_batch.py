@@ -1,8 +1,13 @@
 """Read micro-batches in the form that the forward step takes: on this rank's device, cut for its
-layout."""
+layout.
+
+A sample may be packed with several documents that do not see each other (model/documents.py).  Its
+tensors are the same either way; only the arguments of the model differ.
+"""
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +19,17 @@ from megatron.training import get_args
 from torch import Tensor
 
 from megatron_slm.errors import UserError
-from megatron_slm.selection import Choice
+from megatron_slm.model.documents import (
+    Documents,
+    PackedForPlainLayers,
+    document_bounds,
+    documents_at,
+    joined,
+    packed_as_one,
+    packs_documents,
+    takes_one_sequence,
+)
+from megatron_slm.selection import Choice, context_parallel_part
 
 FIELDS = ("tokens", "position_ids", "labels", "loss_mask")
 
@@ -37,6 +52,9 @@ class MicroBatch:
     """The tokens to predict, int64; on the last pipeline stage."""
     loss_mask: Tensor | None = None
     """1 where a token's loss counts and 0 elsewhere, float32; on the last pipeline stage."""
+    packed: Documents | None = None
+    """Where the documents of whole samples lie, not cut for the layout; on every pipeline stage, in
+    runs whose samples are packed with documents that do not see each other."""
     domains: Tensor | None = None
     """The number in the blend of each sample's dataset, int64 [b]; on the last stage, in runs on a
     blend."""
@@ -55,14 +73,50 @@ class MicroBatch:
         assert self.loss_mask is not None
         return self.loss_mask > 0
 
-    def model_inputs(self) -> dict[str, Tensor | None]:
-        """Return the arguments of GPTModel.forward; attention is causal and needs no mask."""
-        return {
-            "input_ids": self.tokens,
-            "position_ids": self.position_ids,
+    @property
+    def documents(self) -> Tensor | None:
+        """The number of each token's document within its sample, from 0, int64 [b, s/c].
+
+        None in runs in which documents see each other.  A label belongs to the document of the
+        token that it is predicted from.
+        """
+        return None if self.packed is None else _own_part(self.packed.numbers)
+
+    @property
+    def document_positions(self) -> Tensor | None:
+        """The position of each token within its document, from 0, int64 [b, s/c]; None as above."""
+        return None if self.packed is None else _own_part(self.packed.positions)
+
+    def model_inputs(self, args: Namespace, *others: MicroBatch) -> dict[str, Any]:
+        """Return the arguments of GPTModel.forward for this micro-batch, and others joined to it.
+
+        Attention is causal and needs no mask.  If the model takes packed documents as one sequence,
+        its losses have the shape [1, b * s/c].
+
+        Args:
+            args: the model's arguments.
+            others: the other micro-batches.
+        """
+        batches = (self, *others)
+        inputs = {
+            "input_ids": _joined([batch.tokens for batch in batches]),
+            "position_ids": _joined([batch.position_ids for batch in batches]),
             "attention_mask": None,
-            "labels": self.labels,
+            "labels": _joined([batch.labels for batch in batches]),
         }
+        parts = [batch.packed for batch in batches if batch.packed is not None]
+        if not parts:
+            return inputs
+        documents = parts[0] if len(parts) == 1 else joined(parts)
+        if not takes_one_sequence(args):
+            return inputs | {"packed_seq_params": PackedForPlainLayers(documents)}
+        pipelined = mpu.get_pipeline_model_parallel_world_size() > 1
+        if not documents.several and not (pipelined and len(documents.bounds) > 1):
+            return inputs  # as in a run without packing, to the bit
+        flat = {
+            name: None if value is None else value.reshape(1, -1) for name, value in inputs.items()
+        }
+        return flat | {"packed_seq_params": packed_as_one(documents)}
 
 
 def read_micro_batches(
@@ -88,17 +142,24 @@ def read_micro_batches(
     first = mpu.is_pipeline_first_stage()
     last = mpu.is_pipeline_last_stage()
     tp_rank = mpu.get_tensor_model_parallel_rank()
+    packs = packs_documents(args)
     for number in range(count):
-        if not (first or last):
+        if not (first or last or packs):
             yield MicroBatch(number)
             continue
         batch: dict[str, Any] = {}
-        domains = losses = None
+        domains = losses = packed = None
         sample: dict[str, Tensor] = {}
         if tp_rank == 0:
             sample = next(data_iterator)
+        if packs:
+            packed = _documents(sample, micro_batch_size, number)
+        if not (first or last):
+            yield MicroBatch(number, packed=packed)
+            continue
+        if tp_rank == 0:
             if args.sft:
-                _check_one_conversation(sample)
+                sample["labels"].clamp_(min=0)  # those of prompts are -100, and masked
             batch = {name: sample[name].cuda(non_blocking=True) for name in FIELDS}
         if with_domains and last:
             domains = _shared(sample.get("dataset_id"), (micro_batch_size,), torch.int64)
@@ -128,6 +189,7 @@ def read_micro_batches(
         )
         yield MicroBatch(
             number,
+            packed=packed,
             domains=domains,
             **{name: batch[name] for name in (*FIELDS, "reference_losses")},
         )
@@ -160,18 +222,53 @@ def _shared(values: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -
     return result
 
 
-def _check_one_conversation(sample: dict[str, Tensor]) -> None:
-    """Refuse samples with several conversations: attention would reach from one to the next.
+def _documents(sample: dict[str, Tensor], micro_batch_size: int, number: int) -> Documents:
+    """Locate the documents of a micro-batch.  Collective over the tensor-parallel ranks.
 
-    Also replaces the labels of prompts, -100, by a valid token, whose loss is masked.
+    The host has to know the lengths of documents.  The loader left them in its memory; other
+    tensor-parallel ranks wait for the device, as Megatron's own broadcast of them does.
+
+    Args:
+        sample: what the loader yielded; empty but on the first tensor-parallel rank.
+        micro_batch_size: samples of the micro-batch.
+        number: number of the micro-batch.
 
     Raises:
-        UserError: a sample has several conversations.
+        UserError: the samples do not say where documents are, or do so wrongly, or the layers
+            cannot take them in this layout.
     """
-    starts = sample["cu_seqlens"]  # [b, s + 1]: where conversations start, then s
-    if (starts[:, 1:] < sample["tokens"].shape[1]).any():
+    args = get_args()
+    length = args.seq_length
+    if mpu.get_tensor_model_parallel_rank() == 0 and "cu_seqlens" not in sample:
         raise UserError(
-            "--sft: a line of the data has several conversations (system messages start them), "
-            "and packed sequences are not supported; write one conversation a line"
+            "the samples have no cu_seqlens, which say where their documents end: this script's "
+            "own datasets have to add them, or leave --dataloader-inter-document-masking out"
         )
-    sample["labels"].clamp_(min=0)
+    ends = _shared(sample.get("cu_seqlens"), (micro_batch_size, length + 1), torch.int32)
+    rows: list[list[int]] = sample.get("cu_seqlens", ends).tolist()
+    bounds = [
+        document_bounds(row, length, f"sample {place} of micro-batch {number}")
+        for place, row in enumerate(rows)
+    ]
+    documents = documents_at(bounds, ends, length)
+    if args.context_parallel_size > 1 and takes_one_sequence(args) and documents.several:
+        raise UserError(
+            "--context-parallel-size: a sample has several documents, which Transformer Engine's "
+            "attention wants cut over the ranks document by document, while selection goes by "
+            "whole samples: leave it out, or put one conversation on each line of the data"
+        )
+    return documents
+
+
+def _own_part(whole: Tensor) -> Tensor:
+    """Return this context-parallel rank's part, [b, s/c], of values of whole samples, [b, s]."""
+    rank, size = mpu.get_context_parallel_rank(), mpu.get_context_parallel_world_size()
+    return whole if size == 1 else context_parallel_part(whole, rank, size)
+
+
+def _joined(parts: list[Tensor | None]) -> Tensor | None:
+    """Join what several micro-batches have of one kind; None if this stage does not have it."""
+    known = [part for part in parts if part is not None]
+    if len(known) < 2:
+        return known[0] if known else None
+    return torch.cat(known)

@@ -31,6 +31,7 @@ from megatron_slm.errors import UserError
 from megatron_slm.loss import same_on_ranks
 from megatron_slm.selection import (
     Choice,
+    DocumentPlaces,
     TokenSelector,
     context_parallel_part,
     random_scores,
@@ -88,18 +89,28 @@ class MicroBatchObjective:
     ) -> Tensor:
         """Return how much each token counts, float32 [b, s/c], or whether it counts, bool [b, s/c].
 
+        All are [1, b * s/c] if the model was given its samples as one sequence.
+
         Args:
             losses: the policy's losses without padding in the softmax, float32 [b, s/c].
             entropies: its entropies, if the score needs them.
             trained: its losses with padding.
         """
-        batch = self.micro_batch
+        batch, shape = self.micro_batch, losses.shape
+        losses, entropies, trained = map(self._by_sample, (losses, entropies, trained))
         self.losses, self.trained = losses, trained
         if not self.step.selects:
-            return batch.valid
+            return batch.valid.view(shape)
+        assert losses is not None
         scores = self.score(losses, entropies)
         self.choice = batch.choice or self._choose(batch, scores)
-        return self.choice.selected if self.choice.weights is None else self.choice.weights
+        counted = self.choice.selected if self.choice.weights is None else self.choice.weights
+        return counted.view(shape)
+
+    def _by_sample(self, values: Tensor | None) -> Tensor | None:
+        """Return values of tokens, which may be [1, b * s/c], as [b, s/c]."""
+        assert self.micro_batch.loss_mask is not None
+        return None if values is None else values.view(self.micro_batch.loss_mask.shape)
 
     def score(self, losses: Tensor, entropies: Tensor | None) -> Tensor:
         """Set and return the tokens' scores, given the policy's losses and entropies."""
@@ -133,7 +144,10 @@ class MicroBatchObjective:
         if self.step.thresholds is not None:
             thresholds = self.step.thresholds
             return self.selector.choose_above(scores, batch.valid, thresholds, batch.domains)
-        return self.selector.choose(scores, batch.valid, self.step.ratio, batch.domains)
+        documents = None
+        if batch.documents is not None and batch.document_positions is not None:
+            documents = DocumentPlaces(batch.documents, batch.document_positions)
+        return self.selector.choose(scores, batch.valid, self.step.ratio, batch.domains, documents)
 
     def __call__(self, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the loss: Megatron's loss function.

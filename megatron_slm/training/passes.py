@@ -1,4 +1,4 @@
-"""Score micro-batches in forward-only passes of their own, before a step's schedule."""
+"""Run a step's schedule, and before it score micro-batches in forward-only passes of their own."""
 
 from __future__ import annotations
 
@@ -6,12 +6,25 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from megatron.training import get_args
 from torch import Tensor
 
 from megatron_slm.loss import Scoring, all_losses
+from megatron_slm.model.documents import activation_shape
 from megatron_slm.reference import Reference, Scored
 from megatron_slm.training.data_iterators import for_model_chunks
 from megatron_slm.training.micro_batch import MicroBatch
+
+
+def run_in_shape(schedule: Callable[..., Any], **arguments: Any) -> Any:
+    """Run a schedule, and tell it the shape of what the policy's pipeline stages send each other.
+
+    Args:
+        schedule: Megatron's schedule.
+        arguments: its arguments, as Megatron gives them.
+    """
+    length, samples = arguments["seq_length"], arguments["micro_batch_size"]
+    return schedule(**arguments | activation_shape(get_args(), length, samples))
 
 
 def score_with_policy(
@@ -40,7 +53,7 @@ def score_with_policy(
         data_iterator: Iterator[MicroBatch], model: torch.nn.Module
     ) -> tuple[Tensor, Callable[..., Any]]:
         output = model(
-            **next(data_iterator).model_inputs(),
+            **next(data_iterator).model_inputs(get_args()),
             output_processor=all_losses,
             output_processor_context=scoring,
         )
@@ -55,15 +68,16 @@ def score_with_policy(
             **arguments
             | {
                 "forward_step_func": score,
-                "data_iterator": for_model_chunks(
-                    form, noting(micro_batches, read), arguments["num_microbatches"]
-                ),
+                "data_iterator": for_model_chunks(form, noting(micro_batches, read)),
                 "forward_only": True,
                 "collect_non_loss_data": True,
             }
         )
     for model in models:
         model.train()
+    size = arguments["micro_batch_size"]
+    # [1, b * s/c] if the samples were passed as one sequence.
+    scored = [said.reshape(*said.shape[:-2], size, -1) for said in scored]
     return read, [tuple(said) if scoring.entropies else (said, None) for said in scored]
 
 

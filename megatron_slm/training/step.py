@@ -24,14 +24,15 @@ from megatron_slm.loss import Scoring, Selecting, Telling, dense_losses, loss_of
 from megatron_slm.reference import Reference, Scored
 from megatron_slm.selection import Choice, Ranks, TokenSelector
 from megatron_slm.training import nan
-from megatron_slm.training.auxiliary_losses import AuxiliaryScale, has_auxiliary_losses
+from megatron_slm.training.auxiliary_losses import AuxiliaryScale
 from megatron_slm.training.carried_thresholds import CarriedThresholds
+from megatron_slm.training.command_line.experts import has_auxiliary_losses
 from megatron_slm.training.data_iterators import for_model_chunks, form_of, own_iterator
 from megatron_slm.training.device_timer import timed
 from megatron_slm.training.dump import TokenDumps
 from megatron_slm.training.micro_batch import MicroBatch, read_micro_batches
 from megatron_slm.training.objective import MicroBatchObjective
-from megatron_slm.training.passes import noting, score_with_policy, with_reference
+from megatron_slm.training.passes import noting, run_in_shape, score_with_policy, with_reference
 from megatron_slm.training.settings import SelectiveSettings, Step
 from megatron_slm.training.sources import Source
 
@@ -106,6 +107,7 @@ class SelectiveStep:
         """
         if self.step is None:
             self._build(arguments["model"])
+        schedule = partial(run_in_shape, schedule)
         # Validation alone (--skip-train) never sets the current iteration.
         iteration = getattr(get_args(), "curr_iteration", get_args().iteration)
         form = form_of(data_iterator)
@@ -130,7 +132,7 @@ class SelectiveStep:
             micro_batches = iter(read)
         try:
             result = schedule(
-                data_iterator=for_model_chunks(form, micro_batches, arguments["num_microbatches"]),
+                data_iterator=for_model_chunks(form, micro_batches),
                 forward_only=forward_only,
                 **arguments,
             )
@@ -171,7 +173,7 @@ class SelectiveStep:
         objective = MicroBatchObjective(micro_batch, self.settings, self.step, self.selector)
         last = get_attr_wrapped_model(model, "post_process")
         head = self._head(objective) if last else {}
-        return model(**micro_batch.model_inputs(), **head), objective
+        return model(**micro_batch.model_inputs(get_args()), **head), objective
 
     def save(self, iteration: int) -> None:
         """Write what has to be on the disk before the policy's checkpoint of `iteration`.

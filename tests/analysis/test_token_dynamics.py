@@ -3,8 +3,10 @@ against Hugging Face's Llama."""
 
 from __future__ import annotations
 
+import base64
 import re
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +19,16 @@ from torch.nn.functional import cross_entropy
 import oracle
 from jobs import SEQUENCE, VOCABULARY, Checkpoints, Corpus
 from launch import REPOSITORY, Run, launch, pretrain
-from megatron_slm.analysis.dynamics.dynamics_files import read_dynamics_table
+from megatron_slm.analysis.dynamics.dynamics_files import (
+    read_dynamics_table,
+    write_dynamics_table,
+)
+from megatron_slm.analysis.dynamics.rows import in_context
 from megatron_slm.analysis.dynamics.token_dynamics import TokenDynamics, classify
+from megatron_slm.analysis.report.settings import RunSettings
+from megatron_slm.analysis.report.token_map import token_map
 from megatron_slm.data.manifest_types import DumpOrigin
-from megatron_slm.data.token_dump import TokenDump, read_dumps
+from megatron_slm.data.token_dump import TokenDump, read_dumps, write_dump
 from megatron_slm.errors import UserError
 
 TOOL = str(REPOSITORY / "tools" / "token_dynamics.py")
@@ -60,6 +68,26 @@ def test_classes_are_those_of_polyfit() -> None:
         np.testing.assert_allclose(found.mean_curve(name), own.mean(1), rtol=1e-5)
         assert found.share(name) == pytest.approx(expected.count(name) / len(expected))
         assert all(expected[at] == name for at in found.examples(name, 3))
+
+
+def test_documents_that_do_not_see_each_other(tmp_path: Path) -> None:
+    """A token is shown among those of its own document, in the table and the map too."""
+    documents = np.array([[0, 0, 1, 1, 1, 2]], np.int32)  # of tokens 0 to 5
+    losses = np.stack([np.full((1, 6), 3.0), np.full((1, 6), 1.0)]).astype(np.float32)
+    dumps = dumps_of(losses, [1, 2], np.ones((1, 6), bool))
+    dumps = [replace(dump, documents=documents) for dump in dumps]
+    found = classify(dumps)
+    assert found.documents is not None and found.documents.tolist() == [0, 1, 1, 1, 2, 2]
+    texts = list("bcdefg")
+    assert in_context(found, texts, 2)[:3] == ("c", "d", "e")
+    assert in_context(replace(found, documents=None), texts, 2)[:3] == ("bc", "d", "efg")
+    table, read_texts = read_dynamics_table(write_dynamics_table(tmp_path, found, texts))
+    assert read_texts == texts and np.array_equal(table.documents, found.documents)
+    write_dump(tmp_path, dumps[0])
+    (read,) = read_dumps(tmp_path)
+    packed = token_map([read], None, RunSettings({}))
+    assert base64.b64decode(packed["begins"]) == bytes([0b010010])
+    assert token_map([replace(read, documents=None)], None, RunSettings({}))["begins"] == ""
 
 
 def test_what_is_no_number_is_refused() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import zlib
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,10 @@ def write_cache(directory: Path, kind: Any, name: str, records: int, rows: np.nd
     return Section(directory, manifest, name)
 
 
-def build(prefix: str, kind: Any = GPTDataset, count: int = 400) -> Any:
+def build(prefix: str, kind: Any = GPTDataset, count: int = 400, apart: bool = False) -> Any:
     """Training samples in Megatron's order, of more than one epoch."""
-    config = gpt_config(LENGTH, EOD + 1, random_seed=5, blend=([prefix], None), eod_mask_loss=True)
+    kinds = {"eod_mask_loss": True, "inter_document_masking": apart}
+    config = gpt_config(LENGTH, EOD + 1, random_seed=5, blend=([prefix], None), **kinds)
     builder = BlendedMegatronDatasetBuilder(kind, [count, 0, 0], lambda: True, config)
     return builder.build()[0]
 
@@ -77,6 +79,49 @@ def test_windows_hold_every_token_once(prefix: str) -> None:
     assert (labels[TOKENS:] == EOD).all() and len(labels) - TOKENS < SCORED_LENGTH
     tokens = torch.cat([sample["tokens"] for sample in samples])
     assert tokens[0] == EOD and torch.equal(tokens[1:], labels[:-1])
+
+
+@pytest.mark.parametrize("length", [16, SCORED_LENGTH, 250])
+def test_windows_of_documents_that_do_not_see_each_other(prefix: str, length: int) -> None:
+    """Every token is a label once; a document that fits is whole in one window, and begins anew."""
+    dataset = IndexedDataset(prefix)
+    windows = DocumentWindows(dataset, length, EOD, apart=True)
+    ends = np.cumsum(dataset.index.sequence_lengths).tolist()
+    pieces: list[list[int]] = []  # of labels, by the document that their inputs are in
+    for index in range(len(windows)):
+        sample = windows[index]
+        cuts = sample["cu_seqlens"].tolist()
+        assert len(cuts) == length + 1 and cuts[0] == 0 and cuts[-1] == length
+        for start, stop in pairwise(sorted(set(cuts))):
+            labels = sample["labels"][start:stop].tolist()
+            assert sample["position_ids"][start:stop].tolist() == list(range(stop - start))
+            if labels[0] == EOD:
+                assert set(labels) == {EOD}  # what is missing
+                continue
+            assert sample["tokens"][start].item() == (labels[0] or EOD + 1) - 1
+            assert sample["tokens"][start + 1 : stop].tolist() == labels[:-1]
+            pieces.append(labels)
+    assert [label for piece in pieces for label in piece] == list(range(TOKENS))
+    # The first label has an input of its own; that of a document's first token is one before it.
+    for first, end in pairwise([0, *ends]):
+        if first < end < TOKENS and end - first <= length:
+            assert list(range(first + 1, end + 1)) in pieces
+
+
+def test_losses_by_document_of_documents_that_do_not_see_each_other(
+    prefix: str, tmp_path: Path
+) -> None:
+    """Each label's own, and those of a document that fits come from a window that has it whole."""
+    windows = DocumentWindows(IndexedDataset(prefix), SCORED_LENGTH, EOD, apart=True)
+    rows = np.stack([windows[index]["labels"].numpy() for index in range(len(windows))])
+    section = write_cache(tmp_path, "document", "positions", len(rows), rows.astype(np.int32))
+    scored = build(prefix, document_scored({"positions": section}), apart=True)
+    for index in range(0, len(scored), 3):
+        sample = scored[index]
+        assert "cu_seqlens" in sample
+        torch.testing.assert_close(
+            sample["reference_losses"], sample["labels"] / 1000, rtol=0.0, atol=1e-6
+        )
 
 
 def test_losses_by_document_are_those_of_the_labels(prefix: str, tmp_path: Path) -> None:

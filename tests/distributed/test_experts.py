@@ -157,7 +157,7 @@ def setting(
 def test_experts_agree_with_oracle(name: str, setting: Setting, tmp_path: Path) -> None:
     """Losses, selected tokens, gradient norms, and the routers' gradients."""
     case = CASES[name]
-    outputs = setting.server.run("record", case.ranks, setting.arguments(case), tmp_path)
+    outputs = setting.server.run("record experts", case.ranks, setting.arguments(case), tmp_path)
     run = Run(tmp_path, outputs, [0] * case.ranks)
     steps, gradients = setting.expected(case, tmp_path)
     if case.ratio == 1.0:
@@ -190,7 +190,7 @@ def test_dense_policy_with_experts_as_reference(setting: Setting, tmp_path: Path
         *"--micro-batch-size 3 --slm-token-ratio 0.6 --tensorboard-dir tensorboard".split(),
         *"--tensor-model-parallel-size 2".split(),
     ]
-    outputs = setting.server.run("record", 2, arguments, tmp_path)
+    outputs = setting.server.run("record experts", 2, arguments, tmp_path)
     directory = setting.dense.policy / "iter_0000002"
     expected = oracle.train(
         oracle.llama(directory, tmp_path, heads=4, groups=2, tied=False),
@@ -274,7 +274,7 @@ def test_full_ratio_is_bitwise_causal_language_modeling(setting: Setting, tmp_pa
             "--slm-token-ratio 0.6 --slm-scope global-batch --slm-global-batch exact".split(),
         ),
     ):
-        setting.server.run("record", 2, [*ours, *extra], tmp_path / name)
+        setting.server.run("record experts", 2, [*ours, *extra], tmp_path / name)
     tags = ("lm loss", "grad-norm", "load_balancing_loss", "global_load_balancing_loss", "z_loss")
     full = Run(tmp_path / "full", [], [])
     for tag in tags:

@@ -99,16 +99,15 @@ def test_training(
     kind: str, corpus: Corpus, untied: Checkpoints, server: Server, tmp_path: Path
 ) -> None:
     """Weights, optimizer and average at the end, bit for bit."""
-    ranks, steps = 2, 4 * KILLS + 4  # more than are made until the last is killed
+    ranks, steps = 2, 4 * KILLS + 4  # more than are made until the last kill
     options = f"--train-iters {steps} --micro-batch-size 3 --global-batch-size {GLOBAL_BATCH // 2}"
-    options += f" --num-workers 1 --eval-iters 0 --save-interval 1 {KINDS[kind]}"
+    options += f" --num-workers 1 --eval-iters 0 {KINDS[kind]}"
     model = untied.without_reference[: untied.without_reference.index("--load")]
     start = ["--pretrained-checkpoint", str(untied.policy)]
     arguments = [*corpus.arguments, *model, *start, *options.split()]
     whole, saved = tmp_path / "whole", tmp_path / "saved"
-    server.run("train", ranks, [*arguments, "--save", str(whole)], tmp_path / "job")
     saved.mkdir()
-    again = [*arguments, "--load", str(saved), "--save", str(saved)]
+    again = [*arguments, "--load", str(saved), "--save", str(saved), "--save-interval", "1"]
     kill_again_and_again(
         server,
         "train",
@@ -118,8 +117,12 @@ def test_training(
         lambda: len(os.listdir(saved)),  # a directory for each iteration, made when a save begins
         2,
     )
-    server.run("train", ranks, again, tmp_path / "killed")
-    last = f"iter_{steps:07d}"
+    tracker = saved / "latest_checkpointed_iteration.txt"
+    end = 2 + (int(tracker.read_text()) if tracker.exists() else 0)
+    server.run("train", ranks, [*again, "--exit-interval", str(end)], tmp_path / "killed")
+    once = ["--save", str(whole), "--save-interval", str(end), "--exit-interval", str(end)]
+    server.run("train", ranks, [*arguments, *once], tmp_path / "job")
+    last = f"iter_{end:07d}"
     for each in [last] + [f"ema/{last}"] * ("average" in kind):
         expected, found = tensors(whole / each), tensors(saved / each)
         assert expected.keys() == found.keys()

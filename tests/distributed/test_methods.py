@@ -13,7 +13,7 @@ from torch import Tensor
 
 import oracle
 from agreement import agrees_with_oracle, selected_tokens, train_oracle
-from jobs import GLOBAL_BATCH, STEPS, Checkpoints, Corpus
+from jobs import GLOBAL_BATCH, POLICY, STEPS, UNTIED, Checkpoints, Corpus, train_checkpoint
 from launch import Run, pretrain
 
 MICRO_BATCH = 3
@@ -85,6 +85,25 @@ def test_method_agrees_with_oracle(
     agrees_with_oracle(run, expected, MICRO_BATCH)
     if "exact" in flags:
         assert "slm-ranking" in run.outputs[-1]
+
+
+def test_a_policy_like_qwen(
+    corpus: Corpus,
+    untied: Checkpoints,
+    samples: dict[str, Tensor],
+    validation: dict[str, Tensor],
+    tmp_path: Path,
+) -> None:
+    """Biases of Qwen2, norms of Qwen3, and heads and a rotary base of their own, against a
+    reference without."""
+    more = "--add-qkv-bias --qk-layernorm --kv-channels 24".split()
+    start = Checkpoints(tmp_path / "policy", untied.reference, False, more, base=500)
+    model = [*POLICY, *more, *UNTIED, "--rotary-base", str(start.base)]
+    train_checkpoint(corpus, start.policy, model, steps=2)
+    method = oracle.Method(RATIO, scope_samples=MICRO_BATCH, micro_batch=MICRO_BATCH)
+    expected = train_oracle(start, samples, validation, method)
+    run = run_method(corpus, start, "tp2 sp", "", tmp_path / "run")
+    agrees_with_oracle(run, expected, MICRO_BATCH)
 
 
 def test_random_selection_does_not_depend_on_the_layout(

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -279,6 +280,33 @@ def test_losses_by_document(corpus: Corpus, untied: Checkpoints, by_document: Pa
     stored = losses(by_document, corpus.prefix.name)
     assert len(stored) - count in (0, 1)
     np.testing.assert_allclose(stored[:count].ravel(), expected.numpy(), rtol=1e-5, atol=2e-5)
+
+
+def test_transformers_gives_the_same_losses(
+    corpus: Corpus, untied: Checkpoints, by_document: Path, tmp_path: Path
+) -> None:
+    """Scored by the reference's weights in transformers, on two ranks that do not know each other,
+    with nothing else but the origin that tells the two caches apart."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    checkpoint = untied.reference / "iter_0000010"
+    oracle.llama(checkpoint, tmp_path, heads=6, groups=6, tied=False).save_pretrained(
+        tmp_path / "hf"
+    )
+    tool = TOOL.replace("score_reference", "score_with_model")
+    data = f"--data-path {corpus.prefix} --seq-length {SEQUENCE} --tokenizer-type NullTokenizer"
+    own = f"--vocab-size {VOCABULARY} --model {tmp_path}/hf --slm-reference-cache {tmp_path}/cache"
+    command = [tool, *f"{data} {own} --cache-dtype float32".split()]
+    launch(2, command, tmp_path / "job")
+    one, other = (read_cache_manifest(each) for each in (tmp_path / "cache", by_document))
+    assert msgspec.structs.replace(one, reference=other.reference) == other
+    dataset = IndexedDataset(str(corpus.prefix))
+    tokens = dataset.index.sequence_lengths.sum()
+    found, expected = (
+        losses(each, corpus.prefix.name).ravel()[:tokens]
+        for each in (tmp_path / "cache", by_document)
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-5)
 
 
 def test_losses_by_document_serve_other_runs(

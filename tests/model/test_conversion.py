@@ -6,6 +6,7 @@ import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -17,17 +18,18 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     LlamaConfig,
-    LlamaForCausalLM,
     MistralConfig,
-    MistralForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    SeedOssConfig,
 )
 
 from launch import REPOSITORY, Run, launch, pretrain
-from megatron_slm.model.architecture import from_hugging_face
 from megatron_slm.model.conversion.export_hf import export_hugging_face
 from megatron_slm.model.conversion.import_hf import import_hugging_face
+from megatron_slm.model.hugging_face_config import from_hugging_face
 
 TOOL = str(REPOSITORY / "tools" / "convert_checkpoint.py")
 VOCABULARY = 32003
@@ -72,8 +74,9 @@ def tool(*arguments: object, ranks: int = 1, directory: Path, check: bool = True
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
-    """Make a Mistral with a window, in several files, and a Llama with multi-head attention,
-    Llama 3.2's rope and tied embeddings, and a config.json as they have on the Hub."""
+    """Make a Mistral with a window, in several files; a Llama with multi-head attention, Llama
+    3.2's rope and tied embeddings, and a config.json as they have on the Hub; a tied Qwen2, whose
+    window is not used; and a Qwen3."""
     directory = tmp_path_factory.mktemp("models")
     torch.manual_seed(1)
     mistral = MistralConfig(
@@ -89,13 +92,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
         rms_norm_eps=1e-5,
         rope_parameters=LLAMA3,
     )
+    qwen2 = Qwen2Config(**SHAPE, tie_word_embeddings=True, sliding_window=10)
+    qwen3 = Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=False)
     made = {}
-    for name, model in (
-        ("mistral", MistralForCausalLM(mistral)),
-        ("llama", LlamaForCausalLM(llama)),
-    ):
+    for config in (mistral, llama, qwen2, qwen3):
+        name, model = config.model_type, AutoModelForCausalLM.from_config(config)
         for parameter in model.parameters():
-            if parameter.ndim == 1:  # norms begin as ones, which hide where they are
+            if parameter.ndim == 1:  # norms begin as ones, and biases as zeros: no matter where
                 torch.nn.init.uniform_(parameter, 0.5, 1.5)
         hf, megatron = directory / name, directory / f"{name}-megatron"
         model.save_pretrained(hf, max_shard_size="2MB")
@@ -175,6 +178,17 @@ LAYOUTS = {
         4,
         "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2",
     ),
+    "qwen2 tp2 pp2": (
+        "qwen2",
+        4,
+        "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2",
+    ),
+    "qwen3 tp2": ("qwen3", 2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "qwen3 pp2 vpp2": (
+        "qwen3",
+        2,
+        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
+    ),
 }
 
 
@@ -223,8 +237,10 @@ def test_converted_reference(models: dict[str, Model], tokens: Path, tmp_path: P
     assert run.scalars("reference loss")[1] == pytest.approx(loss.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["mistral", "llama"])
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "ranks"),
+    [("mistral", 1), ("mistral", 2), ("llama", 1), ("llama", 2), ("qwen2", 2), ("qwen3", 1)],
+)
 def test_round_trip_is_exact(
     name: str, ranks: int, models: dict[str, Model], tmp_path: Path
 ) -> None:
@@ -248,19 +264,25 @@ def config_of(hf: Path) -> dict[str, object]:
     return config | {"_name_or_path": None, "initializer_range": None}
 
 
-FAMILIES: dict[str, PreTrainedConfig] = {
-    "llama": LlamaConfig(),
-    "llama 3": LlamaConfig(rope_parameters=LLAMA3),
-    "mistral": MistralConfig(sliding_window=10),
-    "mistral v0.3": MistralConfig(sliding_window=None),
+ALL_LAYERS = {"use_sliding_window": True, "sliding_window": 10, "max_window_layers": 0}
+FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "llama": (LlamaConfig, {}),
+    "llama 3": (LlamaConfig, {"rope_parameters": LLAMA3}),
+    "mistral": (MistralConfig, {"sliding_window": 10}),
+    "mistral v0.3": (MistralConfig, {"sliding_window": None}),
+    "qwen2": (Qwen2Config, {}),
+    "qwen2 with a window": (Qwen2Config, ALL_LAYERS),
+    "qwen3": (Qwen3Config, {}),
+    "qwen3 with a window": (Qwen3Config, ALL_LAYERS),
+    "seed-oss": (SeedOssConfig, {}),
 }
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_family_stays(name: str, tmp_path: Path) -> None:
     """With --like and without, and with more positions than the original has."""
-    config = FAMILIES[name]
-    config.update(SHAPE | {"vocab_size": 131, "head_dim": 16})
+    kind, changes = FAMILIES[name]
+    config = kind(**SHAPE | {"vocab_size": 131, "head_dim": 16} | changes)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "hf")
     import_hugging_face(tmp_path / "hf", tmp_path / "megatron", 128)
     original = config_of(tmp_path / "hf")

@@ -77,7 +77,23 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 FULL_LLAMA3 = LLAMA3 | {"rope_theta": 10000.0, "original_max_position_embeddings": 8192}
 
 IMPORTS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "another architecture": (change_config(model_type="qwen2"), "model_type 'qwen2'"),
+    "another architecture": (change_config(model_type="gpt2"), "model_type 'gpt2'"),
+    "norms after attention": (
+        change_config(model_type="olmo2"),
+        "it has norms after attention and MLP in place of those before them",
+    ),
+    "Gemma": (change_config(model_type="gemma3_text"), "it has embeddings scaled by the root of"),
+    "a type that is none": (change_config(model_type=["llama"]), "model_type ['llama']"),
+    "a Qwen without biases": (
+        change_config(model_type="qwen2", attention_bias=...),
+        "there is no tensor model.layers.0.self_attn.q_proj.bias",
+    ),
+    "a window on some layers": (
+        change_config(
+            model_type="qwen2", attention_bias=..., use_sliding_window=True, max_window_layers=1
+        ),
+        "attention of the kinds ['full_attention', 'sliding_attention'] are not supported",
+    ),
     "biases": (change_config(attention_bias=True), "attention_bias True"),
     "another activation": (change_config(hidden_act="gelu"), "hidden_act 'gelu'"),
     "quantized": (change_config(quantization_config={"bits": 4}), "quantization_config"),
@@ -228,6 +244,11 @@ EXPORTS: dict[str, tuple[str, Any, str]] = {
     "windows on some layers": ("window_attn_skip_freq", 4, "window_attn_skip_freq 4"),
     "other sizes": ("ffn_hidden_size", 32, "mlp.linear_fc1.weight is [2, 48, 16]"),
     "more layers": ("num_layers", 3, "is [2, 16]"),
+    "biases of queries": (
+        "add_qkv_bias",
+        True,
+        "has no tensor decoder.layers.self_attention.linear_qkv.bias",
+    ),
     "more tokens": ("vocab_size", 300, "256 rows of vocabulary"),
     "like another": ("rotary_base", 500000, "rope_theta is 500000 here and 10000 there; name"),
 }

@@ -43,6 +43,7 @@ def test_vocabulary_and_tokenizer_come_along(
     config = MistralConfig(
         vocab_size=VOCABULARY,
         sliding_window=None,
+        eos_token_id=[pieces.eos_id(), 7],  # one more than the tokenizer has
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=1,
@@ -68,7 +69,7 @@ def test_vocabulary_and_tokenizer_come_along(
     written = json.loads((exported / "config.json").read_text())
     assert written["vocab_size"] == VOCABULARY
     assert (written["model_type"], written["sliding_window"]) == ("mistral", None)
-    assert (written["bos_token_id"], written["eos_token_id"]) == (pieces.bos_id(), pieces.eos_id())
+    assert (written["bos_token_id"], written["eos_token_id"]) == (pieces.bos_id(), [2, 7])
     tokenizer = AutoTokenizer.from_pretrained(exported)
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
     code = Path(json.__file__).with_name("decoder.py").read_text()

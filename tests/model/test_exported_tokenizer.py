@@ -176,16 +176,31 @@ def test_special_tokens_of_a_config(eos: Any, tmp_path: Path) -> None:
     assert special_ids(export(tmp_path / "again" / release.name, tmp_path)) == (1, eos, None)
 
 
-def test_special_tokens_of_a_directory(tmp_path: Path) -> None:
-    """Of a Hugging Face tokenizer's own files."""
+def hugging_face_tokenizer(directory: Path, **named: Any) -> Path:
+    """Write a tokenizer of five words whose special tokens have these names."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
 
-    directory = tmp_path / "tokenizer"
     directory.mkdir()
     words = {word: at for at, word in enumerate(["a", "<eos>", "b", "<bos>", "<pad>"])}
     Tokenizer(WordLevel(words)).save(str(directory / "tokenizer.json"))
-    settings = {"bos_token": "<bos>", "eos_token": {"content": "<eos>"}, "pad_token": "<pad>"}
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    (directory / "tokenizer_config.json").write_text(json.dumps(named))
+    return directory
+
+
+def test_special_tokens_of_a_directory(tmp_path: Path) -> None:
+    """Of a Hugging Face tokenizer's own files."""
+    named = {"bos_token": "<bos>", "eos_token": {"content": "<eos>"}, "pad_token": "<pad>"}
+    directory = hugging_face_tokenizer(tmp_path / "tokenizer", **named)
     release = checkpoint_of(tmp_path, 100, tokenizer_model=str(directory))
     assert special_ids(export(release, tmp_path)) == (3, 1, 4)
+
+
+def test_special_tokens_of_the_model_come_first(tmp_path: Path) -> None:
+    """As in Llama 3's and Qwen's, whose configs know of more than their tokenizers do."""
+    directory = hugging_face_tokenizer(tmp_path / "tokenizer", eos_token="<eos>", pad_token="<pad>")
+    ids = {"bos_token_id": 3, "eos_token_id": [50, 1], "pad_token_id": None}
+    release = checkpoint_of(
+        tmp_path, 100, tokenizer_model=str(directory), slm_model_special_ids=ids
+    )
+    assert special_ids(export(release, tmp_path)) == (3, [50, 1], None)

@@ -23,6 +23,10 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from megatron_slm.errors import UserError
@@ -94,6 +98,14 @@ CONFIGS: dict[str, Change] = {
     "layers with a window": {"layer_types": ["sliding_attention"], "sliding_window": 5},
     "layers without": {"layer_types": ["full_attention"]},
     "windows of Qwen": {"max_window_layers": 1, "use_sliding_window": False},
+    "windows of Qwen, used": {"max_window_layers": 0, "use_sliding_window": True},
+    "windows of Qwen, used by no layer": {"max_window_layers": 1, "use_sliding_window": True},
+    "windows of Qwen, used by no layer that is named": {
+        "layer_types": ["full_attention"],
+        "max_window_layers": 0,
+        "use_sliding_window": True,
+    },
+    "layers too many": {"layer_types": ["full_attention"] * 2},
     "biases": {"attention_bias": True},
     "more biases": {"mlp_bias": True},
     "another activation": {"hidden_act": "gelu"},
@@ -111,6 +123,8 @@ CONFIGS: dict[str, Change] = {
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": 7}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"sliding_window": 7}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"sliding_window": 7, "head_dim": 8}),
 }
 
 

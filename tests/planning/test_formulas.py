@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from jobs import write_dataset
 from launch import pretrain
 from megatron_slm.model.architecture import Architecture
+from megatron_slm.planning.documents import document_length
 from megatron_slm.planning.formulas import (
     Layout,
     ReferenceModel,
@@ -68,7 +73,11 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 RUNS = {
-    "dp2, all tokens": (Layout(dp=2, distributed_optimizer=True), "--use-distributed-optimizer", 1),
+    "dp2, all tokens, like Qwen": (
+        Layout(dp=2, distributed_optimizer=True),
+        "--use-distributed-optimizer --add-qkv-bias --qk-layernorm",
+        1,
+    ),
     "tp2 sp, selected": (
         Layout(tp=2, sequence_parallel=True),
         "--tensor-model-parallel-size 2 --sequence-parallel",
@@ -86,6 +95,8 @@ RUNS = {
 @pytest.mark.parametrize("case", RUNS)
 def test_memory_and_flops_of_a_run(case: str, reference: Path, tmp_path: Path) -> None:
     layout, flags, ratio = RUNS[case]
+    like_qwen = "--qk-layernorm" in flags
+    policy = replace(POLICY, qkv_bias=like_qwen, qk_norm=like_qwen)
     work, scored_by = WORK, []
     if ratio < 1:
         work = Work(**vars(WORK) | {"ratio": ratio, "head": "chunked"})
@@ -99,14 +110,44 @@ def test_memory_and_flops_of_a_run(case: str, reference: Path, tmp_path: Path) -
     for rank, found in enumerate(measured):
         stage = rank if layout.pp > 1 else 0
         expected = memory(
-            POLICY, [ReferenceModel(one, 4) for one in scored_by], layout, work, stage
+            policy, [ReferenceModel(one, 4) for one in scored_by], layout, work, stage
         )
         moment = expected.activations + expected.head
         assert found["states"] == pytest.approx(expected.total - moment, rel=1e-3)
         total = found["states"] + found["moment"]
         assert total == pytest.approx(expected.total, rel=0.05), (rank, found, expected)
-    flops = step_flops(POLICY, scored_by, work, causal=False)
+    flops = step_flops(policy, scored_by, work, causal=False)
     assert sum(found["flops"] for found in measured) == pytest.approx(flops, rel=1e-3)
+
+
+def test_attention_within_documents(tmp_path: Path) -> None:
+    """Token by token: each attends to those before it in its document and sample, and to itself."""
+    draw = np.random.default_rng(2)
+    texts = ["x" * int(length) for length in draw.exponential(60, 40)]
+    write_dataset(tmp_path / "a", texts)
+    write_dataset(tmp_path / "b", ["y" * 500])
+    sample, pairs, tokens = 64, 0, 0
+    for text in texts:
+        place = 0
+        for _ in range(len(text) + 1):  # and an end of document
+            place = 1 if tokens % sample == 0 else place + 1
+            pairs, tokens = pairs + 2 * place - 1, tokens + 1  # the full square, not its half
+    data = {name: None for name in ("data_args_path", "per_split_data_args_path")}
+    data |= {f"{split}_data_path": None for split in ("train", "valid", "test")}
+    args = Namespace(seq_length=sample, dataloader_inter_document_masking=True, **data)
+    args.data_path, args.mock_data = [str(tmp_path / "a")], False
+    assert document_length(args) == pytest.approx(pairs / tokens)
+    args.data_path = ["3", str(tmp_path / "a"), "1", str(tmp_path / "b")]
+    of_b = (7 * 64**2 + 53**2) / 501
+    assert document_length(args) == pytest.approx((3 * pairs / tokens + of_b) / 4)
+    work = replace(WORK, document=pairs / tokens)
+    least, most = (step_flops(POLICY, [REFERENCE], one) for one in (work, WORK))
+    apart = work.global_batch * work.sequence * (work.sequence - pairs / tokens)
+    widths = 7 / 2 * POLICY.layers * POLICY.heads * POLICY.head_dim
+    widths += REFERENCE.layers * REFERENCE.heads * REFERENCE.head_dim
+    assert most - least == pytest.approx(2 * apart * widths, rel=1e-2)
+    args.data_path = [str(tmp_path / "absent")]
+    assert document_length(args) is None
 
 
 def test_parameters() -> None:
@@ -117,6 +158,12 @@ def test_parameters() -> None:
         7_241_732_096: Architecture(32, 4096, 14336, 32, 8, 128, 32000, 32768, tied=False, **shape),
         68_976_648_192: Architecture(80, 8192, 28672, 64, 8, 128, 32000, 4096, tied=False, **shape),
         1_235_814_400: Architecture(16, 2048, 8192, 32, 8, 64, 128256, 131072, tied=True, **shape),
+        494_032_768: Architecture(  # Qwen2.5-0.5B
+            24, 896, 4864, 14, 2, 64, 151936, 32768, tied=True, qkv_bias=True, **shape
+        ),
+        596_049_920: Architecture(  # Qwen3-0.6B
+            28, 1024, 3072, 16, 8, 128, 151936, 32768, tied=True, qk_norm=True, **shape
+        ),
     }
     for count, architecture in published.items():
         assert parameters(architecture, architecture.vocabulary) == count

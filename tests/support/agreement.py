@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 import oracle
 from jobs import GLOBAL_BATCH, SEQUENCE, STEPS, VOCABULARY, Checkpoints
@@ -25,16 +26,8 @@ def train_oracle(
     method: oracle.Method,
 ) -> list[oracle.Step]:
     """Train the oracle from the checkpoints that runs start from, and validate it."""
-    with tempfile.TemporaryDirectory() as scratch:
-        models = [
-            oracle.llama(directory, Path(scratch), heads=heads, groups=groups, tied=start.tied)
-            for directory, heads, groups in (
-                (start.policy / "iter_0000002", 4, 2),
-                (start.reference / "iter_0000010", 6, 6),
-            )
-        ]
     return oracle.train(
-        *models,
+        *oracle_models(start),
         samples,
         method,
         steps=STEPS,
@@ -42,6 +35,20 @@ def train_oracle(
         vocabulary=VOCABULARY,
         watched=validation,
     )
+
+
+def oracle_models(start: Checkpoints) -> list[LlamaForCausalLM]:
+    """Return the oracle's policy and reference."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return [
+            oracle.llama(
+                directory, Path(scratch), heads=heads, groups=groups, tied=start.tied, base=base
+            )
+            for directory, heads, groups, base in (
+                (start.policy / "iter_0000002", 4, 2, start.base),
+                (start.reference / "iter_0000010", 6, 6, 10000),
+            )
+        ]
 
 
 def agrees_with_oracle(run: Run, expected: list[oracle.Step], micro_batch: int) -> None:

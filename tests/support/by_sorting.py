@@ -32,3 +32,17 @@ def top_of_sets(scores: Tensor, valid: Tensor, sets: list[int], ratios: list[flo
             chosen = top(scores[rows].flatten().tolist(), valid[rows].flatten().tolist(), ratio)
             selected[rows] = selected.new_tensor(chosen).view(len(rows), -1)
     return selected
+
+
+def top_of_documents(
+    scores: Tensor, valid: Tensor, documents: Tensor, ratios: Sequence[float]
+) -> Tensor:
+    """Do the same within each document of each sample, whose ratio is given; return bool [b, s]."""
+    selected = valid.clone().zero_()
+    for row, ratio in enumerate(ratios):
+        numbers = documents[row].tolist()
+        for number in set(numbers):
+            at = [i for i, own in enumerate(numbers) if own == number]
+            chosen = top(scores[row, at].tolist(), valid[row, at].tolist(), ratio)
+            selected[row, at] = selected.new_tensor(chosen)
+    return selected

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import sys
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,12 @@ from megatron_slm.jobs import scoring
 from megatron_slm.training.command_line.first_check import SCORING
 
 
+def record() -> None:
+    recorded = runpy.run_path(str(Path(__file__).with_name("recorded_pretrain.py")))
+    pretrain._pretrain = recorded["train_recorded"]
+    pretrain.train()
+
+
 def score() -> None:
     scoring.score(scoring.parse_scoring_arguments(partial(add_arguments, job=SCORING)))
 
@@ -43,8 +50,8 @@ def run(rank: int, job: dict[str, Any]) -> int:
     sys.argv = [job["tool"], *job["arguments"]]
     try:
         with exit_on_user_error():
-            tools = {"train": pretrain.train, "score": score, "record": recorded_experts.train}
-            tools[job["tool"]]()
+            tools = {"train": pretrain.train, "record": record, "score": score}
+            (tools | {"record experts": recorded_experts.train})[job["tool"]]()
     except SystemExit as left:
         return int(left.code or 0)
     return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy
@@ -64,11 +64,16 @@ def write_dataset(prefix: Path, texts: list[str]) -> None:
 
 @dataclass
 class Checkpoints:
-    """Two models after a few steps of plain causal language modeling on one rank."""
+    """Two models after a few steps of plain causal language modeling on one rank.
+
+    more: what the policy has beyond POLICY; base: of its rotary embedding.
+    """
 
     policy: Path
     reference: Path
     tied: bool
+    more: list[str] = field(default_factory=list)
+    base: int = 10000
 
     @property
     def embeddings(self) -> list[str]:
@@ -80,6 +85,8 @@ class Checkpoints:
         return [
             *POLICY,
             *LLAMA,
+            *f"--rotary-base {self.base}".split(),
+            *self.more,
             *self.embeddings,
             *OPTIMIZER,
             *f"--load {self.policy} --finetune --no-load-optim --no-load-rng".split(),
@@ -101,10 +108,14 @@ def from_own_checkpoint(arguments: list[str], saved: Path) -> list[str]:
 def train_checkpoints(corpus: Corpus, directory: Path, tied: bool) -> Checkpoints:
     made = Checkpoints(directory / "policy", directory / "reference", tied)
     for path, model, steps in ((made.policy, POLICY, 2), (made.reference, REFERENCE, 10)):
-        arguments = f"--train-iters {steps} --micro-batch-size 4 --save {path} --save-interval 10"
-        pretrain(
-            1,
-            [*corpus.arguments, *model, *LLAMA, *made.embeddings, *OPTIMIZER, *arguments.split()],
-            directory / f"run-{path.name}",
-        )
+        train_checkpoint(corpus, path, [*model, *made.embeddings], steps)
     return made
+
+
+def train_checkpoint(corpus: Corpus, path: Path, model: list[str], steps: int) -> None:
+    arguments = f"--train-iters {steps} --micro-batch-size 4 --save {path} --save-interval 10"
+    pretrain(
+        1,
+        [*corpus.arguments, *LLAMA, *model, *OPTIMIZER, *arguments.split()],
+        path.with_name(f"run-{path.name}"),
+    )

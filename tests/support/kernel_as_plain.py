@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_slm.selection import select_top_fraction, top_fraction_triton
-from megatron_slm.selection.top_fraction import Selection, _in_units
+from megatron_slm.selection.top_fraction import Selection, in_units
 
 CASES = 24
 EXTREMES = [0.0, -0.0, 1.0, -1.0, 0.5, 1e-45, -1e-45, float("inf"), -float("inf")]
@@ -46,7 +46,7 @@ def main() -> None:
             sets = torch.arange(rows)
         ratios = (1e-6 + (1 - 1e-6) * torch.rand(number, generator=draw)).tolist()
         top_fraction_triton.BLOCK = (32, 64, 256)[case // 3 % 3]
-        units = _in_units(ratios, scores.device)
+        units = in_units(ratios, scores.device)
         kernel = Selection(*top_fraction_triton.select(scores, valid, units, sets))
         same(kernel, select_top_fraction(scores, valid, ratios, sets), case)
     top_fraction_triton.try_out(torch.device("cpu"))

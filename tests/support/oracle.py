@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 
 @dataclass
@@ -39,58 +45,34 @@ class Step:
 
 
 def llama(
-    checkpoint: Path, scratch: Path, *, heads: int, groups: int, tied: bool
-) -> LlamaForCausalLM:
-    """Make a Hugging Face model with the weights of a Megatron torch_dist checkpoint."""
-    saved = weights_of(checkpoint, scratch)
+    checkpoint: Path, scratch: Path, *, heads: int, groups: int, tied: bool, base: float = 10000.0
+) -> LlamaForCausalLM | Qwen3ForCausalLM:
+    """Make a Hugging Face model with the weights of a Megatron torch_dist checkpoint: a Qwen3 if it
+    has norms of queries and keys, whose biases may then be there as well."""
+    file = scratch / f"{checkpoint.parent.name}.pt"
+    dcp_to_torch_save(str(checkpoint), str(file))
+    saved = torch.load(file, weights_only=False)
+    qkv = saved["decoder.layers.self_attention.linear_qkv.weight"]
     gate_up = saved["decoder.layers.mlp.linear_fc1.weight"]
-    layers, _, hidden = gate_up.shape
+    layers, _, hidden = qkv.shape
     embedding = saved["embedding.word_embeddings.weight"]
-    config = LlamaConfig(
+    head_dim = qkv.shape[1] // (heads + 2 * groups)
+    norms = "decoder.layers.self_attention.q_layernorm.weight" in saved
+    biases = saved.get("decoder.layers.self_attention.linear_qkv.bias")
+    kind, of_kind = (Qwen3Config, Qwen3ForCausalLM) if norms else (LlamaConfig, LlamaForCausalLM)
+    config = kind(
         vocab_size=embedding.shape[0],
         hidden_size=hidden,
         intermediate_size=gate_up.shape[1] // 2,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=groups,
+        head_dim=head_dim,
         rms_norm_eps=1e-5,
         tie_word_embeddings=tied,
-        attention_bias=False,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        attention_bias=biases is not None,
+        rope_parameters={"rope_type": "default", "rope_theta": base},
     )
-    weights = outside_mlps(saved, heads, groups, tied)
-    for i in range(layers):
-        gate, up = gate_up[i].chunk(2)
-        prefix = f"model.layers.{i}."
-        weights |= {
-            prefix + "mlp.gate_proj.weight": gate,
-            prefix + "mlp.up_proj.weight": up,
-            prefix + "mlp.down_proj.weight": saved["decoder.layers.mlp.linear_fc2.weight"][i],
-            prefix + "post_attention_layernorm.weight": saved[
-                "decoder.layers.mlp.linear_fc1.layer_norm_weight"
-            ][i],
-        }
-    model = LlamaForCausalLM(config).float()
-    model.load_state_dict({name: value.clone() for name, value in weights.items()})
-    return model
-
-
-def weights_of(checkpoint: Path, scratch: Path) -> dict[str, Tensor]:
-    """Read a checkpoint of layers that are all alike, by Megatron's names."""
-    file = scratch / f"{checkpoint.parent.name}.pt"
-    dcp_to_torch_save(str(checkpoint), str(file))
-    saved: dict[str, Tensor] = torch.load(file, weights_only=False)
-    return saved
-
-
-def outside_mlps(
-    saved: dict[str, Tensor], heads: int, groups: int, tied: bool
-) -> dict[str, Tensor]:
-    """Return the weights outside the MLPs and their norms by Hugging Face's names."""
-    qkv = saved["decoder.layers.self_attention.linear_qkv.weight"]
-    layers, _, hidden = qkv.shape
-    head_dim = hidden // heads
-    embedding = saved["embedding.word_embeddings.weight"]
     weights = {
         "model.embed_tokens.weight": embedding,
         "model.norm.weight": saved["decoder.final_layernorm.weight"],
@@ -100,6 +82,7 @@ def outside_mlps(
     for i in range(layers):
         # Rows: for every group its query heads, then its key head, then its value head.
         rows = qkv[i].view(groups, per_group + 2, head_dim, hidden)
+        gate, up = gate_up[i].chunk(2)
         prefix = f"model.layers.{i}."
         weights |= {
             prefix + "self_attn.q_proj.weight": rows[:, :per_group].reshape(-1, hidden),
@@ -108,11 +91,33 @@ def outside_mlps(
             prefix + "self_attn.o_proj.weight": saved[
                 "decoder.layers.self_attention.linear_proj.weight"
             ][i],
+            prefix + "mlp.gate_proj.weight": gate,
+            prefix + "mlp.up_proj.weight": up,
+            prefix + "mlp.down_proj.weight": saved["decoder.layers.mlp.linear_fc2.weight"][i],
             prefix + "input_layernorm.weight": saved[
                 "decoder.layers.self_attention.linear_qkv.layer_norm_weight"
             ][i],
+            prefix + "post_attention_layernorm.weight": saved[
+                "decoder.layers.mlp.linear_fc1.layer_norm_weight"
+            ][i],
         }
-    return weights
+        for short in "qk" if norms else "":
+            weights[f"{prefix}self_attn.{short}_norm.weight"] = saved[
+                f"decoder.layers.self_attention.{short}_layernorm.weight"
+            ][i]
+        if biases is not None:
+            rows = biases[i].view(groups, per_group + 2, head_dim)
+            weights |= {
+                prefix + "self_attn.q_proj.bias": rows[:, :per_group].reshape(-1),
+                prefix + "self_attn.k_proj.bias": rows[:, per_group].reshape(-1),
+                prefix + "self_attn.v_proj.bias": rows[:, per_group + 1].reshape(-1),
+                prefix + "self_attn.o_proj.bias": torch.zeros(hidden),  # which Megatron lacks
+            }
+    model = of_kind(config).float()
+    model.load_state_dict({name: value.clone() for name, value in weights.items()})
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.endswith("o_proj.bias"))
+    return model
 
 
 @dataclass
@@ -161,6 +166,9 @@ def train(
 ) -> list[Step]:
     """Train for `steps` on consecutive samples; tokens, labels int64, loss_mask float [N, s].
 
+    With documents, the number of each token's document in its sample, int64 [N, s], these do not
+    see each other.
+
     vocabulary: number of tokens; logits beyond it are padding, which counts in the policy's
         losses that are trained and reported, and not in what tokens are scored by.
     watched: samples whose losses are computed before each step.
@@ -179,14 +187,18 @@ def train(
         rows = slice(step * global_batch, (step + 1) * global_batch)
         tokens, labels, mask = (samples[key][rows] for key in ("tokens", "labels", "loss_mask"))
         valid = mask > 0
+        documents = samples["documents"][rows] if "documents" in samples else None
         with torch.no_grad():
-            reference_logits = reference(tokens).logits[..., :vocabulary]
+            reference_logits = logits_of(reference, tokens, documents)[..., :vocabulary]
             reference_losses = _token_losses(reference_logits, labels)
             of_watched = [
-                _token_losses(model(watched["tokens"]).logits[..., :vocabulary], watched["labels"])
+                _token_losses(
+                    logits_of(model, watched["tokens"], watched.get("documents"))[..., :vocabulary],
+                    watched["labels"],
+                )
                 for model in (policy, reference)
             ]
-        logits = policy(tokens).logits
+        logits = logits_of(policy, tokens, documents)
         trained = _token_losses(logits, labels)
         of_tokens = logits.detach()[..., :vocabulary]
         losses = _token_losses(of_tokens, labels)
@@ -229,6 +241,18 @@ def train(
             )
         )
     return done
+
+
+def logits_of(model: LlamaForCausalLM, tokens: Tensor, documents: Tensor | None) -> Tensor:
+    """Logits of samples, [b, s, v]; of documents that do not see each other, by a mask."""
+    if documents is None:
+        return model(tokens).logits
+    places = torch.arange(tokens.shape[1])
+    same = documents[:, :, None] == documents[:, None, :]
+    seen = same & (places[:, None] >= places)
+    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    positions = seen.sum(2) - 1
+    return model(tokens, attention_mask=mask[:, None], position_ids=positions).logits
 
 
 def select(

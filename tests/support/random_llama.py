@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from megatron_slm.model.architecture import Architecture, to_hugging_face
+from megatron_slm.model.architecture import Architecture
 from megatron_slm.model.conversion.import_hf import import_hugging_face
 from megatron_slm.model.conversion.tensors import hugging_face_shapes
+from megatron_slm.model.hugging_face_config import to_hugging_face
 
 
 def small_llama(vocabulary: int, positions: int) -> Architecture:

@@ -11,8 +11,8 @@ import sys
 import torch
 from torch import Tensor, distributed
 
-from by_sorting import top_of_sets
-from megatron_slm.selection import Ranks, SelectionSettings, TokenSelector
+from by_sorting import top_of_documents, top_of_sets
+from megatron_slm.selection import DocumentPlaces, Ranks, SelectionSettings, TokenSelector
 
 CASES = 30
 MICRO_BATCHES, SAMPLES = 3, 2
@@ -103,6 +103,32 @@ def check(case: int, scope: str, with_domains: bool, grid: Grid, traffic: list[i
         check_traffic(traffic, number_of_sets)
 
 
+def check_documents(case: int, grid: Grid, traffic: list[int]) -> None:
+    """Compare scope document with a sort: documents of any length, each spread over the ranks."""
+    scores, valid, domains = step(case, grid)
+    draw = torch.Generator().manual_seed(case)
+    begins = torch.rand(scores.shape, generator=draw) < (0.02, 0.3, 1.0)[case % 3]
+    begins[:, 0] = True
+    numbers = begins.cumsum(1) - 1
+    places = torch.arange(scores.shape[1])
+    positions = places - torch.where(begins, places, 0).cummax(1).values
+    selector = TokenSelector(
+        SelectionSettings(scope="document", domain_ratios=(0.3, None, 1.0)), grid.ranks
+    )
+    ratios = [0.3, (case % 10 + 1) / 10, 1.0]
+    expected = top_of_documents(scores, valid, numbers, [ratios[int(own)] for own in domains])
+    traffic.clear()
+    for number, parts in enumerate(
+        zip(*map(grid.part, (scores, valid, numbers, positions, expected)), strict=True)
+    ):
+        first = (number * grid.dp_size + grid.dp_rank) * SAMPLES
+        choice = selector.choose(
+            *parts[:2], ratios[1], domains[first : first + SAMPLES], DocumentPlaces(*parts[2:4])
+        )
+        assert torch.equal(choice.selected, parts[4]), case
+    assert not traffic  # one gather
+
+
 def check_traffic(traffic: list[int], number_of_sets: int) -> None:
     assert len(traffic) <= 4, traffic
     assert sum(traffic) <= number_of_sets * (64 << 10), traffic
@@ -125,6 +151,7 @@ def main() -> None:
             for scope in ("sequence", "micro-batch", "data-parallel", "global-batch"):
                 for with_domains in (False, True):
                     check(case, scope, with_domains, grid, traffic)
+            check_documents(case, grid, traffic)
     distributed.destroy_process_group()
     print("agreed")
 

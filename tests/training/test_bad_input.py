@@ -151,9 +151,12 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         lambda _: ["--defer-embedding-wgrad-compute"],
         "--defer-embedding-wgrad-compute",
     ),
-    "packed sequences": (
-        lambda _: ["--dataloader-inter-document-masking"],
-        "--dataloader-inter-document-masking",
+    "packed documents passed as one sequence": (
+        lambda _: [
+            *"--dataloader-inter-document-masking --context-parallel-size 2".split(),
+            *"--spec one_sequence_layers layers".split(),
+        ],
+        "--dataloader-inter-document-masking cannot be used with --context-parallel-size 2",
     ),
     "moving average of nothing": (
         lambda _: ["--slm-reference", "ema:1.5"],
@@ -199,7 +202,10 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         "unrecognized arguments: --nun-workers 2; did you mean --num-workers?",
     ),
     "a number that is none": (lambda _: ["--seed", "x"], "--seed: invalid int value: 'x'"),
-    "reset attention mask": (lambda _: ["--reset-attention-mask"], "--reset-attention-mask"),
+    "reset attention mask": (
+        lambda _: ["--reset-attention-mask"],
+        "--dataloader-inter-document-masking keeps documents apart",
+    ),
 }
 
 

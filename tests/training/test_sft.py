@@ -77,17 +77,20 @@ CONVERSATIONS = [
 ]
 
 
-def mean_loss(llama: Path) -> float:
-    """Of all tokens of the conversations, by transformers."""
+def mean_loss(llama: Path, packed: bool = False) -> float:
+    """Of all tokens of the conversations, by transformers, each by itself; if they are packed, of
+    the label that crosses from one to the next as well."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(llama)
     model = LlamaForCausalLM.from_pretrained(llama)
     total, count = 0.0, 0
-    for question, answer in SAID:
-        ids = torch.tensor(tokenizer.encode(question + answer))
+    of_each = [torch.tensor(tokenizer.encode(question + answer)) for question, answer in SAID]
+    for number, ids in enumerate(of_each):
+        after = of_each[number + 1][:1] if packed and number + 1 < len(SAID) else ids[:0]
+        labels = torch.cat([ids[1:], after])
         with torch.no_grad():
             logits = model(ids[None]).logits[0]
-        losses = cross_entropy(logits[:-1], ids[1:], reduction="none")
-        counted = ids[1:] != tokenizer.unk_token_id
+        losses = cross_entropy(logits[: len(labels)], labels, reduction="none")
+        counted = labels != tokenizer.unk_token_id
         total += losses[counted].sum().item()
         count += int(counted.sum())
     return total / count
@@ -121,8 +124,10 @@ def test_the_recipe(llama: Path, tmp_path: Path) -> None:
     assert (tmp_path / "save" / "latest_checkpointed_iteration.txt").read_text() == "3"
 
 
-def test_packed_conversations_are_refused(llama: Path, tmp_path: Path) -> None:
-    packed = [{"role": role, "content": role} for role in ("system", "user", "assistant") * 2]
+def test_packed_conversations(llama: Path, tmp_path: Path) -> None:
+    """Several on a line do not see each other; system messages, here empty, start them."""
+    begin = {"role": "system", "content": ""}
+    packed = [message for one in CONVERSATIONS for message in (begin, *one)]
     run = finetune(llama, [packed], tmp_path)
-    assert run.codes == [2]
-    assert "one conversation a line" in run.outputs[0]
+    assert run.codes == [0], run.outputs[0][-3000:]
+    assert run.scalars("lm loss")[1] == pytest.approx(mean_loss(llama, packed=True), rel=1e-5)

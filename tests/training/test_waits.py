@@ -21,6 +21,11 @@ CASES = {
     ),
     "a warm-up": ("REFERENCE --slm-warmup-tokens 1000000", CHECK),
     "the dense head": ("REFERENCE --slm-head dense", CHECK),
+    # Whose ends the loader left in the host's memory.
+    "packed documents": (
+        "REFERENCE --dataloader-inter-document-masking",
+        CHECK | {"micro_batch.py _documents: tolist": 2},
+    ),
     # What the host cannot know: how many tokens of the step's are this micro-batch's.
     "a step at once": (
         "REFERENCE --slm-scope global-batch --slm-global-batch exact",

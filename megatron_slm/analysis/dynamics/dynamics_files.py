@@ -3,6 +3,8 @@
 The table's columns:
 
     sample, position, token, text      identify the token
+    document                           is its document's number in the sample, where documents do
+                                       not see each other
     class, delta                       are computed by token_dynamics.py
     loss_0000100, ...                  hold its loss in nats, float32, at each checkpoint
 """
@@ -66,6 +68,7 @@ def write_dynamics_table(directory: Path, dynamics: TokenDynamics, texts: list[s
         "sample": dynamics.samples,
         "position": dynamics.positions,
         "token": dynamics.tokens,
+        **({} if dynamics.documents is None else {"document": dynamics.documents}),
         "text": pa.array(texts, pa.string()).dictionary_encode(),
         "class": pa.DictionaryArray.from_arrays(dynamics.classes, list(CLASSES)),
         "delta": dynamics.delta,
@@ -104,6 +107,8 @@ def read_dynamics_table(path: Path) -> tuple[TokenDynamics, list[str]]:
             kinds = dict.fromkeys(("sample", "position", "token"), pa.int64())
             kinds |= {"text": text, "class": pa.dictionary(pa.int8(), pa.string())}
             kinds |= dict.fromkeys(("delta", *losses), pa.float32())
+            if "document" in names:
+                kinds["document"] = pa.int64()
             own = dict(zip(names, file.schema_arrow.types, strict=True))
             if own != kinds or len(names) != len(own) or len(losses) < 2:
                 raise UserError(f"{path} is not a table of token dynamics: {names[:12]}")
@@ -138,6 +143,7 @@ def _dynamics(path: Path, table: Any, names: list[str]) -> tuple[TokenDynamics, 
         samples=numbers["sample"],
         positions=numbers["position"],
         tokens=numbers["token"],
+        documents=numbers.get("document"),
     )
     return dynamics, [known_texts[at] for at in texts.indices.to_pylist()]
 

@@ -53,9 +53,12 @@ def in_context(dynamics: TokenDynamics, texts: list[str], at: int) -> tuple[str,
 
     Args:
         texts: [T], the text of each token.
-        at: index of the token; only tokens of the same sample are shown around it.
+        at: index of the token; only tokens of the same sample are shown around it, and of the same
+            document where documents do not see each other.
     """
     own = dynamics.samples == dynamics.samples[at]
+    if dynamics.documents is not None:
+        own &= dynamics.documents == dynamics.documents[at]
     before = [n for n in range(max(0, at - CONTEXT), at) if own[n]]
     after = [n for n in range(at + 1, min(len(texts), at + 1 + CONTEXT)) if own[n]]
     start, end = dynamics.losses[0, at], dynamics.losses[-1, at]

@@ -48,6 +48,10 @@ class TokenDynamics:
     tokens: NDArray[np.int64]
     """[T], token ids."""
 
+    documents: NDArray[np.int64] | None = None
+    """[T], the number within its sample of the document that the token is in; None where documents
+    see each other."""
+
     def share(self, name: str) -> float:
         """Return the fraction of all tokens that are in a class."""
         return float(np.mean(self.classes == CLASSES.index(name)))
@@ -89,6 +93,9 @@ def classify(dumps: list[TokenDump]) -> TokenDynamics:
     classes[delta < -THRESHOLD] = CLASSES.index("H->L")
     classes[delta > THRESHOLD] = CLASSES.index("L->H")
     row, column = np.nonzero(valid)
+    documents, begins = dumps[0].documents, dumps[0].begins()
+    if documents is not None and begins is not None:
+        documents = documents + begins  # of the token itself, and not of the one before it
     return TokenDynamics(
         iterations=iterations,
         losses=losses,
@@ -97,6 +104,7 @@ def classify(dumps: list[TokenDump]) -> TokenDynamics:
         samples=dumps[0].samples[row],
         positions=column + 1,
         tokens=dumps[0].tokens[row, column + 1].astype(np.int64),
+        documents=None if documents is None else documents[row, column].astype(np.int64),
     )
 
 

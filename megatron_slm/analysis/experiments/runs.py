@@ -23,6 +23,7 @@ from megatron_slm.analysis.experiments.tasks import Instance
 from megatron_slm.errors import UserError
 from megatron_slm.model.architecture import Architecture, from_megatron
 from megatron_slm.model.torch_dist import TorchDistReader, iteration_directory
+from megatron_slm.planning.documents import document_length
 from megatron_slm.planning.formulas import forward_flops, step_flops
 from megatron_slm.planning.recipe import work_of
 
@@ -128,10 +129,11 @@ def _scoring(instance: Instance, study: Path, args: Namespace) -> tuple[int, int
     if args.slm_reference is not None:  # the policy's moving average
         run.append(args)
     tokens = args.global_batch_size * args.seq_length
+    attended = document_length(args) or args.seq_length
 
     def flops(models: list[Namespace]) -> int:
         return sum(
-            sum(forward_flops(_architecture(model), tokens, args.seq_length))
+            sum(forward_flops(_architecture(model), tokens, attended))
             + 2 * tokens * model.hidden_size * model.padded_vocab_size
             for model in models
         )

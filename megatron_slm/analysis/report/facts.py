@@ -21,6 +21,7 @@ SELECTED = {
     "random": "at random",
 }
 SCOPES_IN_WORDS = {
+    "document": "of each document",
     "sequence": "of each sequence",
     "micro-batch": "of each micro-batch",
     "data-parallel": "of the micro-batches of all data-parallel ranks",

@@ -23,6 +23,7 @@ function showTokenMap(packed) {
     reference: packed.reference.map((text) => unpack(text, Uint16Array)),
     selected: packed.selected.map((text) => unpack(text, Uint8Array)),
     valid: unpack(packed.valid, Uint8Array),
+    begins: unpack(packed.begins, Uint8Array), // empty where documents see each other
     at: packed.opens,
     current: -1,
     elements: [],
@@ -54,6 +55,7 @@ function sampleOf(number) {
   for (let at = 0; at < length; at++) {
     const token = document.createElement("i");
     token.textContent = pieces[ids[number * (length + 1) + at + 1]];
+    if (bit(map.begins, number * length + at)) token.dataset.begins = "";
     map.elements.push(token);
     text.append(token);
   }
@@ -172,6 +174,14 @@ function rankOf(token) {
   return `${(above + 1).toLocaleString("en")} of ${all.toLocaleString("en")}`;
 }
 
+// How many tokens of its document precede a token in its sample, and itself.
+function placeInDocument(token) {
+  const first = token - (token % map.length);
+  let start = token;
+  while (start > first && !bit(map.begins, start)) start -= 1;
+  return token - start + (bit(map.begins, start) ? 1 : 2); // the sample's first token has no loss
+}
+
 function showCard(token) {
   const card = document.getElementById("card");
   const reference = referenceAt(map.at)?.[token];
@@ -183,6 +193,7 @@ function showCard(token) {
   }
   if (bit(map.valid, token)) rows.push([map.reference.length ? "rank by excess" : "rank by loss", rankOf(token)]);
   if (map.selected.length) rows.push(["selected", bit(map.selected[map.at], token) ? "yes" : "no"]);
+  if (map.begins.length) rows.push(["token of its document", placeInDocument(token)]);
   for (const [name, value] of rows) facts.append(element("dt", name), element("dd", value));
   const text = map.elements[token].textContent;
   card.replaceChildren(element("div", `\u201c${text.replace(/\n$/, "")}\u201d`, "token"), facts, ...history(token));

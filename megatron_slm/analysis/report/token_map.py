@@ -44,6 +44,8 @@ def token_map(
             reference: the same for the reference; a single entry if it never changes.
             selected: for each dump [n, s], one bit a token.
             valid: [n, s], one bit a token.
+            begins: [n, s], one bit a token, set for the first of a document; empty where documents
+                see each other.
             opens: index of the dump that is shown first.
             scale: nats at which the shading is strongest.
     """
@@ -52,7 +54,9 @@ def token_map(
     reference = [dump.reference_losses for dump in shown if dump.reference_losses is not None]
     if reference and all(np.array_equal(each, reference[0]) for each in reference):
         reference = reference[:1]
+    begins = shown[0].begins()
     bits = 17 * len(shown) + 16 * len(reference) + 17  # of a token: its losses, flags and id
+    bits += begins is not None
     tokens = min(MOST_TOKENS, 8 * room // bits)
     length = min(shown[0].losses.shape[1], tokens)
     count = max(1, min(len(shown[0].losses), tokens // length))
@@ -77,6 +81,7 @@ def token_map(
             _pack(_bits(dump.selected[cut])) for dump in shown if dump.selected is not None
         ],
         "valid": _pack(_bits(first.valid[cut])),
+        "begins": "" if begins is None else _pack(_bits(begins[cut])),
         "titles": [
             f"Sample {number}" + (f", {name}" if name else "")
             for number, name in zip(first.samples[:count].tolist(), names, strict=False)

@@ -25,10 +25,8 @@ from torch import Tensor
 from megatron_slm.errors import UserError
 from megatron_slm.model.architecture import (
     Architecture,
-    from_hugging_face,
     from_megatron,
     number_of_tokens,
-    to_hugging_face,
     vocabulary_of,
 )
 from megatron_slm.model.conversion.destination import (
@@ -53,7 +51,11 @@ from megatron_slm.model.conversion.tokenizer_files import (
     fingerprint_of_files,
     has_tokenizer,
 )
-from megatron_slm.model.hugging_face_config import SPECIAL_IDS
+from megatron_slm.model.hugging_face_config import (
+    SPECIAL_IDS,
+    from_hugging_face,
+    to_hugging_face,
+)
 from megatron_slm.model.torch_dist import TorchDistReader
 
 
@@ -94,9 +96,9 @@ def export_hugging_face(
         The architecture of the model.
 
     Raises:
-        UserError: the model is neither a Llama nor a Mistral, or not of the architecture of `like`;
-            a tensor is missing or has the wrong shape; the run's tokenizer was replaced, or
-            transformers cannot use it as the run did; or the directory cannot be written.
+        UserError: the model is of no family, or not of the architecture of `like`; a tensor is
+            missing or has the wrong shape; the run's tokenizer was replaced, or transformers cannot
+            use it as the run did; or the directory cannot be written.
     """
     plan = together(partial(_plan, checkpoint, like, vocabulary, shard_bytes))
     with finished_directory(target, "--hf") as directory:
@@ -215,22 +217,32 @@ def _config(plan: _Plan, ids: dict[str, int | None]) -> dict[str, Any]:
     """Return the config.json to write.
 
     With --like, it is that one's, with the architecture written over it.  Otherwise the ids of
-    special tokens come from the tokenizer, or else from what the run or the import recorded.  Ids
-    that are not known are written as null, since transformers assumes 1 and 2 if they are absent.
+    special tokens come from the tokenizer, or else from what the run or the import recorded; if its
+    end of text is one of those of the model that was imported, they are that model's, which may
+    have several.  Ids that are not known are written as null, since transformers assumes 1 and 2 if
+    they are absent.
     """
     (first, *_), *_ = plan.files.values()
     own = to_hugging_face(plan.architecture, str(first.dtype).removeprefix("torch."))
     if plan.original is None:
-        recorded = getattr(plan.reader.arguments, "slm_special_ids", None) or {}
-        try:
-            known = msgspec.convert(recorded, dict[str, int | list[int] | None])
-        except msgspec.ValidationError as error:
-            raise UserError(
-                f"{plan.reader.directory}: its argument slm_special_ids: {error}"
-            ) from error
-        return own | {name: (known | ids).get(name) for name in SPECIAL_IDS}
+        known = _recorded_ids(plan.reader, "slm_special_ids") | ids
+        model = _recorded_ids(plan.reader, "slm_model_special_ids")
+        end, ends = known.get("eos_token_id"), model.get("eos_token_id")
+        if end is not None and end in (ends if isinstance(ends, list) else [ends]):
+            known = model
+        return own | {name: known.get(name) for name in SPECIAL_IDS}
     renamed = ("rope_parameters", "dtype")  # transformers 5's names for keys that `own` has
     return {name: value for name, value in plan.original.items() if name not in renamed} | own
+
+
+def _recorded_ids(reader: TorchDistReader, name: str) -> dict[str, int | list[int] | None]:
+    """Return the ids of special tokens that an argument of the checkpoint has."""
+    try:
+        return msgspec.convert(
+            getattr(reader.arguments, name, None) or {}, dict[str, int | list[int] | None]
+        )
+    except msgspec.ValidationError as error:
+        raise UserError(f"{reader.directory}: its argument {name}: {error}") from error
 
 
 def _own_tokenizer(arguments: Namespace) -> Path | None:

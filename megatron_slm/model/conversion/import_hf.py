@@ -24,7 +24,7 @@ from torch import Tensor, distributed
 
 from megatron_slm.errors import UserError
 from megatron_slm.files import read_json
-from megatron_slm.model.architecture import Architecture, from_hugging_face, to_megatron
+from megatron_slm.model.architecture import Architecture, to_megatron
 from megatron_slm.model.conversion.destination import (
     finished_directory,
     on_first_rank,
@@ -40,7 +40,7 @@ from megatron_slm.model.conversion.tensors import (
     fuse,
     hugging_face_shapes,
 )
-from megatron_slm.model.hugging_face_config import SPECIAL_IDS
+from megatron_slm.model.hugging_face_config import SPECIAL_IDS, from_hugging_face, typed_config
 from megatron_slm.model.torch_dist import (
     ARGUMENTS,
     NO_EXTRA_STATE,
@@ -124,7 +124,10 @@ def _plan(source: Path, vocabulary_multiple: int) -> _Plan:
     notes += _left_out(config, source, set(dtypes.values()))
     parts = [_part(block, architecture, tensors, dtypes[block.key]) for block in wanted]
     arguments = _arguments(architecture, padded, vocabulary_multiple)
-    arguments["slm_special_ids"] = {name: config.get(name, at) for name, at in SPECIAL_IDS.items()}
+    typed = typed_config(config, str(source / CONFIG))
+    ids = {name: getattr(typed, name) for name in SPECIAL_IDS}
+    # A run replaces the first by its tokenizer's, and passes the second on.
+    arguments |= {"slm_special_ids": ids, "slm_model_special_ids": ids}
     return _Plan(architecture, arguments, parts, notes)
 
 
@@ -158,7 +161,8 @@ def as_options(arguments: dict[str, Any]) -> str:
     shown = """
         num_layers hidden_size ffn_hidden_size num_attention_heads group_query_attention
         num_query_groups kv_channels max_position_embeddings position_embedding_type rotary_base
-        use_rope_scaling rope_scaling_factor window_size normalization layernorm_epsilon swiglu
+        use_rope_scaling rope_scaling_factor window_size add_qkv_bias qk_layernorm normalization
+        layernorm_epsilon swiglu
         untie_embeddings_and_output_weights attention_dropout hidden_dropout
     """.split()
     options = ["--disable-bias-linear"]
@@ -284,7 +288,7 @@ def _objects(a: Architecture, arguments: dict[str, Any]) -> dict[str, Any]:
         "num_floating_point_operations_so_far": 0,
         "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
     }
-    return {ARGUMENTS: common} | dict.fromkeys(extra_state_keys(a.layers), NO_EXTRA_STATE)
+    return {ARGUMENTS: common} | dict.fromkeys(extra_state_keys(a), NO_EXTRA_STATE)
 
 
 def _part(

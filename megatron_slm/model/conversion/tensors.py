@@ -15,17 +15,21 @@ from torch import Tensor
 
 from megatron_slm.model.architecture import Architecture
 
-QKV = "self_attention.linear_qkv.weight"
+ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 # Megatron's name within a layer, Hugging Face's names, and which half of the rows (None: all).
+# Models have those whose shapes hugging_face_shapes has.
 LAYER_TABLE: tuple[tuple[str, tuple[str, ...], int | None], ...] = (
-    ("self_attention.linear_qkv.layer_norm_weight", ("input_layernorm",), None),
-    (QKV, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), None),
-    ("self_attention.linear_proj.weight", ("self_attn.o_proj",), None),
-    ("mlp.linear_fc1.layer_norm_weight", ("post_attention_layernorm",), None),
-    ("mlp.linear_fc1.weight", ("mlp.gate_proj",), 0),
-    ("mlp.linear_fc1.weight", ("mlp.up_proj",), 1),
-    ("mlp.linear_fc2.weight", ("mlp.down_proj",), None),
+    ("self_attention.linear_qkv.layer_norm_weight", ("input_layernorm.weight",), None),
+    ("self_attention.linear_qkv.weight", tuple(f"{name}.weight" for name in ATTENTION), None),
+    ("self_attention.linear_qkv.bias", tuple(f"{name}.bias" for name in ATTENTION), None),
+    ("self_attention.q_layernorm.weight", ("self_attn.q_norm.weight",), None),
+    ("self_attention.k_layernorm.weight", ("self_attn.k_norm.weight",), None),
+    ("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",), None),
+    ("mlp.linear_fc1.layer_norm_weight", ("post_attention_layernorm.weight",), None),
+    ("mlp.linear_fc1.weight", ("mlp.gate_proj.weight",), 0),
+    ("mlp.linear_fc1.weight", ("mlp.up_proj.weight",), 1),
+    ("mlp.linear_fc2.weight", ("mlp.down_proj.weight",), None),
 )
 
 # Modules that keep "extra state" (fp8 scales) in a checkpoint with some version of Megatron or
@@ -37,6 +41,7 @@ EXTRA_STATES_OF_LAYER = (
     "mlp.linear_fc1",
     "mlp.linear_fc2",
 )
+EXTRA_STATES_OF_QK_NORMS = ("self_attention.q_layernorm", "self_attention.k_layernorm")
 EXTRA_STATES = ("decoder.final_layernorm",)
 
 
@@ -65,20 +70,27 @@ def hugging_face_shapes(a: Architecture) -> dict[str, tuple[int, ...]]:
     """Return the shape of each Hugging Face tensor by name, in the order in which a model uses
     them."""
     query, key = a.heads * a.head_dim, a.groups * a.head_dim
-    layer = {
-        "input_layernorm": (a.hidden,),
-        "self_attn.q_proj": (query, a.hidden),
-        "self_attn.k_proj": (key, a.hidden),
-        "self_attn.v_proj": (key, a.hidden),
-        "self_attn.o_proj": (a.hidden, query),
-        "post_attention_layernorm": (a.hidden,),
-        "mlp.gate_proj": (a.ffn, a.hidden),
-        "mlp.up_proj": (a.ffn, a.hidden),
-        "mlp.down_proj": (a.hidden, a.ffn),
+    q, k, v = ATTENTION
+    layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (a.hidden,),
+        f"{q}.weight": (query, a.hidden),
+        f"{k}.weight": (key, a.hidden),
+        f"{v}.weight": (key, a.hidden),
+    }
+    if a.qkv_bias:
+        layer |= {f"{q}.bias": (query,), f"{k}.bias": (key,), f"{v}.bias": (key,)}
+    if a.qk_norm:
+        layer |= {f"self_attn.{name}_norm.weight": (a.head_dim,) for name in "qk"}
+    layer |= {
+        "self_attn.o_proj.weight": (a.hidden, query),
+        "post_attention_layernorm.weight": (a.hidden,),
+        "mlp.gate_proj.weight": (a.ffn, a.hidden),
+        "mlp.up_proj.weight": (a.ffn, a.hidden),
+        "mlp.down_proj.weight": (a.hidden, a.ffn),
     }
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (a.vocabulary, a.hidden)}
     for index in range(a.layers):
-        shapes |= {f"model.layers.{index}.{name}.weight": size for name, size in layer.items()}
+        shapes |= {f"model.layers.{index}.{name}": size for name, size in layer.items()}
     shapes["model.norm.weight"] = (a.hidden,)
     if not a.tied:
         shapes["lm_head.weight"] = (a.vocabulary, a.hidden)
@@ -93,7 +105,9 @@ def blocks(a: Architecture, padded_vocabulary: int) -> list[Block]:
     )
     for layer in range(a.layers):
         for short, names, half in LAYER_TABLE:
-            full = tuple(f"model.layers.{layer}.{name}.weight" for name in names)
+            full = tuple(f"model.layers.{layer}.{name}" for name in names)
+            if full[0] not in shapes:
+                continue
             rows, *columns = shapes[full[0]]
             rows = sum(shapes[name][0] for name in full)
             result.append(
@@ -122,12 +136,13 @@ def _vocabulary_blocks(key: str, name: str, a: Architecture, padded: int) -> lis
     return result
 
 
-def extra_state_keys(layers: int) -> list[str]:
+def extra_state_keys(a: Architecture) -> list[str]:
     """Return the names of extra states on disk, of which each layer has its own."""
+    modules = EXTRA_STATES_OF_LAYER + (EXTRA_STATES_OF_QK_NORMS if a.qk_norm else ())
     names = [
-        f"decoder.layers.{module}._extra_state/shard_{layer}_{layers}"
-        for layer in range(layers)
-        for module in EXTRA_STATES_OF_LAYER
+        f"decoder.layers.{module}._extra_state/shard_{layer}_{a.layers}"
+        for layer in range(a.layers)
+        for module in modules
     ]
     return names + [f"{module}._extra_state/shard_0_1" for module in EXTRA_STATES]
 
@@ -136,7 +151,8 @@ def fuse(a: Architecture, tensors: list[Tensor]) -> Tensor:
     """Make a block's rows from its Hugging Face tensors.
 
     Queries [heads*d, h], keys and values [groups*d, h] become [(heads + 2*groups)*d, h]: for each
-    group its queries, its key and its value.  A single tensor is returned as it is.
+    group its queries, its key and its value; so do their biases, without the h.  A single tensor is
+    returned as it is.
     """
     if len(tensors) == 1:
         return tensors[0]

@@ -12,6 +12,7 @@ from megatron.core.optimizer import distrib_optimizer
 from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available
 
 from megatron_slm.errors import UserError
+from megatron_slm.model.documents import packs_documents, takes_one_sequence
 from megatron_slm.parser import refuse
 from megatron_slm.training.command_line.experts import check_experts
 from megatron_slm.training.command_line.first_check import HELP_MEGATRON
@@ -22,11 +23,10 @@ from megatron_slm.training.command_line.options import SelectiveOptions
 UNSUPPORTED = {
     "mtp_num_layers": ("--mtp-num-layers", "its loss would count unselected tokens"),
     "hybrid_context_parallel": ("--hybrid-context-parallel", "it reorders micro-batches"),
-    "dataloader_inter_document_masking": (
-        "--dataloader-inter-document-masking",
-        "packed sequences are not supported",
+    "reset_attention_mask": (
+        "--reset-attention-mask",
+        "no layer is given a mask; --dataloader-inter-document-masking keeps documents apart",
     ),
-    "reset_attention_mask": ("--reset-attention-mask", "attention is causal over the sequence"),
     "create_attention_mask_in_dataloader": (
         "--create-attention-mask-in-dataloader",
         "attention is causal and needs no mask",
@@ -103,11 +103,7 @@ def validate_arguments(args: Namespace) -> None:
             "--tensor-parallel-num-weight-shards cannot be used: the output layer's "
             "weight is gathered only when it is called"
         )
-    if args.reset_position_ids and args.position_embedding_type != "learned_absolute":
-        raise UserError(
-            "--reset-position-ids does not reach --position-embedding-type "
-            f"{args.position_embedding_type}, which goes by the place in the sample: leave it out"
-        )
+    _check_documents(args)
     for flag, value in (
         ("--slm-reference-fp8", args.slm_reference_fp8),
         ("--fp8-format", args.fp8),
@@ -124,4 +120,29 @@ def validate_arguments(args: Namespace) -> None:
         raise UserError(
             "--use-distributed-optimizer needs Transformer Engine or Apex: without them Megatron "
             "saves checkpoints that it cannot resume from"
+        )
+
+
+def _check_documents(args: Namespace) -> None:
+    """Refuse options about packed documents that would do nothing, or what Megatron gets wrong."""
+    masks = args.dataloader_inter_document_masking
+    if args.reset_position_ids and args.sft:
+        raise UserError("--reset-position-ids: the positions of --sft begin anew in any case")
+    if args.reset_position_ids and not masks and args.position_embedding_type != "learned_absolute":
+        raise UserError(
+            "--reset-position-ids does not reach --position-embedding-type "
+            f"{args.position_embedding_type}, which goes by the place in the sample: leave it out, "
+            "or take --dataloader-inter-document-masking, with which positions begin anew"
+        )
+    if masks and not args.sft and args.context_parallel_size > 1 and takes_one_sequence(args):
+        raise UserError(
+            "--dataloader-inter-document-masking cannot be used with --context-parallel-size "
+            f"{args.context_parallel_size} and Transformer Engine: Megatron would cut samples over "
+            "the ranks as wholes, but take positions and attention as if each document had been "
+            "cut by itself: leave one of them out"
+        )
+    if args.slm_scope == "document" and not packs_documents(args):
+        raise UserError(
+            "--slm-scope document needs documents that do not see each other: give "
+            "--dataloader-inter-document-masking, or --sft for conversations"
         )

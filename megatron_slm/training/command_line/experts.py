@@ -37,6 +37,13 @@ UNSUPPORTED = {
 """By the argument's name: the flag, and the reason."""
 
 
+def has_auxiliary_losses(args: Namespace) -> bool:
+    """Return whether a run's routers have losses of their own."""
+    balancing = args.moe_aux_loss_coeff
+    coefficients = balancing if isinstance(balancing, list) else [balancing]
+    return bool(args.num_experts) and (any(coefficients) or bool(args.moe_z_loss_coeff))
+
+
 def check_experts(args: Namespace) -> None:
     """Refuse what cannot be honoured of the options for mixtures of experts.
 
@@ -57,6 +64,12 @@ def check_experts(args: Namespace) -> None:
                 f"--moe-router-load-balancing-type {kind} cannot be used with selective language "
                 f"modeling: it {OTHER_ROUTING[kind]}"
             )
+    if args.slm_scope == "document" and has_auxiliary_losses(args):
+        raise UserError(
+            "--slm-scope document cannot be used with auxiliary losses of experts: how many tokens "
+            "it selects is not known before the first backward pass; take another scope, or "
+            "balance the experts by --moe-router-enable-expert-bias alone"
+        )
     if args.moe_token_dispatcher_type == "flex":
         raise UserError(
             "--moe-token-dispatcher-type flex cannot be used with selective language modeling: its "

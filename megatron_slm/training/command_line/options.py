@@ -25,7 +25,7 @@ Score = Literal[
     "excess", "lowest", "reference", "reference-entropy", "policy", "policy-entropy", "random"
 ]
 NEED_REFERENCE = ("excess", "lowest", "reference", "reference-entropy")
-Scope = Literal["sequence", "micro-batch", "data-parallel", "global-batch"]
+Scope = Literal["document", "sequence", "micro-batch", "data-parallel", "global-batch"]
 Weighting = Literal["hard", "relu", "softmax"]
 
 
@@ -73,8 +73,9 @@ class SelectiveOptions:
     need a reference."""
 
     slm_scope: Scope = "micro-batch"
-    """Tokens that compete with each other for selection: those of one sequence, of one micro-batch,
-    of the micro-batches that all data-parallel ranks hold at a time, or of the global batch."""
+    """Tokens that compete with each other for selection: those of one document (with
+    --dataloader-inter-document-masking or --sft), of one sequence, of one micro-batch, of the
+    micro-batches that all data-parallel ranks hold at a time, or of the global batch."""
 
     slm_global_batch: Literal["carried", "exact"] = "carried"
     """How --slm-scope global-batch selects. carried: by a threshold that follows the last steps.

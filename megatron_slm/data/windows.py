@@ -1,0 +1,75 @@
+"""Cut the tokens of a dataset into windows, in which they are scored and stored by document.
+
+A token is a label in exactly one window, and the token before it in the file is the input that it
+is predicted from.  Windows have s tokens.  Where documents do not see each other, a window ends
+early rather than cut a document that fits into one, so that such a document is scored whole.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Windows:
+    """Where the windows of a dataset begin."""
+
+    def __init__(self, index: Any, length: int, apart: bool) -> None:
+        """Cut a dataset.
+
+        Args:
+            index: the index of its IndexedDataset.
+            length: tokens of a window, s.
+            apart: whether documents do not see each other.
+        """
+        self.length = length
+        self.tokens = int(index.sequence_lengths.sum(dtype=np.int64))
+        self.bounds: NDArray[np.int64] | None = None
+        """Labels whose inputs begin a document, ascending; None if documents see each other."""
+        self.starts: NDArray[np.int64] | None = None
+        """The first label of each window; None if every window has s tokens."""
+        if apart:
+            # The first label of the file has an end-of-document token as its input.
+            first = index.sequence_pointers // index.dtype_size + 1
+            bounds = np.unique(first[index.sequence_lengths > 0]).astype(np.int64)
+            self.bounds = np.concatenate([[0], bounds[bounds < self.tokens]])
+            self.starts = _starts(self.bounds, self.tokens, length)
+
+    def __len__(self) -> int:
+        return -(-self.tokens // self.length) if self.starts is None else len(self.starts)
+
+    def span(self, number: int) -> tuple[int, int]:
+        """Return the positions in the file of a window's first label, and of the one after its
+        last."""
+        if self.starts is None:
+            return number * self.length, min((number + 1) * self.length, self.tokens)
+        last = number + 1 == len(self.starts)
+        return int(self.starts[number]), self.tokens if last else int(self.starts[number + 1])
+
+    def places(self, labels: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the window of each label, given its position in the file, and its place there."""
+        if self.starts is None:
+            return labels // self.length, labels % self.length
+        numbers = np.searchsorted(self.starts, labels, side="right") - 1
+        return numbers, labels - self.starts[numbers]
+
+    def ends(self, number: int) -> NDArray[np.int64]:
+        """Return 0 and where each document of a window ends; documents do not see each other.
+
+        What is missing of s tokens is a document of its own.
+        """
+        assert self.bounds is not None
+        start, stop = self.span(number)
+        inside = slice(*np.searchsorted(self.bounds, [start + 1, stop]).tolist())
+        return np.unique([0, *(self.bounds[inside] - start), stop - start, self.length])
+
+
+def _starts(bounds: NDArray[np.int64], tokens: int, length: int) -> NDArray[np.int64]:
+    """Fill windows with as many whole documents as fit, or with a part of one that is too long."""
+    starts = [0]
+    while (full := starts[-1] + length) < tokens:
+        fits = int(bounds[np.searchsorted(bounds, full, side="right") - 1])
+        starts.append(fits if fits > starts[-1] else full)
+    return np.array(starts, np.int64)

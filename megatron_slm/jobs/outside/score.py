@@ -1,0 +1,160 @@
+"""Fill a score cache by document with the losses of a model outside Megatron.
+
+Every rank takes each n-th shard and leaves out those that are there, without waiting for others, so
+ranks need no connection and a job that was killed can continue with another number of them.
+"""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from megatron_slm.corpus.tokenizers.alignment import Floats
+from megatron_slm.corpus.tokenizers.token_bytes import TokenBytes
+from megatron_slm.corpus.tokenizers.tokenizer_file import TokenizerFile, open_tokenizer
+from megatron_slm.data.score_cache import missing_shards
+from megatron_slm.errors import UserError, say
+from megatron_slm.jobs.outside.documents import (
+    DatasetDocuments,
+    RunTokenizer,
+    begin_cache,
+    missing_of,
+    open_documents,
+    open_run_tokenizer,
+    shard_span,
+    write_values,
+)
+from megatron_slm.jobs.outside.passages import (
+    ByText,
+    ModelTokenizer,
+    Passage,
+    Scorer,
+)
+
+BATCHES = 16  # that documents are sorted by length for
+BY_BYTES = "by bytes, 1"  # which rule brings losses to other tokens
+
+# Returns the losses of a dataset's tokens from one position to another.
+Score = Callable[[DatasetDocuments, int, int], Floats]
+
+
+def score_with_model(args: Namespace) -> None:
+    """Run the job.
+
+    Raises:
+        UserError: the input is wrong, the model cannot be had, or a loss is NaN or infinite.
+    """
+    tokenizer = open_run_tokenizer(args)
+    datasets = open_documents(args.data_path, tokenizer)
+    file = _model_tokenizer(args, tokenizer)
+    own = None if tokenizer.model is None else TokenBytes(open_tokenizer(tokenizer.model))
+    theirs = None if own is None or file is None else ModelTokenizer(file)
+    by_text = own is not None and theirs is not None and not theirs.is_of(own)
+    scorer, reference = _scorer(args, tokenizer, file, by_text)
+    if own is not None and theirs is not None and (by_text or scorer.takes_text):
+        reference |= {"tokenizer": theirs.file.sha256, "tokens": BY_BYTES}
+        texts = ByText(scorer, own, tokenizer.eod, theirs, args.seq_length)
+        score, counts = _by_text(texts, args), texts.counts
+    else:
+        score, counts = _by_window(scorer, tokenizer.eod, args), None
+    manifest = begin_cache(args, datasets, tokenizer, reference)
+    directory = Path(args.slm_reference_cache)
+    rank, ranks = int(os.getenv("RANK", "0")), int(os.getenv("WORLD_SIZE", "1"))
+    shards = [(name, each) for name in manifest.sections for each in range(manifest.shards(name))]
+    there = set(shards).difference(missing_shards(directory, manifest))
+    mine = [shard for shard in shards[rank::ranks] if shard not in there]
+    say(f"> {len(there)} of {len(shards)} shards are there")
+    for documents, shard in missing_of(tqdm(mine, unit="shard", disable=rank > 0), datasets):
+        span = shard_span(manifest, documents.name, shard, documents.tokens)
+        values = score(documents, *span).astype(np.float32)
+        write_values(directory, manifest, documents, shard, values, tokenizer.eod)
+    if counts is not None and counts.tokens:
+        part = counts.one_to_one / counts.tokens
+        print(
+            f"> rank {rank}: {part:.2%} of {counts.tokens:,} tokens with text are the model's, "
+            f"too; {counts.filled:,} tokens have their document's mean",
+            flush=True,
+        )
+    if not missing_shards(directory, manifest):
+        print(f"> {directory} is complete", flush=True)
+
+
+def _model_tokenizer(args: Namespace, tokenizer: RunTokenizer) -> TokenizerFile | None:
+    """Open the model's tokenizer; None if the run's tokens are mere numbers."""
+    if tokenizer.model is None and args.server is None:
+        return None
+    try:
+        return open_tokenizer(args.model_tokenizer or args.model)
+    except UserError as error:
+        raise UserError(str(error).replace("--tokenizer-model", "--model-tokenizer")) from error
+
+
+def _scorer(
+    args: Namespace, tokenizer: RunTokenizer, file: TokenizerFile | None, by_text: bool
+) -> tuple[Scorer, dict[str, str]]:
+    """Open the model, and return it with what tells it from others."""
+    if args.server is not None and file is not None:
+        from megatron_slm.jobs.outside.server import CompletionsServer
+
+        server = CompletionsServer(
+            args.server, args.server_model, ModelTokenizer(file), args.concurrency, args.timeout
+        )
+        if tokenizer.model is None and server.takes_text:
+            raise UserError(f"--server {args.server} takes text, which NullTokenizer does not have")
+        return server, {"server model": server.model}
+    from megatron_slm.jobs.outside.hugging_face import HuggingFaceModel, fingerprint
+
+    known = fingerprint(args.model) | {"computed in": args.dtype}
+    vocabulary = file.vocab_size if by_text and file is not None else tokenizer.vocabulary
+    return HuggingFaceModel(args.model, args.dtype, vocabulary, args.batch_tokens), known
+
+
+def _by_window(scorer: Scorer, eod: int, args: Namespace) -> Score:
+    """Score a dataset's tokens themselves, in windows as tools/score_reference.py cuts them."""
+
+    def score(documents: DatasetDocuments, start: int, stop: int) -> Floats:
+        passages = []
+        for first in range(start, stop, args.seq_length):
+            ids = documents.stream[first : min(first + args.seq_length, stop)].astype(np.int64)
+            before = eod if first == 0 else int(documents.stream[first - 1])
+            passages.append(Passage(ids, before))
+        return np.concatenate(scorer.losses(passages))
+
+    return score
+
+
+def _by_text(texts: ByText, args: Namespace) -> Score:
+    """Score the documents that a shard has tokens of, whole, and take its part of them.
+
+    A document that stands in two shards is scored for both, since another rank may have the other.
+    """
+
+    def score(documents: DatasetDocuments, start: int, stop: int) -> Floats:
+        found = []
+        for group in _groups(documents, documents.overlapping(start, stop), args.batch_tokens):
+            found += texts.losses(group)
+        first = int(documents.starts[documents.overlapping(start, stop).start])
+        return np.concatenate(found)[start - first : stop - first]
+
+    return score
+
+
+def _groups(
+    documents: DatasetDocuments, numbers: range, batch_tokens: int
+) -> list[list[NDArray[np.int64]]]:
+    """Cut documents into groups of about BATCHES batches."""
+    groups: list[list[NDArray[np.int64]]] = [[]]
+    size = 0
+    for number in numbers:
+        groups[-1].append(documents.ids(number))
+        size += len(groups[-1][-1])
+        if size > BATCHES * batch_tokens:
+            groups.append([])
+            size = 0
+    return groups

@@ -1,0 +1,259 @@
+"""Losses of models outside Megatron, against transformers' own of the same documents."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from completions import Model, completions_server
+from corpus import MODEL, PIECES, Document, Result, preprocess, read_dataset, run_tool, write_jsonl
+from megatron_slm.data.score_cache import Section
+from megatron_slm.data.score_manifest import read_cache_manifest
+from megatron_slm.jobs.outside import server as server_module
+from real_text import docstrings
+
+LENGTH = 48
+RUN = ("--tokenizer-type", "Llama2Tokenizer", "--tokenizer-model", MODEL, "--seq-length", LENGTH)
+EXACT = ("--cache-dtype", "float32")
+BOS, EOS = 0, 1
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Docstrings in the sentencepiece tokens of Mistral."""
+    where = tmp_path_factory.mktemp("data")
+    texts = [*docstrings(["argparse"])[:40], "naïve 東京 🎲\n\n x", "  ", "x"]
+    preprocess(write_jsonl(where / "in.jsonl", texts), where / "out", "--append-eod")
+    return where / "out_text_document"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Llama of random weights, large enough to matter, with a byte-level tokenizer."""
+    directory = tmp_path_factory.mktemp("model")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=900,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(docstrings(["argparse", "difflib"]), trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(directory)
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=960,  # with padding
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+def values_of(cache: Path, prefix: Path) -> list[np.ndarray]:
+    """Return a cache's values of each document's tokens."""
+    manifest = read_cache_manifest(cache)
+    section = Section(cache, manifest, prefix.name)
+    stream = np.concatenate([section.losses(number, None) for number in range(len(section))])
+    ends = np.cumsum([len(ids) for ids in read_dataset(prefix)])
+    assert (stream[ends[-1] :] == 0).all()
+    return np.split(stream[: ends[-1]], ends[:-1])
+
+
+def scored(prefix: Path, cache: Path, *more: object, code: int = 0) -> Result:
+    options = ("--data-path", prefix, *RUN, "--slm-reference-cache", cache, *more)
+    result = run_tool("score_with_model", *options)
+    assert result.code == code, result.err
+    return result
+
+
+def text_of(ids: Document) -> str:
+    return str(PIECES.decode([each for each in ids if each != PIECES.eos_id()]))
+
+
+def by_transformers(
+    model: Path, ids: list[int], vocabulary: int, length: int = LENGTH
+) -> np.ndarray:
+    """Losses of all tokens but the first, in windows that begin with the token before them."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model)
+    losses = []
+    for start in range(0, len(ids) - 1, length):
+        window = torch.tensor([ids[start : start + length + 1]])
+        with torch.no_grad():
+            logits = loaded(window[:, :-1]).logits[0, :, :vocabulary]
+        losses.append(torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="none"))
+    return torch.cat(losses).numpy()
+
+
+@pytest.fixture(scope="module")
+def cache(prefix: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the model, in float32."""
+    directory = tmp_path_factory.mktemp("scored") / "cache"
+    options = ("--model", model, "--batch-tokens", 300, "--shard-samples", 16, *EXACT)
+    said = scored(prefix, directory, *options).out
+    assert "is complete" in said and "% of 2,299 tokens" in said
+    return directory
+
+
+def test_losses_by_text(prefix: Path, model: Path, cache: Path) -> None:
+    """Each document has the sum of what transformers gives its text, its end its own."""
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    for ids, values in zip(read_dataset(prefix), values_of(cache, prefix), strict=True):
+        theirs = tokenizer.encode(text_of(ids)).ids
+        expected = by_transformers(model, [BOS, *theirs, EOS], tokenizer.get_vocab_size())
+        assert values[:-1].sum() == pytest.approx(expected[:-1].sum(), rel=1e-5)
+        assert values[-1] == pytest.approx(expected[-1], rel=1e-4)
+        words = [PIECES.id_to_piece(each).replace("\u2581", " ") for each in ids[:-1]]
+        other = [tokenizer.decode([each]) for each in theirs]
+        if words[0].strip() == other[0]:  # both begin with the same word, which keeps its loss
+            assert values[0] == pytest.approx(expected[0], rel=1e-4)
+
+
+def test_a_job_goes_on(prefix: Path, model: Path, cache: Path, tmp_path: Path) -> None:
+    """With the shard that is missing, whoever writes it; not with another model."""
+    copy = tmp_path / "cache"
+    shutil.copytree(cache, copy)
+    shards = sorted(copy.rglob("*.losses"))
+    assert len(shards) == 3
+    content = shards[1].read_bytes()
+    shards[1].unlink()
+    options = ("--model", model, "--batch-tokens", 300, "--shard-samples", 16)
+    scored(prefix, copy, *options, *EXACT)
+    assert shards[1].read_bytes() == content
+    error = scored(prefix, copy, *options, code=2).err
+    assert "dtype is uint16 here, float32 there" in error.splitlines()[-1]
+
+
+@pytest.mark.parametrize("text_only", [False, True])
+def test_server(
+    text_only: bool, prefix: Path, model: Path, cache: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """A server of the model gives the model's losses, though it is busy now and then.
+
+    One that takes text alone cannot score the end of a text, and reads long ones in parts.
+    """
+    monkeypatch.setattr(server_module, "FIRST_PAUSE", 0.01)
+    served = serve(model, text_only)
+    served.fail_every = 7
+    with completions_server(served) as url:
+        length = ("--seq-length", 1024) if text_only else ()
+        options = ("--server", url, "--model-tokenizer", model, "--concurrency", 3, *EXACT)
+        scored(prefix, tmp_path / "cache", *options, *length)
+    if not text_only:
+        found = (values_of(each, prefix) for each in (tmp_path / "cache", cache))
+        for one, other in zip(*found, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+        return
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    found = values_of(tmp_path / "cache", prefix)
+    for ids, values in zip(read_dataset(prefix), found, strict=True):
+        theirs = [BOS, *tokenizer.encode(text_of(ids)).ids]
+        expected = by_transformers(model, theirs, tokenizer.get_vocab_size(), 1024)
+        assert values[:-1].sum() == pytest.approx(expected.sum(), rel=1e-4)
+        assert values[-1] == pytest.approx(values[:-1].mean(), rel=1e-3)
+
+
+def serve(model: Path, text_only: bool) -> Model:
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    return Model(AutoModelForCausalLM.from_pretrained(model), tokenizer, BOS, text_only)
+
+
+def test_servers_that_cannot_be_used(
+    prefix: Path, model: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """One line that says why, before anything is written."""
+    monkeypatch.setattr(server_module, "FIRST_PAUSE", 0.0)
+    served = serve(model, False)
+    served.shift = 1
+    options = ("--model-tokenizer", model)
+    with completions_server(served) as url:
+        off = scored(prefix, tmp_path / "a", "--server", url, *options, code=2).err
+        served.shift, served.fail_every = 0, 1
+        busy = scored(prefix, tmp_path / "a", "--server", url, *options, code=2).err
+        served.fail_every = 0
+        own = ("--model-tokenizer", MODEL)
+        wrong = scored(prefix, tmp_path / "a", "--server", url, *own, code=2).err
+    gone = scored(prefix, tmp_path / "a", "--server", url, *options, code=2).err
+    assert "its losses of prompts cannot be used" in off
+    assert "does not answer after 8 attempts: 503" in busy
+    assert "is a sentencepiece tokenizer" in wrong
+    assert "does not answer after 8 attempts" in gone and "refused" in gone
+    for said in (off, busy, wrong, gone):
+        assert said.startswith("error: ") and len(said.splitlines()) == 1
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_same_tokenizer(model: Path, tmp_path: Path) -> None:
+    """The dataset's own tokens are scored, in windows that know nothing of documents."""
+    texts = write_jsonl(tmp_path / "in.jsonl", docstrings(["difflib"])[:12])
+    own = ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", model)
+    preprocess(texts, tmp_path / "out", *own, "--engine", "hf", "--append-eod")
+    data = tmp_path / "out_text_document"
+    scored(data, tmp_path / "cache", *own, "--model", model, *EXACT)
+    stream = [EOS, *(number for ids in read_dataset(data) for number in ids)]
+    found = np.concatenate(values_of(tmp_path / "cache", data))
+    expected = by_transformers(
+        model, stream, read_cache_manifest(tmp_path / "cache").source.vocabulary
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ((), "name what scores: either --model DIR or --server URL"),
+        (("--server", "http://127.0.0.1:1/v1"), "--server needs --model-tokenizer"),
+        (("--model", "absent"), "--model-tokenizer absent"),
+        (("--model", MODEL.parent), "--model-tokenizer"),
+        (("--model", "x", "--batch-tokens", 0), "--batch-tokens 0 must be above 0"),
+    ],
+)
+def test_refused(options: tuple[object, ...], said: str, prefix: Path, tmp_path: Path) -> None:
+    error = scored(prefix, tmp_path / "cache", *options, code=2).err
+    assert error.startswith("error: ") and said in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("llama_cpp") is None,
+    reason="llama-cpp-python, whose server this is about, is not installed",
+)
+def test_llama_cpp(tmp_path: Path) -> None:
+    """llama.cpp's own server gives transformers' losses of the same weights, but for the first
+    token's; without a token for the beginning of a text it leaves one out, and is refused."""
+    from llama_cpp_server import gguf_model, serving
+
+    texts = [*docstrings(["argparse"])[:6], "naïve 東京 🎲\n\n x"]
+    preprocess(write_jsonl(tmp_path / "in.jsonl", texts), tmp_path / "out", "--append-eod")
+    data = tmp_path / "out_text_document"
+    directory = gguf_model(tmp_path / "model", beginning=True)
+    options = ("--model-tokenizer", directory, "--concurrency", 1, *EXACT, "--seq-length", 1024)
+    with serving(directory / "model.gguf") as url:
+        scored(data, tmp_path / "served", "--server", url, *options)
+    found = values_of(tmp_path / "served", data)
+    for ids, values in zip(read_dataset(data), found, strict=True):
+        whole = [PIECES.bos_id(), *ids[:-1]]
+        expected = by_transformers(directory, whole, PIECES.get_piece_size(), 1024)
+        np.testing.assert_allclose(values[1:-1], expected[1:], rtol=0, atol=0.02)
+    without = gguf_model(tmp_path / "without", beginning=False)
+    with serving(without / "model.gguf") as url:
+        error = scored(data, tmp_path / "none", "--server", url, *options, code=2).err
+    assert "tokens where --model-tokenizer has" in error
