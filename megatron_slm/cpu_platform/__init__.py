@@ -4,6 +4,7 @@ Megatron 0.19 names CUDA in some 200 places (devices, streams, RNG, dtype checks
 touching Megatron, `install()` makes those names mean the CPU:
 
     devices.py      torch's device="cuda", streams, events, memory statistics and barriers
+    collectives.py  gloo's exchange of parts of different sizes, for experts
     rng.py          a generator of its own in place of the CUDA generator; initial weights by layer
     checkpoints.py  the writer of asynchronous saves, and copies of what it writes
     optimizer.py    Adam with the state layout of Apex's FusedAdam, so that checkpoints of the
@@ -53,9 +54,10 @@ def install() -> None:
     # it before they are replaced.
     import torch._dynamo  # noqa: F401
 
-    from megatron_slm.cpu_platform import checkpoints, devices, optimizer, rng
+    from megatron_slm.cpu_platform import checkpoints, collectives, devices, optimizer, rng
 
     devices.install()
+    collectives.install()
     rng.install()
     optimizer.install()
     checkpoints.install()

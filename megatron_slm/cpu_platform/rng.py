@@ -7,7 +7,8 @@ from different weights.  Here a second CPU generator stands in for CUDA's.
 
 Megatron seeds the CPU generator with seed + 100 * pipeline rank and draws all weights of a stage
 from it in turn, so weights depend on how layers are spread over stages.  Here every transformer
-layer, the embedding and the output layer draw from a generator seeded by (seed, its own name).
+layer, the embedding and the output layer draw from a generator seeded by (seed, its own name), and
+so does every expert of a layer.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 
 cuda_generator = torch.Generator(device="cpu")
-_state: dict[str, Any] = {"seed": 1234, "inside": False}
+_state: dict[str, Any] = {"seed": 1234, "inside": "", "expert": 0}
 
 
 def install() -> None:
@@ -77,13 +78,19 @@ def _stream(name: str) -> Iterator[None]:
     if _state["inside"]:
         yield
         return
-    _state["inside"] = True
+    _state["inside"] = name
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed((_state["seed"] << 32) + zlib.crc32(name.encode()))
+        with _seeded(name):
             yield
     finally:
-        _state["inside"] = False
+        _state["inside"] = ""
+
+
+@contextmanager
+def _seeded(name: str) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed((_state["seed"] << 32) + zlib.crc32(name.encode()))
+        yield
 
 
 def _install_layerwise_initialization() -> None:
@@ -104,6 +111,7 @@ def _install_layerwise_initialization() -> None:
     # Within a transformer layer the layer's stream is open already; the only column-parallel layer
     # outside of them is the output layer.
     _draw_from_stream(ColumnParallelLinear, lambda **kwargs: "output_layer")
+    _install_experts()
 
     set_random_seed = initialize._set_random_seed
 
@@ -113,6 +121,31 @@ def _install_layerwise_initialization() -> None:
         set_random_seed(seed, *args, **kwargs)
 
     initialize._set_random_seed = remember_seed
+
+
+def _install_experts() -> None:
+    """Make an expert's weights depend on its number in the layer, and not on the ranks."""
+    from megatron.core.transformer.mlp import MLP
+    from megatron.core.transformer.moe.experts import SequentialMLP
+
+    construct_all, construct_one = SequentialMLP.__init__, MLP.__init__
+
+    @functools.wraps(construct_all)
+    def count_from_first(self: Any, own: int, *args: Any, **kwargs: Any) -> None:
+        _state["expert"] = kwargs["pg_collection"].ep.rank() * own
+        construct_all(self, own, *args, **kwargs)
+
+    @functools.wraps(construct_one)
+    def construct_expert(self: Any, *args: Any, **kwargs: Any) -> None:
+        if not kwargs.get("is_expert"):
+            construct_one(self, *args, **kwargs)
+            return
+        with _seeded(f"{_state['inside']} expert {_state['expert']}"):
+            construct_one(self, *args, **kwargs)
+        _state["expert"] += 1
+
+    SequentialMLP.__init__ = count_from_first
+    MLP.__init__ = construct_expert
 
 
 def _draw_from_stream(module: type[torch.nn.Module], name: Callable[..., str]) -> None:

@@ -21,15 +21,13 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_block import (
-    TransformerBlockSubmodules,
-    get_num_layers_to_build,
-)
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -54,23 +52,30 @@ def plain_block_spec(config: Any, vp_stage: int | None = None) -> TransformerBlo
         UserError: for an option that only Transformer Engine offers.
     """
     _check(config)
-    layer = get_gpt_layer_local_spec(
-        qk_layernorm=config.qk_layernorm, normalization=config.normalization
+    transformer = getattr(config, "transformer", config)
+    block = get_gpt_decoder_block_spec(
+        transformer,
+        use_transformer_engine=False,
+        normalization=transformer.normalization,
+        vp_stage=vp_stage,
     )
-    parts = layer.submodules
-    parts.input_layernorm = parts.pre_mlp_layernorm = SequenceParallelNorm
-    parts.self_attention.module = DocumentAttention
-    attention = parts.self_attention.submodules
-    attention.core_attention = GatheredAttention
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = SequenceParallelNorm
-    count = get_num_layers_to_build(getattr(config, "transformer", config), vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=SequenceParallelNorm)
+    for layer in block.layer_specs:  # layers of one kind share their spec
+        parts = layer.submodules
+        parts.input_layernorm = parts.pre_mlp_layernorm = SequenceParallelNorm
+        parts.self_attention.module = DocumentAttention
+        attention = parts.self_attention.submodules
+        attention.core_attention = GatheredAttention
+        if config.qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = SequenceParallelNorm
+        if getattr(parts.mlp, "func", None) is MoELayer:
+            # Transformer Engine has no linear layer to fuse this norm with, and keeps its name.
+            parts.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+    block.layer_norm = SequenceParallelNorm
+    return block
 
 
 def _check(config: Any) -> None:
     unsupported = {
-        "num_moe_experts": "mixture of experts",
         "multi_latent_attention": "multi-latent attention",
         "experimental_attention_variant": "experimental attention variants",
         "fp8": "fp8",

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_slm.errors import UserError
+from megatron_slm.model.routing import OTHER_ROUTING, balancing_of
 from megatron_slm.model.torch_dist import TorchDistReader, iteration_directory
 
 # For a fingerprint: enough to tell models apart, and little enough for every rank to read.
 FILES, BLOCK_BYTES = 8, 1 << 16
 
-# Arguments that shape a dense GPT or its arithmetic.  The reference takes all others (parallelism,
+# Arguments that shape a GPT or its arithmetic.  The reference takes all others (parallelism,
 # precision, recomputation) from the policy's run.
 ARCHITECTURE = """
     num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups
@@ -35,10 +36,13 @@ ARCHITECTURE = """
     softmax_type window_size window_attn_skip_freq attention_output_gate
     untie_embeddings_and_output_weights use_mup mup_width_mult mup_base_hidden_size
     mup_embedding_mult mup_output_mult mup_base_head_dim mup_attn_scale_power
+    num_experts moe_layer_freq moe_ffn_hidden_size moe_shared_expert_intermediate_size
+    moe_shared_expert_gate moe_router_topk moe_router_score_function moe_router_pre_softmax
+    moe_router_topk_scaling_factor moe_router_num_groups moe_router_group_topk
+    moe_router_enable_expert_bias moe_apply_probs_on_input moe_latent_size
 """.split()
 
 UNSUPPORTED_MODELS = {
-    "num_experts": "a mixture of experts",
     "multi_latent_attention": "multi-latent attention",
     "experimental_attention_variant": "an experimental attention variant",
     "heterogeneous_layers_config_path": "heterogeneous layers",
@@ -85,6 +89,13 @@ def open_checkpoint(
     for name, what in UNSUPPORTED_MODELS.items():
         if getattr(arguments, name, None):
             raise UserError(f"the reference in {directory} has {what}, which is not supported")
+    if getattr(arguments, "num_experts", None):
+        for kind in balancing_of(arguments):
+            if kind in OTHER_ROUTING:
+                raise UserError(
+                    f"the reference in {directory} was trained with "
+                    f"--moe-router-load-balancing-type {kind}, which {OTHER_ROUTING[kind]}"
+                )
     return ReferenceCheckpoint(directory, arguments)
 
 

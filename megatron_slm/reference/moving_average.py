@@ -64,7 +64,7 @@ class MovingAverage(OnlineReference):
         self.followed: int | None = None  # the last iteration that the average has taken in
         if resume is not None:
             directory, iteration = resume
-            self.average = [_float_copy(parameter) for parameter in self.model.parameters()]
+            self.average = [_float_copy(weight) for weight in _weights(gpt(self.model)).values()]
             self._load(Path(directory) / DIRECTORY, iteration)
 
     @torch.no_grad()
@@ -81,8 +81,7 @@ class MovingAverage(OnlineReference):
             UserError: the policy's layers are cut otherwise than the reference's.
         """
         (chunk,) = unwrap_model(list(policy))
-        theirs = dict(chunk.named_parameters())
-        own = dict(gpt(self.model).named_parameters())
+        theirs, own = _weights(chunk), _weights(gpt(self.model))
         if {name: p.shape for name, p in own.items()} != {n: p.shape for n, p in theirs.items()}:
             raise UserError(
                 "--slm-reference ema needs a policy with the same number of layers on each "
@@ -93,9 +92,9 @@ class MovingAverage(OnlineReference):
         elif iteration in (None, self.followed):
             return
         self.followed = iteration
-        for average, (name, parameter) in zip(self.average, own.items(), strict=True):
+        for average, (name, weight) in zip(self.average, own.items(), strict=True):
             average.lerp_(theirs[name].float(), 1.0 - self.decay)
-            parameter.copy_(average)
+            weight.copy_(average)
 
     def save(self, directory: str, iteration: int) -> None:
         """Write the average to the sub-directory ema.  Collective over all ranks."""
@@ -122,23 +121,24 @@ class MovingAverage(OnlineReference):
         flags = ("--slm-reference ema, resumed from --load: the average in", "--ckpt-step")
         directory = str(open_checkpoint(str(load), iteration, flags).directory)
         metadata = {"dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
-        own = gpt(self.model)
+        own = _weights(gpt(self.model))
         loaded = dist_checkpointing.load({"model": self._sharded(metadata)}, directory)["model"]
         assert self.average is not None
-        for average, (name, parameter) in zip(self.average, own.named_parameters(), strict=True):
+        for average, (name, weight) in zip(self.average, own.items(), strict=True):
             average.copy_(loaded[name])
-            parameter.data.copy_(average)
+            weight.data.copy_(average)
 
     def _sharded(self, metadata: dict[str, Any]) -> dict[str, Any]:
-        """Return the model's sharded state dict, with averages in place of its parameters."""
+        """Return the model's sharded state dict, with averages in place of its weights."""
         assert self.average is not None
         model: GPTModel = gpt(self.model)
+        parts = model.sharded_state_dict(metadata=metadata)  # may move a router's bias to float32
         averages = {
-            parameter.data_ptr(): average
-            for average, parameter in zip(self.average, model.parameters(), strict=True)
+            weight.data_ptr(): average
+            for average, weight in zip(self.average, _weights(model).values(), strict=True)
         }
         sharded = {}
-        for name, part in model.sharded_state_dict(metadata=metadata).items():
+        for name, part in parts.items():
             if isinstance(part, ShardedTensor | ShardedTensorFactory):
                 part.data = averages[part.data.data_ptr()]
                 if isinstance(part, ShardedTensor):
@@ -147,5 +147,11 @@ class MovingAverage(OnlineReference):
         return sharded
 
 
-def _float_copy(parameter: Tensor) -> Tensor:
-    return parameter.detach().to(torch.float32, copy=True)
+def _weights(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Return what training changes of a model: its parameters, and the biases of its routers."""
+    biases = {name: b for name, b in model.named_buffers() if name.endswith(".expert_bias")}
+    return dict(model.named_parameters()) | biases
+
+
+def _float_copy(weight: Tensor) -> Tensor:
+    return weight.detach().to(torch.float32, copy=True)

@@ -138,6 +138,12 @@ def frozen_arguments(arguments: Namespace) -> Namespace:
     own = copy(arguments)
     own.attention_dropout = own.hidden_dropout = 0.0
     own.perform_initialization = False
+    if own.num_experts:
+        # It routes without learning anything, and drops no tokens: what is lost of one that is
+        # dropped would depend on the samples that it is scored with.
+        own.moe_router_load_balancing_type, own.moe_aux_loss_coeff = "none", 0.0
+        own.moe_z_loss_coeff = own.moe_expert_capacity_factor = None
+        own.moe_pad_expert_input_to_capacity = own.moe_shared_expert_overlap = False
     # The policy may have these, but a reference is known not to.
     for name in UNSUPPORTED_MODELS:
         setattr(own, name, None)
@@ -181,14 +187,21 @@ def reference_arguments(checkpoint: ReferenceCheckpoint, arguments: Namespace) -
     Raises:
         UserError: the reference cannot be cut as the policy is.
     """
-    own = frozen_arguments(arguments)
+    own = copy(arguments)
+    own.num_experts = None  # unless the reference has some of its own
     for name, value in checkpoint.architecture().items():
         setattr(own, name, value)
+    own = frozen_arguments(own)
+    if not own.num_experts:
+        own.expert_model_parallel_size = 1
+        own.moe_ffn_hidden_size = own.moe_shared_expert_intermediate_size = None
+        own.moe_layer_freq, own.moe_router_enable_expert_bias = 1, False
     where = f"the reference in {checkpoint.directory}"
     for what, value, name, size in (
         ("layers", own.num_layers, "pipeline", own.pipeline_model_parallel_size),
         ("attention heads", own.num_attention_heads, "tensor", own.tensor_model_parallel_size),
         ("feed-forward units", own.ffn_hidden_size, "tensor", own.tensor_model_parallel_size),
+        ("experts", own.num_experts or 0, "expert", own.expert_model_parallel_size),
     ):
         if value % size:
             raise UserError(

@@ -16,6 +16,7 @@ from megatron_slm.selection.scores import Score
 from megatron_slm.selection.top_fraction import (
     Placement,
     Selection,
+    numbers_selected,
     select_top_fraction,
     selected_of,
 )
@@ -169,6 +170,39 @@ class TokenSelector:
         if settings.scope == "sequence":
             return samples * selected_of(length, ratio)
         return selected_of(samples * length, ratio)
+
+    def share_selected(
+        self, valid: Tensor, ratio: float, domains: Tensor | None, count: int, whole: bool
+    ) -> Tensor:
+        """Return which share of a step's valid tokens will be selected, float32, 0-dim.
+
+        The number of selected tokens follows from that of the valid ones, before there are scores.
+        Collective over all ranks that hold any of the step's tokens, and without a host wait.
+
+        Args:
+            valid: which tokens of all `count` micro-batches may be selected, bool [count * b, s/c].
+            ratio: the ratio of datasets without one of their own.
+            domains: the dataset of each sample, int64 [count * b]; None without a blend.
+            count: the number of micro-batches.
+            whole: whether tokens compete over the whole step, or with a threshold carried from
+                earlier ones, which selects as many in the mean.
+        """
+        sets, ratios = self.sets(len(valid), ratio, domains, valid.device)
+        if self.settings.scope != "sequence" and not whole:
+            which = torch.arange(len(valid), device=valid.device) // (len(valid) // count)
+            sets = sets + which * len(ratios)
+            ratios = ratios.repeat(count) if isinstance(ratios, Tensor) else [*ratios] * count
+        wide = whole or self.settings.scope == "data-parallel"
+        number = torch.zeros(len(ratios), dtype=torch.int64, device=valid.device)
+        number.index_add_(0, sets, valid.sum(1))
+        of_all = self.ranks.dp_cp_group
+        group = of_all if wide else self.ranks.cp_group
+        if group.size() > 1:
+            torch.distributed.all_reduce(number, group=group)
+        both = torch.stack([numbers_selected(number, ratios).sum(), number.sum()])
+        if group.size() < of_all.size():  # each context-parallel rank adds the same to both
+            torch.distributed.all_reduce(both, group=of_all)
+        return (both[0] / both[1].clamp(min=1)).float()
 
     def _select(
         self,

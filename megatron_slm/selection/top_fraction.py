@@ -148,6 +148,16 @@ def selected_of(number: int, ratio: float) -> int:
     return min(max(rounded, 1), number)
 
 
+def numbers_selected(number: Tensor, ratios: Sequence[float] | Tensor) -> Tensor:
+    """Return how many of each set's valid tokens select_top_fraction selects, int64 [sets].
+
+    Args:
+        number: the valid tokens of each set, int64 [sets].
+        ratios: the ratio of each set.
+    """
+    return round_half_up(in_units(ratios, number.device), number)
+
+
 def _total(counts: Tensor, placement: Placement) -> Tensor:
     """Sum counts over the ranks of a placement, as int64."""
     if placement.shared:

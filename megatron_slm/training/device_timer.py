@@ -6,6 +6,8 @@ Megatron's own timers wait for the device at every start and stop.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +23,18 @@ def device_timer(name: str) -> DeviceTimer:
         timers._log_levels[name] = 0
     timer: DeviceTimer = timers(name, log_level=0)
     return timer
+
+
+@contextmanager
+def timed(name: str, when: bool = True) -> Iterator[None]:
+    """Count the device's time for the block in a timer of Megatron's log."""
+    if not when:
+        yield
+        return
+    timer = device_timer(name)
+    timer.start()
+    yield
+    timer.stop()
 
 
 class DeviceTimer(TimerBase):

@@ -14,7 +14,7 @@ from megatron_slm.errors import UserError
 
 # What --slm-changed may name besides arguments of the model.
 CHANGES = ("reference", "selection")
-LAYOUT = ("tensor", "pipeline", "virtual_pipeline")
+LAYOUT = ("tensor", "pipeline", "virtual_pipeline", "expert")
 
 
 def check_resumed(args: Namespace, common: dict[str, Any], where: str) -> None:
@@ -61,12 +61,21 @@ def _check_selection(args: Namespace, saved: Namespace, where: str) -> None:
 def _check_optimizer(
     args: Namespace, saved: Namespace, content: dict[str, Any], where: str
 ) -> None:
-    """Check that the distributed optimizer's state can be loaded into this run's layout."""
+    """Check that the optimizer's state can be loaded into this run's layout."""
+    if args.no_load_optim or getattr(saved, "no_save_optim", False):
+        return
+    experts = [getattr(a, "expert_model_parallel_size", None) or 1 for a in (saved, args)]
+    if (experts[0] > 1) != (experts[1] > 1):
+        raise UserError(
+            f"{where} has the optimizer's state for --expert-model-parallel-size {experts[0]}, and "
+            f"this run has {experts[1]}: Megatron keeps the experts' state apart under expert "
+            "parallelism alone, and cannot load it otherwise.  Continue with "
+            f"{'a size above 1' if experts[0] > 1 else 'size 1'}, or start the optimizer afresh "
+            "with --no-load-optim"
+        )
     kind = content.get("distrib_optim_sharding_type")
     if (
         not args.use_distributed_optimizer
-        or args.no_load_optim
-        or getattr(saved, "no_save_optim", False)
         or kind is None
         or kind in DistributedOptimizer.checkpoint_fully_reshardable_formats
     ):

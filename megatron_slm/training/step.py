@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,9 +24,11 @@ from megatron_slm.loss import Scoring, Selecting, Telling, dense_losses, loss_of
 from megatron_slm.reference import Reference, Scored
 from megatron_slm.selection import Choice, Ranks, TokenSelector
 from megatron_slm.training import nan
+from megatron_slm.training.auxiliary_losses import AuxiliaryScale
 from megatron_slm.training.carried_thresholds import CarriedThresholds
+from megatron_slm.training.command_line.experts import has_auxiliary_losses
 from megatron_slm.training.data_iterators import for_model_chunks, form_of, own_iterator
-from megatron_slm.training.device_timer import device_timer
+from megatron_slm.training.device_timer import timed
 from megatron_slm.training.dump import TokenDumps
 from megatron_slm.training.micro_batch import MicroBatch, read_micro_batches
 from megatron_slm.training.objective import MicroBatchObjective
@@ -73,8 +74,9 @@ class SelectiveStep:
         if self.ranks_whole_steps and not selection.exact:
             self.carried = CarriedThresholds(settings, resumed)
 
-    def _build(self) -> None:
+    def _build(self, model: list[torch.nn.Module]) -> None:
         """Build what needs process groups and the policy's loaded weights."""
+        self.auxiliary = AuxiliaryScale(model) if has_auxiliary_losses(get_args()) else None
         self.selector = TokenSelector(
             self.settings.selection,
             Ranks(
@@ -104,7 +106,7 @@ class SelectiveStep:
             arguments: the schedule's other arguments.
         """
         if self.step is None:
-            self._build()
+            self._build(arguments["model"])
         schedule = partial(run_in_shape, schedule)
         # Validation alone (--skip-train) never sets the current iteration.
         iteration = getattr(get_args(), "curr_iteration", get_args().iteration)
@@ -119,10 +121,15 @@ class SelectiveStep:
         ranks_whole = self.ranks_whole_steps and step.training and step.selects
         seen: list[MicroBatch] = []
         if ranks_whole and self.carried is None:
-            with _timed("slm-ranking"):
+            with timed("slm-ranking"):
                 micro_batches = iter(self._rank_step(schedule, form, micro_batches, arguments))
         elif ranks_whole:
             micro_batches = noting(micro_batches, seen)
+        if self.auxiliary is not None and step.training:
+            read = list(micro_batches)
+            whole = ranks_whole and (self.carried is None or step.thresholds is not None)
+            self.auxiliary.set_for(step, read, self.selector, whole)
+            micro_batches = iter(read)
         try:
             result = schedule(
                 data_iterator=for_model_chunks(form, micro_batches),
@@ -154,7 +161,7 @@ class SelectiveStep:
         if self.reference is None or not step.selects:
             return micro_batches
         # Only training steps are timed, as in Megatron's own interval time.
-        with _timed("slm-reference", when=step.training):
+        with timed("slm-reference", when=step.training):
             return iter(with_reference(self.reference, micro_batches, count, size))
 
     def forward_step(
@@ -278,7 +285,7 @@ class SelectiveStep:
             )
             return scored
 
-        with _timed("slm-dump"):
+        with timed("slm-dump"):
             self.dumps.take(step, self.selector, self.reference, score)
 
     def _whole_step(
@@ -295,18 +302,6 @@ class SelectiveStep:
             torch.cat(domains) if domains else None,
             len(read),
         )
-
-
-@contextmanager
-def _timed(name: str, when: bool = True) -> Iterator[None]:
-    """Count the device's time for the block in a timer of Megatron's log."""
-    if not when:
-        yield
-        return
-    timer = device_timer(name)
-    timer.start()
-    yield
-    timer.stop()
 
 
 def _split(choice: Choice, count: int) -> list[Choice]:

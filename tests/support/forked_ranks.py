@@ -22,6 +22,7 @@ cpu_platform.install()
 import megatron.core.tokenizers.text
 import megatron.training.arguments  # noqa: F401
 
+import recorded_experts
 from megatron_slm import pretrain
 from megatron_slm.entry import add_arguments
 from megatron_slm.errors import exit_on_user_error
@@ -49,7 +50,8 @@ def run(rank: int, job: dict[str, Any]) -> int:
     sys.argv = [job["tool"], *job["arguments"]]
     try:
         with exit_on_user_error():
-            {"train": pretrain.train, "record": record, "score": score}[job["tool"]]()
+            tools = {"train": pretrain.train, "record": record, "score": score}
+            (tools | {"record experts": recorded_experts.train})[job["tool"]]()
     except SystemExit as left:
         return int(left.code or 0)
     return 0

@@ -9,12 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 
 @dataclass
@@ -130,9 +137,21 @@ class Method:
     guard: float = 0.0
 
 
+class Experts(Protocol):
+    """What the experts of a policy add to a step."""
+
+    def auxiliary_loss(self, valid: Tensor) -> Tensor:
+        """Return what is added to the loss after a pass."""
+        ...
+
+    def after_backward(self) -> None:
+        """Change what does not have a gradient."""
+        ...
+
+
 def train(
-    policy: LlamaForCausalLM | Qwen3ForCausalLM,
-    reference: LlamaForCausalLM | Qwen3ForCausalLM,
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
     samples: dict[str, Tensor],
     method: Method,
     *,
@@ -140,6 +159,7 @@ def train(
     global_batch: int,
     vocabulary: int,
     watched: dict[str, Tensor],
+    experts: Experts | None = None,
     lr: float = 3e-4,
     weight_decay: float = 0.01,
     clip: float = 1.0,
@@ -198,7 +218,10 @@ def train(
         weights = _weights(scores, valid, selected, method)
         loss = (weights * trained).sum() / selected.sum()
         optimizer.zero_grad()
-        loss.backward()
+        whole = loss if experts is None else loss + experts.auxiliary_loss(valid)
+        whole.backward()
+        if experts is not None:
+            experts.after_backward()
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), clip)
         optimizer.step()
         done.append(

@@ -157,6 +157,25 @@ CASES = {
     "no log": Case("--log-interval 0", "--log-interval 0: it must be 1 or more"),
     "no vocabulary": Case("--make-vocab-size-divisible-by 0", "it must be 1 or more"),
     "phases of iterations": Case("--phase-transition-iterations 2", "needs --train-samples"),
+    # Experts.
+    "experts over ranks, none there": Case("--expert-model-parallel-size 2", "num_experts must be"),
+    "experts that do not divide": Case(
+        "--num-experts 3 --expert-model-parallel-size 2",
+        "--num-experts 3 is not a multiple of --expert-model-parallel-size 2",
+    ),
+    "experts over tensor-parallel ranks": Case(
+        "--num-experts 4 --tensor-model-parallel-size 2", "needs --sequence-parallel"
+    ),
+    "experts with noise": Case(
+        "--num-experts 4 --moe-input-jitter-eps 0.1", "it draws random numbers in passes"
+    ),
+    "experts balanced otherwise": Case(
+        "--num-experts 4 --moe-router-load-balancing-type sinkhorn",
+        "routes otherwise in evaluation",
+    ),
+    "experts by another dispatcher": Case(
+        "--num-experts 4 --moe-token-dispatcher-type flex", "take alltoall"
+    ),
     # Megatron's words, or its source where it has none.
     "two lengths": Case("--train-samples 12", "expected iteration-based training (megatron/train"),
     "a rate below the least": Case("--min-lr 1", "assert args.min_lr <= args.lr (megatron/train"),

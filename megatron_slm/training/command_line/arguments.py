@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available
 from megatron_slm.errors import UserError
 from megatron_slm.model.documents import packs_documents, takes_one_sequence
 from megatron_slm.parser import refuse
+from megatron_slm.training.command_line.experts import check_experts
 from megatron_slm.training.command_line.first_check import HELP_MEGATRON
 from megatron_slm.training.command_line.option_groups import add_group
 from megatron_slm.training.command_line.options import SelectiveOptions
@@ -21,7 +22,6 @@ from megatron_slm.training.command_line.options import SelectiveOptions
 # Options of Megatron's that selective language modeling cannot honour: the flag, and the reason.
 UNSUPPORTED = {
     "mtp_num_layers": ("--mtp-num-layers", "its loss would count unselected tokens"),
-    "num_experts": ("--num-experts", "the auxiliary losses would be scaled by all tokens"),
     "hybrid_context_parallel": ("--hybrid-context-parallel", "it reorders micro-batches"),
     "reset_attention_mask": (
         "--reset-attention-mask",
@@ -91,6 +91,7 @@ def validate_arguments(args: Namespace) -> None:
     for name, (flag, why) in UNSUPPORTED.items():
         if getattr(args, name, None):
             raise UserError(f"{flag} cannot be used with selective language modeling: {why}")
+    check_experts(args)
     if args.cuda_graph_impl != "none":
         raise UserError(
             f"--cuda-graph-impl {args.cuda_graph_impl} cannot be used with selective language "

@@ -26,6 +26,7 @@ AT_LEAST_ONE = """
     num_layers hidden_size num_attention_heads seq_length micro_batch_size global_batch_size
     train_iters train_samples eval_interval log_interval save_interval make_vocab_size_divisible_by
     tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size
+    expert_model_parallel_size expert_tensor_parallel_size
 """.split()
 NOT_NEGATIVE = ("eval_iters", "num_workers")
 OF_ONE_SPLIT = ("train_data_path", "valid_data_path", "test_data_path")

@@ -1,0 +1,80 @@
+"""Let the auxiliary losses of experts weigh what they weigh in plain Megatron.
+
+A router multiplies its auxiliary losses by the tokens of the micro-batch, and Megatron divides all
+gradients by the tokens that the loss counts.  In causal language modeling these are the valid ones,
+and the two cancel but for masked tokens.  Here they are the selected ones, which would make the
+auxiliary losses 1/k times too strong.  So they are scaled by selected / valid of the step.
+
+The factor is known before the first backward pass, since the number of selected tokens follows from
+the loss masks.  The last pipeline stage, which has the masks, sends it to the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.utils import get_model_config
+from torch import Tensor
+
+from megatron_slm.selection import TokenSelector
+from megatron_slm.training.micro_batch import MicroBatch
+from megatron_slm.training.settings import Step
+
+
+class AuxiliaryScale:
+    """The scale of a run's auxiliary losses: Megatron's `moe_grad_scale_func`."""
+
+    def __init__(self, model: Sequence[torch.nn.Module]) -> None:
+        """Take the place of Megatron's own scale, which this one includes.
+
+        Args:
+            model: the policy's model chunks.
+        """
+        self.share: Tensor | float = 1.0
+        """The share of the step's valid tokens that is selected."""
+        self.config: Any = get_model_config(model[0])
+        for chunk in model:
+            get_model_config(chunk).moe_grad_scale_func = self
+
+    def __call__(self) -> Tensor:
+        """Return the scale by which the backward pass multiplies auxiliary losses, float32 [1]."""
+        scale = torch.ones(1, device=torch.cuda.current_device())
+        if self.config.grad_scale_func is not None:
+            scale = self.config.grad_scale_func(scale)
+        return scale * self.share
+
+    def set_for(
+        self, step: Step, micro_batches: list[MicroBatch], selector: TokenSelector, whole: bool
+    ) -> None:
+        """Set the scale of a step.  Collective over all ranks.
+
+        Args:
+            step: the step.
+            micro_batches: all of its micro-batches.
+            selector: selects its tokens.
+            whole: whether it selects from all micro-batches at once.
+        """
+        if not step.selects:
+            self.share = 1.0
+            return
+        if mpu.is_pipeline_last_stage():
+            domains = [batch.domains for batch in micro_batches if batch.domains is not None]
+            share = selector.share_selected(
+                torch.cat([batch.valid for batch in micro_batches]),
+                step.ratio,
+                torch.cat(domains) if domains else None,
+                len(micro_batches),
+                whole,
+            )
+        else:
+            share = torch.empty((), device=torch.cuda.current_device())
+        if mpu.get_pipeline_model_parallel_world_size() > 1:
+            torch.distributed.broadcast(
+                share,
+                mpu.get_pipeline_model_parallel_last_rank(),
+                group=mpu.get_pipeline_model_parallel_group(),
+            )
+        self.share = share
