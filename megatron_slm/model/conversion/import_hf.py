@@ -162,12 +162,13 @@ def as_options(arguments: dict[str, Any]) -> str:
         num_layers hidden_size ffn_hidden_size num_attention_heads group_query_attention
         num_query_groups kv_channels max_position_embeddings position_embedding_type rotary_base
         use_rope_scaling rope_scaling_factor window_size add_qkv_bias qk_layernorm normalization
-        layernorm_epsilon swiglu
-        untie_embeddings_and_output_weights attention_dropout hidden_dropout
+        layernorm_epsilon swiglu num_experts moe_router_topk moe_ffn_hidden_size
+        moe_router_pre_softmax moe_shared_expert_intermediate_size moe_shared_expert_gate
+        moe_layer_freq untie_embeddings_and_output_weights attention_dropout hidden_dropout
     """.split()
     options = ["--disable-bias-linear"]
     for name in shown:
-        value, flag = arguments[name], "--" + names.get(name, name).replace("_", "-")
+        value, flag = arguments.get(name), "--" + names.get(name, name).replace("_", "-")
         if name == "rope_scaling_factor" and not arguments["use_rope_scaling"]:
             continue
         if value is True:
