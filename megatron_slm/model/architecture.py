@@ -266,7 +266,8 @@ def from_megatron(
         UserError: no family has such a model.
     """
     saved = vars(arguments)
-    mixed = mixtures and bool(saved.get("num_experts"))
+    count = saved.get("num_experts")
+    mixed = mixtures and isinstance(count, int) and count > 0
     router = FIXED_ROUTER if mixed else {"num_experts": None}
     for name, only in (FIXED_ARGUMENTS | router).items():
         value = saved.get(name, only)

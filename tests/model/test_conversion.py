@@ -225,7 +225,8 @@ def test_logits_after_import_and_export(
     was saved between, exported."""
     name, ranks, layout = LAYOUTS[case]
     model = models[name]
-    start = ["--load", str(model.megatron), "--finetune", "--use-checkpoint-args"]
+    said = model.options if name == "qwen2_moe" else ["--use-checkpoint-args"]
+    start = ["--load", str(model.megatron), "--finetune", *said]
     run = run_megatron(start, layout, tokens, tmp_path, ranks=ranks)
     _, logits, expected = recorded(run, model.hf, step=0)
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
@@ -284,6 +285,24 @@ def test_round_trip_is_exact(
     for key, value in expected.items():
         assert torch.equal(got[key], value), key
     assert config_of(tmp_path / "hf") == config_of(model.hf)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+def test_fused_experts(name: str, models: dict[str, Model], tmp_path: Path) -> None:
+    """As transformers 5 holds them; they are exported as it writes them by itself."""
+    model = AutoModelForCausalLM.from_pretrained(models[name].hf)
+    model.save_pretrained(tmp_path / "fused", save_original_format=False)
+    fused = load_file(tmp_path / "fused" / "model.safetensors")
+    assert "model.layers.2.mlp.experts.gate_up_proj" in fused
+    import_hugging_face(tmp_path / "fused", tmp_path / "megatron", 128)
+    export_hugging_face(tmp_path / "megatron" / "release", tmp_path / "hf", None, None, 10**9)
+    expected = {
+        k: v for file in models[name].hf.glob("*.safetensors") for k, v in load_file(file).items()
+    }
+    got = load_file(tmp_path / "hf" / "model.safetensors")
+    assert set(got) == set(expected)
+    for key, value in expected.items():
+        assert torch.equal(got[key], value), key
 
 
 def config_of(hf: Path) -> dict[str, object]:

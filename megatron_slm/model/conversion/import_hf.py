@@ -32,6 +32,7 @@ from megatron_slm.model.conversion.destination import (
     this_rank,
     together,
 )
+from megatron_slm.model.conversion.fused_experts import separated
 from megatron_slm.model.conversion.safetensors_files import WeightOnDisk, find_tensors
 from megatron_slm.model.conversion.tensors import (
     Block,
@@ -108,7 +109,7 @@ def _plan(source: Path, vocabulary_multiple: int) -> _Plan:
             "adapter into them, or remove it"
         )
     architecture = from_hugging_face(config, str(source / CONFIG))
-    tensors = find_tensors(source)
+    tensors = separated(find_tensors(source), architecture)
     notes = []
     both = {EMBEDDING, HEAD} <= tensors.keys()
     if architecture.tied and both and not _same(tensors[EMBEDDING], tensors[HEAD]):
