@@ -17,7 +17,7 @@ from megatron_slm.errors import UserError
 from megatron_slm.model.experts import (
     FIXED_ROUTER,
     Experts,
-    check_experts,
+    check_mixtures,
     experts_from_megatron,
     experts_to_megatron,
 )
@@ -167,7 +167,7 @@ def check_sizes(a: Architecture, where: str) -> None:
     if a.hidden % a.heads and FAMILIES[a.model_type].whole_heads and a.window is None:
         raise UserError(f"{where}: {a.heads} heads do not divide a hidden size of {a.hidden}")
     if a.experts is not None:
-        check_experts(a.experts, where)
+        check_mixtures(a.experts, where)
 
 
 def rope_base(theta: Any, where: str) -> int:
@@ -267,7 +267,9 @@ def from_megatron(
     """
     saved = vars(arguments)
     count = saved.get("num_experts")
-    mixed = mixtures and isinstance(count, int) and count > 0
+    mixed = isinstance(count, int) and count > 0
+    if mixed and not mixtures:
+        raise UserError(f"{where}: mixtures of experts (num_experts {count}) are not counted yet")
     router = FIXED_ROUTER if mixed else {"num_experts": None}
     for name, only in (FIXED_ARGUMENTS | router).items():
         value = saved.get(name, only)

@@ -120,11 +120,11 @@ def experts_from_megatron(saved: dict[str, Any], ffn: int, layers: int, where: s
         normed=not m.moe_router_pre_softmax,
         layers=tuple(bool(layer) for layer in frequency),
     )
-    check_experts(experts, where)
+    check_mixtures(experts, where)
     return experts
 
 
-def check_experts(e: Experts, where: str) -> None:
+def check_mixtures(e: Experts, where: str) -> None:
     """Check that mixtures of experts are ones that Megatron computes as transformers does.
 
     Raises:
