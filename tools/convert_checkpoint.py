@@ -1,4 +1,4 @@
-"""Convert Llama, Mistral, Qwen and Seed-OSS between Hugging Face safetensors and Megatron.
+"""Convert Llama, Mistral, Mixtral, Qwen and Seed-OSS models between safetensors and Megatron.
 
     python tools/convert_checkpoint.py import --hf TinyLlama-1.1B --save base
     torchrun ... -m megatron_slm.pretrain --load base --use-checkpoint-args ... --save policy

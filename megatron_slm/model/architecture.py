@@ -14,7 +14,15 @@ from typing import Any
 import msgspec
 
 from megatron_slm.errors import UserError
-from megatron_slm.model.families import FAMILIES, Layers, Positive, Size
+from megatron_slm.model.experts import (
+    FIXED_ROUTER,
+    Experts,
+    check_mixtures,
+    experts_from_megatron,
+    experts_to_megatron,
+)
+from megatron_slm.model.families import FAMILIES
+from megatron_slm.model.numbers import Layers, Positive, Size
 
 # Megatron's arguments that have only one value in all families.
 FIXED_ARGUMENTS: dict[str, Any] = {
@@ -36,7 +44,6 @@ FIXED_ARGUMENTS: dict[str, Any] = {
     "attention_output_gate": False,
     "softmax_type": "vanilla",
     "window_attn_skip_freq": None,
-    "num_experts": None,
     "multi_latent_attention": False,
     "mtp_num_layers": None,
     "use_mup": False,
@@ -53,6 +60,7 @@ NOT_TAKEN_BY_MEGATRON = (
     "rope_scaling_factor",
     "window_size",
     "qk_layernorm",
+    "moe_shared_expert_gate",
 )
 
 
@@ -114,6 +122,8 @@ class Architecture:
     """Whether the projections to queries, keys and values have biases."""
     qk_norm: bool = False
     """Whether each head's query and key are normed, with weights that all heads share."""
+    experts: Experts | None = None
+    """The mixtures of experts among its layers; None for a dense model."""
 
     @property
     def family(self) -> str:
@@ -127,12 +137,15 @@ class Architecture:
         fitting = [
             name
             for name, family in FAMILIES.items()
-            if family.has == has and (self.window is None or family.windows)
+            if family.has == has
+            and (self.window is None or family.windows)
+            and family.mixtures.fit(self.experts)
         ]
         if not fitting:
             raise UserError(
                 f"no family that can be exported has all of {', '.join(sorted(has))}"
                 + (" and a window" if self.window is not None else "")
+                + (f" and {self.experts}" if self.experts is not None else "")
             )
         return self.model_type if self.model_type in fitting else fitting[0]
 
@@ -153,6 +166,8 @@ def check_sizes(a: Architecture, where: str) -> None:
         raise UserError(f"{where}: heads of size {a.head_dim} cannot be rotated; it has to be even")
     if a.hidden % a.heads and FAMILIES[a.model_type].whole_heads and a.window is None:
         raise UserError(f"{where}: {a.heads} heads do not divide a hidden size of {a.hidden}")
+    if a.experts is not None:
+        check_mixtures(a.experts, where)
 
 
 def rope_base(theta: Any, where: str) -> int:
@@ -232,22 +247,31 @@ def to_megatron(architecture: Architecture) -> dict[str, Any]:
         "hidden_dropout": 0.0,
         "vocab_size": a.vocabulary,
         "slm_model_type": a.family,
+        **experts_to_megatron(a.experts),
     }
 
 
-def from_megatron(arguments: Namespace, vocabulary: int, where: str) -> Architecture:
+def from_megatron(
+    arguments: Namespace, vocabulary: int, where: str, *, mixtures: bool = False
+) -> Architecture:
     """Read the architecture from the arguments in a checkpoint.
 
     Args:
         arguments: the arguments.
         vocabulary: number of tokens, without padding.
         where: path of the checkpoint, for errors.
+        mixtures: whether the caller knows of mixtures of experts.
 
     Raises:
         UserError: no family has such a model.
     """
     saved = vars(arguments)
-    for name, only in FIXED_ARGUMENTS.items():
+    count = saved.get("num_experts")
+    mixed = isinstance(count, int) and count > 0
+    if mixed and not mixtures:
+        raise UserError(f"{where}: mixtures of experts (num_experts {count}) are not counted yet")
+    router = FIXED_ROUTER if mixed else {"num_experts": None}
+    for name, only in (FIXED_ARGUMENTS | router).items():
         value = saved.get(name, only)
         plain = value is None or isinstance(value, bool | int | float | str | list | tuple)
         if not plain or (value != only and (value or only)):  # None, False and 0 mean the same
@@ -284,6 +308,9 @@ def from_megatron(arguments: Namespace, vocabulary: int, where: str) -> Architec
         window=None if m.window_size is None else m.window_size[0] + 1,
         tied=not m.untie_embeddings_and_output_weights,
         model_type=m.slm_model_type or "llama",
+        experts=experts_from_megatron(saved, m.ffn_hidden_size, m.num_layers, where)
+        if mixed
+        else None,
         **{name: bool(getattr(m, argument)) for name, argument in DIFFERENCES.items()},
     )
     check_sizes(architecture, where)

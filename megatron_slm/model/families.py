@@ -9,14 +9,13 @@ arguments follow (tensors.py, architecture.py).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
-from msgspec import UNSET, Meta, UnsetType
+from msgspec import UNSET, UnsetType
 
-Size = Annotated[int, Meta(ge=1, lt=2**31)]
-Layers = Annotated[int, Meta(ge=1, le=10_000)]  # bounds the memory for tables of all tensors
-Positive = Annotated[float, Meta(gt=0, lt=1e15)]
+from megatron_slm.model.experts import Experts, Mixtures
+from megatron_slm.model.numbers import Layers, Positive, Size
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -58,6 +57,16 @@ class LlamaConfig(msgspec.Struct):
     @staticmethod
     def window_keys(window: int | None) -> dict[str, Any]:
         """Return the keys that say that all layers have this window, or none if it is None."""
+        return {}
+
+    @property
+    def experts(self) -> Experts | None:
+        """The mixtures of experts."""
+        return None
+
+    @staticmethod
+    def expert_keys(experts: Experts) -> dict[str, Any]:
+        """Return the keys that describe mixtures of experts."""
         return {}
 
 
@@ -114,6 +123,82 @@ class Qwen3Config(Qwen2Config):
     head_dim: Size = 128
 
 
+class MixtralConfig(MistralConfig):
+    """A Mixtral's config.json."""
+
+    rms_norm_eps: Positive = 1e-5
+    rope_theta: Any = 1e6
+    sliding_window: Size | None = None
+    num_local_experts: Size = 8
+    num_experts_per_tok: Size = 2
+
+    @property
+    def experts(self) -> Experts:
+        every = (True,) * self.num_hidden_layers
+        count, top_k = self.num_local_experts, self.num_experts_per_tok
+        return Experts(count, top_k, self.intermediate_size, 0, True, every)
+
+    @staticmethod
+    def expert_keys(experts: Experts) -> dict[str, Any]:
+        return {"num_local_experts": experts.count, "num_experts_per_tok": experts.top_k}
+
+
+class Qwen3MoeConfig(LlamaConfig):
+    """A Qwen3-MoE's config.json."""
+
+    num_key_value_heads: Size | None = 4
+    head_dim: Size | UnsetType = UNSET
+    max_position_embeddings: Size = 32768
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    num_experts: Size | UnsetType = UNSET
+    num_local_experts: Size | UnsetType = UNSET  # transformers 5's name for it
+    num_experts_per_tok: Size = 8
+    moe_intermediate_size: Size = 768
+    shared_expert_intermediate_size: int = 0
+    norm_topk_prob: bool = False
+    decoder_sparse_step: Size = 1
+    mlp_only_layers: list[int] | None = None
+
+    @property
+    def experts(self) -> Experts:
+        dense = self.mlp_only_layers or []
+        layers = tuple(
+            layer not in dense and (layer + 1) % self.decoder_sparse_step == 0
+            for layer in range(self.num_hidden_layers)
+        )
+        return Experts(
+            count=self.num_experts or self.num_local_experts or 128,
+            top_k=self.num_experts_per_tok,
+            ffn=self.moe_intermediate_size,
+            shared_ffn=self.shared_expert_intermediate_size,
+            normed=self.norm_topk_prob,
+            layers=layers,
+        )
+
+    @staticmethod
+    def expert_keys(experts: Experts) -> dict[str, Any]:
+        shared = {"shared_expert_intermediate_size": experts.shared_ffn}
+        return {
+            "num_experts": experts.count,
+            "num_experts_per_tok": experts.top_k,
+            "moe_intermediate_size": experts.ffn,
+            "norm_topk_prob": experts.normed,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [at for at, mixed in enumerate(experts.layers) if not mixed],
+        } | (shared if experts.shared_ffn else {})
+
+
+class Qwen2MoeConfig(Qwen3MoeConfig):
+    """A Qwen2-MoE's config.json."""
+
+    num_key_value_heads: Size | None = 16
+    num_experts: Size = 60
+    num_experts_per_tok: Size = 4
+    moe_intermediate_size: Size = 1408
+    shared_expert_intermediate_size: Size = 5632
+
+
 class SeedOssConfig(LlamaConfig):
     """A Seed-OSS's config.json."""
 
@@ -153,6 +238,8 @@ class Family:
     """Whether transformers wants the hidden size to be a multiple of the number of heads."""
     head_dim: bool = True
     """Whether config.json always has head_dim; otherwise only where hidden / heads is another."""
+    mixtures: Mixtures = field(default_factory=Mixtures)
+    """The mixtures of experts that its models have."""
     only: dict[str, Any] = field(default_factory=dict)
     """Keys of config.json with the only supported value, where ONLY lacks them or has another."""
 
@@ -174,6 +261,28 @@ FAMILIES = {
         SeedOssConfig,
         has=frozenset({"qkv_bias"}),
         only={"attention_bias": True, "attention_out_bias": False},
+    ),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        MixtralConfig,
+        windows=True,
+        mixtures=Mixtures("all layers", "block_sparse_moe", ("w1", "w3", "w2")),
+    ),
+    "qwen2_moe": Family(
+        "Qwen2MoeForCausalLM",
+        Qwen2MoeConfig,
+        has=frozenset({"qkv_bias"}),
+        head_dim=False,
+        mixtures=Mixtures("shared"),
+        only={"attention_bias": True, "qkv_bias": True, "use_sliding_window": False},
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        Qwen3MoeConfig,
+        has=frozenset({"qk_norm"}),
+        head_dim=False,
+        mixtures=Mixtures("some layers"),
+        only={"use_sliding_window": False},
     ),
 }
 
@@ -199,7 +308,4 @@ LACKING = {
     "deepseek_v3": DEEPSEEK,
     "gpt_oss": "attention sinks",
     "qwen3_next": "layers of linear attention",
-    "mixtral": "experts",
-    "qwen2_moe": "experts",
-    "qwen3_moe": "experts",
 }

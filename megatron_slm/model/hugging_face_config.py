@@ -21,8 +21,8 @@ from megatron_slm.model.families import (
     ONLY,
     SLIDING,
     LlamaConfig,
-    Positive,
 )
+from megatron_slm.model.numbers import Positive
 
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -61,6 +61,7 @@ def from_hugging_face(config: dict[str, Any], where: str) -> Architecture:
         window=c.window,
         tied=c.tie_word_embeddings,
         model_type=config["model_type"],
+        experts=c.experts,
         **dict.fromkeys(FAMILIES[config["model_type"]].has, True),
     )
     check_sizes(architecture, where)
@@ -100,6 +101,8 @@ def to_hugging_face(architecture: Architecture, dtype: str) -> dict[str, Any]:
         config["head_dim"] = a.head_dim
     if a.rope_scaling is not None:
         config["rope_scaling"] = {"rope_type": "llama3", "factor": a.rope_scaling} | LLAMA3_ROPE
+    if a.experts is not None:
+        config |= family.config.expert_keys(a.experts)
     return config | family.config.window_keys(a.window)
 
 

@@ -19,10 +19,13 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     SeedOssConfig,
 )
 
@@ -46,6 +49,7 @@ SHAPE = {
     "max_position_embeddings": 256,
     "initializer_range": 0.15,
 }
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10000,
@@ -76,7 +80,8 @@ def tool(*arguments: object, ranks: int = 1, directory: Path, check: bool = True
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
     """Make a Mistral with a window, in several files; a Llama with multi-head attention, Llama
     3.2's rope and tied embeddings, and a config.json as they have on the Hub; a tied Qwen2, whose
-    window is not used; and a Qwen3."""
+    window is not used; a Qwen3; and mixtures of experts of three kinds, two of which have layers
+    without."""
     directory = tmp_path_factory.mktemp("models")
     torch.manual_seed(1)
     mistral = MistralConfig(
@@ -94,8 +99,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
     )
     qwen2 = Qwen2Config(**SHAPE, tie_word_embeddings=True, sliding_window=10)
     qwen3 = Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=False)
+    mixtral = MixtralConfig(**SHAPE, head_dim=16, num_local_experts=4)
+    qwen2_moe = Qwen2MoeConfig(
+        **SHAPE, **EXPERTS, shared_expert_intermediate_size=56, mlp_only_layers=[1]
+    )
+    qwen3_moe = Qwen3MoeConfig(
+        **SHAPE, **EXPERTS, head_dim=16, norm_topk_prob=True, mlp_only_layers=[0]
+    )
     made = {}
-    for config in (mistral, llama, qwen2, qwen3):
+    for config in (mistral, llama, qwen2, qwen3, mixtral, qwen2_moe, qwen3_moe):
         name, model = config.model_type, AutoModelForCausalLM.from_config(config)
         for parameter in model.parameters():
             if parameter.ndim == 1:  # norms begin as ones, and biases as zeros: no matter where
@@ -152,9 +164,14 @@ def run_megatron(
 
 
 def recorded(run: Run, model: Path | PreTrainedModel, step: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Labels of a step, Megatron's logits and transformers'."""
+    """Labels of a step, Megatron's logits and transformers'; of two data-parallel ranks that share
+    the experts, the first's."""
     ranks = [torch.load(file) for file in sorted((run.directory / "logits").iterdir())]
-    mine = slice(step * MICRO_BATCHES, (step + 1) * MICRO_BATCHES)
+    labels_of = [rank["labels"][0] for rank in ranks if rank["labels"]]
+    data_parallel = 1 if all(torch.equal(labels_of[0], one) for one in labels_of) else 2
+    ranks = ranks[: len(ranks) // data_parallel]
+    count = MICRO_BATCHES // data_parallel
+    mine = slice(step * count, (step + 1) * count)
     tokens = next(torch.cat(rank["tokens"][mine]) for rank in ranks if rank["tokens"])
     labels = next(torch.cat(rank["labels"][mine]) for rank in ranks if rank["labels"])
     shards = [torch.cat(rank["logits"][mine]) for rank in ranks if rank["logits"]]
@@ -189,6 +206,14 @@ LAYOUTS = {
         2,
         "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
     ),
+    "mixtral ep2": ("mixtral", 2, "--expert-model-parallel-size 2"),
+    "qwen2_moe tp2 ep2": (
+        "qwen2_moe",
+        2,
+        "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2 "
+        "--expert-tensor-parallel-size 1",
+    ),
+    "qwen3_moe pp2": ("qwen3_moe", 2, "--pipeline-model-parallel-size 2"),
 }
 
 
@@ -200,7 +225,8 @@ def test_logits_after_import_and_export(
     was saved between, exported."""
     name, ranks, layout = LAYOUTS[case]
     model = models[name]
-    start = ["--load", str(model.megatron), "--finetune", "--use-checkpoint-args"]
+    said = model.options if name == "qwen2_moe" else ["--use-checkpoint-args"]
+    start = ["--load", str(model.megatron), "--finetune", *said]
     run = run_megatron(start, layout, tokens, tmp_path, ranks=ranks)
     _, logits, expected = recorded(run, model.hf, step=0)
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
@@ -237,10 +263,13 @@ def test_converted_reference(models: dict[str, Model], tokens: Path, tmp_path: P
     assert run.scalars("reference loss")[1] == pytest.approx(loss.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "ranks"),
-    [("mistral", 1), ("mistral", 2), ("llama", 1), ("llama", 2), ("qwen2", 2), ("qwen3", 1)],
-)
+ROUND_TRIPS = [
+    *[("mistral", 1), ("mistral", 2), ("llama", 1), ("llama", 2), ("qwen2", 2), ("qwen3", 1)],
+    *[("mixtral", 2), ("qwen2_moe", 1), ("qwen3_moe", 1)],
+]
+
+
+@pytest.mark.parametrize(("name", "ranks"), ROUND_TRIPS)
 def test_round_trip_is_exact(
     name: str, ranks: int, models: dict[str, Model], tmp_path: Path
 ) -> None:
@@ -256,6 +285,24 @@ def test_round_trip_is_exact(
     for key, value in expected.items():
         assert torch.equal(got[key], value), key
     assert config_of(tmp_path / "hf") == config_of(model.hf)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+def test_fused_experts(name: str, models: dict[str, Model], tmp_path: Path) -> None:
+    """As transformers 5 holds them; they are exported as it writes them by itself."""
+    model = AutoModelForCausalLM.from_pretrained(models[name].hf)
+    model.save_pretrained(tmp_path / "fused", save_original_format=False)
+    fused = load_file(tmp_path / "fused" / "model.safetensors")
+    assert "model.layers.2.mlp.experts.gate_up_proj" in fused
+    import_hugging_face(tmp_path / "fused", tmp_path / "megatron", 128)
+    export_hugging_face(tmp_path / "megatron" / "release", tmp_path / "hf", None, None, 10**9)
+    expected = {
+        k: v for file in models[name].hf.glob("*.safetensors") for k, v in load_file(file).items()
+    }
+    got = load_file(tmp_path / "hf" / "model.safetensors")
+    assert set(got) == set(expected)
+    for key, value in expected.items():
+        assert torch.equal(got[key], value), key
 
 
 def config_of(hf: Path) -> dict[str, object]:

@@ -20,8 +20,10 @@ from safetensors.torch import load_file, save_file
 
 from launch import REPOSITORY
 from megatron_slm.errors import UserError
+from megatron_slm.model.architecture import Architecture
 from megatron_slm.model.conversion.export_hf import export_hugging_face
 from megatron_slm.model.conversion.import_hf import import_hugging_face
+from megatron_slm.model.hugging_face_config import to_hugging_face
 from megatron_slm.model.torch_dist import TorchDistReader
 from random_llama import save_llama
 
@@ -87,6 +89,22 @@ IMPORTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a Qwen without biases": (
         change_config(model_type="qwen2", attention_bias=...),
         "there is no tensor model.layers.0.self_attn.q_proj.bias",
+    ),
+    "one expert a token": (
+        change_config(model_type="mixtral", num_experts_per_tok=1),
+        "one expert a token, whose weight is normed to 1",
+    ),
+    "more experts a token than there are": (
+        change_config(model_type="mixtral", num_local_experts=2, num_experts_per_tok=3),
+        "tokens go to 3 experts, and there are 2",
+    ),
+    "experts in no layer": (
+        change_config(model_type="qwen3_moe", mlp_only_layers=[0, 1]),
+        "none of its layers is a mixture of experts",
+    ),
+    "no experts": (
+        change_config(model_type="mixtral"),
+        "there is no tensor model.layers.0.block_sparse_moe.gate.weight",
     ),
     "a window on some layers": (
         change_config(
@@ -240,7 +258,7 @@ EXPORTS: dict[str, tuple[str, Any, str]] = {
     "biases": ("add_bias_linear", True, "add_bias_linear True"),
     "learned positions": ("position_embedding_type", "learned_absolute", "learned_absolute"),
     "interpolated positions": ("rotary_seq_len_interpolation_factor", 2, "interpolation"),
-    "experts": ("num_experts", 8, "num_experts 8"),
+    "experts without a router": ("num_experts", 8, "missing required field `moe_router_topk`"),
     "windows on some layers": ("window_attn_skip_freq", 4, "window_attn_skip_freq 4"),
     "other sizes": ("ffn_hidden_size", 32, "mlp.linear_fc1.weight is [2, 48, 16]"),
     "more layers": ("num_layers", 3, "is [2, 16]"),
@@ -267,6 +285,15 @@ def test_export_refused(
         export_hugging_face(megatron, tmp_path / "hf", like, None, 10**9)
     assert message in str(refusal.value)
     assert not (tmp_path / "hf").exists()
+
+
+def test_export_of_what_no_family_has() -> None:
+    shape = {"epsilon": 1e-5, "rope_theta": 10000, "rope_scaling": None, "window": None}
+    both = Architecture(
+        2, 64, 128, 4, 2, 16, 99, 99, tied=False, qkv_bias=True, qk_norm=True, **shape
+    )
+    with pytest.raises(UserError, match="no family that can be exported has all of qk_norm, qkv_b"):
+        to_hugging_face(both, "float32")
 
 
 @pytest.mark.parametrize("key", ["decoder.final_layernorm.weight", "decoder.layers.mlp.linear_fc2"])

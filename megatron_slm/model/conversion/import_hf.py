@@ -32,6 +32,7 @@ from megatron_slm.model.conversion.destination import (
     this_rank,
     together,
 )
+from megatron_slm.model.conversion.fused_experts import separated
 from megatron_slm.model.conversion.safetensors_files import WeightOnDisk, find_tensors
 from megatron_slm.model.conversion.tensors import (
     Block,
@@ -108,7 +109,7 @@ def _plan(source: Path, vocabulary_multiple: int) -> _Plan:
             "adapter into them, or remove it"
         )
     architecture = from_hugging_face(config, str(source / CONFIG))
-    tensors = find_tensors(source)
+    tensors = separated(find_tensors(source), architecture)
     notes = []
     both = {EMBEDDING, HEAD} <= tensors.keys()
     if architecture.tied and both and not _same(tensors[EMBEDDING], tensors[HEAD]):
@@ -162,12 +163,13 @@ def as_options(arguments: dict[str, Any]) -> str:
         num_layers hidden_size ffn_hidden_size num_attention_heads group_query_attention
         num_query_groups kv_channels max_position_embeddings position_embedding_type rotary_base
         use_rope_scaling rope_scaling_factor window_size add_qkv_bias qk_layernorm normalization
-        layernorm_epsilon swiglu
-        untie_embeddings_and_output_weights attention_dropout hidden_dropout
+        layernorm_epsilon swiglu num_experts moe_router_topk moe_ffn_hidden_size
+        moe_router_pre_softmax moe_shared_expert_intermediate_size moe_shared_expert_gate
+        moe_layer_freq untie_embeddings_and_output_weights attention_dropout hidden_dropout
     """.split()
     options = ["--disable-bias-linear"]
     for name in shown:
-        value, flag = arguments[name], "--" + names.get(name, name).replace("_", "-")
+        value, flag = arguments.get(name), "--" + names.get(name, name).replace("_", "-")
         if name == "rope_scaling_factor" and not arguments["use_rope_scaling"]:
             continue
         if value is True:

@@ -40,11 +40,18 @@ class WeightOnDisk:
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
+    part: tuple[int, slice] | None = None
+    """The expert and its rows, if this is one expert's share of the tensor of that name."""
 
     def read(self) -> Tensor:
-        """Return the tensor as a view of the file's pages, which are loaded when they are used."""
+        """Return the tensor as a view of the file's pages, which are loaded when they are used; a
+        part of one as a copy."""
         with safe_open(self.file, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(self.name)
+            tensor: Tensor
+            if self.part is None:
+                tensor = file.get_tensor(self.name)
+            else:
+                tensor = file.get_slice(self.name)[self.part]
             return tensor
 
 

@@ -8,14 +8,18 @@ attention.  The names are those on disk, which local and Transformer Engine laye
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron_slm.model.architecture import Architecture
+from megatron_slm.model.families import FAMILIES
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 # Megatron's name within a layer, Hugging Face's names, and which half of the rows (None: all).
 # Models have those whose shapes hugging_face_shapes has.
@@ -32,16 +36,29 @@ LAYER_TABLE: tuple[tuple[str, tuple[str, ...], int | None], ...] = (
     ("mlp.linear_fc2.weight", ("mlp.down_proj.weight",), None),
 )
 
+# The same for what a mixture of experts has in place of an MLP and the norm fused with it; {block}
+# and the names of an expert's projections are the family's.
+MIXTURE_TABLE: tuple[tuple[str, str, int | None], ...] = (
+    ("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", None),
+    ("mlp.router.weight", "{block}.gate.weight", None),
+    ("mlp.shared_experts.gate_weight", "{block}.shared_expert_gate.weight", None),
+    ("mlp.shared_experts.linear_fc1.weight", "{block}.shared_expert.gate_proj.weight", 0),
+    ("mlp.shared_experts.linear_fc1.weight", "{block}.shared_expert.up_proj.weight", 1),
+    ("mlp.shared_experts.linear_fc2.weight", "{block}.shared_expert.down_proj.weight", None),
+)
+EXPERT = "mlp.experts.experts."
+EXPERT_TABLE: tuple[tuple[str, str, int | None], ...] = (
+    (f"{EXPERT}linear_fc1.weight", "{block}.experts.{expert}.{gate}.weight", 0),
+    (f"{EXPERT}linear_fc1.weight", "{block}.experts.{expert}.{up}.weight", 1),
+    (f"{EXPERT}linear_fc2.weight", "{block}.experts.{expert}.{down}.weight", None),
+)
+
+
 # Modules that keep "extra state" (fp8 scales) in a checkpoint with some version of Megatron or
 # Transformer Engine; each version requires its own to be there.
-EXTRA_STATES_OF_LAYER = (
-    "self_attention.linear_qkv",
-    "self_attention.linear_proj",
-    "self_attention.core_attention",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
-)
-EXTRA_STATES_OF_QK_NORMS = ("self_attention.q_layernorm", "self_attention.k_layernorm")
+ATTENTION_MODULES = ("linear_qkv", "linear_proj", "core_attention")
+QK_NORMS = ("q_layernorm", "k_layernorm")
+LINEARS = ("linear_fc1", "linear_fc2")
 EXTRA_STATES = ("decoder.final_layernorm",)
 
 
@@ -59,11 +76,13 @@ class Block:
     """Shape of the block."""
     names: tuple[str, ...]
     """The Hugging Face tensors it is made of; empty for padding of the vocabulary."""
+    leading: int = 0
+    """Number of axes in front, of layers and experts, that the Hugging Face tensors lack."""
 
     @property
     def inner(self) -> tuple[int, ...]:
-        """The block's shape without the axis of layers."""
-        return self.size[1:] if self.key.startswith("decoder.layers.") else self.size
+        """The block's shape without the axes of layers and experts."""
+        return self.size[self.leading :]
 
 
 def hugging_face_shapes(a: Architecture) -> dict[str, tuple[int, ...]]:
@@ -84,16 +103,39 @@ def hugging_face_shapes(a: Architecture) -> dict[str, tuple[int, ...]]:
     layer |= {
         "self_attn.o_proj.weight": (a.hidden, query),
         "post_attention_layernorm.weight": (a.hidden,),
-        "mlp.gate_proj.weight": (a.ffn, a.hidden),
-        "mlp.up_proj.weight": (a.ffn, a.hidden),
-        "mlp.down_proj.weight": (a.hidden, a.ffn),
     }
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (a.vocabulary, a.hidden)}
     for index in range(a.layers):
-        shapes |= {f"model.layers.{index}.{name}": size for name, size in layer.items()}
+        own = layer | (_mixture_shapes(a) if is_mixture(a, index) else _mlp_shapes(a, "mlp", a.ffn))
+        shapes |= {f"model.layers.{index}.{name}": size for name, size in own.items()}
     shapes["model.norm.weight"] = (a.hidden,)
     if not a.tied:
         shapes["lm_head.weight"] = (a.vocabulary, a.hidden)
+    return shapes
+
+
+def is_mixture(a: Architecture, layer: int) -> bool:
+    """Return whether a layer, counted from 0, is a mixture of experts."""
+    return a.experts is not None and a.experts.layers[layer]
+
+
+def _mlp_shapes(
+    a: Architecture, module: str, ffn: int, names: tuple[str, ...] = PROJECTIONS
+) -> dict[str, tuple[int, ...]]:
+    gate, up, down = (f"{module}.{name}.weight" for name in names)
+    return {gate: (ffn, a.hidden), up: (ffn, a.hidden), down: (a.hidden, ffn)}
+
+
+def _mixture_shapes(a: Architecture) -> dict[str, tuple[int, ...]]:
+    assert a.experts is not None
+    named, e = FAMILIES[a.family].mixtures, a.experts
+    shapes: dict[str, tuple[int, ...]] = {f"{named.block}.gate.weight": (e.count, a.hidden)}
+    for expert in range(e.count):
+        module = f"{named.block}.experts.{expert}"
+        shapes |= _mlp_shapes(a, module, e.ffn, named.gate_up_down)
+    if e.shared_ffn:
+        shapes |= _mlp_shapes(a, f"{named.block}.shared_expert", e.shared_ffn)
+        shapes[f"{named.block}.shared_expert_gate.weight"] = (1, a.hidden)
     return shapes
 
 
@@ -104,21 +146,10 @@ def blocks(a: Architecture, padded_vocabulary: int) -> list[Block]:
         "embedding.word_embeddings.weight", "model.embed_tokens.weight", a, padded_vocabulary
     )
     for layer in range(a.layers):
-        for short, names, half in LAYER_TABLE:
+        for short, names, half, expert in _rows(a, layer):
             full = tuple(f"model.layers.{layer}.{name}" for name in names)
-            if full[0] not in shapes:
-                continue
-            rows, *columns = shapes[full[0]]
-            rows = sum(shapes[name][0] for name in full)
-            result.append(
-                Block(
-                    key=f"decoder.layers.{short}",
-                    shape=(a.layers, rows if half is None else 2 * rows, *columns),
-                    offset=(layer, (half or 0) * rows, *[0 for _ in columns]),
-                    size=(1, rows, *columns),
-                    names=full,
-                )
-            )
+            if full[0] in shapes:
+                result.append(_layer_block(a, layer, short, half, expert, full, shapes))
     norm = "model.norm.weight"
     result.append(
         Block("decoder.final_layernorm.weight", shapes[norm], (0,), shapes[norm], (norm,))
@@ -126,6 +157,59 @@ def blocks(a: Architecture, padded_vocabulary: int) -> list[Block]:
     if not a.tied:
         result += _vocabulary_blocks("output_layer.weight", "lm_head.weight", a, padded_vocabulary)
     return result
+
+
+def _rows(
+    a: Architecture, layer: int
+) -> Iterator[tuple[str, tuple[str, ...], int | None, int | None]]:
+    """Yield the rows of the tables for a layer, with the number of the expert in the last place."""
+    mixture = is_mixture(a, layer)
+    for short, names, half in LAYER_TABLE:
+        if not (mixture and short.startswith("mlp.")):
+            yield short, names, half, None
+    if not mixture:
+        return
+    assert a.experts is not None
+    named = FAMILIES[a.family].mixtures
+    gate, up, down = named.gate_up_down
+    for short, name, half in MIXTURE_TABLE:
+        yield short, (name.format(block=named.block),), half, None
+    for expert in range(a.experts.count):
+        for short, name, half in EXPERT_TABLE:
+            own = name.format(block=named.block, expert=expert, gate=gate, up=up, down=down)
+            yield short, (own,), half, expert
+
+
+def _layer_block(
+    a: Architecture,
+    layer: int,
+    short: str,
+    half: int | None,
+    expert: int | None,
+    names: tuple[str, ...],
+    shapes: dict[str, tuple[int, ...]],
+) -> Block:
+    """Return the block of a layer's tensor.
+
+    Layers are stacked along an axis where they are alike; otherwise each has tensors of its own.
+    Experts are stacked along the next.
+    """
+    columns = shapes[names[0]][1:]
+    rows = sum(shapes[name][0] for name in names)
+    alike = a.experts is None or all(a.experts.layers)
+    axes = [(layer, a.layers)] if alike else []
+    if expert is not None:
+        assert a.experts is not None
+        axes.append((expert, a.experts.count))
+    at, of = tuple(at for at, _ in axes), tuple(of for _, of in axes)
+    return Block(
+        key=f"decoder.layers.{short}" if alike else f"decoder.layers.{layer}.{short}",
+        shape=(*of, rows if half is None else 2 * rows, *columns),
+        offset=(*at, (half or 0) * rows, *[0 for _ in columns]),
+        size=(*[1 for _ in axes], rows, *columns),
+        names=names,
+        leading=len(axes),
+    )
 
 
 def _vocabulary_blocks(key: str, name: str, a: Architecture, padded: int) -> list[Block]:
@@ -137,14 +221,36 @@ def _vocabulary_blocks(key: str, name: str, a: Architecture, padded: int) -> lis
 
 
 def extra_state_keys(a: Architecture) -> list[str]:
-    """Return the names of extra states on disk, of which each layer has its own."""
-    modules = EXTRA_STATES_OF_LAYER + (EXTRA_STATES_OF_QK_NORMS if a.qk_norm else ())
-    names = [
-        f"decoder.layers.{module}._extra_state/shard_{layer}_{a.layers}"
-        for layer in range(a.layers)
-        for module in modules
-    ]
-    return names + [f"{module}._extra_state/shard_0_1" for module in EXTRA_STATES]
+    """Return the names of extra states on disk, of which each layer, and each expert, has its
+    own."""
+    alike = a.experts is None or all(a.experts.layers)
+    names = []
+    for layer in range(a.layers):
+        modules = [f"self_attention.{name}" for name in ATTENTION_MODULES]
+        modules += [f"self_attention.{name}" for name in QK_NORMS if a.qk_norm]
+        mixture = is_mixture(a, layer)
+        if mixture:
+            modules.append("pre_mlp_layernorm")
+        if not mixture or (a.experts is not None and a.experts.shared_ffn):
+            inside = "mlp.shared_experts" if mixture else "mlp"
+            modules += [f"{inside}.{name}" for name in LINEARS]
+        prefix, at, of = "decoder.layers.", [layer], [a.layers]
+        if not alike:
+            prefix, at, of = f"decoder.layers.{layer}.", [], []
+        names += [_state(prefix + module, at or [0], of or [1]) for module in modules]
+        if mixture and a.experts is not None:
+            count = a.experts.count
+            names += [
+                _state(f"{prefix}{EXPERT}{name}", [*at, expert], [*of, count])
+                for expert in range(count)
+                for name in LINEARS
+            ]
+    return names + [_state(module, [0], [1]) for module in EXTRA_STATES]
+
+
+def _state(module: str, at: list[int], of: list[int]) -> str:
+    where, shape = (".".join(str(number) for number in numbers) for numbers in (at, of))
+    return f"{module}._extra_state/shard_{where}_{shape}"
 
 
 def fuse(a: Architecture, tensors: list[Tensor]) -> Tensor:

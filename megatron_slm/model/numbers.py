@@ -1,0 +1,11 @@
+"""Ranges of the numbers that describe a model."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta
+
+Size = Annotated[int, Meta(ge=1, lt=2**31)]
+Layers = Annotated[int, Meta(ge=1, le=10_000)]  # bounds the memory for tables of all tensors
+Positive = Annotated[float, Meta(gt=0, lt=1e15)]
