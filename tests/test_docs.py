@@ -210,10 +210,12 @@ def test_quoted_errors() -> None:
 
 def test_refused_options_are_listed() -> None:
     """Those that training refuses for all runs, each with its reason."""
-    source = read(REPOSITORY / "megatron_slm/training/command_line/arguments.py")
-    table = re.search(r"^UNSUPPORTED = \{.*?^\}", source, re.DOTALL | re.MULTILINE)
-    assert table is not None
-    refused = set(re.findall(r'"(--[\w-]+)"', table[0]))
+    refused = set()
+    for name in ("arguments", "experts"):
+        source = read(REPOSITORY / f"megatron_slm/training/command_line/{name}.py")
+        table = re.search(r"^UNSUPPORTED = \{.*?^\}", source, re.DOTALL | re.MULTILINE)
+        assert table is not None
+        refused |= set(re.findall(r'"(--[\w-]+)"', table[0]))
     refused &= options_of_a_run()
     assert len(refused) > 14
     assert not refused - options_in(read(REPOSITORY / "docs/troubleshooting.md"))
