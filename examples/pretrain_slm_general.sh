@@ -4,7 +4,7 @@
 #
 # Variables (and those of launch.sh, for nodes, Slurm, containers and restarts):
 #
-#   SIZE        1b (the paper's), 7b, 13b or 70b: of the policy
+#   SIZE        1b (the paper's), 7b, 13b, 70b, qwen3-8b or llama3-8b: of the policy
 #   DATA        data/general-80b.data-args.txt: examples/mixes/general-80b.yaml as tools/build_mix.py
 #               wrote it; or the prefix of a tokenized corpus, or a blend (weight prefix ...)
 #   TOKENIZER   tokenizer.model: its tokenizer, a sentencepiece model file
@@ -25,7 +25,7 @@
 #   NODES       4 for 1b: nodes of 8 GPUs
 #
 # NODES for other sizes, BASE, BATCH, SEQUENCE, MICRO_BATCH and SAVE_EVERY have training.sh's values
-# for the size.
+# for the size, and so has TOKENIZER for qwen3-8b and llama3-8b.
 #
 # The paper's: data, tokens, ratio, peak learning rate, cosine, batch of a million tokens, length
 # (its reference's).  Ours: warm-up, minimum, weight decay, beta2, and larger models, with the learning

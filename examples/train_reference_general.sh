@@ -4,7 +4,7 @@
 #
 # Variables (and those of launch.sh, for nodes, Slurm, containers and restarts):
 #
-#   SIZE        1b (the paper's), 7b, 13b or 70b: of the policy
+#   SIZE        1b (the paper's), 7b, 13b, 70b, qwen3-8b or llama3-8b: of the policy
 #   DATA        data/general-reference.data-args.txt: examples/mixes/general-reference-1.9b.yaml
 #               as tools/build_mix.py wrote it; or the prefix of a tokenized corpus, or a blend
 #               (weight prefix weight prefix ...)
@@ -21,7 +21,8 @@
 #   SAVE_EVERY  steps from a checkpoint to the next
 #   NODES       nodes of 8 GPUs
 #
-# NODES, BASE, BATCH, SEQUENCE, MICRO_BATCH and SAVE_EVERY have training.sh's values for the size.
+# NODES, BASE, BATCH, SEQUENCE, MICRO_BATCH and SAVE_EVERY have training.sh's values for the size,
+# and so has TOKENIZER for qwen3-8b and llama3-8b.
 #
 # The paper's: tokens, epochs, peak learning rate and length, cosine; of the corpus, Tulu-v2 and
 # OpenHermes-2.5.  Ours: batch, warm-up, minimum, weight decay, beta2, and all of 13B and 70B.

@@ -5,9 +5,11 @@
 # tokens.  Ours, since the paper does not say: larger models, warm-up, final learning rate, weight
 # decay, beta2, the references' batch.
 
+# What all models have, unless model[] says otherwise.
 llama=(--position-embedding-type rope --rotary-base 10000 --normalization RMSNorm
     --norm-epsilon 1e-5 --swiglu --disable-bias-linear --untie-embeddings-and-output-weights
     --attention-dropout 0 --hidden-dropout 0)
+tokenizer_type=SentencePieceTokenizer
 case "$SIZE" in
 1b) # TinyLlama-1.1B
     : "${NODES:=1}" "${BASE:=checkpoints/tinyllama}" "${SEQUENCE:=2048}"
@@ -41,8 +43,28 @@ case "$SIZE" in
     layout=(--tensor-model-parallel-size 8 --sequence-parallel --pipeline-model-parallel-size 4
         --num-layers-per-virtual-pipeline-stage 5)
     ;;
+qwen3-8b) # Qwen3-8B-Base, whose table has 267 rows more than its tokenizer has tokens
+    : "${NODES:=4}" "${BASE:=checkpoints/qwen3-8b}" "${SEQUENCE:=4096}"
+    : "${BATCH:=256}" "${MICRO_BATCH:=2}" "${SAVE_EVERY:=500}" "${TOKENIZER:=Qwen3-8B-Base}"
+    model=(--num-layers 36 --hidden-size 4096 --ffn-hidden-size 12288 --num-attention-heads 32
+        --group-query-attention --num-query-groups 8 --kv-channels 128 --qk-layernorm
+        --max-position-embeddings 32768 --rotary-base 1000000 --norm-epsilon 1e-6
+        --padded-vocab-size 151936 --slm-changed vocab_size)
+    layout=(--tensor-model-parallel-size 2 --sequence-parallel)
+    tokenizer_type=HuggingFaceTokenizer
+    ;;
+llama3-8b) # Llama-3.1-8B
+    : "${NODES:=4}" "${BASE:=checkpoints/llama-3.1-8b}" "${SEQUENCE:=4096}"
+    : "${BATCH:=256}" "${MICRO_BATCH:=2}" "${SAVE_EVERY:=500}" "${TOKENIZER:=Llama-3.1-8B}"
+    model=(--num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32
+        --group-query-attention --num-query-groups 8 --kv-channels 128
+        --max-position-embeddings 131072 --rotary-base 500000 --use-rope-scaling
+        --rope-scaling-factor 8 --padded-vocab-size 128256)
+    layout=(--tensor-model-parallel-size 2 --sequence-parallel)
+    tokenizer_type=HuggingFaceTokenizer
+    ;;
 *)
-    echo "error: SIZE $SIZE: there are 1b, 7b, 13b and 70b" >&2
+    echo "error: SIZE $SIZE: there are 1b, 7b, 13b, 70b, qwen3-8b and llama3-8b" >&2
     exit 2
     ;;
 esac
@@ -64,13 +86,13 @@ fi
 # The split: validation data comes from the corpus, which leaves that much less of each dataset to
 # train on.
 training=(
-    "${model[@]}" "${llama[@]}" "${layout[@]}" "${data[@]}"
+    "${llama[@]}" "${model[@]}" "${layout[@]}" "${data[@]}"
     --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable --overlap-grad-reduce
     --overlap-param-gather --bf16 --seq-length "$SEQUENCE" --micro-batch-size "$MICRO_BATCH"
     --global-batch-size "$BATCH"
     --train-samples "$((TOKENS * EPOCHS / SEQUENCE))" --lr "$LR" --min-lr 0
     --lr-decay-style cosine --lr-warmup-fraction 0.01 --weight-decay 0.1 --adam-beta2 0.95
-    --clip-grad 1.0 --split 998,2,0 --tokenizer-type SentencePieceTokenizer
+    --clip-grad 1.0 --split 998,2,0 --tokenizer-type "$tokenizer_type"
     --tokenizer-model "$TOKENIZER" --pretrained-checkpoint "$BASE" --load "$SAVE" --save "$SAVE"
     --save-interval "$SAVE_EVERY" --exit-signal-handler --eval-interval 500 --eval-iters 20
     --log-interval 10 --tensorboard-dir "$SAVE/tensorboard" --distributed-timeout-minutes 30

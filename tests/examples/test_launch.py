@@ -336,10 +336,11 @@ def test_the_status_is_that_of_what_was_started(code: int, when: str) -> None:
     assert subprocess.run(["bash", "-c", script], check=False, timeout=30).returncode == code
 
 
-@pytest.mark.parametrize("size", ["1b", "7b", "13b", "70b"])
+@pytest.mark.parametrize("size", ["1b", "7b", "13b", "70b", "qwen3-8b", "llama3-8b"])
 @pytest.mark.parametrize("domain", ["math", "general"])
 def test_references_go_where_policies_look(domain: str, size: str) -> None:
-    policy = "pretrain_slm_general.sh" if domain == "general" else f"pretrain_slm_{size}.sh"
+    name = "general" if domain == "general" else size.replace("-", "_")
+    policy = f"pretrain_slm_{name}.sh"
     reference = f"train_reference_{domain}.sh"
     saved = option(reference, "--save", SIZE=size)
     assert saved == option(policy, "--slm-reference-load", SIZE=size)

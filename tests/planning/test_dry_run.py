@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 
 from launch import REPOSITORY, SUPPORT, launch
 from megatron_slm.model.architecture import Architecture
-from megatron_slm.planning.formulas import Layout, stage_parameters
+from megatron_slm.model.hugging_face_config import from_hugging_face
+from megatron_slm.planning.formulas import Layout, parameters, stage_parameters
 from random_llama import small_llama, write_random_llama
 
 RECIPES = sorted(
@@ -23,6 +25,8 @@ OF_ANOTHER_SIZE = "train_reference_math.sh SIZE=7b"
 WORLDS = {
     "pretrain_slm_1b.sh": 8,
     "pretrain_slm_7b.sh": 32,
+    "pretrain_slm_qwen3_8b.sh": 32,
+    "pretrain_slm_llama3_8b.sh": 32,
     "pretrain_slm_13b.sh": 64,
     "pretrain_slm_70b.sh": 256,
     "pretrain_slm_general.sh": 32,
@@ -35,6 +39,58 @@ WORLDS = {
 USABLE = 0.92 * 80e9  # bytes of a GPU of 80 GB
 TINYLLAMA = 1_100_048_384  # parameters, as published
 TINYLLAMA_LAYER = (TINYLLAMA - 2 * 32000 * 2048 - 2048) // 22
+# The numbers of parameters, and what config.json says of Qwen3-8B-Base and Llama-3.1-8B.
+PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
+    "pretrain_slm_qwen3_8b.sh": (
+        8_190_735_360,
+        {
+            "model_type": "qwen3",
+            "attention_bias": False,
+            "head_dim": 128,
+            "hidden_act": "silu",
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "max_position_embeddings": 32768,
+            "max_window_layers": 36,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 36,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-6,
+            "rope_scaling": None,
+            "rope_theta": 1000000,
+            "sliding_window": None,
+            "tie_word_embeddings": False,
+            "use_sliding_window": False,
+            "vocab_size": 151936,
+        },
+    ),
+    "pretrain_slm_llama3_8b.sh": (
+        8_030_261_248,
+        {
+            "model_type": "llama",
+            "attention_bias": False,
+            "hidden_act": "silu",
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "max_position_embeddings": 131072,
+            "mlp_bias": False,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "rope_scaling": {
+                "factor": 8.0,
+                "high_freq_factor": 4.0,
+                "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192,
+                "rope_type": "llama3",
+            },
+            "rope_theta": 500000.0,
+            "tie_word_embeddings": False,
+            "vocab_size": 128256,
+        },
+    ),
+}
 REFUSALS = {
     "layers": "Megatron refuses",
     "heads": "--num-attention-heads 60 is not a multiple of",
@@ -80,6 +136,18 @@ def test_every_stage_is_built(recipe: str, ran: dict[str, Any]) -> None:
     assert stages == ([layout.pp - 1] if recipe == "4096" else list(range(layout.pp)))
 
 
+@pytest.mark.parametrize("recipe", PUBLISHED)
+def test_models_are_as_published(recipe: str, ran: dict[str, Any]) -> None:
+    count, config = PUBLISHED[recipe]
+    found = ran["built"][recipe][0]
+    a = Architecture(**found["architecture"])
+    # A command line names no model type, and the dry run has another tokenizer.
+    published = from_hugging_face(config, recipe)
+    assert a == replace(published, model_type=a.model_type, vocabulary=a.vocabulary)
+    assert found["padded"] == published.vocabulary
+    assert parameters(a, found["padded"]) == count
+
+
 def test_references_are_taken_as_they_are(ran: dict[str, Any]) -> None:
     """Bytes that a rank holds, and parameters that the dry run builds: of 2 layers, or of 22."""
     found, layer = ran["references"], TINYLLAMA_LAYER
@@ -103,7 +171,7 @@ def test_references_are_taken_as_they_are(ran: dict[str, Any]) -> None:
 def test_every_recipe_fits(ran: dict[str, Any]) -> None:
     """Policies with their references, and references, of all sizes, as they are given."""
     needs = ran["needs"]
-    assert len(needs) == len(RECIPES) + 3 * (4 - 1)
+    assert len(needs) == len(RECIPES) + 3 * (6 - 1)
     for recipe, (ranks, bytes_) in needs.items():
         assert ranks % 8 == 0
         assert bytes_ < USABLE, recipe

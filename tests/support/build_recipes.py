@@ -23,7 +23,7 @@ from megatron_slm.planning import dry_run, recipe
 from megatron_slm.planning.cluster import Cluster, plan
 from megatron_slm.planning.formulas import memory
 
-SIZES = ("1b", "7b", "13b", "70b")
+SIZES = ("1b", "7b", "13b", "70b", "qwen3-8b", "llama3-8b")
 
 
 def built(script: str, settings: dict[str, str], every_stage: bool) -> list[dict[str, Any]]:
