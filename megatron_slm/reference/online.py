@@ -98,10 +98,11 @@ class OnlineReference(Reference):
         )
         if self.streamed is not None:
             self.streamed.end()
+        length = self.arguments.seq_length // self.arguments.context_parallel_size
         parts = [
             part
             for values in scored  # [1, n * s/c] if the n samples were passed as one sequence
-            for part in values.reshape(*values.shape[:-2], samples, -1).chunk(joined, dim=-2)
+            for part in values.reshape(*values.shape[:-2], -1, length).chunk(joined, dim=-2)
         ]
         return [tuple(part) if self.scoring.entropies else (part, None) for part in parts]
 

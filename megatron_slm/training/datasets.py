@@ -87,19 +87,29 @@ class DatasetProvider:
             vp_stage: the model chunk that they are for.
         """
         datasets = list(self.build(samples, vp_stage=vp_stage))
-        caches = self._caches_here()
-        if caches is not None and caches.kind == "sample":
-            caches.check_samples(datasets, samples)
-            # A split that a run draws nothing from has no section.
+        if self.caches is not None and self.caches.kind == "sample":
+            sections = self.caches.sections
+            # A split that a run draws nothing from has no section; all stages leave it out.
             datasets = [
-                SampleScored(dataset, caches.sections[split])
-                if dataset is not None and split in caches.sections
-                else None
+                dataset if split in sections else None
                 for split, dataset in zip(SPLITS, datasets, strict=True)
             ]
+            if mpu.is_pipeline_last_stage():
+                self.caches.check_samples(datasets, samples)
+                datasets = [
+                    None if dataset is None else SampleScored(dataset, sections[split])
+                    for split, dataset in zip(SPLITS, datasets, strict=True)
+                ]
         if any(dataset is not None for dataset in datasets):  # one call for each model chunk
             self.built = datasets
         return datasets
+
+    def available(self, split: str, dataset: Any) -> int:
+        """Return how many samples there are of a dataset: those that are scored, with a cache."""
+        if dataset is None:
+            return 0
+        by_sample = self.caches is not None and self.caches.kind == "sample"
+        return len(self.caches.sections[split] if self.caches and by_sample else dataset)
 
     def _caches_here(self) -> Caches | None:
         return self.caches if mpu.is_pipeline_last_stage() else None

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_slm.data.manifest_types import DumpOrigin
-from megatron_slm.data.scored_dataset import SampleScored
 from megatron_slm.model.documents import packs_documents
 from megatron_slm.training.datasets import DatasetProvider
 from megatron_slm.training.micro_batch import MicroBatch, read_micro_batches, whole_sequences
@@ -43,8 +42,7 @@ class FixedSamples:
         self.split, self.available = "", 0
         self.dataset: Any = None
         for split, dataset in (("train", train), ("valid", None if training else valid)):
-            of_cache = isinstance(dataset, SampleScored)
-            available = 0 if dataset is None else len(dataset.section if of_cache else dataset)
+            available = provider.available(split, dataset)
             if available > 0:
                 self.split, self.dataset, self.available = split, dataset, available
 
@@ -75,7 +73,8 @@ class FixedSamples:
         """Return the token ids of the first `count` samples, int32 [count, s + 1], and which of
         their losses count, bool [count, s]."""
         rows = [self.dataset[int(number)] for number in self.numbers(count)]
-        ids = [np.append(row["tokens"][:1].numpy(), row["labels"].numpy()) for row in rows]
+        # Labels of prompts are -100 in fine-tuning; the last label alone is not among the inputs.
+        ids = [np.append(row["tokens"].numpy(), max(0, int(row["labels"][-1]))) for row in rows]
         valid = [row["loss_mask"].numpy() > 0 for row in rows]
         return np.stack(ids).astype(np.int32), np.stack(valid)
 

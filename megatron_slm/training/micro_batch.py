@@ -244,7 +244,9 @@ def _documents(sample: dict[str, Tensor], micro_batch_size: int, number: int) ->
             "the samples have no cu_seqlens, which say where their documents end: this script's "
             "own datasets have to add them, or leave --dataloader-inter-document-masking out"
         )
-    ends = _shared(sample.get("cu_seqlens"), (micro_batch_size, length + 1), torch.int32)
+    # --full-validation reads one sample at a time, whatever the size.
+    samples = len(sample["cu_seqlens"]) if sample else micro_batch_size
+    ends = _shared(sample.get("cu_seqlens"), (samples, length + 1), torch.int32)
     rows: list[list[int]] = sample.get("cu_seqlens", ends).tolist()
     bounds = [
         document_bounds(row, length, f"sample {place} of micro-batch {number}")
