@@ -126,7 +126,7 @@ def main(steps: int) -> None:
         }
         theirs = ModelTokenizer(open_tokenizer(str(directory / "other")))
         texts = ByText(model(directory / "other"), pieces, 2, theirs, 1024)
-        losses["other"] = np.concatenate(texts.losses(ids))
+        losses["other"] = np.concatenate(texts.losses(ids, ["a document"] * len(ids)))
         aligned = np.concatenate([_one_to_one(pieces, theirs, each) for each in ids])
     print(f"{len(aligned):,} tokens, {aligned.mean():.1%} of them in both tokenizations")
     for name, each in losses.items():

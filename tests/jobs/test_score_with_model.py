@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -199,6 +201,75 @@ def test_servers_that_cannot_be_used(
     for said in (off, busy, wrong, gone):
         assert said.startswith("error: ") and len(said.splitlines()) == 1
     assert not (tmp_path / "a").exists()
+
+
+def changed_model(model: Path, where: Path, **changes: torch.Tensor | None) -> Path:
+    """Return a copy of a model with other weights, or without those that are None."""
+    shutil.copytree(model, where)
+    weights = load_file(where / "model.safetensors") | changes
+    kept = {name: each for name, each in weights.items() if each is not None}
+    save_file(kept, where / "model.safetensors", metadata={"format": "pt"})
+    return where
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset of few documents."""
+    where = tmp_path_factory.mktemp("few")
+    texts = docstrings(["argparse"])[:4]
+    preprocess(write_jsonl(where / "in.jsonl", texts), where / "out", "--append-eod")
+    return where / "out_text_document"
+
+
+def test_model_that_gives_no_losses(few: Path, model: Path, tmp_path: Path) -> None:
+    broken = {"model.norm.weight": torch.full((32,), float("nan"))}
+    directory = changed_model(model, tmp_path / "model", **broken)
+    error = scored(few, tmp_path / "cache", "--model", directory, code=2).err
+    said = f"error: --model {directory} gives token 0 of 48 of a passage of document 0 of out_text_"
+    assert error.splitlines()[-1].startswith(said) and error.endswith("usable loss, but none\n")
+    assert not list((tmp_path / "cache").rglob("*.losses"))
+
+
+class Changed(Model):
+    """A server whose log-probabilities of documents are changed."""
+
+    def __init__(self, served: Model, change: Callable[[dict[str, Any]], None]) -> None:
+        super().__init__(served.model, served.tokenizer, served.bos, served.text_only)
+        self.change, self.asked = change, 0
+
+    def answer(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        code, content = super().answer(body)
+        self.asked += body["echo"]
+        if code == 200 and body["echo"] and self.asked > 2:  # those before test the server
+            self.change(content["choices"][0]["logprobs"])
+        return code, content
+
+
+def none_after_first(found: dict[str, Any]) -> None:
+    found["token_logprobs"][1:] = [None] * len(found["token_logprobs"][1:])
+
+
+@pytest.mark.parametrize(
+    ("change", "text_only", "said"),
+    [
+        (none_after_first, False, "usable loss, but none"),
+        (none_after_first, True, "usable loss, but none"),
+    ],
+)
+def test_server_that_gives_no_losses(
+    change: Callable[[dict[str, Any]], None],
+    text_only: bool,
+    said: str,
+    few: Path,
+    model: Path,
+    tmp_path: Path,
+) -> None:
+    """The error names the server, whatever it gives."""
+    with completions_server(Changed(serve(model, text_only), change)) as url:
+        options = ("--server", url, "--model-tokenizer", model)
+        error = scored(few, tmp_path / "cache", *options, code=2).err.splitlines()[-1]
+    assert error.startswith(f"error: {url} ") and said in error
+    assert not list((tmp_path / "cache").rglob("*.losses"))
 
 
 def test_the_same_tokenizer(model: Path, tmp_path: Path) -> None:

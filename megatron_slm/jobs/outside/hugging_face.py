@@ -58,7 +58,7 @@ class HuggingFaceModel:
                 f"tokenizer {vocabulary}"
             )
         self.model = model.eval().to(self.device)
-        self.vocabulary, self.batch_tokens = vocabulary, batch_tokens
+        self.directory, self.vocabulary, self.batch_tokens = directory, vocabulary, batch_tokens
 
     def losses(self, passages: Sequence[Passage]) -> list[Floats]:
         """Return the losses of each passage's tokens [n] in nats; NaN where there is none."""
@@ -67,6 +67,8 @@ class HuggingFaceModel:
             rows = self._score([passages[number].tokens for number in batch])
             for number, row in zip(batch, rows, strict=True):
                 found[number][len(found[number]) - len(row) :] = row
+        for passage, losses in zip(passages, found, strict=True):
+            passage.check(losses, f"--model {self.directory}")
         return found
 
     def _batches(self, tokens: list[Any]) -> Iterator[list[int]]:

@@ -27,6 +27,8 @@ from megatron_slm.corpus.tokenizers.token_bytes import Text, TokenBytes
 from megatron_slm.corpus.tokenizers.tokenizer_file import TokenizerFile
 from megatron_slm.errors import UserError
 
+LARGEST_LOSS = 1e4  # nats; vLLM says 9999 where a probability is 0
+ROUNDING = 1e-3  # nats that a loss may be below 0
 SPARED = 8  # tokens of room for what a text that was cut may have more, and for a server's own
 
 
@@ -40,11 +42,30 @@ class Passage:
     """The token before them; None if there is none, so that the first has no loss."""
     text: str | None = None
     """What they say, for servers that take text alone."""
+    place: str = ""
+    """Where they are from, for errors."""
 
     @property
     def tokens(self) -> NDArray[np.int64]:
         """The tokens with the one before them."""
         return self.ids if self.before is None else np.append(self.before, self.ids)
+
+    def check(self, losses: Floats, scorer: str) -> None:
+        """Check losses of the tokens [n]; only a first token with none before it may lack one.
+
+        Raises:
+            UserError: another token has none, or one that no model gives.
+        """
+        wrong = ~((losses >= -ROUNDING) & (losses <= LARGEST_LOSS))
+        if self.before is None and len(losses):
+            wrong[0] &= not np.isnan(losses[0])
+        if wrong.any():
+            at = int(wrong.argmax())
+            said = "none" if np.isnan(losses[at]) else f"{losses[at]:.6g}"
+            raise UserError(
+                f"{scorer} gives token {at} of {len(losses)} of a passage of {self.place} no "
+                f"usable loss, but {said}"
+            )
 
 
 class Scorer(Protocol):
@@ -137,14 +158,15 @@ class ByText:
     """Tokens that the model reads at once."""
     counts: Counts = field(default_factory=Counts)
 
-    def losses(self, documents: Sequence[NDArray[Any]]) -> list[Floats]:
+    def losses(self, documents: Sequence[NDArray[Any]], places: Sequence[str]) -> list[Floats]:
         """Return the losses of each document's tokens, in nats.
 
         Args:
             documents: the token ids of each, [n].
+            places: what each is called in errors.
         """
         texts = [self.own.text(ids) for ids in documents]
-        encoded = [self._passages(text) for text in texts]
+        encoded = [self._passages(*each) for each in zip(texts, places, strict=True)]
         scored = iter(self.scorer.losses([each for passages, _ in encoded for each in passages]))
         found = []
         for ids, text, (passages, ends) in zip(documents, texts, encoded, strict=True):
@@ -173,7 +195,7 @@ class ByText:
         values[lacking] = 0.0 if lacking.all() else values[~lacking].mean()
         return values
 
-    def _passages(self, text: Text) -> tuple[list[Passage], NDArray[np.int64]]:
+    def _passages(self, text: Text, place: str) -> tuple[list[Passage], NDArray[np.int64]]:
         """Cut a document's text.
 
         Returns:
@@ -181,23 +203,23 @@ class ByText:
             last token that ends the text for the model.
         """
         if self.scorer.takes_text:
-            return self._cut_text(text)
+            return self._cut_text(text, place)
         ids, spans = self.tokenizer.encode(text.characters)
         stop = self.tokenizer.file.eod
         whole = ids if stop is None or not len(ids) else np.append(ids, stop)
         passages, before = [], self.tokenizer.beginning
         for start in range(0, len(whole), self.length):
-            passages.append(Passage(whole[start : start + self.length], before))
+            passages.append(Passage(whole[start : start + self.length], before, place=place))
             before = int(passages[-1].ids[-1])
         return passages, self.tokenizer.ends(text, ids, spans)
 
-    def _cut_text(self, text: Text) -> tuple[list[Passage], NDArray[np.int64]]:
+    def _cut_text(self, text: Text, place: str) -> tuple[list[Passage], NDArray[np.int64]]:
         """Cut a text into parts that are each tokenized alone."""
         passages: list[Passage] = []
         spans: list[tuple[int, int]] = []
         for start, part in self._parts(text.characters):
             ids, own = self.tokenizer.encode(part)
-            passages.append(Passage(ids, None, part))
+            passages.append(Passage(ids, None, part, place))
             spans += [(start + first, start + last) for first, last in own]
         everything = [np.zeros(0, np.int64), *(passage.ids for passage in passages)]
         return passages, self.tokenizer.ends(text, np.concatenate(everything), spans)

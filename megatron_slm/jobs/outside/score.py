@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from megatron_slm.corpus.tokenizers.alignment import Floats
@@ -123,7 +122,9 @@ def _by_window(scorer: Scorer, eod: int, args: Namespace) -> Score:
         for first in range(start, stop, args.seq_length):
             ids = documents.stream[first : min(first + args.seq_length, stop)].astype(np.int64)
             before = eod if first == 0 else int(documents.stream[first - 1])
-            passages.append(Passage(ids, before))
+            document = documents.overlapping(first, first + 1).start
+            place = f"{documents.name} from its token {first:,} on, in document {document}"
+            passages.append(Passage(ids, before, place=place))
         return np.concatenate(scorer.losses(passages))
 
     return score
@@ -138,22 +139,21 @@ def _by_text(texts: ByText, args: Namespace) -> Score:
     def score(documents: DatasetDocuments, start: int, stop: int) -> Floats:
         found = []
         for group in _groups(documents, documents.overlapping(start, stop), args.batch_tokens):
-            found += texts.losses(group)
+            places = [f"document {number} of {documents.name}" for number in group]
+            found += texts.losses([documents.ids(number) for number in group], places)
         first = int(documents.starts[documents.overlapping(start, stop).start])
         return np.concatenate(found)[start - first : stop - first]
 
     return score
 
 
-def _groups(
-    documents: DatasetDocuments, numbers: range, batch_tokens: int
-) -> list[list[NDArray[np.int64]]]:
-    """Cut documents into groups of about BATCHES batches."""
-    groups: list[list[NDArray[np.int64]]] = [[]]
+def _groups(documents: DatasetDocuments, numbers: range, batch_tokens: int) -> list[list[int]]:
+    """Cut documents, given by number, into groups of about BATCHES batches."""
+    groups: list[list[int]] = [[]]
     size = 0
     for number in numbers:
-        groups[-1].append(documents.ids(number))
-        size += len(groups[-1][-1])
+        groups[-1].append(number)
+        size += int(documents.index.lengths[number])
         if size > BATCHES * batch_tokens:
             groups.append([])
             size = 0

@@ -128,9 +128,11 @@ class CompletionsServer:
 
     def _losses(self, passage: Passage) -> Floats:
         try:
-            return -self._log_probabilities(passage)
+            losses = -self._log_probabilities(passage)
         except _Rejected as error:
             raise UserError(f"{self.url}: {error}; {KEEPS}") from error
+        passage.check(losses, self.url)
+        return losses
 
     def _log_probabilities(self, passage: Passage) -> Floats:
         count = len(passage.ids)
