@@ -230,6 +230,22 @@ def test_model_that_gives_no_losses(few: Path, model: Path, tmp_path: Path) -> N
     assert not list((tmp_path / "cache").rglob("*.losses"))
 
 
+def test_models_of_other_weights(few: Path, model: Path, tmp_path: Path) -> None:
+    """None of a model's weights are random, and none in its files are left out."""
+    name = "model.layers.1.mlp.up_proj.weight"
+    without = changed_model(model, tmp_path / "without", **{name: None})
+    more = changed_model(model, tmp_path / "more", **{"model.other.weight": torch.zeros(2)})
+    other = changed_model(model, tmp_path / "other", **{name: torch.zeros(2, 2)})
+    for directory, said in (
+        (without, f"has missing weights for its config.json: {name}"),
+        (more, "has unexpected weights for its config.json: model.other.weight"),
+        (other, "mismatched"),
+    ):
+        error = scored(few, tmp_path / "cache", "--model", directory, code=2).err
+        assert f"error: --model {directory} " in error and said in error
+    assert not (tmp_path / "cache").exists()
+
+
 class Changed(Model):
     """A server whose log-probabilities of documents are changed."""
 

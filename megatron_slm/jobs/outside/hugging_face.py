@@ -42,16 +42,18 @@ class HuggingFaceModel:
         rank = int(os.getenv("LOCAL_RANK", "0"))
         self.device = torch.device("cuda", rank) if torch.cuda.is_available() else "cpu"
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model, found = AutoModelForCausalLM.from_pretrained(
                 directory,
                 dtype=dtype,
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
+                output_loading_info=True,
             )
         except Exception as error:  # transformers raises whatever it finds
             said = " ".join(str(error).split())[:300]
             raise UserError(f"--model {directory} cannot be loaded: {said}") from error
+        _check_weights(directory, found)
         if model.config.vocab_size < vocabulary:
             raise UserError(
                 f"--model {directory} has a vocabulary of {model.config.vocab_size} tokens, its "
@@ -109,6 +111,17 @@ class HuggingFaceModel:
         ]
         losses = torch.cat(parts).view(len(rows), length - 1).double().cpu().numpy()
         return [losses[at, : len(row) - 1] for at, row in enumerate(rows)]
+
+
+def _check_weights(directory: str, found: dict[str, Any]) -> None:
+    """Check that the files have the model's weights and no others, as transformers says."""
+    for kind in ("missing", "mismatched", "unexpected"):
+        names = sorted(str(each) for each in found[f"{kind}_keys"])
+        if names:
+            others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(
+                f"--model {directory} has {kind} weights for its config.json: {names[0]}{others}"
+            )
 
 
 def fingerprint(directory: str) -> dict[str, str]:
