@@ -145,7 +145,7 @@ def main(steps: int) -> None:
 
 
 def model(directory: Path) -> HuggingFaceModel:
-    return HuggingFaceModel(str(directory), "float32", VOCABULARY, 8192)
+    return HuggingFaceModel(str(directory), "float32", VOCABULARY, 8192, 1024)
 
 
 def _one_to_one(pieces: TokenBytes, theirs: ModelTokenizer, ids: Any) -> Any:

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -243,6 +245,15 @@ def test_models_of_other_weights(few: Path, model: Path, tmp_path: Path) -> None
     ):
         error = scored(few, tmp_path / "cache", "--model", directory, code=2).err
         assert f"error: --model {directory} " in error and said in error
+    assert not (tmp_path / "cache").exists()
+
+
+def test_model_of_few_positions(few: Path, model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "model")
+    short = GPT2Config(vocab_size=960, n_positions=LENGTH - 1, n_embd=32, n_layer=1, n_head=2)
+    GPT2LMHeadModel(short).save_pretrained(tmp_path / "model")
+    error = scored(few, tmp_path / "cache", "--model", tmp_path / "model", code=2).err
+    assert "has 47 positions (max_position_embeddings), fewer than --seq-length 48" in error
     assert not (tmp_path / "cache").exists()
 
 

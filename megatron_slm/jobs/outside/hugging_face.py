@@ -26,14 +26,18 @@ class HuggingFaceModel:
         dtype: what it computes in; auto for what its weights are in.
         vocabulary: tokens that the softmax is over; what the model has beyond them is padding.
         batch_tokens: tokens in a batch, with padding.
+        length: tokens that it is to read at once.
 
     Raises:
-        UserError: transformers cannot load it without running its code, or it has fewer tokens.
+        UserError: transformers cannot load it without running its code, weights are missing, or it
+            has fewer tokens or positions.
     """
 
     takes_text = False
 
-    def __init__(self, directory: str, dtype: str, vocabulary: int, batch_tokens: int) -> None:
+    def __init__(
+        self, directory: str, dtype: str, vocabulary: int, batch_tokens: int, length: int
+    ) -> None:
         from transformers import AutoModelForCausalLM
         from transformers.utils.logging import disable_progress_bar
 
@@ -58,6 +62,12 @@ class HuggingFaceModel:
             raise UserError(
                 f"--model {directory} has a vocabulary of {model.config.vocab_size} tokens, its "
                 f"tokenizer {vocabulary}"
+            )
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if positions is not None and positions < length:  # GPT-2's n_positions has this name, too
+            raise UserError(
+                f"--model {directory} has {positions} positions (max_position_embeddings), fewer "
+                f"than --seq-length {length}"
             )
         self.model = model.eval().to(self.device)
         self.directory, self.vocabulary, self.batch_tokens = directory, vocabulary, batch_tokens

@@ -111,7 +111,8 @@ def _scorer(
 
     known = fingerprint(args.model) | {"computed in": args.dtype}
     vocabulary = file.vocab_size if by_text and file is not None else tokenizer.vocabulary
-    return HuggingFaceModel(args.model, args.dtype, vocabulary, args.batch_tokens), known
+    model = HuggingFaceModel(args.model, args.dtype, vocabulary, args.batch_tokens, args.seq_length)
+    return model, known
 
 
 def _by_window(scorer: Scorer, eod: int, args: Namespace) -> Score:
