@@ -276,11 +276,22 @@ def none_after_first(found: dict[str, Any]) -> None:
     found["token_logprobs"][1:] = [None] * len(found["token_logprobs"][1:])
 
 
+def all_of(value: float) -> Callable[[dict[str, Any]], None]:
+    def change(found: dict[str, Any]) -> None:
+        found["token_logprobs"] = [value] * len(found["token_logprobs"])
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "text_only", "said"),
     [
         (none_after_first, False, "usable loss, but none"),
         (none_after_first, True, "usable loss, but none"),
+        (lambda found: found["tokens"].pop(), False, "log-probabilities"),
+        (lambda found: found.update(tokens=[]), False, "lists 0 tokens, but"),
+        (all_of(5.0), False, "usable loss, but -5"),
+        (all_of(-1e300), False, "usable loss, but 1e+300"),
     ],
 )
 def test_server_that_gives_no_losses(

@@ -145,6 +145,11 @@ class CompletionsServer:
                 f"{self.url} gives no log-probabilities: the server must be one that echoes "
                 "prompts with them (llama.cpp: --logits_all true)"
             )
+        if len(found.tokens) != len(found.token_logprobs):
+            raise UserError(
+                f"{self.url} lists {len(found.tokens)} tokens, but {len(found.token_logprobs)} "
+                "log-probabilities"
+            )
         own = len(found.token_logprobs) - answer.usage.completion_tokens
         # A server may put its token for the beginning of a text before a text, and list it.
         most = count + (1 if self.takes_text or passage.before is not None else 0)
