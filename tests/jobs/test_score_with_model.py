@@ -310,6 +310,14 @@ def test_server_that_gives_no_losses(
     assert not list((tmp_path / "cache").rglob("*.losses"))
 
 
+def test_windows_too_short_for_text(few: Path, model: Path, tmp_path: Path) -> None:
+    with completions_server(serve(model, text_only=True)) as url:
+        options = ("--server", url, "--model-tokenizer", model, "--seq-length", 16)
+        error = scored(few, tmp_path / "cache", *options, code=2).err
+    assert f"error: --seq-length 16 must be above 16 with --server {url}" in error
+    assert not (tmp_path / "cache").exists()
+
+
 def test_the_same_tokenizer(model: Path, tmp_path: Path) -> None:
     """The dataset's own tokens are scored, in windows that know nothing of documents."""
     texts = write_jsonl(tmp_path / "in.jsonl", docstrings(["difflib"])[:12])

@@ -30,6 +30,7 @@ from megatron_slm.jobs.outside.documents import (
     write_values,
 )
 from megatron_slm.jobs.outside.passages import (
+    SPARED,
     ByText,
     ModelTokenizer,
     Passage,
@@ -106,6 +107,11 @@ def _scorer(
         )
         if tokenizer.model is None and server.takes_text:
             raise UserError(f"--server {args.server} takes text, which NullTokenizer does not have")
+        if server.takes_text and args.seq_length <= 2 * SPARED:
+            raise UserError(
+                f"--seq-length {args.seq_length} must be above {2 * SPARED} with --server "
+                f"{args.server}, which takes text alone"
+            )
         return server, {"server model": server.model}
     from megatron_slm.jobs.outside.hugging_face import HuggingFaceModel, fingerprint
 
