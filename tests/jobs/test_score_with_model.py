@@ -349,6 +349,17 @@ def test_refused(options: tuple[object, ...], said: str, prefix: Path, tmp_path:
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.parametrize(("rank", "ranks"), [("x", "1"), ("0", "0"), ("5", "2"), ("-1", "2")])
+def test_ranks_that_are_none(
+    rank: str, ranks: str, few: Path, model: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    error = scored(few, tmp_path / "cache", "--model", model, code=2).err
+    assert error.startswith(f"error: RANK={rank} and WORLD_SIZE={ranks} in the environment are")
+    assert not (tmp_path / "cache").exists()
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("llama_cpp") is None,
     reason="llama-cpp-python, whose server this is about, is not installed",

@@ -50,6 +50,7 @@ def score_with_model(args: Namespace) -> None:
     Raises:
         UserError: the input is wrong, the model cannot be had, or a loss is NaN or infinite.
     """
+    rank, ranks = _rank_of()
     tokenizer = open_run_tokenizer(args)
     datasets = open_documents(args.data_path, tokenizer)
     file = _model_tokenizer(args, tokenizer)
@@ -65,7 +66,6 @@ def score_with_model(args: Namespace) -> None:
         score, counts = _by_window(scorer, tokenizer.eod, args), None
     manifest = begin_cache(args, datasets, tokenizer, reference)
     directory = Path(args.slm_reference_cache)
-    rank, ranks = int(os.getenv("RANK", "0")), int(os.getenv("WORLD_SIZE", "1"))
     shards = [(name, each) for name in manifest.sections for each in range(manifest.shards(name))]
     there = set(shards).difference(missing_shards(directory, manifest))
     mine = [shard for shard in shards[rank::ranks] if shard not in there]
@@ -83,6 +83,18 @@ def score_with_model(args: Namespace) -> None:
         )
     if not missing_shards(directory, manifest):
         print(f"> {directory} is complete", flush=True)
+
+
+def _rank_of() -> tuple[int, int]:
+    """Return this process's rank, and how many there are, as torchrun says."""
+    said = os.getenv("RANK", "0"), os.getenv("WORLD_SIZE", "1")
+    rank, ranks = (int(each) if each.isdecimal() else -1 for each in said)
+    if not 0 <= rank < ranks:
+        raise UserError(
+            f"RANK={said[0]} and WORLD_SIZE={said[1]} in the environment are not a rank and the "
+            "number of ranks"
+        )
+    return rank, ranks
 
 
 def _model_tokenizer(args: Namespace, tokenizer: RunTokenizer) -> TokenizerFile | None:
