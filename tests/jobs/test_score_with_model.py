@@ -241,7 +241,7 @@ def test_models_of_other_weights(few: Path, model: Path, tmp_path: Path) -> None
     for directory, said in (
         (without, f"has missing weights for its config.json: {name}"),
         (more, "has unexpected weights for its config.json: model.other.weight"),
-        (other, "mismatched"),
+        (other, f"has mismatched weights for its config.json: {name}"),
     ):
         error = scored(few, tmp_path / "cache", "--model", directory, code=2).err
         assert f"error: --model {directory} " in error and said in error

@@ -53,6 +53,7 @@ class HuggingFaceModel:
                 trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
             )
         except Exception as error:  # transformers raises whatever it finds
             said = " ".join(str(error).split())[:300]
@@ -126,7 +127,7 @@ class HuggingFaceModel:
 def _check_weights(directory: str, found: dict[str, Any]) -> None:
     """Check that the files have the model's weights and no others, as transformers says."""
     for kind in ("missing", "mismatched", "unexpected"):
-        names = sorted(str(each) for each in found[f"{kind}_keys"])
+        names = sorted(each if isinstance(each, str) else each[0] for each in found[f"{kind}_keys"])
         if names:
             others = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise UserError(
