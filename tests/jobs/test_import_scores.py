@@ -309,3 +309,27 @@ def test_malformed_files(
     (error,) = result.err.splitlines()
     assert error.startswith(f"error: {file}") and said in error, error
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "default", "must"),
+    [
+        ("mask", 0.5, "0 or 1"),
+        ("mask", "nan", "0 or 1"),
+        ("reference", -1, "a loss, finite and from 0 on"),
+        ("reference", "nan", "a loss, finite and from 0 on"),
+        ("external", "inf", "a finite number of 32 bits"),
+        ("external", 3.5e38, "a finite number of 32 bits"),
+    ],
+)
+def test_default_of_another_kind(
+    kind: str, default: object, must: str, prefix: Path, tmp_path: Path
+) -> None:
+    """Refused before anything is read: there is no file of values."""
+    file = tmp_path / "nothing.jsonl"
+    result = imported(prefix, file, tmp_path / "cache", kind, "--default", default)
+    assert result.code == 2
+    (error,) = result.err.splitlines()
+    said = f"{default:g}" if isinstance(default, float) else default
+    assert error == f"error: --default {said}: with --as {kind} it must be {must}"
+    assert not (tmp_path / "cache").exists()
