@@ -197,6 +197,23 @@ MALFORMED: dict[str, tuple[str, Change, str]] = {
     "a loss below 0": ("reference", first_values(-1.0), "values: -1 of token 0 is not a loss"),
     "a mask of halves": ("mask", first_values(0.5), "values: 0.5 of token 0 is not 0 or 1"),
     "an infinite value": ("external", line('{"values": [1e999]}'), "out of range"),
+    "a loss beyond 32 bits": (
+        "reference",
+        first_values(1e300),
+        "values[0]: 1e+300 is not a finite number of 32 bits",
+    ),
+    "a value beyond 32 bits": (
+        "external",
+        first_values(-3.5e38),
+        "values[0]: -3.5e+38 is not a finite number of 32 bits",
+    ),
+    "a sum beyond 32 bits": (
+        "reference",
+        lambda records: only(
+            token_spans=[[0, 1, 3e38], [0, 1, 3e38], [1, len(records[1]["values"]), 1.0]]
+        )(records),
+        "token_spans: 6e+38 of token 0 is not a loss, finite and from 0 on",
+    ),
     "other tokens": (
         "reference",
         of_first(tokens=[5]),

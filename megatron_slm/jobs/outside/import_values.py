@@ -28,6 +28,7 @@ from megatron_slm.corpus.tokenizers.tokenizer_file import open_tokenizer
 from megatron_slm.data.score_cache import LEAST, missing_shards
 from megatron_slm.errors import UserError
 from megatron_slm.files import make_directory, sha256_of, temporary
+from megatron_slm.jobs.outside.command_line import LARGEST, MUST_BE
 from megatron_slm.jobs.outside.documents import (
     DatasetDocuments,
     begin_cache,
@@ -222,15 +223,15 @@ class Rules:
         elif lacking.any():
             first = int(np.flatnonzero(lacking)[0])
             raise place.error(field, f"no value of token {first}; --default X gives it one")
-        wrong = {
-            "reference": found < LEAST,
-            "external": np.zeros(len(found), bool),
-            "mask": (found != 0.0) & (found != 1.0),
+        finite = np.abs(found) <= LARGEST  # sums over spans may not be, where the numbers are
+        possible = {
+            "reference": finite & (found >= LEAST),
+            "external": finite,
+            "mask": (found == 0.0) | (found == 1.0),
         }[self.kind]
-        if wrong.any():
-            at = int(np.flatnonzero(wrong)[0])
-            must = "a loss, from 0 on" if self.kind == "reference" else "0 or 1"
-            raise place.error(field, f"{found[at]:g} of token {at} is not {must}")
+        if not possible.all():
+            at = int(np.flatnonzero(~possible)[0])
+            raise place.error(field, f"{found[at]:g} of token {at} is not {MUST_BE[self.kind]}")
         return found
 
 
