@@ -8,7 +8,7 @@ from typing import Any, Literal
 import msgspec
 
 from megatron_slm.errors import UserError
-from megatron_slm.model.numbers import ExpertCount, Size
+from megatron_slm.model.numbers import ExpertCount, Size, SizeOrNone
 
 MOST_EXPERTS = 100_000  # of all layers: bounds the memory for tables of all tensors
 
@@ -70,7 +70,7 @@ class RouterArguments(msgspec.Struct):
     moe_router_topk: Size
     moe_ffn_hidden_size: Size | None = None
     moe_router_pre_softmax: bool | None = False
-    moe_shared_expert_intermediate_size: int | None = None
+    moe_shared_expert_intermediate_size: SizeOrNone | None = None
     moe_shared_expert_gate: bool | None = False
     moe_layer_freq: int | list[int] = 1
 

@@ -15,7 +15,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from megatron_slm.model.experts import Experts, Mixtures
-from megatron_slm.model.numbers import ExpertCount, Layers, Positive, Size
+from megatron_slm.model.numbers import ExpertCount, Layers, Positive, Size, SizeOrNone
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -155,7 +155,7 @@ class Qwen3MoeConfig(LlamaConfig):
     num_local_experts: ExpertCount | UnsetType = UNSET  # transformers 5's name for it
     num_experts_per_tok: Size = 8
     moe_intermediate_size: Size = 768
-    shared_expert_intermediate_size: int = 0
+    shared_expert_intermediate_size: SizeOrNone = 0
     norm_topk_prob: bool = False
     decoder_sparse_step: Size = 1
     mlp_only_layers: list[int] | None = None
@@ -282,7 +282,7 @@ FAMILIES = {
         has=frozenset({"qk_norm"}),
         head_dim=False,
         mixtures=Mixtures("some layers"),
-        only={"use_sliding_window": False},
+        only={"use_sliding_window": False, "shared_expert_intermediate_size": 0},
     ),
 }
 

@@ -102,6 +102,18 @@ IMPORTS: dict[str, tuple[Callable[[Path], object], str]] = {
         change_config(model_type="qwen3_moe", mlp_only_layers=[0, 1]),
         "none of its layers is a mixture of experts",
     ),
+    "a shared expert of a Qwen3": (
+        change_config(model_type="qwen3_moe", shared_expert_intermediate_size=20),
+        "config.json: shared_expert_intermediate_size 20 is not supported, only 0",
+    ),
+    "a shared expert beyond a word": (
+        change_config(
+            model_type="qwen2_moe",
+            attention_bias=...,
+            shared_expert_intermediate_size=2**40,
+        ),
+        "- at `$.shared_expert_intermediate_size`",
+    ),
     "no experts": (
         change_config(model_type="mixtral"),
         "there is no tensor model.layers.0.block_sparse_moe.gate.weight",
