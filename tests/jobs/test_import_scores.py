@@ -90,6 +90,22 @@ def test_values(prefix: Path, documents: list[Document], tmp_path: Path) -> None
     assert not list((tmp_path / "c").glob("*.partial"))
 
 
+def test_losses_beyond_uint16(prefix: Path, documents: list[Document], tmp_path: Path) -> None:
+    """They are capped, and counted, also where a cache is there already."""
+    records = good(documents)
+    records[0]["values"][:3] = [63.0, 64.0, 1000.0]
+    records[1]["values"][0] = 1e30
+    file = write(tmp_path / "values.jsonl", records)
+    for _ in range(2):
+        result = imported(prefix, file, tmp_path / "c", "reference")
+        assert result.code == 0, result.err
+        assert "> 3 losses above 64.00 nats became that" in result.out
+    found = values_of(tmp_path / "c", prefix, documents)
+    assert found[0][:3] == pytest.approx([63.0, 63.998, 63.998], abs=1e-3)
+    whole = imported(prefix, file, tmp_path / "f", "reference", "--cache-dtype", "float32")
+    assert whole.code == 0 and "losses above" not in whole.out
+
+
 def test_losses_by_character(prefix: Path, documents: list[Document], tmp_path: Path) -> None:
     """A word's loss is its tokens' together; the end of a document has the mean of the rest."""
     records = []
