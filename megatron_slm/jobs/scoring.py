@@ -78,9 +78,21 @@ def parse_scoring_arguments(add_own: Callable[[ArgumentParser], ArgumentParser])
     (load,) = args.slm_reference_load
     saved = open_checkpoint(load, args.slm_reference_ckpt_step).arguments
     settle_arguments(args, saved)
+    if getattr(saved, "num_experts", None):
+        _check_experts(args)
     if args.by == "sample" and args.train_iters is None:
         args.train_iters = args.train_samples // args.global_batch_size
     return args
+
+
+def _check_experts(args: Namespace) -> None:
+    replica = args.tensor_model_parallel_size * args.context_parallel_size
+    if replica % (args.expert_tensor_parallel_size * args.expert_model_parallel_size):
+        raise UserError(
+            f"--expert-model-parallel-size {args.expert_model_parallel_size}: the reference's "
+            "experts would be shared out between replicas, which do not wait for each other while "
+            "they score: take size 1, whatever size the run has"
+        )
 
 
 def score(args: Namespace) -> None:

@@ -28,6 +28,7 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -39,6 +40,7 @@ from megatron_slm.model.torch_dist import NO_EXTRA_STATE
 
 # Modules of their own with Transformer Engine too, which fuses other norms with what follows them.
 SEPARATE_NORMS = ("final_layernorm", "q_layernorm", "k_layernorm")
+NORM_OF_EXPERTS = "pre_mlp_layernorm"  # one of these where a layer has experts
 PLAIN_NORMS = (torch.nn.RMSNorm, torch.nn.LayerNorm)
 
 
@@ -69,7 +71,7 @@ def plain_block_spec(config: Any, vp_stage: int | None = None) -> TransformerBlo
             attention.q_layernorm = attention.k_layernorm = SequenceParallelNorm
         if getattr(parts.mlp, "func", None) is MoELayer:
             # Transformer Engine has no linear layer to fuse this norm with, and keeps its name.
-            parts.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+            parts.sharded_state_dict_keys_map.pop(f"{NORM_OF_EXPERTS}.", None)
     block.layer_norm = SequenceParallelNorm
     return block
 
@@ -112,17 +114,24 @@ def extra_states(model: Sequence[torch.nn.Module]) -> Iterator[None]:
         state[f"{prefix}_extra_state"] = NO_EXTRA_STATE
 
     hooks = [
-        module.register_state_dict_post_hook(add)
+        norm.register_state_dict_post_hook(add)
         for chunk in model
-        for name, module in chunk.named_modules()
-        if name.endswith(SEPARATE_NORMS)
-        and isinstance(module, torch.nn.RMSNorm | torch.nn.LayerNorm)
+        for norm in _separate_norms(chunk)
+        if isinstance(norm, PLAIN_NORMS)
     ]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _separate_norms(chunk: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    for name, module in chunk.named_modules():
+        if name.endswith(SEPARATE_NORMS):
+            yield module
+        elif isinstance(module, TransformerLayer) and isinstance(module.mlp, MoELayer):
+            yield module.get_submodule(NORM_OF_EXPERTS)
 
 
 class DocumentAttention(SelfAttention):

@@ -205,6 +205,24 @@ def test_dense_policy_with_experts_as_reference(setting: Setting, tmp_path: Path
     agrees_with_oracle(Run(tmp_path, outputs, [0, 0]), expected, 3)
 
 
+def test_losses_that_experts_scored_before(setting: Setting, tmp_path: Path) -> None:
+    """Bit for bit the run with the reference itself; its experts stay within a replica."""
+    plain = setting.arguments(Case(1, "--eval-interval 2", "biases", reference="losses"))
+    cache = ["--slm-reference-cache", str(tmp_path / "cache")]
+    job = [*plain, *cache, "--cache-dtype", "float32"]
+    setting.server.run("score", 1, job, tmp_path)
+    setting.server.run("train", 1, plain, tmp_path / "online")
+    at = plain.index("--slm-reference-load")
+    plain[at : at + 2] = cache
+    setting.server.run("train", 1, plain, tmp_path / "cached")
+    online, cached = (Run(tmp_path / name, [], []) for name in ("online", "cached"))
+    for tag in ("lm loss", "excess loss", "grad-norm", "excess loss validation"):
+        assert cached.scalars(tag) == online.scalars(tag) != {}
+    setting.server.start("score", 2, [*job, "--expert-model-parallel-size", "2"], tmp_path / "ep2")
+    assert setting.server.codes() == [2, 2]
+    assert "shared out between replicas" in (tmp_path / "ep2" / "rank0.log").read_text()
+
+
 def test_resumes_with_other_expert_parallelism(setting: Setting, tmp_path: Path) -> None:
     """From EP2 to EP4 and back, with the biases in the checkpoints, and not to EP1."""
     case = Case(2, "", "biases")
@@ -246,9 +264,13 @@ def test_moving_average_of_experts(setting: Setting, tmp_path: Path) -> None:
         assert rest.scalars(tag) == expected
 
 
-def test_full_ratio_is_bitwise_causal_language_modeling(setting: Setting, tmp_path: Path) -> None:
+@pytest.mark.parametrize("drops", [False, True], ids=["dropless", "capacity"])
+def test_full_ratio_is_bitwise_causal_language_modeling(
+    drops: bool, setting: Setting, tmp_path: Path
+) -> None:
     """With all that Megatron has for experts, whatever passes come between, and with each of them
-    leaving routers as they were."""
+    leaving routers as they were.  A ranking finds the scores of the training pass, also where
+    experts drop tokens."""
     common = [
         *setting.corpus.arguments,
         *EXPERTS,
@@ -261,6 +283,7 @@ def test_full_ratio_is_bitwise_causal_language_modeling(setting: Setting, tmp_pa
         *"--moe-layer-freq [0,1] --moe-shared-expert-intermediate-size 24".split(),
         *"--moe-shared-expert-gate --expert-model-parallel-size 2".split(),
         *"--train-iters 3 --micro-batch-size 3 --eval-interval 2".split(),
+        *(["--moe-expert-capacity-factor", "0.75"] if drops else []),
     ]
     megatron = pretrain(2, common, tmp_path / "megatron", module="megatron_pretrain")
     passes = (
@@ -280,11 +303,18 @@ def test_full_ratio_is_bitwise_causal_language_modeling(setting: Setting, tmp_pa
     for tag in tags:
         assert len(megatron.scalars(tag)) == 3
         assert full.scalars(tag) == megatron.scalars(tag)
+    ranked: list[dict[str, Tensor]] = []
     for name, wanted in (("full", {"policy"}), ("ranked", {"policy", "reference"})):
         for rank in range(2):
             seen = torch.load(tmp_path / name / f"recorded/experts{rank}.pt")
             assert set(seen["passes"]) == wanted | {"reference", "validation"}
             assert seen["moved"] == []
-            assert (
-                seen["counted"] == 3 * GLOBAL_BATCH // 2 * 64 * 2
-            )  # steps, samples, tokens, top 2
+            routed = 3 * GLOBAL_BATCH // 2 * 64 * 2  # steps, samples, tokens, top 2
+            assert (0.5 * routed < seen["counted"] < routed) if drops else seen["counted"] == routed
+            if name == "ranked":
+                ranked += torch.load(tmp_path / name / f"recorded/rank{rank}.pt")["records"]
+    for step, ratio in Run(tmp_path / "ranked", [], []).scalars("selected ratio").items():
+        own = [one for one in ranked if one["iteration"] == step - 1]
+        scores, selected = (torch.cat([one[key] for one in own]) for key in ("scores", "selected"))
+        above = scores[~selected] > scores[selected].min()
+        assert above.sum() <= scores.numel() - round(selected.sum().item() / ratio)  # masked ones

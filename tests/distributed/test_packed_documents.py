@@ -185,3 +185,24 @@ def test_other_documents_do_not_matter(
     for name in ("losses", "reference_losses"):
         same = torch.from_numpy(getattr(one, name) == getattr(other, name))
         assert same[untouched].all() and not same[touched[:, :-1]].all()
+
+
+def test_full_validation(
+    server: Server, packed: Corpus, untied: Checkpoints, tmp_path: Path
+) -> None:
+    """Megatron then reads one sample at a time, whatever the size of a micro-batch is."""
+    (at,) = (n for n, word in enumerate(packed.arguments) if word == "--data-path")
+    data = ["--train-data-path", packed.arguments[at + 1], "--valid-data-path"]
+    arguments = [*packed.arguments[:at], *data, *packed.arguments[at + 1 :], *untied.arguments]
+    split = arguments.index("--split") if "--split" in arguments else len(arguments)
+    del arguments[split : split + 2]
+    extra = f"{MASKED} --slm-token-ratio 0.6 --train-iters 1 --micro-batch-size 3"
+    extra += " --full-validation --multiple-validation-sets --tensorboard-dir tensorboard"
+    found = []
+    for size in ("1", "3"):
+        own = [*arguments, *extra.split(), "--eval-micro-batch-size", size]
+        server.run("train", 1, own, tmp_path / size)
+        scalars = Run(tmp_path / size, [], []).scalars
+        tag = next(tag for tag in Run(tmp_path / size, [], []).tags() if "excess loss val" in tag)
+        found.append(list(scalars(tag).values()))
+    assert found[0] and found[1] == pytest.approx(found[0], rel=1e-5)

@@ -15,6 +15,7 @@ import torch
 from distributed.test_layouts import LAYOUTS
 
 import oracle
+from forked_jobs import Server
 from jobs import (
     GLOBAL_BATCH,
     SEQUENCE,
@@ -154,6 +155,26 @@ def test_a_run_goes_on_from_a_cache(
     run = train(corpus, untied, tmp_path / "longer", longer, check=False)
     assert run.codes == [2]
     assert "the run draws 84 train samples, and the score cache has 60" in run.outputs[0]
+
+
+def test_every_stage_dumps_the_split_that_was_scored(
+    corpus: Corpus, untied: Checkpoints, server: Server, tmp_path: Path
+) -> None:
+    """Without validation, the training samples, also where Megatron has built others."""
+    none = "--eval-iters 0 --train-iters 2"
+    cache = tmp_path / "cache"
+    server.run("score", 1, job(corpus, untied, cache, none)[1:], tmp_path / "job")
+    extra = f"{none} --slm-reference-cache {cache} {DUMP}"
+    dumps = []
+    for ranks in (1, 2):
+        layout = f" --pipeline-model-parallel-size {ranks}"
+        directory = tmp_path / f"pp{ranks}"
+        server.run("train", ranks, run_arguments(corpus, untied, extra + layout), directory)
+        dumps.append(read_dumps(directory / "dump")[0])
+    one, other = dumps
+    assert one.about.split == other.about.split == "train"
+    assert np.array_equal(one.tokens, other.tokens)
+    assert np.allclose(one.losses, other.losses, rtol=1e-5)
 
 
 def test_damage_found_while_training(

@@ -8,7 +8,7 @@ LD_LIBRARY_PATH.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,14 @@ from safetensors.torch import load_file
 from jobs import LLAMA, OPTIMIZER, POLICY, REFERENCE, UNTIED, Corpus
 from launch import SUPPORT, launch, pretrain
 from megatron_slm.model.conversion.export_hf import export_hugging_face
+from megatron_slm.model.experts import Experts
 from random_llama import small_llama, write_random_llama
+
+# In every other layer, beside dense ones.
+EXPERTS = """
+    --num-experts 4 --moe-layer-freq [0,1,0,1] --moe-ffn-hidden-size 48
+    --moe-shared-expert-intermediate-size 24 --moe-token-dispatcher-type alltoall
+""".split()
 
 INSTALLED = pytest.mark.skipif(
     find_spec("transformer_engine") is None, reason="Transformer Engine is not installed"
@@ -38,14 +45,21 @@ class Loaded:
 
 @pytest.fixture(scope="module")
 def loaded(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
-    """A checkpoint that plain layers saved, and one that was imported from `source`."""
+    """Checkpoints that plain layers saved, one of them with experts in some layers, and two that
+    were imported, of which the first is that of `source`, and the second has experts too."""
     at = tmp_path_factory.mktemp("engine")
     model = [*POLICY, *LLAMA, *UNTIED, "--qk-layernorm", "--micro-batch-size", "12"]
-    run = f"--train-iters 1 --save {at / 'saved'} --save-interval 1 --no-save-optim".split()
-    arguments = [*corpus.arguments, *model, *OPTIMIZER, *run]
-    pretrain(1, arguments, at / "run", module="pretrain_without_te")
-    imported = write_random_llama(at / "random", small_llama(257, 64), torch.float32)
-    checkpoints = [at / "saved" / "iter_0000001", imported / "release"]
+    saved = []
+    for name, more in (("saved", []), ("experts", EXPERTS)):
+        run = f"--train-iters 1 --save {at / name} --save-interval 1 --no-save-optim".split()
+        arguments = [*corpus.arguments, *model, *more, *OPTIMIZER, *run]
+        pretrain(1, arguments, at / f"run-{name}", module="pretrain_without_te")
+        saved.append(at / name / "iter_0000001")
+    llama = small_llama(257, 64)
+    imported = write_random_llama(at / "random", llama, torch.float32)
+    mixed = replace(llama, experts=Experts(4, 2, 128, 0, normed=True, layers=(True, True)))
+    mixtral = write_random_llama(at / "mixtral", mixed, torch.float32)
+    checkpoints = [saved[0], imported / "release", saved[1], mixtral / "release"]
     return Loaded(checkpoints, at / "random" / "hf", {})
 
 

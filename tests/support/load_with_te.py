@@ -25,20 +25,26 @@ import torch
 from megatron.core import dist_checkpointing, mpu
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer import TransformerConfig
 from torch import distributed
 
 from megatron_slm.model.torch_dist import TorchDistReader
 
 SIZES = "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups normalization"
+EXPERTS = """
+    moe_layer_freq moe_ffn_hidden_size moe_router_topk moe_shared_expert_intermediate_size
+    moe_shared_expert_gate
+"""
 
 
 def load(directory: Path, target: Path) -> None:
     reader = TorchDistReader(directory)
     saved = reader.arguments
+    names = [*SIZES.split(), *(EXPERTS.split() if saved.num_experts else [])]
     config = TransformerConfig(
-        **{name: getattr(saved, name) for name in SIZES.split()},
+        **{name: getattr(saved, name) for name in names},
+        num_moe_experts=saved.num_experts,
         qk_layernorm=saved.qk_layernorm,
         add_bias_linear=False,
         gated_linear_unit=True,
@@ -47,7 +53,7 @@ def load(directory: Path, target: Path) -> None:
     )
     model = GPTModel(
         config,
-        get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm),
+        get_gpt_decoder_block_spec(config, use_transformer_engine=True),
         vocab_size=saved.padded_vocab_size,
         max_sequence_length=saved.max_position_embeddings,
         position_embedding_type="rope",

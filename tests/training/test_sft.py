@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from launch import REPOSITORY, Run, pretrain, recipe_environment
+from megatron_slm.data.token_dump import read_dumps
 from megatron_slm.model.conversion.import_hf import import_hugging_face
 from real_text import docstrings
 
@@ -55,14 +56,19 @@ def write_conversations(file: Path, conversations: list[list[dict[str, str]]]) -
     file.write_text("".join(json.dumps({"messages": c}) + "\n" for c in conversations))
 
 
-def finetune(llama: Path, conversations: list[list[dict[str, str]]], directory: Path) -> Run:
+def finetune(
+    llama: Path,
+    conversations: list[list[dict[str, str]]],
+    directory: Path,
+    extra: str = "--sft-tokenizer-prompt-format identity",
+) -> Run:
     directory.mkdir(exist_ok=True)
     data = directory / "data.jsonl"
     write_conversations(data, conversations)
     arguments = f"""
         --load {llama / "megatron"} --finetune --use-checkpoint-args --sft
         --tokenizer-type SFTTokenizer --tokenizer-model {llama}
-        --sft-tokenizer-prompt-format identity --train-data-path {data} --valid-data-path {data}
+        --train-data-path {data} --valid-data-path {data} {extra}
         --seq-length {SEQUENCE} --max-position-embeddings {SEQUENCE} --micro-batch-size 1
         --global-batch-size {len(conversations)} --train-iters 1 --lr 1e-3 --eval-iters 1
         --eval-interval 100 --log-interval 1 --num-workers 0
@@ -131,3 +137,17 @@ def test_packed_conversations(llama: Path, tmp_path: Path) -> None:
     run = finetune(llama, [packed], tmp_path)
     assert run.codes == [0], run.outputs[0][-3000:]
     assert run.scalars("lm loss")[1] == pytest.approx(mean_loss(llama, packed=True), rel=1e-5)
+
+
+def test_dumps_have_the_tokens_of_prompts(llama: Path, tmp_path: Path) -> None:
+    """Which Megatron masks by labels of -100."""
+    extra = "--sft-tokenizer-prompt-format nemotron-nano-v2 --slm-token-ratio 0.5"
+    extra += " --slm-score policy --slm-dump-interval 1 --slm-dump-dir dump --slm-dump-samples 2"
+    system = {"role": "system", "content": "be brief"}
+    run = finetune(llama, [[system, *one] for one in CONVERSATIONS], tmp_path, extra)
+    assert run.codes == [0], run.outputs[0][-3000:]
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(llama)
+    for tokens, (question, _) in zip(
+        read_dumps(run.directory / "dump")[0].tokens, SAID, strict=True
+    ):
+        assert question in tokenizer.decode(tokens.tolist())
