@@ -34,6 +34,7 @@ LEAST = -1e-3  # nats: rounding can make a loss slightly negative
 # uint16 holds round(8192 sqrt(loss)): losses up to 63.99 nats (larger ones are clipped) within
 # (sqrt(loss) + 0.0001) / 8192: 1.2e-4 at 1 nat, 3.9e-4 at 10.  float16 errs by 4.9e-4 and 3.9e-3.
 SQUARE_ROOT_STEPS = 8192.0
+LARGEST_UINT16 = (0xFFFF / SQUARE_ROOT_STEPS) ** 2
 
 
 def encode(losses: NDArray[np.float32], dtype: str) -> NDArray[Any]:

@@ -8,7 +8,9 @@ from typing import Any, Literal
 import msgspec
 
 from megatron_slm.errors import UserError
-from megatron_slm.model.numbers import Size
+from megatron_slm.model.numbers import ExpertCount, Size, SizeOrNone
+
+MOST_EXPERTS = 100_000  # of all layers: bounds the memory for tables of all tensors
 
 # Megatron's arguments of a router that have only one value in all families.
 FIXED_ROUTER: dict[str, Any] = {
@@ -64,11 +66,11 @@ class Mixtures:
 class RouterArguments(msgspec.Struct):
     """Megatron's arguments in a checkpoint that describe mixtures of experts."""
 
-    num_experts: Size
+    num_experts: ExpertCount
     moe_router_topk: Size
     moe_ffn_hidden_size: Size | None = None
     moe_router_pre_softmax: bool | None = False
-    moe_shared_expert_intermediate_size: int | None = None
+    moe_shared_expert_intermediate_size: SizeOrNone | None = None
     moe_shared_expert_gate: bool | None = False
     moe_layer_freq: int | list[int] = 1
 
@@ -130,6 +132,11 @@ def check_mixtures(e: Experts, where: str) -> None:
     Raises:
         UserError: they are not.
     """
+    if e.count * len(e.layers) > MOST_EXPERTS:
+        raise UserError(
+            f"{where}: {len(e.layers)} layers of {e.count} experts each are more than the "
+            f"{MOST_EXPERTS} experts that are supported"
+        )
     if e.top_k > e.count:
         raise UserError(f"{where}: tokens go to {e.top_k} experts, and there are {e.count}")
     if e.top_k == 1 and e.normed:

@@ -15,7 +15,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from megatron_slm.model.experts import Experts, Mixtures
-from megatron_slm.model.numbers import Layers, Positive, Size
+from megatron_slm.model.numbers import ExpertCount, Layers, Positive, Size, SizeOrNone
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -129,7 +129,7 @@ class MixtralConfig(MistralConfig):
     rms_norm_eps: Positive = 1e-5
     rope_theta: Any = 1e6
     sliding_window: Size | None = None
-    num_local_experts: Size = 8
+    num_local_experts: ExpertCount = 8
     num_experts_per_tok: Size = 2
 
     @property
@@ -151,18 +151,18 @@ class Qwen3MoeConfig(LlamaConfig):
     max_position_embeddings: Size = 32768
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
-    num_experts: Size | UnsetType = UNSET
-    num_local_experts: Size | UnsetType = UNSET  # transformers 5's name for it
+    num_experts: ExpertCount | UnsetType = UNSET
+    num_local_experts: ExpertCount | UnsetType = UNSET  # transformers 5's name for it
     num_experts_per_tok: Size = 8
     moe_intermediate_size: Size = 768
-    shared_expert_intermediate_size: int = 0
+    shared_expert_intermediate_size: SizeOrNone = 0
     norm_topk_prob: bool = False
     decoder_sparse_step: Size = 1
     mlp_only_layers: list[int] | None = None
 
     @property
     def experts(self) -> Experts:
-        dense = self.mlp_only_layers or []
+        dense = set(self.mlp_only_layers or [])
         layers = tuple(
             layer not in dense and (layer + 1) % self.decoder_sparse_step == 0
             for layer in range(self.num_hidden_layers)
@@ -193,7 +193,7 @@ class Qwen2MoeConfig(Qwen3MoeConfig):
     """A Qwen2-MoE's config.json."""
 
     num_key_value_heads: Size | None = 16
-    num_experts: Size = 60
+    num_experts: ExpertCount = 60
     num_experts_per_tok: Size = 4
     moe_intermediate_size: Size = 1408
     shared_expert_intermediate_size: Size = 5632
@@ -282,7 +282,7 @@ FAMILIES = {
         has=frozenset({"qk_norm"}),
         head_dim=False,
         mixtures=Mixtures("some layers"),
-        only={"use_sliding_window": False},
+        only={"use_sliding_window": False, "shared_expert_intermediate_size": 0},
     ),
 }
 

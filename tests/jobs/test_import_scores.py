@@ -90,6 +90,22 @@ def test_values(prefix: Path, documents: list[Document], tmp_path: Path) -> None
     assert not list((tmp_path / "c").glob("*.partial"))
 
 
+def test_losses_beyond_uint16(prefix: Path, documents: list[Document], tmp_path: Path) -> None:
+    """They are capped, and counted, also where a cache is there already."""
+    records = good(documents)
+    records[0]["values"][:3] = [63.0, 64.0, 1000.0]
+    records[1]["values"][0] = 1e30
+    file = write(tmp_path / "values.jsonl", records)
+    for _ in range(2):
+        result = imported(prefix, file, tmp_path / "c", "reference")
+        assert result.code == 0, result.err
+        assert "> 3 losses above 64.00 nats became that" in result.out
+    found = values_of(tmp_path / "c", prefix, documents)
+    assert found[0][:3] == pytest.approx([63.0, 63.998, 63.998], abs=1e-3)
+    whole = imported(prefix, file, tmp_path / "f", "reference", "--cache-dtype", "float32")
+    assert whole.code == 0 and "losses above" not in whole.out
+
+
 def test_losses_by_character(prefix: Path, documents: list[Document], tmp_path: Path) -> None:
     """A word's loss is its tokens' together; the end of a document has the mean of the rest."""
     records = []
@@ -197,6 +213,23 @@ MALFORMED: dict[str, tuple[str, Change, str]] = {
     "a loss below 0": ("reference", first_values(-1.0), "values: -1 of token 0 is not a loss"),
     "a mask of halves": ("mask", first_values(0.5), "values: 0.5 of token 0 is not 0 or 1"),
     "an infinite value": ("external", line('{"values": [1e999]}'), "out of range"),
+    "a loss beyond 32 bits": (
+        "reference",
+        first_values(1e300),
+        "values[0]: 1e+300 is not a finite number of 32 bits",
+    ),
+    "a value beyond 32 bits": (
+        "external",
+        first_values(-3.5e38),
+        "values[0]: -3.5e+38 is not a finite number of 32 bits",
+    ),
+    "a sum beyond 32 bits": (
+        "reference",
+        lambda records: only(
+            token_spans=[[0, 1, 3e38], [0, 1, 3e38], [1, len(records[1]["values"]), 1.0]]
+        )(records),
+        "token_spans: 6e+38 of token 0 is not a loss, finite and from 0 on",
+    ),
     "other tokens": (
         "reference",
         of_first(tokens=[5]),
@@ -308,4 +341,28 @@ def test_malformed_files(
     assert result.code == 2
     (error,) = result.err.splitlines()
     assert error.startswith(f"error: {file}") and said in error, error
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "default", "must"),
+    [
+        ("mask", 0.5, "0 or 1"),
+        ("mask", "nan", "0 or 1"),
+        ("reference", -1, "a loss, finite and from 0 on"),
+        ("reference", "nan", "a loss, finite and from 0 on"),
+        ("external", "inf", "a finite number of 32 bits"),
+        ("external", 3.5e38, "a finite number of 32 bits"),
+    ],
+)
+def test_default_of_another_kind(
+    kind: str, default: object, must: str, prefix: Path, tmp_path: Path
+) -> None:
+    """Refused before anything is read: there is no file of values."""
+    file = tmp_path / "nothing.jsonl"
+    result = imported(prefix, file, tmp_path / "cache", kind, "--default", default)
+    assert result.code == 2
+    (error,) = result.err.splitlines()
+    said = f"{default:g}" if isinstance(default, float) else default
+    assert error == f"error: --default {said}: with --as {kind} it must be {must}"
     assert not (tmp_path / "cache").exists()

@@ -102,6 +102,18 @@ IMPORTS: dict[str, tuple[Callable[[Path], object], str]] = {
         change_config(model_type="qwen3_moe", mlp_only_layers=[0, 1]),
         "none of its layers is a mixture of experts",
     ),
+    "a shared expert of a Qwen3": (
+        change_config(model_type="qwen3_moe", shared_expert_intermediate_size=20),
+        "config.json: shared_expert_intermediate_size 20 is not supported, only 0",
+    ),
+    "a shared expert beyond a word": (
+        change_config(
+            model_type="qwen2_moe",
+            attention_bias=...,
+            shared_expert_intermediate_size=2**40,
+        ),
+        "- at `$.shared_expert_intermediate_size`",
+    ),
     "no experts": (
         change_config(model_type="mixtral"),
         "there is no tensor model.layers.0.block_sparse_moe.gate.weight",
@@ -198,6 +210,33 @@ IMPORTS: dict[str, tuple[Callable[[Path], object], str]] = {
         )
     },
 }
+
+
+EXPERTS = "model.layers.0.mlp.experts.down_proj"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "block", "tensors"),
+    [
+        ("qwen3_moe", "mlp", (EXPERTS, "experts.0.down_proj.weight")),
+        ("mixtral", "block_sparse_moe", (EXPERTS, "experts.0.w2.weight")),
+        ("mixtral", "block_sparse_moe", ("model.layers.0.mlp.gate.weight", "gate.weight")),
+    ],
+)
+def test_experts_in_two_forms(
+    model_type: str, block: str, tensors: tuple[str, str], llama: Path, tmp_path: Path
+) -> None:
+    """Refused by both names: neither form wins over the other."""
+    shutil.copytree(llama, tmp_path / "source")
+    one, other = tensors[0], f"model.layers.0.{block}.{tensors[1]}"
+    config = {"model_type": model_type, "num_local_experts": 2, "moe_intermediate_size": 24}
+    change_config(**config, num_experts_per_tok=2)(tmp_path / "source")
+    size = (2, 16, 24) if one == EXPERTS else (2, 16)
+    both = {one: torch.ones(size), other: torch.zeros(size[-2:])}
+    change_tensors(lambda found: found.update(both))(tmp_path / "source")
+    with pytest.raises(UserError, match=f"{one}, and {other} of .* in two forms"):
+        import_hugging_face(tmp_path / "source", tmp_path / "megatron", 128)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 @pytest.mark.parametrize("case", IMPORTS)

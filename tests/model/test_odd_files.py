@@ -146,6 +146,18 @@ IMPORTS: dict[str, tuple[str, Spoil]] = {
     "minus one layer": ("config.json", says(num_hidden_layers=-1)),
     "layers of true": ("config.json", says(num_hidden_layers=True)),
     "no layers": ("config.json", says(num_hidden_layers=None)),
+    "two million experts": (
+        "config.json: Expected `int` <= 10000 - at `$.num_local_experts`",
+        says(model_type="mixtral", num_local_experts=2_000_000),
+    ),
+    "as many experts as a word counts": (
+        "config.json: Expected `int` <= 10000 - at `$.num_experts`",
+        says(model_type="qwen3_moe", num_experts=2**31 - 1),
+    ),
+    "ten million experts in all layers": (
+        "config.json: 10000 layers of 1000 experts each",
+        says(model_type="qwen3_moe", num_experts=1000, num_hidden_layers=10_000),
+    ),
     "a list of types": ("config.json", says(model_type=["llama"])),
     "a type that is an object": ("config.json", says(model_type={"llama": 1})),
     "no type": ("config.json", says(model_type=None)),
@@ -243,7 +255,7 @@ ARGUMENTS: dict[str, Any] = {
     "untie_embeddings_and_output_weights": ("false", None, ...),
     "vocab_size": ("100", -1, 0, 10**12, [100]),
     "slm_model_type": ("gpt", 5),
-    "num_experts": (torch.ones(2), {"a": 1}),
+    "num_experts": (torch.ones(2), {"a": 1}, 2_000_000),
     "slm_special_ids": ("none", {"bos_token_id": "1"}),
 }
 

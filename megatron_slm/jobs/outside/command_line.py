@@ -8,6 +8,15 @@ from collections.abc import Sequence
 from megatron_slm.errors import UserError
 from megatron_slm.parser import Parser
 
+LARGEST = float.fromhex("0x1.fffffep127")  # finite number of 32 bits
+
+# What each value of a kind must be.
+MUST_BE = {
+    "reference": "a loss, finite and from 0 on",
+    "external": "a finite number of 32 bits",
+    "mask": "0 or 1",
+}
+
 
 def scoring_parser(about: str | None) -> Parser:
     """Build the parser of tools/score_with_model.py."""
@@ -142,9 +151,22 @@ def outside_arguments(parser: Parser, command: Sequence[str]) -> Namespace:
         args.cache_dtype = "float32" if external else "uint16"
     elif external and args.cache_dtype != "float32":
         raise UserError("--cache-dtype uint16: external values, which may be negative, are float32")
+    if getattr(args, "default", None) is not None:
+        _check_default(args.kind, args.default)
     if "server" in args:
         if (args.model is None) == (args.server is None):
             raise UserError("name what scores: either --model DIR or --server URL")
         if args.server is not None and args.model_tokenizer is None:
             raise UserError("--server needs --model-tokenizer, the tokenizer of the server's model")
     return args
+
+
+def _check_default(kind: str, default: float) -> None:
+    """Check that values of a kind may be the default."""
+    may_be = {
+        "reference": 0.0 <= default <= LARGEST,
+        "external": abs(default) <= LARGEST,
+        "mask": default in (0.0, 1.0),
+    }[kind]
+    if not may_be:
+        raise UserError(f"--default {default:g}: with --as {kind} it must be {MUST_BE[kind]}")

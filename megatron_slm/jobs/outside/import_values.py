@@ -25,9 +25,10 @@ from numpy.typing import NDArray
 from megatron_slm.corpus.tokenizers.alignment import Floats, align, ends_of_spans
 from megatron_slm.corpus.tokenizers.token_bytes import Text, TokenBytes
 from megatron_slm.corpus.tokenizers.tokenizer_file import open_tokenizer
-from megatron_slm.data.score_cache import LEAST, missing_shards
+from megatron_slm.data.score_cache import LARGEST_UINT16, LEAST, missing_shards
 from megatron_slm.errors import UserError
 from megatron_slm.files import make_directory, sha256_of, temporary
+from megatron_slm.jobs.outside.command_line import LARGEST, MUST_BE
 from megatron_slm.jobs.outside.documents import (
     DatasetDocuments,
     begin_cache,
@@ -67,7 +68,19 @@ def import_scores(args: Namespace) -> None:
             start, stop = shard_span(manifest, documents.name, shard, documents.tokens)
             part = np.asarray(values[start:stop])
             write_values(directory, manifest, documents, shard, part, tokenizer.eod)
+        capped = _count_above(values, LARGEST_UINT16) if manifest.dtype == "uint16" else 0
+    if capped:
+        print(
+            f"> {capped:,} losses above {LARGEST_UINT16:.2f} nats became that, the most that "
+            "uint16 holds; --cache-dtype float32 keeps them"
+        )
     print(f"> {directory} is complete: {len(documents):,} documents, {documents.tokens:,} tokens")
+
+
+def _count_above(values: NDArray[np.float32], most: float) -> int:
+    """Return how many values are above a number, in memory that does not grow with them."""
+    starts = range(0, len(values), 1 << 20)
+    return sum(int(np.count_nonzero(values[at : at + (1 << 20)] > most)) for at in starts)
 
 
 @contextmanager
@@ -222,15 +235,15 @@ class Rules:
         elif lacking.any():
             first = int(np.flatnonzero(lacking)[0])
             raise place.error(field, f"no value of token {first}; --default X gives it one")
-        wrong = {
-            "reference": found < LEAST,
-            "external": np.zeros(len(found), bool),
-            "mask": (found != 0.0) & (found != 1.0),
+        finite = np.abs(found) <= LARGEST  # sums over spans may not be, where the numbers are
+        possible = {
+            "reference": finite & (found >= LEAST),
+            "external": finite,
+            "mask": (found == 0.0) | (found == 1.0),
         }[self.kind]
-        if wrong.any():
-            at = int(np.flatnonzero(wrong)[0])
-            must = "a loss, from 0 on" if self.kind == "reference" else "0 or 1"
-            raise place.error(field, f"{found[at]:g} of token {at} is not {must}")
+        if not possible.all():
+            at = int(np.flatnonzero(~possible)[0])
+            raise place.error(field, f"{found[at]:g} of token {at} is not {MUST_BE[self.kind]}")
         return found
 
 

@@ -10,7 +10,6 @@ tokens, tokens_sha256, text    what it must have: its ids, their SHA-256 as int3
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -24,6 +23,7 @@ from megatron_slm.corpus.reading.inputs import open_piece
 from megatron_slm.corpus.reading.lines import LONGEST_LINE, InputHash, read_lines
 from megatron_slm.corpus.reading.parquet import read_rows
 from megatron_slm.errors import UserError
+from megatron_slm.jobs.outside.command_line import LARGEST
 
 FORMS = ("values", "spans", "token_spans")
 
@@ -142,8 +142,8 @@ def _checked(place: RecordPlace, record: ValueRecord) -> ValueRecord:
     (form,) = given
     numbers = record.values if form == "values" else [each[2] for each in getattr(record, form)]
     for at, number in enumerate(numbers or []):
-        if number is not None and not math.isfinite(number):
-            raise place.error(f"{form}[{at}]", f"{number} is not a finite number")
+        if number is not None and not abs(number) <= LARGEST:
+            raise place.error(f"{form}[{at}]", f"{number} is not a finite number of 32 bits")
     return record
 
 

@@ -23,7 +23,8 @@ def separated(found: dict[str, WeightOnDisk], a: Architecture) -> dict[str, Weig
         a: the model's architecture.
 
     Raises:
-        UserError: a fused tensor has another shape than by config.json.
+        UserError: a fused tensor has another shape than by config.json, or the same weights are
+            there under another name.
     """
     if a.experts is None:
         return found
@@ -51,12 +52,24 @@ def separated(found: dict[str, WeightOnDisk], a: Architecture) -> dict[str, Weig
             }
             for name, (tensor, start, stop) in rows.items():
                 if tensor is not None:
-                    result[f"{after}experts.{expert}.{name}.weight"] = replace(
+                    own = f"{after}experts.{expert}.{name}.weight"
+                    _check_alone(tensor, found.get(own))
+                    result[own] = replace(
                         tensor,
                         shape=(stop - start, tensor.shape[2]),
                         part=(expert, slice(start, stop)),
                     )
         router = result.pop(f"{before}gate.weight", None)
         if router is not None:
+            _check_alone(router, result.get(f"{after}gate.weight"))
             result[f"{after}gate.weight"] = router
     return result
+
+
+def _check_alone(tensor: WeightOnDisk, other: WeightOnDisk | None) -> None:
+    """Check that a tensor's weights are not in another tensor as well."""
+    if other is not None:
+        raise UserError(
+            f"{tensor.file}: {tensor.name}, and {other.name} of {other.file}, are the same weights "
+            "in two forms; remove one of them"
+        )
