@@ -188,12 +188,14 @@ def test_other_documents_do_not_matter(
 
 
 def test_full_validation(
-    server: Server, packed: Corpus, untied: Checkpoints, tmp_path: Path
+    server: Server, texts: list[str], packed: Corpus, untied: Checkpoints, tmp_path: Path
 ) -> None:
     """Megatron then reads one sample at a time, whatever the size of a micro-batch is."""
+    write_dataset(tmp_path / "few", texts[:40])
     (at,) = (n for n, word in enumerate(packed.arguments) if word == "--data-path")
     data = ["--train-data-path", packed.arguments[at + 1], "--valid-data-path"]
-    arguments = [*packed.arguments[:at], *data, *packed.arguments[at + 1 :], *untied.arguments]
+    data.append(str(tmp_path / "few"))
+    arguments = [*packed.arguments[:at], *data, *packed.arguments[at + 2 :], *untied.arguments]
     split = arguments.index("--split") if "--split" in arguments else len(arguments)
     del arguments[split : split + 2]
     extra = f"{MASKED} --slm-token-ratio 0.6 --train-iters 1 --micro-batch-size 3"
