@@ -74,7 +74,8 @@ class SelectiveTraining:
         check_options(args, given)
         _check_inputs(args)
         settings = settings_from_arguments(args)
-        source = open_source(args, settings.domains, installed_layers())
+        entropies = settings.selective and "reference_entropies" in settings.selection.needs
+        source = open_source(args, settings.domains, installed_layers(), entropies)
         args.slm_selects = settings.selective
         args.slm_reference_identity = None if source is None else source.identity
         for line in without_effect(args, given, HAVE_TE, settings.head):

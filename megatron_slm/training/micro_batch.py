@@ -29,7 +29,7 @@ from megatron_slm.model.documents import (
     packs_documents,
     takes_one_sequence,
 )
-from megatron_slm.selection import Choice, context_parallel_part
+from megatron_slm.selection import Choice, Tokens, context_parallel_part
 
 FIELDS = ("tokens", "position_ids", "labels", "loss_mask")
 
@@ -52,6 +52,8 @@ class MicroBatch:
     """The tokens to predict, int64; on the last pipeline stage."""
     loss_mask: Tensor | None = None
     """1 where a token's loss counts and 0 elsewhere, float32; on the last pipeline stage."""
+    token_ids: Tensor | None = None
+    """Token ids, int64; on the last pipeline stage, if a score or a weight reads them."""
     packed: Documents | None = None
     """Where the documents of whole samples lie, not cut for the layout; on every pipeline stage, in
     runs whose samples are packed with documents that do not see each other."""
@@ -64,6 +66,8 @@ class MicroBatch:
     """Entropies of the reference, float32, in nats; on the last stage, if the score needs them."""
     scores: Tensor | None = None
     """What tokens are ranked by, float32; on the last stage, once they have been ranked."""
+    scored: Tokens | None = None
+    """What the score and the weight have read; on the last stage, once they have been ranked."""
     choice: Choice | None = None
     """The tokens chosen, if that was done before the policy's pass."""
 
@@ -126,6 +130,7 @@ def read_micro_batches(
     *,
     with_domains: bool = False,
     with_losses: bool = False,
+    with_tokens: bool = False,
 ) -> Iterator[MicroBatch]:
     """Read `count` micro-batches lazily; on a pipeline stage that needs no data, yield empty ones.
 
@@ -137,6 +142,7 @@ def read_micro_batches(
         count: micro-batches to read.
         with_domains: read the number of each sample's dataset, which samples of a blend carry.
         with_losses: read reference losses, which samples of a score cache carry.
+        with_tokens: read token_ids.
     """
     args = get_args()
     first = mpu.is_pipeline_first_stage()
@@ -166,6 +172,10 @@ def read_micro_batches(
         if with_losses and last:
             shape = (micro_batch_size, args.seq_length)
             losses = _shared(sample.get("reference_losses"), shape, torch.float32)
+        tokens = None
+        if with_tokens and last:
+            shape = (micro_batch_size, args.seq_length)
+            tokens = _shared(sample.get("tokens"), shape, torch.int64)
         batch = get_batch_on_this_tp_rank(
             batch,
             has_cu_seqlens=False,
@@ -183,7 +193,7 @@ def read_micro_batches(
             is_pipeline_last_stage=last,
         )
         batch = get_batch_on_this_cp_rank(
-            batch | {"reference_losses": losses},
+            batch | {"reference_losses": losses, "token_ids": tokens},
             is_hybrid_cp=False,
             cp_group=mpu.get_context_parallel_group(),
         )
@@ -191,7 +201,7 @@ def read_micro_batches(
             number,
             packed=packed,
             domains=domains,
-            **{name: batch[name] for name in (*FIELDS, "reference_losses")},
+            **{name: batch[name] for name in (*FIELDS, "reference_losses", "token_ids")},
         )
 
 

@@ -70,6 +70,32 @@ Natural = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class Named:
+    """A function of tokens: one that is built in, or a user's own."""
+
+    names: tuple[str, ...]
+    """Those that are built in."""
+
+    def __call__(self, text: str) -> str:
+        module, colon, function = text.partition(":")
+        own = colon and function.isidentifier() and all(map(str.isidentifier, module.split(".")))
+        if text not in self.names and not own:
+            raise ArgumentTypeError(
+                f"invalid choice: {text!r} (choose from {', '.join(self.names)}, or name your own "
+                "as module:function)"
+            )
+        return text
+
+
+def score_option(text: str) -> str:
+    """Check the option of a score or a weighting, NAME=VALUE, and return it as it is."""
+    name, equals, _ = text.partition("=")
+    if not (equals and name.isidentifier()):
+        raise ArgumentTypeError(f"{text}: give NAME=VALUE, as in gamma=2")
+    return text
+
+
 def ratio_step(text: str) -> str:
     """Check a step of a ratio schedule, N:K, and return it as it is."""
     iteration, _, part = text.partition(":")
