@@ -2,6 +2,7 @@
 
 from megatron_slm.selection.carried import CarriedThreshold
 from megatron_slm.selection.functions import Bound, token_score, token_weight
+from megatron_slm.selection.goldfish import kept_by_goldfish
 from megatron_slm.selection.named import NEED_REFERENCE, check_option_names
 from megatron_slm.selection.ratio import RatioSchedule
 from megatron_slm.selection.scores import SCORES, context_parallel_part, random_scores
@@ -31,6 +32,7 @@ __all__ = [
     "Tokens",
     "check_option_names",
     "context_parallel_part",
+    "kept_by_goldfish",
     "random_scores",
     "select_top_fraction",
     "token_score",

@@ -29,7 +29,7 @@ from megatron_slm.model.documents import (
     packs_documents,
     takes_one_sequence,
 )
-from megatron_slm.selection import Choice, Tokens, context_parallel_part
+from megatron_slm.selection import Choice, Tokens, context_parallel_part, kept_by_goldfish
 
 FIELDS = ("tokens", "position_ids", "labels", "loss_mask")
 
@@ -131,6 +131,7 @@ def read_micro_batches(
     with_domains: bool = False,
     with_losses: bool = False,
     with_tokens: bool = False,
+    goldfish: tuple[int, int] | None = None,
 ) -> Iterator[MicroBatch]:
     """Read `count` micro-batches lazily; on a pipeline stage that needs no data, yield empty ones.
 
@@ -143,6 +144,7 @@ def read_micro_batches(
         with_domains: read the number of each sample's dataset, which samples of a blend carry.
         with_losses: read reference losses, which samples of a score cache carry.
         with_tokens: read token_ids.
+        goldfish: the number k and the width h of a goldfish mask; None for no such mask.
     """
     args = get_args()
     first = mpu.is_pipeline_first_stage()
@@ -167,6 +169,10 @@ def read_micro_batches(
             if args.sft:
                 sample["labels"].clamp_(min=0)  # those of prompts are -100, and masked
             batch = {name: sample[name].cuda(non_blocking=True) for name in FIELDS}
+            if goldfish is not None and last:
+                batch["loss_mask"] = batch["loss_mask"] * kept_by_goldfish(
+                    batch["labels"], *goldfish
+                )
         if with_domains and last:
             domains = _shared(sample.get("dataset_id"), (micro_batch_size,), torch.int64)
         if with_losses and last:

@@ -40,6 +40,8 @@ class SelectiveSettings:
     """Names of the blend's datasets; empty if there is no blend."""
     seed: int
     """Seed of random scores."""
+    goldfish: tuple[int, int] | None = None
+    """k and h of the goldfish mask over training samples; None without one."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,21 @@ def settings_from_arguments(args: Namespace) -> SelectiveSettings:
         head=head,
         domains=domains if selective else (),
         seed=args.seed,
+        goldfish=_goldfish(args),
     )
+
+
+def _goldfish(args: Namespace) -> tuple[int, int] | None:
+    if args.slm_goldfish is None:
+        return None
+    if args.slm_goldfish < 2:
+        raise UserError("--slm-goldfish 1 would leave all tokens out: give 2 or more")
+    if args.slm_goldfish_width > args.seq_length:
+        raise UserError(
+            f"--slm-goldfish-width {args.slm_goldfish_width} is more than --seq-length "
+            f"{args.seq_length}"
+        )
+    return args.slm_goldfish, args.slm_goldfish_width
 
 
 def _selection(

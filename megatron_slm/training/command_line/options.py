@@ -129,6 +129,12 @@ class SelectiveOptions:
     slm_unselected_weight: Annotated[Weight, "W"] = 0.0
     """Add W times the mean loss of the unselected tokens to the loss."""
 
+    slm_goldfish: Annotated[Count | None, "K"] = None
+    """Leave one in K training tokens out, by a hash of the text that ends with it."""
+
+    slm_goldfish_width: Annotated[Count, "H"] = 50
+    """Tokens of this text."""
+
     slm_domain_ratio: Annotated[list[str], domain_ratio, "NAME=K"] = field(default_factory=list)
     """Give datasets of the blend a ratio of their own; the tokens of such a dataset compete among
     themselves. NAME is the name of the dataset's files without directory and _text_document."""
