@@ -15,8 +15,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-TABLE_SIZE = 1_000_003
-SEED = 2971215073
+_TABLE_SIZE = 1_000_003
+_SEED = 2971215073
 
 
 def kept_by_goldfish(labels: Tensor, one_in: int, width: int) -> Tensor:
@@ -29,11 +29,11 @@ def kept_by_goldfish(labels: Tensor, one_in: int, width: int) -> Tensor:
     """
     products = labels.unfold(1, width, 1).prod(dim=-1)  # int64, which wraps around
     kept = torch.ones_like(labels, dtype=torch.bool)
-    kept[:, width - 1 :] = _table(labels.device)[products % TABLE_SIZE] >= 1 / one_in
+    kept[:, width - 1 :] = _table(labels.device)[products % _TABLE_SIZE] >= 1 / one_in
     return kept
 
 
 @lru_cache(maxsize=4)
 def _table(device: torch.device) -> Tensor:
     """Draw the table, which is the same on all devices; the authors draw theirs on the GPU."""
-    return torch.rand(TABLE_SIZE, generator=torch.Generator().manual_seed(SEED)).to(device)
+    return torch.rand(_TABLE_SIZE, generator=torch.Generator().manual_seed(_SEED)).to(device)

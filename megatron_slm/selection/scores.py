@@ -88,6 +88,12 @@ def policy_entropy(tokens: Tokens) -> Tensor:
     return tokens.entropies
 
 
+@token_score(needs=("external",))
+def external(tokens: Tokens) -> Tensor:
+    """Rank by an outside value of each token, such as a classifier's."""
+    return tokens.external
+
+
 @token_score(needs=("random",))
 def random(tokens: Tokens) -> Tensor:
     """Draw scores by chance, as a control."""
@@ -103,6 +109,7 @@ SCORE_FUNCTIONS: dict[str, TokenFunction] = {
     "context": context,
     "policy": policy,
     "policy-entropy": policy_entropy,
+    "external": external,
     "random": random,
 }
 SCORES = tuple(SCORE_FUNCTIONS)

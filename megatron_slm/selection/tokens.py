@@ -46,6 +46,8 @@ class Tokens:
     whose documents do not see each other."""
     datasets: Tensor
     """The number of the sample's dataset in the blend, int64.  Needs a blend."""
+    external: Tensor
+    """Outside values of the tokens to predict, float32.  Needs --slm-token-values."""
     random: Tensor
     """Uniform numbers in [0, 1), float32, that depend on the run's seed, the iteration and the
     token's place in the step alone, and so not on the layout."""

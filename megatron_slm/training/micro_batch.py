@@ -29,7 +29,8 @@ from megatron_slm.model.documents import (
     packs_documents,
     takes_one_sequence,
 )
-from megatron_slm.selection import Choice, Tokens, context_parallel_part, kept_by_goldfish
+from megatron_slm.selection import Choice, Tokens, context_parallel_part
+from megatron_slm.training.left_out import LeftOut
 
 FIELDS = ("tokens", "position_ids", "labels", "loss_mask")
 
@@ -54,6 +55,9 @@ class MicroBatch:
     """1 where a token's loss counts and 0 elsewhere, float32; on the last pipeline stage."""
     token_ids: Tensor | None = None
     """Token ids, int64; on the last pipeline stage, if a score or a weight reads them."""
+    external: Tensor | None = None
+    """Outside values of the labels, float32; on the last pipeline stage, if a score or a weight
+    reads them."""
     packed: Documents | None = None
     """Where the documents of whole samples lie, not cut for the layout; on every pipeline stage, in
     runs whose samples are packed with documents that do not see each other."""
@@ -131,7 +135,8 @@ def read_micro_batches(
     with_domains: bool = False,
     with_losses: bool = False,
     with_tokens: bool = False,
-    goldfish: tuple[int, int] | None = None,
+    with_external: bool = False,
+    left_out: LeftOut | None = None,
 ) -> Iterator[MicroBatch]:
     """Read `count` micro-batches lazily; on a pipeline stage that needs no data, yield empty ones.
 
@@ -144,7 +149,8 @@ def read_micro_batches(
         with_domains: read the number of each sample's dataset, which samples of a blend carry.
         with_losses: read reference losses, which samples of a score cache carry.
         with_tokens: read token_ids.
-        goldfish: the number k and the width h of a goldfish mask; None for no such mask.
+        with_external: read external values, which samples of --slm-token-values carry.
+        left_out: which tokens to leave out of the loss mask.
     """
     args = get_args()
     first = mpu.is_pipeline_first_stage()
@@ -157,6 +163,7 @@ def read_micro_batches(
             continue
         batch: dict[str, Any] = {}
         domains = losses = packed = None
+        shape = (micro_batch_size, args.seq_length)
         sample: dict[str, Tensor] = {}
         if tp_rank == 0:
             sample = next(data_iterator)
@@ -169,19 +176,17 @@ def read_micro_batches(
             if args.sft:
                 sample["labels"].clamp_(min=0)  # those of prompts are -100, and masked
             batch = {name: sample[name].cuda(non_blocking=True) for name in FIELDS}
-            if goldfish is not None and last:
-                batch["loss_mask"] = batch["loss_mask"] * kept_by_goldfish(
-                    batch["labels"], *goldfish
-                )
+            if left_out and last:
+                batch["loss_mask"] = left_out.applied(batch["loss_mask"], batch["labels"], sample)
         if with_domains and last:
             domains = _shared(sample.get("dataset_id"), (micro_batch_size,), torch.int64)
         if with_losses and last:
-            shape = (micro_batch_size, args.seq_length)
             losses = _shared(sample.get("reference_losses"), shape, torch.float32)
-        tokens = None
+        tokens = external = None
         if with_tokens and last:
-            shape = (micro_batch_size, args.seq_length)
             tokens = _shared(sample.get("tokens"), shape, torch.int64)
+        if with_external and last:
+            external = _shared(sample.get("external"), shape, torch.float32)
         batch = get_batch_on_this_tp_rank(
             batch,
             has_cu_seqlens=False,
@@ -199,7 +204,7 @@ def read_micro_batches(
             is_pipeline_last_stage=last,
         )
         batch = get_batch_on_this_cp_rank(
-            batch | {"reference_losses": losses, "token_ids": tokens},
+            batch | {"reference_losses": losses, "token_ids": tokens, "external": external},
             is_hybrid_cp=False,
             cp_group=mpu.get_context_parallel_group(),
         )
@@ -207,7 +212,9 @@ def read_micro_batches(
             number,
             packed=packed,
             domains=domains,
-            **{name: batch[name] for name in (*FIELDS, "reference_losses", "token_ids")},
+            **{
+                name: batch[name] for name in (*FIELDS, "reference_losses", "token_ids", "external")
+            },
         )
 
 

@@ -137,6 +137,7 @@ class MicroBatchObjective:
             "documents": lambda: batch.documents,
             "document_positions": lambda: batch.document_positions,
             "datasets": lambda: _of_samples(batch.domains, length),
+            "external": lambda: batch.external,
             "random": lambda: self._draw(losses),
         }
         found = {name: can_be_had[name]() for name in sorted(needs - {"scores"})}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -20,6 +21,7 @@ from megatron_slm.training.command_line.decisions import (
     ranks_tokens,
     reference_flags,
 )
+from megatron_slm.training.left_out import LeftOut, tokens_left_out
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,8 @@ class SelectiveSettings:
     """Names of the blend's datasets; empty if there is no blend."""
     seed: int
     """Seed of random scores."""
-    goldfish: tuple[int, int] | None = None
-    """k and h of the goldfish mask over training samples; None without one."""
+    left_out: LeftOut = field(default_factory=LeftOut)
+    """Which training tokens are left out of the loss."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,12 @@ class Step:
     """What is wrong with the step's losses on this rank, where Megatron itself does not look."""
 
 
-def settings_from_arguments(args: Namespace) -> SelectiveSettings:
+def settings_from_arguments(args: Namespace, kinds: Collection[str] = ()) -> SelectiveSettings:
     """Make the settings of a run from its arguments.
+
+    Args:
+        args: the arguments after Megatron's validation.
+        kinds: the kinds of token values that the run has, external and mask.
 
     Raises:
         UserError: an argument names a dataset that the blend does not have, or arguments contradict
@@ -85,32 +91,19 @@ def settings_from_arguments(args: Namespace) -> SelectiveSettings:
         if args.non_persistent_ckpt_type == "local":
             raise UserError("--non-persistent-ckpt-type local: selection needs global")
     return SelectiveSettings(
-        selection=_selection(args, own_ratios, head),
+        selection=_selection(args, own_ratios, head, kinds),
         schedule=schedule,
         warmup_tokens=args.slm_warmup_tokens,
         selective=selective,
         head=head,
         domains=domains if selective else (),
         seed=args.seed,
-        goldfish=_goldfish(args),
+        left_out=tokens_left_out(args, kinds),
     )
 
 
-def _goldfish(args: Namespace) -> tuple[int, int] | None:
-    if args.slm_goldfish is None:
-        return None
-    if args.slm_goldfish < 2:
-        raise UserError("--slm-goldfish 1 would leave all tokens out: give 2 or more")
-    if args.slm_goldfish_width > args.seq_length:
-        raise UserError(
-            f"--slm-goldfish-width {args.slm_goldfish_width} is more than --seq-length "
-            f"{args.seq_length}"
-        )
-    return args.slm_goldfish, args.slm_goldfish_width
-
-
 def _selection(
-    args: Namespace, domain_ratios: tuple[float | None, ...], head: str
+    args: Namespace, domain_ratios: tuple[float | None, ...], head: str, kinds: Collection[str]
 ) -> SelectionSettings:
     """Make the settings of selection, and check that what its functions read can be had."""
     chosen = SelectionSettings(
@@ -141,6 +134,10 @@ def _selection(
             raise UserError(
                 f"{function.called} needs samples whose documents do not see each other: give "
                 "--dataloader-inter-document-masking, or --sft"
+            )
+        if "external" in needs and "external" not in kinds:
+            raise UserError(
+                f"{function.called} needs --slm-token-values with a cache of external values"
             )
         if "datasets" in needs and get_blend_and_blend_per_split(args)[0] is None:
             raise UserError(

@@ -160,7 +160,8 @@ class SelectiveStep:
             and (step.training or self._by_domain or "datasets" in self._needs),
             with_losses=self.source is not None and self.source.caches is not None,
             with_tokens="token_ids" in self._needs,
-            goldfish=self.settings.goldfish if step.training else None,
+            with_external="external" in self._needs,
+            left_out=self.settings.left_out if step.training else None,
         )
         if self.reference is None or not step.selects:
             return micro_batches

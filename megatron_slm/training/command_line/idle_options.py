@@ -77,7 +77,6 @@ def _ours(args: Namespace) -> list[tuple[str, bool, str]]:
             args.slm_ratio_schedule not in ("linear", "cosine"),
             "it is for --slm-ratio-schedule linear and cosine",
         ),
-        ("--slm-goldfish-width", args.slm_goldfish is None, "there is no --slm-goldfish"),
         ("--slm-changed", not (args.load or args.pretrained_checkpoint), "there is no --load"),
         *(
             (flag, *no_dumps)

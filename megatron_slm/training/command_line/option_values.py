@@ -96,6 +96,27 @@ def score_option(text: str) -> str:
     return text
 
 
+def left_out(text: str) -> str:
+    """Check a way to leave tokens out, above=X, below=X or goldfish=K:H, and return it as it is."""
+    how, _, value = text.partition("=")
+    if how == "goldfish":
+        one_in, _, width = value.partition(":")
+        if not all(part.isascii() and part.isdigit() for part in (one_in, width)):
+            raise ArgumentTypeError(f"{text}: give goldfish=K:H, as in goldfish=50:50")
+        if int(one_in) < 2 or int(width) < 1:
+            raise ArgumentTypeError(f"{text}: K must be at least 2, and H at least 1")
+        return text
+    if how not in ("above", "below"):
+        raise ArgumentTypeError(f"{text}: give above=X, below=X or goldfish=K:H")
+    try:
+        finite = math.isfinite(float(value))
+    except ValueError:
+        finite = False
+    if not finite:
+        raise ArgumentTypeError(f"{text}: {value!r} is not a number")
+    return text
+
+
 def ratio_step(text: str) -> str:
     """Check a step of a ratio schedule, N:K, and return it as it is."""
     iteration, _, part = text.partition(":")

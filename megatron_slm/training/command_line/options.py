@@ -18,6 +18,7 @@ from megatron_slm.training.command_line.option_values import (
     Temperature,
     Weight,
     domain_ratio,
+    left_out,
     ratio_step,
     score_option,
 )
@@ -32,6 +33,7 @@ Score = Literal[
     "context",
     "policy",
     "policy-entropy",
+    "external",
     "random",
 ]
 NEED_REFERENCE = (
@@ -86,8 +88,8 @@ class SelectiveOptions:
     """Iteration of the reference checkpoint; by default, the latest."""
 
     slm_score: Annotated[str, Named(get_args(Score)), "NAME"] = "excess"
-    """What tokens are ranked by, highest first; docs/when-slm-helps.md explains each. All but
-    policy, policy-entropy and random need a reference. module:function: a score of your own."""
+    """What tokens are ranked by, highest first; docs/when-slm-helps.md explains each. The first six
+    need a reference, external needs --slm-token-values. module:function: a score of your own."""
 
     slm_scope: Scope = "micro-batch"
     """Tokens that compete with each other for selection: those of one document (with
@@ -115,13 +117,12 @@ class SelectiveOptions:
 
     slm_weighting: Annotated[str, Named(get_args(Weighting)), "NAME"] = "hard"
     """hard: selected tokens count equally, others not at all. relu, softmax: all tokens count, in
-    proportion to max(score, 0) or to exp(score / temperature), and their weights add up to the
-    number of tokens that hard selection would select. The others weigh the selected tokens;
-    docs/when-slm-helps.md explains each. module:function: a weighting of your own."""
+    proportion to max(score, 0) or to exp(score / temperature), in sum as many as hard selection
+    selects. The others weigh selected tokens; docs/when-slm-helps.md explains each.
+    module:function: a weighting of your own."""
 
     slm_score_option: Annotated[list[str], score_option, "NAME=VALUE"] = field(default_factory=list)
-    """Options of score and weighting: gamma of mile and longce, interpolation of context, or
-    keyword-only parameters of your own."""
+    """Options of the score and of the weighting."""
 
     slm_softmax_temperature: Annotated[Temperature, "T"] = 1.0
     """Temperature of --slm-weighting softmax; in nats if scores are losses."""
@@ -129,11 +130,12 @@ class SelectiveOptions:
     slm_unselected_weight: Annotated[Weight, "W"] = 0.0
     """Add W times the mean loss of the unselected tokens to the loss."""
 
-    slm_goldfish: Annotated[Count | None, "K"] = None
-    """Leave one in K training tokens out, by a hash of the text that ends with it."""
+    slm_token_values: Annotated[list[str], "DIR"] = field(default_factory=list)
+    """Caches of tools/import_scores.py: external values, and masks of training tokens."""
 
-    slm_goldfish_width: Annotated[Count, "H"] = 50
-    """Tokens of this text."""
+    slm_leave_out: Annotated[list[str], left_out, "HOW"] = field(default_factory=list)
+    """Leave training tokens out of the loss: above=X or below=X by their external value, and
+    goldfish=K:H one in K by a hash of the H tokens that end with it."""
 
     slm_domain_ratio: Annotated[list[str], domain_ratio, "NAME=K"] = field(default_factory=list)
     """Give datasets of the blend a ratio of their own; the tokens of such a dataset compete among
