@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from launch import REPOSITORY
 from megatron_slm.errors import UserError
 from megatron_slm.selection import SelectionSettings, Tokens, check_option_names, token_score
 from megatron_slm.selection.functions import Bound
@@ -62,7 +64,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     (tmp_path / "lacks.py").write_text("import not_installed_anywhere\n")
     monkeypatch.syspath_prepend(tmp_path)
     yield
-    for name in ("own_scores", "lacks"):
+    for name in ("own_scores", "lacks", "my_scores"):
         sys.modules.pop(name, None)
 
 
@@ -154,3 +156,14 @@ def test_needs_that_nobody_has() -> None:
         @token_score(needs=("entropy",))
         def wrong(tokens: Tokens) -> Tensor:
             return tokens.losses
+
+
+def test_the_documented_score(tmp_path: Path) -> None:
+    """Word for word as the page has it."""
+    page = (REPOSITORY / "docs/when-slm-helps.md").read_text()
+    (block,) = re.findall(r"^```python\n(.*?@token_score.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    (tmp_path / "my_scores.py").write_text(block)
+    name, option = "my_scores:surprise", "power=2"
+    assert f"--slm-score {name}" in page and f"--slm-score-option {option}" in page
+    found = SelectionSettings(score=name, options=(option,)).scorer(tokens())
+    assert found.tolist() == [[1.0, 16.0, 4.0]]

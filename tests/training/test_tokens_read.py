@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, distributed
 
-from megatron_slm import cpu_platform
 from megatron_slm.errors import UserError
 from megatron_slm.selection import (
     Ranks,
@@ -48,7 +47,10 @@ def ranks() -> Iterator[Ranks]:
     from megatron.core import mpu
     from megatron.training import global_vars
 
-    cpu_platform.install()
+    # As on a GPU, but for where the tensors are.
+    patch = pytest.MonkeyPatch()
+    patch.setattr(Tensor, "cuda", lambda values, **_: values)
+    patch.setattr(torch.cuda, "current_device", lambda: "cpu")
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     mpu.initialize_model_parallel()
     global_vars.set_args(
@@ -67,6 +69,7 @@ def ranks() -> Iterator[Ranks]:
     mpu.destroy_model_parallel()
     distributed.destroy_process_group()
     global_vars.destroy_global_vars()
+    patch.undo()
 
 
 @pytest.fixture(autouse=True)
