@@ -75,7 +75,7 @@ def _declared(
     """Return the decorator of a kind of function.
 
     Raises:
-        UserError: the function needs what tokens do not have.
+        UserError: the function needs what tokens do not have, or has an option without a default.
     """
     wanted = frozenset(needs)
     known = READABLE - {"scores"} if kind == "score" else READABLE
@@ -84,7 +84,18 @@ def _declared(
             f"a {kind} needs {', '.join(unknown)}, which tokens do not have; known: "
             f"{', '.join(sorted(known))}"
         )
-    return lambda compute: TokenFunction(kind, compute, wanted, of_all)
+
+    def declare(compute: Callable[..., Tensor]) -> TokenFunction:
+        function = TokenFunction(kind, compute, wanted, of_all)
+        for name, default in function.options.items():
+            if not isinstance(default, bool | int | float | str):
+                raise UserError(
+                    f"the option {name} of the {kind} {compute.__name__} needs a default that is a "
+                    "number, a string, True or False"
+                )
+        return function
+
+    return declare
 
 
 @dataclass(frozen=True)

@@ -158,6 +158,14 @@ def test_needs_that_nobody_has() -> None:
             return tokens.losses
 
 
+def test_options_without_a_default() -> None:
+    with pytest.raises(UserError, match="the option power of the score wrong needs a default"):
+
+        @token_score()
+        def wrong(tokens: Tokens, *, power: float) -> Tensor:
+            return tokens.losses**power
+
+
 def test_the_documented_score(tmp_path: Path) -> None:
     """Word for word as the page has it."""
     page = (REPOSITORY / "docs/when-slm-helps.md").read_text()
