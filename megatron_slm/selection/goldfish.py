@@ -1,8 +1,8 @@
 """Leave tokens out by a hash of what precedes them, so that no passage can be learnt by heart.
 
-Goldfish loss (Hans et al., arXiv 2406.10209), in the form `hash-table` of the authors' code, with
-which Apertus (arXiv 2509.14233) was trained.  The mask is a function of the labels alone: a passage
-that appears again is masked in the same places.  As in that code, the window that is hashed ends
+Goldfish loss (Hans et al., arXiv 2406.10209; also Apertus, arXiv 2509.14233), in the form
+`hash-table` of Hans et al.'s code.  The mask is a function of the labels alone: a passage that
+appears again is masked in the same places.  As in that code, the window that is hashed ends
 with the label itself, whereas the paper speaks of the h tokens before it; the hash is the product
 of the ids modulo the table's size, which is 0 where one of them is 0; and a sample's first h - 1
 labels are kept.  Documents that share a sample share windows where they meet.
