@@ -158,6 +158,25 @@ def test_needs_that_nobody_has() -> None:
             return tokens.losses
 
 
+def test_values_that_differ_between_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of two ranks, which receives what the first has."""
+
+    class Two:
+        def size(self) -> int:
+            return 2
+
+    known, received = tokens(), torch.zeros(1, 3)
+    of_first = scorer("surprise")(known)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda to, **_: to.copy_(received))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: None)
+    received.copy_(of_first)
+    received[0, 1] = 7.0  # of a token that is not valid
+    assert torch.equal(scorer("surprise")(known, group=Two()), of_first)
+    received[0, 2] += 1e-6
+    with pytest.raises(UserError, match="surprise returned other values on one tensor-parallel"):
+        scorer("surprise")(known, group=Two())
+
+
 def test_options_without_a_default() -> None:
     with pytest.raises(UserError, match="the option power of the score wrong needs a default"):
 
