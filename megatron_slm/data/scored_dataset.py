@@ -21,7 +21,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from numpy.typing import NDArray
 
 from megatron_slm.data.score_cache import Section
-from megatron_slm.data.windows import Windows
+from megatron_slm.data.windows import Windows, windows_of
 from megatron_slm.errors import UserError
 
 FIELD = "reference_losses"
@@ -69,7 +69,7 @@ class DocumentScored(GPTDataset):
         super().__init__(*args, **kwargs)
         self.section = self.sections[dataset_name(self.dataset_path)]
         length = self.section.manifest.sequence_length
-        self.windows = Windows(self.dataset.index, length, self.config.inter_document_masking)
+        self.windows = windows_of(self.dataset.index, length, self.config.inter_document_masking)
 
     def __getitem__(self, idx: int | None) -> dict[str, Any]:
         sample: dict[str, Any] = super().__getitem__(idx)

@@ -17,6 +17,7 @@ from megatron.training.datasets.sft_dataset import SFTDataset
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from megatron_slm.data.dataset_check import TOKENIZER_KINDS, check_quickly
+from megatron_slm.data.score_cache import Section
 from megatron_slm.data.scored_dataset import SampleScored, document_scored
 from megatron_slm.errors import UserError
 from megatron_slm.model.documents import packs_documents
@@ -87,8 +88,8 @@ class DatasetProvider:
             vp_stage: the model chunk that they are for.
         """
         datasets = list(self.build(samples, vp_stage=vp_stage))
-        if self.caches is not None and self.caches.kind == "sample":
-            sections = self.caches.sections
+        sections = self._by_sample
+        if self.caches is not None and sections is not None:
             # A split that a run draws nothing from has no section; all stages leave it out.
             datasets = [
                 dataset if split in sections else None
@@ -108,8 +109,13 @@ class DatasetProvider:
         """Return how many samples there are of a dataset: those that are scored, with a cache."""
         if dataset is None:
             return 0
+        return len(dataset if self._by_sample is None else self._by_sample[split])
+
+    @property
+    def _by_sample(self) -> dict[str, Section] | None:
+        """The sections of a cache by sample, by split; None without such a cache."""
         by_sample = self.caches is not None and self.caches.kind == "sample"
-        return len(self.caches.sections[split] if self.caches and by_sample else dataset)
+        return self.caches.sections if self.caches is not None and by_sample else None
 
     def _caches_here(self) -> Caches | None:
         return self.caches if mpu.is_pipeline_last_stage() else None
