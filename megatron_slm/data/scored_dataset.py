@@ -21,7 +21,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from numpy.typing import NDArray
 
 from megatron_slm.data.score_cache import Section
-from megatron_slm.data.windows import Windows
+from megatron_slm.data.windows import Windows, windows_of
 from megatron_slm.errors import UserError
 
 FIELD = "reference_losses"
@@ -78,7 +78,7 @@ class DocumentScored(GPTDataset):
         }
 
     def _windows(self, section: Section, apart: bool) -> Windows:
-        return Windows(self.dataset.index, section.manifest.sequence_length, apart)
+        return windows_of(self.dataset.index, section.manifest.sequence_length, apart)
 
     def __getitem__(self, idx: int | None) -> dict[str, Any]:
         sample: dict[str, Any] = super().__getitem__(idx)

@@ -7,6 +7,7 @@ early rather than cut a document that fits into one, so that such a document is 
 
 from __future__ import annotations
 
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,7 @@ class Windows:
             length: tokens of a window, s.
             apart: whether documents do not see each other.
         """
-        self.length = length
-        self.tokens = int(index.sequence_lengths.sum(dtype=np.int64))
+        self.length, self.index = length, index
         self.bounds: NDArray[np.int64] | None = None
         """Labels whose inputs begin a document, ascending; None if documents see each other."""
         self.starts: NDArray[np.int64] | None = None
@@ -36,6 +36,11 @@ class Windows:
             bounds = np.unique(first[index.sequence_lengths > 0]).astype(np.int64)
             self.bounds = np.concatenate([[0], bounds[bounds < self.tokens]])
             self.starts = _starts(self.bounds, self.tokens, length)
+
+    @cached_property
+    def tokens(self) -> int:
+        """Number of the dataset's tokens."""
+        return int(self.index.sequence_lengths.sum(dtype=np.int64))
 
     def __len__(self) -> int:
         return -(-self.tokens // self.length) if self.starts is None else len(self.starts)
@@ -64,6 +69,15 @@ class Windows:
         start, stop = self.span(number)
         inside = slice(*np.searchsorted(self.bounds, [start + 1, stop]).tolist())
         return np.unique([0, *(self.bounds[inside] - start), stop - start, self.length])
+
+
+@lru_cache(maxsize=2)
+def windows_of(index: Any, length: int, apart: bool) -> Windows:
+    """Return the windows of a dataset, whose splits share them and are built one after another.
+
+    The arguments are those of Windows.
+    """
+    return Windows(index, length, apart)
 
 
 def _starts(bounds: NDArray[np.int64], tokens: int, length: int) -> NDArray[np.int64]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -170,8 +169,9 @@ def _score(
         tokens, valid = samples.tokens(count)
         numbers = samples.numbers(count)
         try:
-            dump = TokenDump(step, tokens, whole, valid, numbers, about)
-            write_dump(directory, replace(dump, documents=samples.documents(count)))
+            documents = samples.documents(count)
+            dump = TokenDump(step, tokens, whole, valid, numbers, about, documents=documents)
+            write_dump(directory, dump)
         except UserError as error:
             return str(error)
     return None

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_slm.errors import UserError
+from megatron_slm.selection import context_parallel_part
 
 
 def packs_documents(args: Namespace) -> bool:
@@ -50,6 +51,17 @@ def activation_shape(args: Namespace, length: int, samples: int) -> dict[str, in
     if takes_one_sequence(args):
         length, samples = length * samples, 1
     return {"seq_length": length, "micro_batch_size": samples}
+
+
+def by_sample(values: Tensor, length: int) -> Tensor:
+    """Return values of tokens, [..., n, s/c] or, of samples that were passed as one sequence,
+    [..., 1, n * s/c], as [..., n, s/c].
+
+    Args:
+        values: the values.
+        length: tokens that this rank has of a sample, s/c.
+    """
+    return values.reshape(*values.shape[:-2], -1, length)
 
 
 def document_bounds(cu_seqlens: Sequence[int], length: int, sample: str) -> list[int]:
@@ -128,10 +140,25 @@ def documents_at(bounds: list[list[int]], cu_seqlens: Tensor, length: int) -> Do
         cu_seqlens: the same, as the dataset has it, int32 [b, n], on the device.
         length: tokens of a sample, s.
     """
-    begins = torch.zeros(len(bounds), length + 1, dtype=torch.int64, device=cu_seqlens.device)
-    begins = begins.scatter_(1, cu_seqlens.long(), 1)[:, :length]
+    begins = _begins(cu_seqlens, length)
     places = torch.arange(length, device=cu_seqlens.device)
     return Documents(bounds, begins.cumsum(1) - 1, places - (begins * places).cummax(1).values)
+
+
+def document_numbers(cu_seqlens: Tensor, length: int) -> Tensor:
+    """Return the number of each token's document within its sample, from 0, int64 [b, s].
+
+    Args:
+        cu_seqlens: 0 and the end of each document, and then the sample's end, int32 [b, n].
+        length: tokens of a sample, s.
+    """
+    return _begins(cu_seqlens, length).cumsum(1) - 1
+
+
+def _begins(cu_seqlens: Tensor, length: int) -> Tensor:
+    """Return 1 for the first token of each document and 0 for all others, int64 [b, s]."""
+    begins = torch.zeros(len(cu_seqlens), length + 1, dtype=torch.int64, device=cu_seqlens.device)
+    return begins.scatter_(1, cu_seqlens.long(), 1)[:, :length]
 
 
 def joined(parts: Sequence[Documents]) -> Documents:
@@ -162,8 +189,8 @@ class SeparateDocuments:
             group: the context-parallel ranks.
         """
         if self._rotary is None:
-            places = zigzag(table.shape[0], group.rank(), group.size(), table.device)
-            self._rotary = table[:, 0][self.documents.positions[:, places].t()]
+            own = context_parallel_part(self.documents.positions, group.rank(), group.size())
+            self._rotary = table[:, 0][own.t()]
         return self._rotary
 
     def mask(self, left: int | None, dtype: torch.dtype, group: ProcessGroup) -> Tensor:
@@ -221,9 +248,5 @@ def packed_as_one(documents: Documents) -> PackedSeqParams:
 
 
 def zigzag(length: int, rank: int, size: int, device: torch.device) -> Tensor:
-    """Return the places in a sequence of `length` tokens that a context-parallel rank holds, int64:
-    the chunks `rank` and 2 * size - 1 - rank of 2 * size."""
-    if size == 1:
-        return torch.arange(length, device=device)
-    chunk = torch.arange(length // (2 * size), device=device)
-    return torch.cat([chunk + rank * len(chunk), chunk + (2 * size - 1 - rank) * len(chunk)])
+    """Return the places in `length` tokens that a context-parallel rank holds, int64."""
+    return context_parallel_part(torch.arange(length, device=device)[None], rank, size)[0]

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from megatron_slm.errors import UserError
 from megatron_slm.loss import Scoring, all_losses
-from megatron_slm.model.documents import activation_shape
+from megatron_slm.model.documents import activation_shape, by_sample
 from megatron_slm.model.gpt_config import build_gpt
 from megatron_slm.reference import Reference, Scored
 from megatron_slm.reference.checkpoint import UNSUPPORTED_MODELS, ReferenceCheckpoint
@@ -100,9 +100,7 @@ class OnlineReference(Reference):
             self.streamed.end()
         length = self.arguments.seq_length // self.arguments.context_parallel_size
         parts = [
-            part
-            for values in scored  # [1, n * s/c] if the n samples were passed as one sequence
-            for part in values.reshape(*values.shape[:-2], -1, length).chunk(joined, dim=-2)
+            part for values in scored for part in by_sample(values, length).chunk(joined, dim=-2)
         ]
         return [tuple(part) if self.scoring.entropies else (part, None) for part in parts]
 

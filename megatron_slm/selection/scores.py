@@ -139,5 +139,7 @@ def random_scores(
 
 def context_parallel_part(whole: Tensor, rank: int, size: int) -> Tensor:
     """Return the columns [b, s/c] of [b, s] that a context-parallel rank holds (zigzag order)."""
+    if size == 1:
+        return whole
     chunks = whole.chunk(2 * size, dim=1)
     return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]], dim=1)

@@ -98,8 +98,8 @@ class DatasetProvider:
             vp_stage: the model chunk that they are for.
         """
         datasets = list(self.build(samples, vp_stage=vp_stage))
-        if self.caches is not None and self.caches.kind == "sample":
-            sections = self.caches.sections
+        sections = self._by_sample
+        if self.caches is not None and sections is not None:
             # A split that a run draws nothing from has no section; all stages leave it out.
             datasets = [
                 dataset if split in sections else None
@@ -119,8 +119,13 @@ class DatasetProvider:
         """Return how many samples there are of a dataset: those that are scored, with a cache."""
         if dataset is None:
             return 0
+        return len(dataset if self._by_sample is None else self._by_sample[split])
+
+    @property
+    def _by_sample(self) -> dict[str, Section] | None:
+        """The sections of a cache by sample, by split; None without such a cache."""
         by_sample = self.caches is not None and self.caches.kind == "sample"
-        return len(self.caches.sections[split] if self.caches and by_sample else dataset)
+        return self.caches.sections if self.caches is not None and by_sample else None
 
     def _scored(self) -> type[GPTDataset] | None:
         """Return the class of a dataset with what is stored by document; None if nothing is, or if

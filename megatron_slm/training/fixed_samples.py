@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_slm.data.manifest_types import DumpOrigin
-from megatron_slm.model.documents import packs_documents
+from megatron_slm.model.documents import document_numbers, packs_documents
 from megatron_slm.training.datasets import DatasetProvider
 from megatron_slm.training.micro_batch import MicroBatch, read_micro_batches, whole_sequences
 
@@ -41,6 +41,7 @@ class FixedSamples:
             valid = valid[0]
         self.split, self.available = "", 0
         self.dataset: Any = None
+        self._read: list[dict[str, Any]] = []
         for split, dataset in (("train", train), ("valid", None if training else valid)):
             available = provider.available(split, dataset)
             if available > 0:
@@ -72,7 +73,7 @@ class FixedSamples:
     def tokens(self, count: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """Return the token ids of the first `count` samples, int32 [count, s + 1], and which of
         their losses count, bool [count, s]."""
-        rows = [self.dataset[int(number)] for number in self.numbers(count)]
+        rows = self._rows(count)
         # Labels of prompts are -100 in fine-tuning; the last label alone is not among the inputs.
         ids = [np.append(row["tokens"].numpy(), max(0, int(row["labels"][-1]))) for row in rows]
         valid = [row["loss_mask"].numpy() > 0 for row in rows]
@@ -83,16 +84,20 @@ class FixedSamples:
         samples is in, int32 [count, s]; None in runs in which documents see each other."""
         if not packs_documents(get_args()):
             return None
-        rows = [self.dataset[int(number)]["cu_seqlens"].numpy() for number in self.numbers(count)]
-        places = np.arange(rows[0][-1])
-        bounds = [np.unique(row) for row in rows]  # without documents that have no token
-        numbers = [np.searchsorted(of_row, places, side="right") - 1 for of_row in bounds]
-        return np.stack(numbers).astype(np.int32)
+        ends = torch.stack([row["cu_seqlens"] for row in self._rows(count)])
+        numbers: NDArray[np.int64] = document_numbers(ends, get_args().seq_length).numpy()
+        return numbers.astype(np.int32)
 
     def domains(self, count: int) -> list[int]:
         """Return the number in the blend of the dataset that each of the first `count` samples is
         from."""
-        return [int(self.dataset[int(number)]["dataset_id"]) for number in self.numbers(count)]
+        return [int(row["dataset_id"]) for row in self._rows(count)]
+
+    def _rows(self, count: int) -> list[dict[str, Any]]:
+        """Return the first `count` samples.  They are read once: they are always the same."""
+        if len(self._read) != count:
+            self._read = [self.dataset[int(number)] for number in self.numbers(count)]
+        return self._read
 
 
 def of_all_ranks(fields: Tensor) -> Tensor:

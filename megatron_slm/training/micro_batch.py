@@ -288,7 +288,7 @@ def _documents(sample: dict[str, Tensor], micro_batch_size: int, number: int) ->
 def _own_part(whole: Tensor) -> Tensor:
     """Return this context-parallel rank's part, [b, s/c], of values of whole samples, [b, s]."""
     rank, size = mpu.get_context_parallel_rank(), mpu.get_context_parallel_world_size()
-    return whole if size == 1 else context_parallel_part(whole, rank, size)
+    return context_parallel_part(whole, rank, size)
 
 
 def _joined(parts: list[Tensor | None]) -> Tensor | None:

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from megatron_slm.errors import UserError
 from megatron_slm.loss import same_on_ranks
+from megatron_slm.model.documents import by_sample
 from megatron_slm.selection import (
     Choice,
     DocumentPlaces,
@@ -111,7 +112,8 @@ class MicroBatchObjective:
     def _by_sample(self, values: Tensor | None) -> Tensor | None:
         """Return values of tokens, which may be [1, b * s/c], as [b, s/c]."""
         assert self.micro_batch.loss_mask is not None
-        return None if values is None else values.view(self.micro_batch.loss_mask.shape)
+        length = self.micro_batch.loss_mask.shape[1]
+        return None if values is None else by_sample(values, length)
 
     def score(self, losses: Tensor, entropies: Tensor | None) -> Tensor:
         """Set and return the tokens' scores, given the policy's losses and entropies."""
@@ -161,8 +163,6 @@ class MicroBatchObjective:
     def _own_part(self, whole: Tensor) -> Tensor:
         """Return the columns of whole samples, [b, s], that this rank holds, [b, s/c]."""
         size = mpu.get_context_parallel_world_size()
-        if size == 1:
-            return whole
         return context_parallel_part(whole, mpu.get_context_parallel_rank(), size)
 
     def _choose(self, batch: MicroBatch, scores: Tensor) -> Choice:
@@ -172,7 +172,8 @@ class MicroBatchObjective:
                 scores, batch.valid, thresholds, batch.domains, batch.scored
             )
         documents = None
-        if batch.documents is not None and batch.document_positions is not None:
+        if self.selector.settings.scope == "document":
+            assert batch.documents is not None and batch.document_positions is not None
             documents = DocumentPlaces(batch.documents, batch.document_positions)
         return self.selector.choose(
             scores, batch.valid, self.step.ratio, batch.domains, documents, batch.scored

@@ -10,7 +10,7 @@ from megatron.training import get_args
 from torch import Tensor
 
 from megatron_slm.loss import Scoring, all_losses
-from megatron_slm.model.documents import activation_shape
+from megatron_slm.model.documents import activation_shape, by_sample
 from megatron_slm.reference import Reference, Scored
 from megatron_slm.training.data_iterators import for_model_chunks
 from megatron_slm.training.micro_batch import MicroBatch
@@ -75,9 +75,8 @@ def score_with_policy(
         )
     for model in models:
         model.train()
-    size = arguments["micro_batch_size"]
-    # [1, b * s/c] if the samples were passed as one sequence.
-    scored = [said.reshape(*said.shape[:-2], size, -1) for said in scored]
+    length = get_args().seq_length // get_args().context_parallel_size
+    scored = [by_sample(said, length) for said in scored]
     return read, [tuple(said) if scoring.entropies else (said, None) for said in scored]
 
 

@@ -192,12 +192,10 @@ def test_full_validation(
 ) -> None:
     """Megatron then reads one sample at a time, whatever the size of a micro-batch is."""
     write_dataset(tmp_path / "few", texts[:40])
-    (at,) = (n for n, word in enumerate(packed.arguments) if word == "--data-path")
-    data = ["--train-data-path", packed.arguments[at + 1], "--valid-data-path"]
-    data.append(str(tmp_path / "few"))
-    arguments = [*packed.arguments[:at], *data, *packed.arguments[at + 2 :], *untied.arguments]
-    split = arguments.index("--split") if "--split" in arguments else len(arguments)
-    del arguments[split : split + 2]
+    arguments = [*packed.arguments, *untied.arguments]
+    at = arguments.index("--data-path")
+    data = f"--train-data-path {packed.prefix} --valid-data-path {tmp_path / 'few'}"
+    arguments[at : at + 4] = data.split()  # in the place of --split, too
     extra = f"{MASKED} --slm-token-ratio 0.6 --train-iters 1 --micro-batch-size 3"
     extra += " --full-validation --multiple-validation-sets --tensorboard-dir tensorboard"
     found = []

@@ -13,7 +13,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.nn.functional import cross_entropy
 from transformers import (
     LlamaConfig,
@@ -22,6 +21,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from oracle_weights import saved_weights, weights_outside_mlps
 
 
 @dataclass
@@ -49,9 +50,7 @@ def llama(
 ) -> LlamaForCausalLM | Qwen3ForCausalLM:
     """Make a Hugging Face model with the weights of a Megatron torch_dist checkpoint: a Qwen3 if it
     has norms of queries and keys, whose biases may then be there as well."""
-    file = scratch / f"{checkpoint.parent.name}.pt"
-    dcp_to_torch_save(str(checkpoint), str(file))
-    saved = torch.load(file, weights_only=False)
+    saved = saved_weights(checkpoint, scratch)
     qkv = saved["decoder.layers.self_attention.linear_qkv.weight"]
     gate_up = saved["decoder.layers.mlp.linear_fc1.weight"]
     layers, _, hidden = qkv.shape
@@ -73,30 +72,15 @@ def llama(
         attention_bias=biases is not None,
         rope_parameters={"rope_type": "default", "rope_theta": base},
     )
-    weights = {
-        "model.embed_tokens.weight": embedding,
-        "model.norm.weight": saved["decoder.final_layernorm.weight"],
-        "lm_head.weight": embedding if tied else saved["output_layer.weight"],
-    }
+    weights = weights_outside_mlps(saved, heads, groups, tied)
     per_group = heads // groups
     for i in range(layers):
-        # Rows: for every group its query heads, then its key head, then its value head.
-        rows = qkv[i].view(groups, per_group + 2, head_dim, hidden)
         gate, up = gate_up[i].chunk(2)
         prefix = f"model.layers.{i}."
         weights |= {
-            prefix + "self_attn.q_proj.weight": rows[:, :per_group].reshape(-1, hidden),
-            prefix + "self_attn.k_proj.weight": rows[:, per_group].reshape(-1, hidden),
-            prefix + "self_attn.v_proj.weight": rows[:, per_group + 1].reshape(-1, hidden),
-            prefix + "self_attn.o_proj.weight": saved[
-                "decoder.layers.self_attention.linear_proj.weight"
-            ][i],
             prefix + "mlp.gate_proj.weight": gate,
             prefix + "mlp.up_proj.weight": up,
             prefix + "mlp.down_proj.weight": saved["decoder.layers.mlp.linear_fc2.weight"][i],
-            prefix + "input_layernorm.weight": saved[
-                "decoder.layers.self_attention.linear_qkv.layer_norm_weight"
-            ][i],
             prefix + "post_attention_layernorm.weight": saved[
                 "decoder.layers.mlp.linear_fc1.layer_norm_weight"
             ][i],
@@ -106,6 +90,7 @@ def llama(
                 f"decoder.layers.self_attention.{short}_layernorm.weight"
             ][i]
         if biases is not None:
+            # Rows as those of the weights (oracle_weights.py).
             rows = biases[i].view(groups, per_group + 2, head_dim)
             weights |= {
                 prefix + "self_attn.q_proj.bias": rows[:, :per_group].reshape(-1),

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+from oracle_weights import saved_weights, weights_outside_mlps
 
 TOP = 2
 
@@ -35,7 +36,7 @@ class BiasedRouter(torch.nn.Module):
 
 def mixtral(checkpoint: Path, scratch: Path, *, heads: int, groups: int) -> MixtralForCausalLM:
     """Make a Hugging Face model with the weights of a Megatron torch_dist checkpoint."""
-    saved = _weights_of(checkpoint, scratch)
+    saved = saved_weights(checkpoint, scratch)
     experts = "decoder.layers.mlp.experts.experts."
     gate_up, down = saved[experts + "linear_fc1.weight"], saved[experts + "linear_fc2.weight"]
     layers, number, _, hidden = gate_up.shape
@@ -54,7 +55,7 @@ def mixtral(checkpoint: Path, scratch: Path, *, heads: int, groups: int) -> Mixt
         sliding_window=None,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )
-    weights = _outside_mlps(saved, heads, groups)
+    weights = weights_outside_mlps(saved, heads, groups)
     for i in range(layers):
         prefix = f"model.layers.{i}."
         weights |= {
@@ -72,44 +73,6 @@ def mixtral(checkpoint: Path, scratch: Path, *, heads: int, groups: int) -> Mixt
         for block, weight, bias in zip(_blocks(model), routers, biases, strict=True):
             block.gate = BiasedRouter(weight.clone(), bias.clone())
     return model
-
-
-def _weights_of(checkpoint: Path, scratch: Path) -> dict[str, Tensor]:
-    """Read a checkpoint of layers that are all alike, by Megatron's names."""
-    file = scratch / f"{checkpoint.parent.name}.pt"
-    dcp_to_torch_save(str(checkpoint), str(file))
-    saved: dict[str, Tensor] = torch.load(file, weights_only=False)
-    return saved
-
-
-def _outside_mlps(saved: dict[str, Tensor], heads: int, groups: int) -> dict[str, Tensor]:
-    """Return the weights outside the MLPs and their norms by Hugging Face's names."""
-    qkv = saved["decoder.layers.self_attention.linear_qkv.weight"]
-    layers, _, hidden = qkv.shape
-    head_dim = hidden // heads
-    embedding = saved["embedding.word_embeddings.weight"]
-    weights = {
-        "model.embed_tokens.weight": embedding,
-        "model.norm.weight": saved["decoder.final_layernorm.weight"],
-        "lm_head.weight": saved["output_layer.weight"],
-    }
-    per_group = heads // groups
-    for i in range(layers):
-        # Rows: for every group its query heads, then its key head, then its value head.
-        rows = qkv[i].view(groups, per_group + 2, head_dim, hidden)
-        prefix = f"model.layers.{i}."
-        weights |= {
-            prefix + "self_attn.q_proj.weight": rows[:, :per_group].reshape(-1, hidden),
-            prefix + "self_attn.k_proj.weight": rows[:, per_group].reshape(-1, hidden),
-            prefix + "self_attn.v_proj.weight": rows[:, per_group + 1].reshape(-1, hidden),
-            prefix + "self_attn.o_proj.weight": saved[
-                "decoder.layers.self_attention.linear_proj.weight"
-            ][i],
-            prefix + "input_layernorm.weight": saved[
-                "decoder.layers.self_attention.linear_qkv.layer_norm_weight"
-            ][i],
-        }
-    return weights
 
 
 def _blocks(model: MixtralForCausalLM) -> list[MixtralSparseMoeBlock]:

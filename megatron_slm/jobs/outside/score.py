@@ -67,9 +67,9 @@ def score_with_model(args: Namespace) -> None:
     manifest = begin_cache(args, datasets, tokenizer, reference)
     directory = Path(args.slm_reference_cache)
     shards = [(name, each) for name in manifest.sections for each in range(manifest.shards(name))]
-    there = set(shards).difference(missing_shards(directory, manifest))
-    mine = [shard for shard in shards[rank::ranks] if shard not in there]
-    say(f"> {len(there)} of {len(shards)} shards are there")
+    missing = set(missing_shards(directory, manifest))
+    mine = [shard for shard in shards[rank::ranks] if shard in missing]
+    say(f"> {len(shards) - len(missing)} of {len(shards)} shards are there")
     for documents, shard in missing_of(tqdm(mine, unit="shard", disable=rank > 0), datasets):
         span = shard_span(manifest, documents.name, shard, documents.tokens)
         values = score(documents, *span).astype(np.float32)
