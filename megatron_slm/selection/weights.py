@@ -105,8 +105,8 @@ def mile(tokens: Tokens, chosen: Chosen, *, gamma: float = 1.0) -> Tensor:
 def longce(tokens: Tokens, _: Chosen, *, gamma: float = 5.0) -> Tensor:
     """Weigh tokens by min(exp(L_reference - L_policy), gamma), not normalized.
 
-    LongCE (arXiv 2410.23771), for a reference that sees a short context alone.  The formula is that
-    of Helm et al.'s code, which has LongCE among its losses.
+    LongCE (arXiv 2410.23771), for a reference that sees a short context alone.  The formula and the
+    default are those of the authors' code, where the reference is the policy itself.
     """
     return torch.exp(tokens.reference_losses - tokens.losses).clamp(max=gamma)
 

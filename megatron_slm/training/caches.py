@@ -141,11 +141,8 @@ def open_values(args: Namespace) -> dict[str, dict[str, Section]]:
     """
     if not args.slm_token_values:
         return {}
-    if args.sft or args.mock_data or args.full_validation or args.multiple_validation_sets:
-        raise UserError(
-            "--slm-token-values cannot be used with --sft, --mock-data, --full-validation or "
-            "--multiple-validation-sets"
-        )
+    if args.sft or args.mock_data:
+        raise UserError("--slm-token-values cannot be used with --sft or --mock-data")
     own = describe_data(args, "document")
     found: dict[str, dict[str, Section]] = {}
     for directory in map(Path, args.slm_token_values):

@@ -11,6 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_slm.errors import UserError
@@ -33,21 +34,27 @@ class LeftOut:
     def __bool__(self) -> bool:
         return self != LeftOut()
 
-    def applied(self, loss_mask: Tensor, labels: Tensor, sample: dict[str, Any]) -> Tensor:
+    def applied(
+        self, batch: dict[str, Tensor], sample: dict[str, Any], places: Tensor | None
+    ) -> Tensor:
         """Return the loss mask, float32 [b, s], with 0 for the tokens that are left out.
 
         Args:
-            loss_mask: the loss mask of whole samples.
-            labels: their labels, int64 [b, s].
+            batch: the tokens, labels and loss mask of whole samples, [b, s].
             sample: what the loader yielded, with `mask` and `external`, float32 [b, s], as needed.
+            places: the position of each token in its document, int64 [b, s]; None if documents see
+                each other.
         """
+        loss_mask = batch["loss_mask"]
 
         def of_sample(name: str) -> Tensor:
             values: Tensor = sample[name]
-            return values.to(labels.device, non_blocking=True)
+            return values.to(loss_mask.device, non_blocking=True)
 
         if self.goldfish is not None:
-            loss_mask = loss_mask * kept_by_goldfish(labels, *self.goldfish)
+            # In fine-tuning, the labels of prompts are no ids.
+            ids = torch.cat([batch["tokens"][:, 1:], batch["labels"][:, -1:]], dim=1)
+            loss_mask = loss_mask * kept_by_goldfish(ids, *self.goldfish, places)
         if self.masked:
             loss_mask = loss_mask * (of_sample("mask") > 0)
         if self.above is not None:

@@ -177,7 +177,8 @@ def read_micro_batches(
                 sample["labels"].clamp_(min=0)  # those of prompts are -100, and masked
             batch = {name: sample[name].cuda(non_blocking=True) for name in FIELDS}
             if left_out and last:
-                batch["loss_mask"] = left_out.applied(batch["loss_mask"], batch["labels"], sample)
+                places = None if packed is None else packed.positions
+                batch["loss_mask"] = left_out.applied(batch, sample, places)
         if with_domains and last:
             domains = _shared(sample.get("dataset_id"), (micro_batch_size,), torch.int64)
         if with_losses and last:
@@ -236,6 +237,8 @@ def whole_sequences(own: Tensor) -> Tensor:
 def _shared(values: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Broadcast the values of the first tensor-parallel rank to all of them."""
     group = mpu.get_tensor_model_parallel_group()
+    # --full-validation reads one sample at a time, whatever the size.
+    shape = shape if values is None else values.shape
     result = torch.empty(shape, dtype=dtype, device=torch.cuda.current_device())
     if mpu.get_tensor_model_parallel_rank() == 0:
         assert values is not None, "the samples lack it"

@@ -139,10 +139,11 @@ def _selection(
             raise UserError(
                 f"{function.called} needs --slm-token-values with a cache of external values"
             )
-        if "datasets" in needs and get_blend_and_blend_per_split(args)[0] is None:
+        of_all = get_blend_and_blend_per_split(args)[0] is not None
+        if "datasets" in needs and not (of_all and _domains(args)):
             raise UserError(
-                f"{function.called} needs --data-path and --split, so that validation has the "
-                "training blend's datasets"
+                f"{function.called} needs several datasets in --data-path, and --split, so that "
+                "validation has the training blend's datasets"
             )
     return chosen
 

@@ -79,7 +79,8 @@ def open_source(
     if args.slm_reference_cache:
         if entropies:
             raise UserError(
-                f"--slm-score {args.slm_score}: a score cache holds losses alone, not entropies"
+                "--slm-reference-cache: a score cache holds losses alone, not the entropies that "
+                f"--slm-score {args.slm_score} or --slm-weighting {args.slm_weighting} reads"
             )
         caches = open_caches(args)
         return Source(None, caches.identity, caches=caches)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from launch import REPOSITORY
+from documented_score import OPTION, SCORE, write_documented_score
 from megatron_slm.errors import UserError
 from megatron_slm.selection import SelectionSettings, Tokens, check_option_names, token_score
 from megatron_slm.selection.functions import Bound
@@ -186,11 +185,6 @@ def test_options_without_a_default() -> None:
 
 
 def test_the_documented_score(tmp_path: Path) -> None:
-    """Word for word as the page has it."""
-    page = (REPOSITORY / "docs/when-slm-helps.md").read_text()
-    (block,) = re.findall(r"^```python\n(.*?@token_score.*?)^```$", page, re.DOTALL | re.MULTILINE)
-    (tmp_path / "my_scores.py").write_text(block)
-    name, option = "my_scores:surprise", "power=2"
-    assert f"--slm-score {name}" in page and f"--slm-score-option {option}" in page
-    found = SelectionSettings(score=name, options=(option,)).scorer(tokens())
+    write_documented_score(tmp_path)
+    found = SelectionSettings(score=SCORE, options=(OPTION,)).scorer(tokens())
     assert found.tolist() == [[1.0, 16.0, 4.0]]

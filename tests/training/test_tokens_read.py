@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.training import get_args
 from torch import Tensor, distributed
 
 from megatron_slm.errors import UserError
@@ -176,6 +178,27 @@ def test_left_out(ranks: Ranks) -> None:
     }
     for how, wanted in kept.items():
         assert torch.equal(read(sample, how).valid, wanted & (sample["loss_mask"] > 0)), how
+
+
+def test_goldfish_in_fine_tuning(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ids of prompts are hashed too, and no window reaches into another conversation."""
+    monkeypatch.setattr(get_args(), "sft", True)
+    k, h = 2, 3
+    sample, ends = drawn(), [[0, 5, LENGTH], [0, LENGTH, LENGTH]]
+    ids = sample["labels"].clone()
+    padded = [row + [LENGTH] * (LENGTH + 1 - len(row)) for row in ends]
+    sample["cu_seqlens"] = torch.tensor(padded, dtype=torch.int32)
+    prompts = torch.rand(SAMPLES, LENGTH, generator=torch.Generator().manual_seed(4)) < 0.4
+    sample["labels"][prompts] = -100
+    sample["loss_mask"] = (~prompts).float()
+    found = read(sample, LeftOut(goldfish=(k, h))).valid
+    for row, whole, valid, of_prompt in zip(ends, ids, found, prompts, strict=True):
+        for start, stop in itertools.pairwise(row):
+            kept = torch.ones(stop - start, dtype=torch.bool)
+            if stop - start >= h:
+                kept = kept_by_goldfish(whole[None, start:stop], k, h)[0]
+            assert torch.equal(valid[start:stop], kept & ~of_prompt[start:stop])
+    assert not torch.equal(found, ~prompts)
 
 
 def test_left_out_by_arguments() -> None:
