@@ -98,8 +98,6 @@ def open_caches(args: Namespace) -> Caches:
         UserError: one is incomplete, damaged, or was made for other data, another order, another
             tokenizer or another sequence length.
     """
-    if args.full_validation or args.multiple_validation_sets:
-        raise UserError("--slm-reference-cache cannot be used with --full-validation")
     directories = [Path(directory) for directory in args.slm_reference_cache]
     manifests = [read_cache_manifest(directory) for directory in directories]
     for directory, manifest in zip(directories, manifests, strict=True):
@@ -109,6 +107,8 @@ def open_caches(args: Namespace) -> Caches:
                 "not losses of a reference"
             )
     kind = manifests[0].kind
+    if kind == "sample" and (args.full_validation or args.multiple_validation_sets):
+        raise UserError("--slm-reference-cache with --full-validation: score --by document")
     if kind == "sample" and args.dataloader_type != "single":
         raise UserError(
             f"--dataloader-type {args.dataloader_type} draws samples in an order of its own: score "
