@@ -1,5 +1,7 @@
 """Imported once by the process that ranks are forked from: most of the time of a short run."""
 
+# ruff: noqa: F401
+
 from __future__ import annotations
 
 import warnings
@@ -18,4 +20,4 @@ with warnings.catch_warnings(action="ignore"):
 
     import megatron_slm.entry
     import megatron_slm.jobs.scoring
-    import megatron_slm.selective  # noqa: F401
+    import megatron_slm.selective
