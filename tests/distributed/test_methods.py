@@ -13,25 +13,21 @@ from torch import Tensor
 
 import oracle
 from agreement import agrees_with_oracle, selected_tokens, train_oracle
-from forked_jobs import Server
 from jobs import GLOBAL_BATCH, POLICY, STEPS, UNTIED, Checkpoints, Corpus, train_checkpoint
 from launch import Run, pretrain
 
 MICRO_BATCH = 3
 
 
-def run_method(
-    server: Server, corpus: Corpus, start: Checkpoints, layout: str, flags: str, directory: Path
-) -> Run:
+def run_method(corpus: Corpus, start: Checkpoints, layout: str, flags: str, directory: Path) -> Run:
     ranks, parallel = LAYOUTS[layout]
     arguments = [
         *corpus.arguments,
         *start.arguments,
         *f"--train-iters {STEPS} --micro-batch-size {MICRO_BATCH}".split(),
         *f"--slm-token-ratio {RATIO} {parallel} {flags}".split(),
-        *"--tensorboard-dir tensorboard --num-workers 0".split(),
     ]
-    return Run(directory, server.run("record", ranks, arguments, directory), [0] * ranks)
+    return pretrain(ranks, arguments, directory, module="recorded_pretrain")
 
 
 CASES = {
@@ -94,7 +90,6 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_method_agrees_with_oracle(
     case: str,
-    server: Server,
     corpus: Corpus,
     untied: Checkpoints,
     samples: dict[str, Tensor],
@@ -104,14 +99,13 @@ def test_method_agrees_with_oracle(
     layout, flags, changes = CASES[case]
     settings = {"scope_samples": MICRO_BATCH, "micro_batch": MICRO_BATCH} | changes
     expected = train_oracle(untied, samples, validation, oracle.Method(RATIO, **settings))
-    run = run_method(server, corpus, untied, layout, flags, tmp_path)
+    run = run_method(corpus, untied, layout, flags, tmp_path)
     agrees_with_oracle(run, expected, MICRO_BATCH)
     if "exact" in flags:
         assert "slm-ranking" in run.outputs[-1]
 
 
 def test_a_policy_like_qwen(
-    server: Server,
     corpus: Corpus,
     untied: Checkpoints,
     samples: dict[str, Tensor],
@@ -126,17 +120,15 @@ def test_a_policy_like_qwen(
     train_checkpoint(corpus, start.policy, model, steps=2)
     method = oracle.Method(RATIO, scope_samples=MICRO_BATCH, micro_batch=MICRO_BATCH)
     expected = train_oracle(start, samples, validation, method)
-    run = run_method(server, corpus, start, "tp2 sp", "", tmp_path / "run")
+    run = run_method(corpus, start, "tp2 sp", "", tmp_path / "run")
     agrees_with_oracle(run, expected, MICRO_BATCH)
 
 
 def test_random_selection_does_not_depend_on_the_layout(
-    server: Server, corpus: Corpus, untied: Checkpoints, tmp_path: Path
+    corpus: Corpus, untied: Checkpoints, tmp_path: Path
 ) -> None:
     runs = {
-        layout: run_method(
-            server, corpus, untied, layout, "--slm-score random", tmp_path / str(number)
-        )
+        layout: run_method(corpus, untied, layout, "--slm-score random", tmp_path / str(number))
         for number, layout in enumerate(("one rank", "dp2", "tp2 cp2"))
     }
     chosen = {layout: selected_tokens(run, MICRO_BATCH) for layout, run in runs.items()}
@@ -149,9 +141,7 @@ def test_random_selection_does_not_depend_on_the_layout(
         assert run.scalars("selected ratio")[1] == pytest.approx(RATIO, abs=0.01)
 
 
-def test_warmup_and_schedule(
-    server: Server, corpus: Corpus, untied: Checkpoints, tmp_path: Path
-) -> None:
+def test_warmup_and_schedule(corpus: Corpus, untied: Checkpoints, tmp_path: Path) -> None:
     """Two steps of causal language modeling bit for bit, then the schedule's ratios."""
     warmup = 2 * GLOBAL_BATCH * 64
     flags = (
@@ -159,7 +149,7 @@ def test_warmup_and_schedule(
         "--slm-final-token-ratio 0.2 --slm-ratio-decay-iters 4 --eval-interval 2 "
         "--log-validation-ppl-to-tensorboard"
     )
-    run = run_method(server, corpus, untied, "one rank", flags, tmp_path / "warm")
+    run = run_method(corpus, untied, "one rank", flags, tmp_path / "warm")
     plain = [*corpus.arguments, *untied.without_reference]
     plain += f"--train-iters {STEPS} --micro-batch-size {MICRO_BATCH}".split()
     expected = pretrain(1, plain, tmp_path / "plain").scalars("lm loss")
