@@ -152,12 +152,13 @@ class SelectiveStep:
     ) -> Iterator[MicroBatch]:
         """Read a step's micro-batches, with reference losses if the step selects tokens."""
         count, size = arguments["num_microbatches"], arguments["micro_batch_size"]
+        by_domain = self.source is not None and self.source.by_domain
         micro_batches = read_micro_batches(
             data_iterator,
             size,
             count,
             with_domains=bool(self.settings.domains)
-            and (step.training or self._by_domain or "datasets" in self._needs),
+            and (step.training or by_domain or "datasets" in self._needs),
             with_losses=self.source is not None and self.source.caches is not None,
             with_tokens="token_ids" in self._needs,
             with_external="external" in self._needs,
@@ -189,10 +190,6 @@ class SelectiveStep:
         """
         if self.reference is not None:
             self.reference.save(get_args().save, iteration)
-
-    @property
-    def _by_domain(self) -> bool:
-        return self.source is not None and self.source.by_domain
 
     @property
     def computes_reference(self) -> bool:
