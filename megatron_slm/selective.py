@@ -26,6 +26,7 @@ from megatron.training.initialize import initialize_megatron
 from megatron_slm.entry import add_arguments
 from megatron_slm.errors import say
 from megatron_slm.model.gpt_config import gpt_config, installed_layers
+from megatron_slm.model.selected_layers import use_selected_layers
 from megatron_slm.reference.checkpoint import FLAGS, ReferenceCheckpoint
 from megatron_slm.training import event_writer, megatron_hooks
 from megatron_slm.training.caches import open_values
@@ -111,7 +112,10 @@ class SelectiveTraining:
 
     def model_config(self) -> Any:
         """Return Megatron's GPTModelConfig; without Transformer Engine, with plain layers."""
-        return gpt_config(self.args, installed_layers())
+        config = gpt_config(self.args, installed_layers())
+        if self.args.slm_backward == "selected":
+            use_selected_layers(config)
+        return config
 
     def forward_step(self, data_iterator: Any, model: torch.nn.Module) -> Any:
         """Pass a micro-batch through the policy: Megatron's `forward_step_func`."""

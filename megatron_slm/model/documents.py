@@ -30,14 +30,22 @@ def packs_documents(args: Namespace) -> bool:
     return bool(args.sft or args.dataloader_inter_document_masking)
 
 
+def has_plain_layers(args: Namespace) -> bool:
+    """Return whether a model's layers are those of layer_spec.py.
+
+    Args:
+        args: the model's arguments.
+    """
+    return not HAVE_TE if args.spec is None else args.spec[-1] == "plain_block_spec"
+
+
 def takes_one_sequence(args: Namespace) -> bool:
     """Return whether a model's layers take the packed documents of all samples as one sequence.
 
     Args:
         args: the model's arguments.
     """
-    plain = not HAVE_TE if args.spec is None else args.spec[-1] == "plain_block_spec"
-    return packs_documents(args) and not plain
+    return packs_documents(args) and not has_plain_layers(args)
 
 
 def activation_shape(args: Namespace, length: int, samples: int) -> dict[str, int]:

@@ -202,8 +202,8 @@ class GatheredAttention(MegatronModule):
         """[s/c, b, heads/t * d].  attention_mask is not read: the mask is causal."""
         length, batch = query.shape[:2]
         if self.cp_group.size() > 1:
-            key = _GatherSequence.apply(key, self.cp_group)
-            value = _GatherSequence.apply(value, self.cp_group)
+            key = GatherSequence.apply(key, self.cp_group)
+            value = GatherSequence.apply(value, self.cp_group)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if packed_seq_params is None or not packed_seq_params.documents.several:
             context = self._causal(query, key, value)
@@ -303,7 +303,7 @@ def _causal_mask(
     return mask.masked_fill_(hidden, -torch.inf)
 
 
-class _GatherSequence(torch.autograd.Function):
+class GatherSequence(torch.autograd.Function):
     """[s/c, ...] on each rank -> [s, ...], rank by rank; the backward sums and slices."""
 
     @staticmethod

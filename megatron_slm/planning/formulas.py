@@ -17,6 +17,7 @@ from typing import Literal
 
 from megatron_slm.loss.chunked import chunk_columns
 from megatron_slm.model.architecture import Architecture
+from megatron_slm.planning.passes import layer_flops, values_for_selected
 
 FLOAT32 = 4  # bytes per value of what is float32 whatever the weights are
 
@@ -64,6 +65,8 @@ class Work:
     """Whether a forward pass of the policy precedes the step, to rank the global batch's tokens."""
     head: Literal["dense", "chunked"] = "chunked"
     """How the output layer and the loss are computed."""
+    backward: Literal["all", "selected"] = "all"
+    """The tokens that the layers' backward passes go through."""
     weight_bytes: int = 2
     """Bytes of a weight."""
     gradient_bytes: int = 4
@@ -124,10 +127,7 @@ def parameters(a: Architecture, padded_vocabulary: int) -> int:
 
 
 def stage_parameters(a: Architecture, padded_vocabulary: int, layout: Layout, stage: int) -> int:
-    """Count the parameters of one rank of a pipeline stage.
-
-    Norms are not split: every tensor-parallel rank has them whole.
-    """
+    """Count the parameters of one rank of a pipeline stage, which has norms whole."""
     layers = a.layers // layout.pp
     norms = layers * norm_parameters(a)
     count = (layers * layer_parameters(a) - norms) // layout.tp + norms
@@ -230,7 +230,11 @@ def activation_bytes(a: Architecture, layout: Layout, work: Work, stage: int) ->
     layers = a.layers // (layout.pp * layout.vp)
     layer = layer_activation_bytes(a, layout, work)
     backward = 3 * n * a.ffn * e // layout.tp
-    if work.recompute:
+    through = work.ratio if work.backward == "selected" else 1.0
+    if through < 1.0:
+        kept_values = values_for_selected(a, layout.tp, split, work.recompute > 0)
+        chunk, backward = layers * n * e * kept_values, int(through * (backward + layer))
+    elif work.recompute:
         groups = -(-layers // work.recompute)
         chunk = groups * n * a.hidden * e // split
         backward += min(work.recompute, layers) * layer
@@ -244,8 +248,7 @@ def activation_bytes(a: Architecture, layout: Layout, work: Work, stage: int) ->
 
 
 def head_bytes(a: Architecture, layout: Layout, work: Work) -> int:
-    """Return the bytes of output layer and loss, both kept and temporary, at the higher peak of
-    forward and backward."""
+    """Return the bytes of output layer and loss, at the higher peak of forward and backward."""
     e, n = work.weight_bytes, work.tokens(layout)
     columns = work.padded_vocabulary // layout.tp
     gathered = n * a.hidden * e if layout.sequence_parallel else 0
@@ -290,9 +293,6 @@ def step_flops(
 ) -> int:
     """Count the FLOPs of a step over the global batch, including recomputation.
 
-    The backward pass takes twice the forward's FLOPs.  Attention takes half a forward more, since
-    its scores are not kept (Dao et al. 2022, arXiv 2205.14135, section 3.1).
-
     Args:
         a: the policy's architecture.
         references: architectures of the models that score during the step.
@@ -306,9 +306,8 @@ def step_flops(
     # The chunked head computes the logits of all tokens; then, for the selected ones, the logits
     # again and two gradients.
     total = 6 * head if work.head == "dense" else int((2 + 6 * work.ratio) * head)
-    total += 3 * projections + 7 * attention // 2
-    if work.recompute:
-        total += projections + attention
+    through = work.ratio if work.backward == "selected" else 1.0
+    total += layer_flops(projections, attention, work.recompute > 0, through)
     for reference in (*references, *[a] * work.ranks_first):
         total += sum(forward_flops(reference, tokens, attended, causal=causal))
         total += 2 * tokens * reference.hidden * work.padded_vocabulary

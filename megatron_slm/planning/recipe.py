@@ -249,6 +249,7 @@ def work_of(
         ratio=args.slm_token_ratio,
         ranks_first=args.slm_global_batch == "exact",
         head=head_of(args),
+        backward=getattr(args, "slm_backward", "all"),  # older checkpoints' arguments lack it
         weight_bytes=2 if half else 4,
         gradient_bytes=2 if half and args.grad_reduce_in_bf16 else 4,
         optimizer_bytes=master + sum(dtype.itemsize for dtype in moments),

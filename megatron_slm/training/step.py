@@ -23,7 +23,7 @@ from torch import Tensor
 from megatron_slm.loss import Scoring, Selecting, Telling, dense_losses, loss_of_selected
 from megatron_slm.reference import Reference, Scored
 from megatron_slm.selection import Choice, Ranks, Tokens, TokenSelector
-from megatron_slm.training import nan
+from megatron_slm.training import nan, selected_backward
 from megatron_slm.training.auxiliary_losses import AuxiliaryScale
 from megatron_slm.training.carried_thresholds import CarriedThresholds
 from megatron_slm.training.command_line.experts import has_auxiliary_losses
@@ -116,6 +116,7 @@ class SelectiveStep:
             self.dump = partial(self._dump, schedule, form, arguments)
             self.dump(iteration)
         self.step = step = self._begin(not forward_only, iteration)
+        selected_backward.prepare_layers(arguments["model"], step, self.settings)
         if self.reference is not None:
             self.reference.before_step(arguments["model"], iteration if step.training else None)
         micro_batches = self._read(step, own_iterator(data_iterator), arguments)

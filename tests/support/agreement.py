@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from pathlib import Path
 
@@ -24,13 +25,14 @@ def train_oracle(
     samples: dict[str, Tensor],
     validation: dict[str, Tensor],
     method: oracle.Method,
+    steps: int = STEPS,
 ) -> list[oracle.Step]:
     """Train the oracle from the checkpoints that runs start from, and validate it."""
     return oracle.train(
         *oracle_models(start),
         samples,
         method,
-        steps=STEPS,
+        steps=steps,
         global_batch=GLOBAL_BATCH,
         vocabulary=VOCABULARY,
         watched=validation,
@@ -66,6 +68,8 @@ def agrees_with_oracle(run: Run, expected: list[oracle.Step], micro_batch: int) 
             ("grad-norm", step.grad_norm),
             ("selected ratio", (step.selected.sum() / step.valid.sum()).item()),
         ):
+            if math.isnan(value):  # all tokens are selected
+                continue
             near = 1e-5 if tag in ("excess loss", "threshold") else 0.0
             logged = run.scalars(tag)[number]
             assert logged == pytest.approx(value, rel=1e-5, abs=near), (tag, number)

@@ -6,7 +6,9 @@ torch's own converter; tokens from the test's dataset.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Protocol
@@ -120,6 +122,8 @@ class Method:
     weighting: str = "hard"
     temperature: float = 1.0
     guard: float = 0.0
+    later: dict[int, float] = field(default_factory=dict)  # ratios from these steps on
+    backward: str = "all"
     gamma: float = 1.0
 
 
@@ -170,6 +174,7 @@ def train(
     done = []
     carried = None
     for step in range(steps):
+        method = replace(method, ratio=method.later.get(step, method.ratio))
         rows = slice(step * global_batch, (step + 1) * global_batch)
         tokens, labels, mask = (samples[key][rows] for key in ("tokens", "labels", "loss_mask"))
         valid = mask > 0
@@ -212,6 +217,9 @@ def train(
         weights = _weights(scores, valid, selected, method)
         if raw is not None:
             weights = _of_selected(raw, selected, method)
+        if method.backward == "selected" and method.ratio < 1:
+            with constant(policy, ~selected):
+                trained = _token_losses(logits_of(policy, tokens, documents), labels)
         loss = (weights * trained).sum() / selected.sum()
         optimizer.zero_grad()
         whole = loss if experts is None else loss + experts.auxiliary_loss(valid)
@@ -237,6 +245,29 @@ def train(
             )
         )
     return done
+
+
+@contextmanager
+def constant(model: PreTrainedModel, tokens: Tensor) -> Iterator[None]:
+    """While it lasts: hidden states, keys and values of these tokens, bool [b, s], have no gradient
+    in any layer."""
+
+    def cut(values: Tensor) -> Tensor:
+        chosen = tokens.view(*tokens.shape, *[1] * (values.ndim - tokens.ndim))
+        return torch.where(chosen, values.detach(), values)
+
+    def cut_input(_: object, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (cut(inputs[0]), *inputs[1:])
+
+    hooks = []
+    for layer in model.model.layers:
+        hooks.append(layer.register_forward_pre_hook(cut_input))
+        attention = layer.self_attn
+        for last in (getattr(attention, "k_norm", attention.k_proj), attention.v_proj):
+            hooks.append(last.register_forward_hook(lambda *call: cut(call[-1])))
+    yield
+    for hook in hooks:
+        hook.remove()
 
 
 def logits_of(model: LlamaForCausalLM, tokens: Tensor, documents: Tensor | None) -> Tensor:

@@ -39,6 +39,18 @@ LACKING = {
     "datasets": "needs several datasets in --data-path, and --split",
 }
 
+DROPS_NOTHING = "--attention-dropout 0 --hidden-dropout 0"
+UNIFORM = "--recompute-granularity full --recompute-method uniform"
+NO_BACKWARD = {
+    "": "--hidden-dropout 0",
+    f"{DROPS_NOTHING} --slm-weighting relu": "cannot be used with --slm-weighting",
+    f"{DROPS_NOTHING} --slm-unselected-weight 0.1": "cannot be used with --slm-unselected-weight",
+    f"{DROPS_NOTHING} --spec one_sequence_layers layers": "needs the layers of plain torch",
+    f"{DROPS_NOTHING} --num-experts 4": "routers balance all tokens",
+    f"{DROPS_NOTHING} --recompute-granularity selective": "take full, which keeps least",
+    f"{DROPS_NOTHING} {UNIFORM} --recompute-num-layers 2": "--recompute-num-layers 1",
+}
+
 
 def test_the_page_is_generated() -> None:
     written = (REPOSITORY / "docs" / "arguments.md").read_text()
@@ -53,6 +65,19 @@ def test_planning_decides_as_training_does(more: str) -> None:
     settings = settings_from_arguments(args)
     assert (settings.selective, settings.head) == DECIDED[more]
     assert work_of(args, "plain", "cpu").head == settings.head
+
+
+@pytest.mark.parametrize("more", NO_BACKWARD)
+def test_what_a_backward_pass_through_selected_tokens_refuses(more: str) -> None:
+    selects = "--slm-backward selected --slm-token-ratio 0.5 --slm-score random"
+    with pytest.raises(UserError, match=NO_BACKWARD[more]):
+        parse(LaunchRecipe([*RUN.split(), *selects.split(), *more.split()], 1), 0, 256)
+
+
+def test_a_backward_pass_through_selected_tokens() -> None:
+    flags = f"{DROPS_NOTHING} {UNIFORM} --recompute-num-layers 1 --slm-backward selected"
+    args: Any = parse(LaunchRecipe([*RUN.split(), *flags.split()], 1), 0, 256)
+    assert work_of(args, "plain", "cpu").backward == "selected"
 
 
 @pytest.mark.parametrize("needs", LACKING)

@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available
 from megatron_slm.errors import UserError
 from megatron_slm.model.documents import packs_documents, takes_one_sequence
 from megatron_slm.parser import refuse
+from megatron_slm.training.command_line.backward import check_backward
 from megatron_slm.training.command_line.experts import check_experts
 from megatron_slm.training.command_line.first_check import HELP_MEGATRON
 from megatron_slm.training.command_line.option_groups import add_group
@@ -92,6 +93,7 @@ def validate_arguments(args: Namespace) -> None:
         if getattr(args, name, None):
             raise UserError(f"{flag} cannot be used with selective language modeling: {why}")
     check_experts(args)
+    check_backward(args)
     if args.cuda_graph_impl != "none":
         raise UserError(
             f"--cuda-graph-impl {args.cuda_graph_impl} cannot be used with selective language "

@@ -49,7 +49,12 @@ def _ours(args: Namespace) -> list[tuple[str, bool, str]]:
     return [
         *(
             (flag, not selecting, all_alike)
-            for flag in ("--slm-scope", "--slm-unselected-weight", "--slm-score-option")
+            for flag in (
+                "--slm-scope",
+                "--slm-unselected-weight",
+                "--slm-score-option",
+                "--slm-backward",
+            )
         ),
         (
             "--slm-score",

@@ -54,6 +54,13 @@ def check_options(args: Namespace, given: Collection[str]) -> None:
     ):
         if args.slm_head == "dense" and name == needs:
             raise UserError(f"{flag} {name} needs --slm-head chunked")
+    soft = "--slm-weighting" if args.slm_weighting != "hard" else None
+    guarded = "--slm-unselected-weight" if args.slm_unselected_weight > 0.0 else None
+    if args.slm_backward == "selected" and (soft or guarded):
+        raise UserError(
+            f"--slm-backward selected cannot be used with {soft or guarded}: tokens that are not "
+            "selected count too"
+        )
     if args.slm_dump_interval is not None and args.slm_dump_dir is None and args.save is None:
         raise UserError("--slm-dump-interval needs --slm-dump-dir or --save to write to")
 

@@ -146,6 +146,11 @@ class SelectiveOptions:
     without logits in memory, and with gradients of the selected tokens only. By default, chunked
     where tokens are selected, and dense elsewhere."""
 
+    slm_backward: Literal["all", "selected"] = "all"
+    """Tokens whose hidden states get gradients. all: all that a selected token sees, which is
+    exact. selected: in each layer, the hidden states of tokens that are not selected are constants,
+    so that the backward pass costs what is selected. Needs the layers of plain torch."""
+
     slm_changed: Annotated[list[str], "NAME"] = field(default_factory=list)
     """Arguments of the model, such as rotary_base, in which this run is meant to differ from the
     checkpoint that it starts from; and reference or selection for a run that continues without
