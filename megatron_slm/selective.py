@@ -25,7 +25,7 @@ from megatron.training.initialize import initialize_megatron
 
 from megatron_slm.entry import add_arguments
 from megatron_slm.errors import say
-from megatron_slm.model.gpt_config import gpt_config, installed_layers
+from megatron_slm.model.model_config import installed_layers, model_config
 from megatron_slm.reference.checkpoint import FLAGS, ReferenceCheckpoint
 from megatron_slm.training import event_writer, megatron_hooks
 from megatron_slm.training.checkpoint_arguments import check_start
@@ -108,7 +108,7 @@ class SelectiveTraining:
 
     def model_config(self) -> Any:
         """Return Megatron's GPTModelConfig; without Transformer Engine, with plain layers."""
-        return gpt_config(self.args, installed_layers())
+        return model_config(self.args, installed_layers())
 
     def forward_step(self, data_iterator: Any, model: torch.nn.Module) -> Any:
         """Pass a micro-batch through the policy: Megatron's `forward_step_func`."""

@@ -21,6 +21,7 @@ from megatron.training import get_args
 from torch import Tensor
 
 from megatron_slm.loss import Scoring, Selecting, Telling, dense_losses, loss_of_selected
+from megatron_slm.model.output_processor import take_output_processor
 from megatron_slm.reference import Reference, Scored
 from megatron_slm.selection import Choice, Ranks, TokenSelector
 from megatron_slm.training import nan
@@ -76,6 +77,8 @@ class SelectiveStep:
 
     def _build(self, model: list[torch.nn.Module]) -> None:
         """Build what needs process groups and the policy's loaded weights."""
+        for chunk in model:
+            take_output_processor(chunk)
         self.auxiliary = AuxiliaryScale(model) if has_auxiliary_losses(get_args()) else None
         self.selector = TokenSelector(
             self.settings.selection,
@@ -206,7 +209,7 @@ class SelectiveStep:
         return self.settings.selection.score == "policy-entropy"
 
     def _head(self, objective: MicroBatchObjective) -> dict[str, Any]:
-        """Return the arguments that make GPTModel.forward use another head than its own, if any."""
+        """Return the arguments that make the model use another head than its own, if any."""
         args = get_args()
         assert self.step is not None
         padded = self.step.selects and args.slm_vocab_size < args.padded_vocab_size

@@ -16,6 +16,7 @@ from megatron_slm.model.documents import packs_documents, takes_one_sequence
 from megatron_slm.parser import refuse
 from megatron_slm.training.command_line.experts import check_experts
 from megatron_slm.training.command_line.first_check import HELP_MEGATRON
+from megatron_slm.training.command_line.hybrid import check_hybrid
 from megatron_slm.training.command_line.option_groups import add_group
 from megatron_slm.training.command_line.options import SelectiveOptions
 
@@ -45,7 +46,6 @@ UNSUPPORTED = {
     "modelopt_enabled": ("--modelopt-enabled", "it replaces the loss"),
     "use_megatron_fsdp": ("--use-megatron-fsdp", "the output layer's weight is gathered on call"),
     "use_torch_fsdp2": ("--use-torch-fsdp2", "the output layer's weight is gathered on call"),
-    "hybrid_layer_pattern": ("--hybrid-layer-pattern", "only GPT models are supported"),
     "fp8_output_proj": ("--fp8-output-proj", "the loss needs the output layer's plain weight"),
     "inprocess_restart": ("--inprocess-restart", "the reference would outlive its process groups"),
     "yaml_cfg": ("--yaml-cfg", "give arguments on the command line"),
@@ -92,6 +92,7 @@ def validate_arguments(args: Namespace) -> None:
         if getattr(args, name, None):
             raise UserError(f"{flag} cannot be used with selective language modeling: {why}")
     check_experts(args)
+    check_hybrid(args)
     if args.cuda_graph_impl != "none":
         raise UserError(
             f"--cuda-graph-impl {args.cuda_graph_impl} cannot be used with selective language "
