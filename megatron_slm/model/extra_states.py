@@ -17,7 +17,10 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron_slm.model.torch_dist import NO_EXTRA_STATE
 
 # Modules of their own with Transformer Engine too, which fuses other norms with what follows them.
-SEPARATE_NORMS = ("final_layernorm", "final_norm", "q_layernorm", "k_layernorm")
+SEPARATE_NORMS = (
+    *("final_layernorm", "final_norm", "q_layernorm", "k_layernorm"),
+    *("enorm", "hnorm"),  # of layers that predict more tokens
+)
 NORM_OF_EXPERTS = "pre_mlp_layernorm"  # one of these where a layer has experts
 PLAIN_NORMS = (torch.nn.RMSNorm, torch.nn.LayerNorm)
 

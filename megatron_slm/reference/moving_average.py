@@ -19,6 +19,10 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, mpu
+from megatron.core.dist_checkpointing.gpt_checkpoint_interop import (
+    gpt_compatible_layer_maps,
+    retarget_sharded_state_dict_to_gpt_checkpoint,
+)
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.utils import unwrap_model
 from torch import Tensor
@@ -120,10 +124,17 @@ class MovingAverage(OnlineReference):
 
     def _load(self, load: Path, iteration: int) -> None:
         flags = ("--slm-reference ema, resumed from --load: the average in", "--ckpt-step")
-        directory = str(open_checkpoint(str(load), iteration, flags).directory)
+        checkpoint = open_checkpoint(str(load), iteration, flags)
         metadata = {"dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
         own = _weights(unwrapped(self.model))
-        loaded = dist_checkpointing.load({"model": self._sharded(metadata)}, directory)["model"]
+        wanted = self._sharded(metadata)
+        pattern = self.arguments.hybrid_layer_pattern
+        if pattern is not None and not checkpoint.architecture().get("hybrid_layer_pattern"):
+            # Megatron has loaded the policy from the same GPT, in the same way.
+            retarget_sharded_state_dict_to_gpt_checkpoint(
+                wanted, gpt_compatible_layer_maps(pattern)
+            )
+        loaded = dist_checkpointing.load({"model": wanted}, str(checkpoint.directory))["model"]
         assert self.average is not None
         for average, (name, weight) in zip(self.average, own.items(), strict=True):
             average.copy_(loaded[name])

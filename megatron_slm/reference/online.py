@@ -150,6 +150,7 @@ def frozen_arguments(arguments: Namespace) -> Namespace:
     for name in UNSUPPORTED_MODELS:
         setattr(own, name, None)
     own.multi_latent_attention = False
+    own.mtp_num_layers = None  # what they predict is not scored
     # The reference has one model chunk on each stage, whatever the layout of the policy's layers.
     own.virtual_pipeline_model_parallel_size = None
     own.num_layers_per_virtual_pipeline_stage = None
@@ -196,6 +197,7 @@ def reference_arguments(checkpoint: ReferenceCheckpoint, arguments: Namespace) -
     own = frozen_arguments(own)
     if own.hybrid_layer_pattern is not None:
         own.hybrid_layer_pattern = layers_of(own.hybrid_layer_pattern)  # whatever its own stages
+        own.num_layers = len(own.hybrid_layer_pattern)
     if not own.num_experts:
         own.expert_model_parallel_size = 1
         own.moe_ffn_hidden_size = own.moe_shared_expert_intermediate_size = None

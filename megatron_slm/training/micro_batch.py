@@ -177,7 +177,7 @@ def read_micro_batches(
             tp_rank=tp_rank,
             micro_batch_size=micro_batch_size,
             seq_length=args.seq_length,
-            mtp_on_this_rank=False,
+            mtp_on_this_rank=bool(args.mtp_num_layers) and last,
             pipeline_model_parallel_size=args.pipeline_model_parallel_size,
             is_pipeline_first_stage=first,
             is_pipeline_last_stage=last,

@@ -79,7 +79,8 @@ class SelectiveStep:
         """Build what needs process groups and the policy's loaded weights."""
         for chunk in model:
             take_output_processor(chunk)
-        self.auxiliary = AuxiliaryScale(model) if has_auxiliary_losses(get_args()) else None
+        scaled = has_auxiliary_losses(get_args()) or get_args().mtp_num_layers
+        self.auxiliary = AuxiliaryScale(model) if scaled else None
         self.selector = TokenSelector(
             self.settings.selection,
             Ranks(
@@ -176,6 +177,8 @@ class SelectiveStep:
         objective = MicroBatchObjective(micro_batch, self.settings, self.step, self.selector)
         last = get_attr_wrapped_model(model, "post_process")
         head = self._head(objective) if last else {}
+        if get_args().mtp_num_layers:
+            head["loss_mask"] = micro_batch.loss_mask
         return model(**micro_batch.model_inputs(get_args()), **head), objective
 
     def save(self, iteration: int) -> None:

@@ -15,6 +15,10 @@ from megatron_slm.model.documents import packs_documents
 from megatron_slm.model.hybrid_pattern import RECURRENT, check_layers, layers_of
 
 UNSUPPORTED = {
+    "mtp_num_layers": (
+        "--mtp-num-layers",
+        "the loss of HybridModel's predictions of more tokens is out of the selective head's reach",
+    ),
     "use_rope_scaling": ("--use-rope-scaling", "Megatron's HybridModel ignores it"),
     "qk_l2_norm": ("--qk-l2-norm", "the layers of Megatron's HybridModel ignore it"),
     "fine_grained_activation_offloading": (
@@ -40,6 +44,8 @@ def check_hybrid(args: Namespace) -> None:
     flag = f"--hybrid-layer-pattern {pattern}"
     check_layers(pattern, flag)
     layers = layers_of(pattern)
+    if Symbols.MTP_SEPARATOR in pattern:
+        raise UserError(f"{flag}: no layers may follow a /, as with --mtp-num-layers")
     for name, (option, why) in UNSUPPORTED.items():
         if getattr(args, name, None):
             raise UserError(f"{option} cannot be used with --hybrid-layer-pattern: {why}")
@@ -48,8 +54,6 @@ def check_hybrid(args: Namespace) -> None:
             "--qk-layernorm cannot be used with --hybrid-layer-pattern: the layers of Megatron's "
             "HybridModel ignore it; --spec may name others"
         )
-    if Symbols.MTP_SEPARATOR in pattern:
-        raise UserError(f"{flag}: the layers after / cannot be used, as they predict other tokens")
     if Symbols.MOE in layers and not args.num_experts:
         raise UserError(f"{flag}: layers E need --num-experts")
     if packs_documents(args):
