@@ -95,21 +95,6 @@ class Deadly(int):
         return 0
 
 
-@pytest.fixture
-def soon() -> Iterator[None]:
-    """End a test that waits for a worker without end."""
-
-    def too_late(*_: Any) -> None:
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGALRM, too_late)
-    signal.alarm(TIMEOUT)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
-
-
-@pytest.mark.usefixtures("soon")
 def test_killed_worker_in_the_middle_of_counting() -> None:
     """It keeps nothing that others wait for."""
 
@@ -122,7 +107,6 @@ def test_killed_worker_in_the_middle_of_counting() -> None:
         list(over_all_cores("count", [Task("a", ()), Task("b", ())], work, 2))
 
 
-@pytest.mark.usefixtures("soon")
 def test_killed_worker_that_has_no_more_to_do(tmp_path: Path) -> None:
     """Its result is in already, and the other ends."""
 

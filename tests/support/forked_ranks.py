@@ -11,17 +11,12 @@ import json
 import os
 import runpy
 import sys
+import traceback
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_slm import cpu_platform
-
-cpu_platform.install()
-
-import megatron.core.tokenizers.text
-import megatron.training.arguments  # noqa: F401
-
+import megatron_imported  # noqa: F401  # first, since it makes this machine the platform
 import recorded_experts
 from megatron_slm import pretrain
 from megatron_slm.entry import add_arguments
@@ -67,6 +62,8 @@ if __name__ == "__main__":
                 code = 1
                 try:
                     code = run(rank, job)
+                except BaseException:
+                    traceback.print_exc()
                 finally:
                     sys.stdout.flush()
                     os._exit(code)
