@@ -12,6 +12,7 @@ the loss masks.  The last pipeline stage, which has the masks, sends it to the o
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,8 +22,19 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_slm.selection import TokenSelector
+from megatron_slm.training.command_line.experts import has_auxiliary_losses
 from megatron_slm.training.micro_batch import MicroBatch
 from megatron_slm.training.settings import Step
+
+
+def auxiliary_scale(args: Namespace, model: Sequence[torch.nn.Module]) -> AuxiliaryScale | None:
+    """Return the scale of a run's auxiliary losses; None if it has none.
+
+    Args:
+        args: Megatron's arguments.
+        model: the policy's model chunks.
+    """
+    return AuxiliaryScale(model) if has_auxiliary_losses(args) or args.mtp_num_layers else None
 
 
 class AuxiliaryScale:

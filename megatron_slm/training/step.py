@@ -25,9 +25,8 @@ from megatron_slm.model.output_processor import take_output_processor
 from megatron_slm.reference import Reference, Scored
 from megatron_slm.selection import Choice, Ranks, TokenSelector
 from megatron_slm.training import nan
-from megatron_slm.training.auxiliary_losses import AuxiliaryScale
+from megatron_slm.training.auxiliary_losses import auxiliary_scale
 from megatron_slm.training.carried_thresholds import CarriedThresholds
-from megatron_slm.training.command_line.experts import has_auxiliary_losses
 from megatron_slm.training.data_iterators import for_model_chunks, form_of, own_iterator
 from megatron_slm.training.device_timer import timed
 from megatron_slm.training.dump import TokenDumps
@@ -79,8 +78,7 @@ class SelectiveStep:
         """Build what needs process groups and the policy's loaded weights."""
         for chunk in model:
             take_output_processor(chunk)
-        scaled = has_auxiliary_losses(get_args()) or get_args().mtp_num_layers
-        self.auxiliary = AuxiliaryScale(model) if scaled else None
+        self.auxiliary = auxiliary_scale(get_args(), model)
         self.selector = TokenSelector(
             self.settings.selection,
             Ranks(
