@@ -20,20 +20,22 @@ from torch import Tensor
 PARAMETER = "output_processor"
 
 
-def take_output_processor(model: torch.nn.Module) -> None:
+def take_output_processor(*chunks: torch.nn.Module) -> None:
     """Give the forward pass of a HybridModel the parameters `output_processor` and
     `output_processor_context`, unless it has them.  Other models are left as they are.
 
     Args:
-        model: a rank's model, or a model chunk of it, with Megatron's wrappers or without.
+        chunks: a rank's model, or its model chunks, with Megatron's wrappers or without.
     """
-    inner = model
-    while not isinstance(inner, HybridModel):
-        if not isinstance(inner, torch.nn.Module):
-            return
-        inner = getattr(inner, "module", None)
-    if PARAMETER not in inspect.signature(inner.forward).parameters:
-        setattr(inner, "forward", partial(_forward, inner, inner.forward))  # noqa: B010
+    for chunk in chunks:
+        inner: Any = chunk
+        while isinstance(inner, torch.nn.Module) and not isinstance(inner, HybridModel):
+            inner = getattr(inner, "module", None)
+        if (
+            isinstance(inner, HybridModel)
+            and PARAMETER not in inspect.signature(inner.forward).parameters
+        ):
+            inner.forward = partial(_forward, inner, inner.forward)
 
 
 def _forward(

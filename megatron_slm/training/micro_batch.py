@@ -114,6 +114,8 @@ class MicroBatch:
             "attention_mask": None,
             "labels": _joined([batch.labels for batch in batches]),
         }
+        if args.mtp_num_layers:  # the reference has none
+            inputs["loss_mask"] = self.loss_mask
         parts = [batch.packed for batch in batches if batch.packed is not None]
         if not parts:
             return inputs

@@ -76,8 +76,7 @@ class SelectiveStep:
 
     def _build(self, model: list[torch.nn.Module]) -> None:
         """Build what needs process groups and the policy's loaded weights."""
-        for chunk in model:
-            take_output_processor(chunk)
+        take_output_processor(*model)
         self.auxiliary = auxiliary_scale(get_args(), model)
         self.selector = TokenSelector(
             self.settings.selection,
@@ -183,8 +182,6 @@ class SelectiveStep:
         objective = MicroBatchObjective(micro_batch, self.settings, self.step, self.selector)
         last = get_attr_wrapped_model(model, "post_process")
         head = self._head(objective) if last else {}
-        if get_args().mtp_num_layers:
-            head["loss_mask"] = micro_batch.loss_mask
         return model(**micro_batch.model_inputs(get_args()), **head), objective
 
     def save(self, iteration: int) -> None:
