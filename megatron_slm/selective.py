@@ -25,7 +25,7 @@ from megatron.training.initialize import initialize_megatron
 
 from megatron_slm.entry import add_arguments
 from megatron_slm.errors import say
-from megatron_slm.model.gpt_config import gpt_config, installed_layers
+from megatron_slm.model.model_config import installed_layers, model_config
 from megatron_slm.model.selected_layers import use_selected_layers
 from megatron_slm.reference.checkpoint import FLAGS, ReferenceCheckpoint
 from megatron_slm.training import event_writer, megatron_hooks
@@ -112,7 +112,7 @@ class SelectiveTraining:
 
     def model_config(self) -> Any:
         """Return Megatron's GPTModelConfig; without Transformer Engine, with plain layers."""
-        config = gpt_config(self.args, installed_layers())
+        config = model_config(self.args, installed_layers())
         if self.args.slm_backward == "selected":
             use_selected_layers(config)
         return config

@@ -211,7 +211,7 @@ def test_quoted_errors() -> None:
 def test_refused_options_are_listed() -> None:
     """Those that training refuses for all runs, each with its reason."""
     refused = set()
-    for name in ("arguments", "experts"):
+    for name in ("arguments", "experts", "hybrid"):
         source = read(REPOSITORY / f"megatron_slm/training/command_line/{name}.py")
         table = re.search(r"^UNSUPPORTED = \{.*?^\}", source, re.DOTALL | re.MULTILINE)
         assert table is not None

@@ -102,9 +102,14 @@ def _install_layerwise_initialization() -> None:
     from megatron.training import initialize
 
     def layer_name(**kwargs: Any) -> str:
-        # The constructor receives the number within the stage, and adds the stage's offset itself.
-        offset = get_transformer_layer_offset(kwargs["config"], kwargs["vp_stage"])
-        return f"layer {kwargs['layer_number'] + offset}"
+        # The constructor receives the number within the stage, and adds the stage's offset itself,
+        # unless the model is a hybrid one or the layer predicts more tokens.
+        number = kwargs["layer_number"]
+        if kwargs.get("is_mtp_layer"):
+            return f"mtp layer {number}"
+        if kwargs.get("add_layer_offset", True):
+            number += get_transformer_layer_offset(kwargs["config"], kwargs["vp_stage"])
+        return f"layer {number}"
 
     _draw_from_stream(TransformerLayer, layer_name)
     _draw_from_stream(VocabParallelEmbedding, lambda **kwargs: "embedding")

@@ -25,7 +25,7 @@ from megatron_slm.errors import UserError
 from megatron_slm.jobs.job_arguments import settle_arguments
 from megatron_slm.jobs.scoring import from_first_rank
 from megatron_slm.loss import Scoring
-from megatron_slm.model.gpt_config import installed_layers
+from megatron_slm.model.model_config import installed_layers
 from megatron_slm.reference.checkpoint import (
     ReferenceCheckpoint,
     checkpoint_fingerprint,

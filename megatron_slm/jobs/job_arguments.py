@@ -7,6 +7,7 @@ from argparse import Namespace
 from megatron.training.arguments import validate_args
 from megatron.training.global_vars import set_global_variables
 
+from megatron_slm.model.hybrid_pattern import layers_of
 from megatron_slm.training.command_line.parsing import DEFAULTS
 from megatron_slm.training.command_line.refusals import in_one_line
 
@@ -30,6 +31,8 @@ def settle_arguments(args: Namespace, model: Namespace) -> None:
         setattr(args, name, None)
     args.num_layers_per_virtual_pipeline_stage = args.num_virtual_stages_per_pipeline_rank = None
     args.pipeline_model_parallel_layout = None
+    if args.hybrid_layer_pattern is not None:
+        args.hybrid_layer_pattern = layers_of(args.hybrid_layer_pattern)
     args.tensorboard_dir, args.wandb_project = None, ""  # this job does not write to the run's logs
     args.exit_signal_handler = False  # a killed job can be continued like any other
     with in_one_line():

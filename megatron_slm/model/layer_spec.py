@@ -15,8 +15,6 @@ group is repeated for its heads (with grouped ones torch would fall back to floa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -28,7 +26,7 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -36,12 +34,7 @@ from torch.nn.functional import dropout, scaled_dot_product_attention
 
 from megatron_slm.errors import UserError
 from megatron_slm.model.documents import Documents, PackedForPlainLayers, SeparateDocuments, zigzag
-from megatron_slm.model.torch_dist import NO_EXTRA_STATE
-
-# Modules of their own with Transformer Engine too, which fuses other norms with what follows them.
-SEPARATE_NORMS = ("final_layernorm", "q_layernorm", "k_layernorm")
-NORM_OF_EXPERTS = "pre_mlp_layernorm"  # one of these where a layer has experts
-PLAIN_NORMS = (torch.nn.RMSNorm, torch.nn.LayerNorm)
+from megatron_slm.model.extra_states import NORM_OF_EXPERTS
 
 
 def plain_block_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
@@ -53,7 +46,7 @@ def plain_block_spec(config: Any, vp_stage: int | None = None) -> TransformerBlo
     Raises:
         UserError: for an option that only Transformer Engine offers.
     """
-    _check(config)
+    check_plain(config)
     transformer = getattr(config, "transformer", config)
     block = get_gpt_decoder_block_spec(
         transformer,
@@ -62,21 +55,34 @@ def plain_block_spec(config: Any, vp_stage: int | None = None) -> TransformerBlo
         vp_stage=vp_stage,
     )
     for layer in block.layer_specs:  # layers of one kind share their spec
-        parts = layer.submodules
-        parts.input_layernorm = parts.pre_mlp_layernorm = SequenceParallelNorm
-        parts.self_attention.module = DocumentAttention
-        attention = parts.self_attention.submodules
-        attention.core_attention = GatheredAttention
-        if config.qk_layernorm:
-            attention.q_layernorm = attention.k_layernorm = SequenceParallelNorm
-        if getattr(parts.mlp, "func", None) is MoELayer:
-            # Transformer Engine has no linear layer to fuse this norm with, and keeps its name.
-            parts.sharded_state_dict_keys_map.pop(f"{NORM_OF_EXPERTS}.", None)
+        make_plain(layer.submodules, config.qk_layernorm)
     block.layer_norm = SequenceParallelNorm
     return block
 
 
-def _check(config: Any) -> None:
+def make_plain(parts: TransformerLayerSubmodules, qk_layernorm: bool) -> None:
+    """Replace the parts of one of Megatron's local layers that Transformer Engine would have to
+    replace for sequence and context parallelism."""
+    parts.input_layernorm = parts.pre_mlp_layernorm = SequenceParallelNorm
+    parts.self_attention.module = DocumentAttention
+    attention = parts.self_attention.submodules
+    attention.core_attention = GatheredAttention
+    if qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = SequenceParallelNorm
+    if getattr(parts.mlp, "func", None) is MoELayer:
+        # Transformer Engine has no linear layer to fuse this norm with, and keeps its name.
+        parts.sharded_state_dict_keys_map.pop(f"{NORM_OF_EXPERTS}.", None)
+
+
+def check_plain(config: Any) -> None:
+    """Refuse options that only Transformer Engine offers.
+
+    Args:
+        config: the configuration of a model that is to have plain layers.
+
+    Raises:
+        UserError: there is such an option; the message names it.
+    """
     unsupported = {
         "multi_latent_attention": "multi-latent attention",
         "experimental_attention_variant": "experimental attention variants",
@@ -103,35 +109,6 @@ class SequenceParallelNorm:
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel
         return norm
-
-
-@contextmanager
-def extra_states(model: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """While a checkpoint is saved: give it the extra states, empty as without fp8, that Transformer
-    Engine's norms ask for.  Plain norms ask for none, so that checkpoints without them load."""
-
-    def add(norm: torch.nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-        state[f"{prefix}_extra_state"] = NO_EXTRA_STATE
-
-    hooks = [
-        norm.register_state_dict_post_hook(add)
-        for chunk in model
-        for norm in _separate_norms(chunk)
-        if isinstance(norm, PLAIN_NORMS)
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _separate_norms(chunk: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    for name, module in chunk.named_modules():
-        if name.endswith(SEPARATE_NORMS):
-            yield module
-        elif isinstance(module, TransformerLayer) and isinstance(module.mlp, MoELayer):
-            yield module.get_submodule(NORM_OF_EXPERTS)
 
 
 class DocumentAttention(SelfAttention):

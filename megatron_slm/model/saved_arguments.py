@@ -66,7 +66,7 @@ KNOWN_ARGUMENTS: list[tuple[Any, str]] = [
         _Text | None,
         """
         position_embedding_type normalization softmax_type slm_model_type slm_tokenizer
-        slm_reference_identity tokenizer_type tokenizer_model
+        slm_reference_identity tokenizer_type tokenizer_model hybrid_layer_pattern
         """,
     ),
     (tuple[int, int] | None, "window_size"),

@@ -23,8 +23,8 @@ from torch import distributed
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_slm.errors import UserError
-from megatron_slm.model.gpt_config import build_gpt
 from megatron_slm.model.layer_spec import plain_block_spec
+from megatron_slm.model.model_config import build_stage
 from megatron_slm.planning.recipe import LaunchRecipe, parse, reference_checkpoints
 from megatron_slm.reference.online import frozen_arguments, reference_arguments
 from megatron_slm.training.settings import settings_from_arguments
@@ -153,7 +153,7 @@ def _build_and_pass(args: Namespace, vp_stage: int | None, what: str) -> int:
     virtual = {"ignore_virtual": vp_stage is None, "vp_stage": vp_stage}
     first, last = mpu.is_pipeline_first_stage(**virtual), mpu.is_pipeline_last_stage(**virtual)
     try:
-        model: Any = build_gpt(args, plain_block_spec, first=first, last=last, vp_stage=vp_stage)
+        model: Any = build_stage(args, plain_block_spec, first=first, last=last, vp_stage=vp_stage)
     except (AssertionError, ValueError) as error:
         raise UserError(f"{what} cannot be built: {error}") from error
     # The shape that the schedule receives from the previous stage and sends to the next.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_slm.errors import UserError
+from megatron_slm.model.hybrid_pattern import SPECS, check_layers
 from megatron_slm.model.routing import OTHER_ROUTING, balancing_of
 from megatron_slm.model.torch_dist import TorchDistReader, iteration_directory
 
@@ -39,7 +40,7 @@ ARCHITECTURE = """
     num_experts moe_layer_freq moe_ffn_hidden_size moe_shared_expert_intermediate_size
     moe_shared_expert_gate moe_router_topk moe_router_score_function moe_router_pre_softmax
     moe_router_topk_scaling_factor moe_router_num_groups moe_router_group_topk
-    moe_router_enable_expert_bias moe_apply_probs_on_input moe_latent_size
+    moe_router_enable_expert_bias moe_apply_probs_on_input moe_latent_size hybrid_layer_pattern
 """.split()
 
 UNSUPPORTED_MODELS = {
@@ -47,7 +48,6 @@ UNSUPPORTED_MODELS = {
     "experimental_attention_variant": "an experimental attention variant",
     "heterogeneous_layers_config_path": "heterogeneous layers",
     "heterogeneous_layers_config_encoded_json": "heterogeneous layers",
-    "hybrid_layer_pattern": "hybrid layers",
     "spec": "a layer spec of its own",
 }
 
@@ -86,6 +86,12 @@ def open_checkpoint(
     """
     directory = iteration_directory(Path(load), step, *flags)
     arguments = TorchDistReader(directory).arguments
+    pattern = getattr(arguments, "hybrid_layer_pattern", None)
+    if pattern is not None:
+        check_layers(pattern, f"the reference in {directory}")
+        spec = getattr(arguments, "spec", None)
+        if isinstance(spec, list | tuple) and spec and spec[-1] in SPECS:
+            arguments.spec = None  # the layers that hybrid models have without it
     for name, what in UNSUPPORTED_MODELS.items():
         if getattr(arguments, name, None):
             raise UserError(f"the reference in {directory} has {what}, which is not supported")

@@ -19,8 +19,11 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, mpu
+from megatron.core.dist_checkpointing.gpt_checkpoint_interop import (
+    gpt_compatible_layer_maps,
+    retarget_sharded_state_dict_to_gpt_checkpoint,
+)
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.core.models.gpt import GPTModel
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
@@ -29,7 +32,7 @@ from megatron_slm.files import write_whole
 from megatron_slm.loss import Scoring
 from megatron_slm.model.torch_dist import TRACKER
 from megatron_slm.reference.checkpoint import open_checkpoint
-from megatron_slm.reference.online import OnlineReference, build_model, gpt
+from megatron_slm.reference.online import OnlineReference, build_model, unwrapped
 
 DIRECTORY = "ema"
 
@@ -64,7 +67,9 @@ class MovingAverage(OnlineReference):
         self.followed: int | None = None  # the last iteration that the average has taken in
         if resume is not None:
             directory, iteration = resume
-            self.average = [_float_copy(weight) for weight in _weights(gpt(self.model)).values()]
+            self.average = [
+                _float_copy(weight) for weight in _weights(unwrapped(self.model)).values()
+            ]
             self._load(Path(directory) / DIRECTORY, iteration)
 
     @torch.no_grad()
@@ -81,7 +86,7 @@ class MovingAverage(OnlineReference):
             UserError: the policy's layers are cut otherwise than the reference's.
         """
         (chunk,) = unwrap_model(list(policy))
-        theirs, own = _weights(chunk), _weights(gpt(self.model))
+        theirs, own = _weights(chunk), _weights(unwrapped(self.model))
         if {name: p.shape for name, p in own.items()} != {n: p.shape for n, p in theirs.items()}:
             raise UserError(
                 "--slm-reference ema needs a policy with the same number of layers on each "
@@ -119,10 +124,17 @@ class MovingAverage(OnlineReference):
 
     def _load(self, load: Path, iteration: int) -> None:
         flags = ("--slm-reference ema, resumed from --load: the average in", "--ckpt-step")
-        directory = str(open_checkpoint(str(load), iteration, flags).directory)
+        checkpoint = open_checkpoint(str(load), iteration, flags)
         metadata = {"dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
-        own = _weights(gpt(self.model))
-        loaded = dist_checkpointing.load({"model": self._sharded(metadata)}, directory)["model"]
+        own = _weights(unwrapped(self.model))
+        wanted = self._sharded(metadata)
+        pattern = self.arguments.hybrid_layer_pattern
+        if pattern is not None and not checkpoint.architecture().get("hybrid_layer_pattern"):
+            # Megatron has loaded the policy from the same GPT, in the same way.
+            retarget_sharded_state_dict_to_gpt_checkpoint(
+                wanted, gpt_compatible_layer_maps(pattern)
+            )
+        loaded = dist_checkpointing.load({"model": wanted}, str(checkpoint.directory))["model"]
         assert self.average is not None
         for average, (name, weight) in zip(self.average, own.items(), strict=True):
             average.copy_(loaded[name])
@@ -131,7 +143,7 @@ class MovingAverage(OnlineReference):
     def _sharded(self, metadata: dict[str, Any]) -> dict[str, Any]:
         """Return the model's sharded state dict, with averages in place of its weights."""
         assert self.average is not None
-        model: GPTModel = gpt(self.model)
+        model = unwrapped(self.model)
         parts = model.sharded_state_dict(metadata=metadata)  # may move a router's bias to float32
         averages = {
             weight.data_ptr(): average

@@ -19,7 +19,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 ALIGNMENT = 512  # bytes, the alignment of torch's allocator
@@ -31,7 +30,7 @@ class StreamedLayers:
     begin() must be called before the model's forward passes, and end() after them.
     """
 
-    def __init__(self, model: GPTModel) -> None:
+    def __init__(self, model: Any) -> None:
         self.layers = [_Buffer(list(layer.parameters())) for layer in model.decoder.layers]
         embedding = list(model.embedding.parameters()) if model.pre_process else []
         placed = {id(p) for layer in self.layers for p in layer.parameters} | set(

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, mpu
-from megatron.core.models.gpt import GPTModel
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.pipeline_parallel.schedules import (
     forward_backward_no_pipelining,
     forward_backward_pipelining_without_interleaving,
@@ -36,7 +36,8 @@ from torch import Tensor
 from megatron_slm.errors import UserError
 from megatron_slm.loss import Scoring, all_losses
 from megatron_slm.model.documents import activation_shape, by_sample
-from megatron_slm.model.gpt_config import build_gpt
+from megatron_slm.model.hybrid_pattern import layers_of
+from megatron_slm.model.model_config import build_stage
 from megatron_slm.reference import Reference, Scored
 from megatron_slm.reference.checkpoint import UNSUPPORTED_MODELS, ReferenceCheckpoint
 from megatron_slm.reference.fp8 import check_fp8
@@ -44,7 +45,7 @@ from megatron_slm.reference.offload import StreamedLayers
 
 
 class OnlineReference(Reference):
-    """A frozen GPT, and the pass that scores with it."""
+    """A frozen model, and the pass that scores with it."""
 
     def __init__(self, model: torch.nn.Module, arguments: Namespace, scoring: Scoring) -> None:
         """Take a model, whose vocabulary may be padded differently than the policy's.
@@ -58,7 +59,9 @@ class OnlineReference(Reference):
         self.scoring = scoring
         self.arguments = arguments
         self.micro_batch_size = arguments.slm_reference_micro_batch_size
-        self.streamed = StreamedLayers(gpt(model)) if arguments.slm_reference_offload else None
+        self.streamed = (
+            StreamedLayers(unwrapped(model)) if arguments.slm_reference_offload else None
+        )
 
     @torch.no_grad()
     def score(
@@ -117,7 +120,7 @@ def frozen_reference(
         checkpoint: where the weights are.
         arguments: the reference's arguments, from reference_arguments().
         scoring: what to compute.
-        layer_spec: makes the layers from a (GPTModelConfig, vp_stage); None for Megatron's choice.
+        layer_spec: as for model_config.
     """
     model = build_model(arguments, layer_spec)
     load_weights(model, checkpoint)
@@ -147,6 +150,7 @@ def frozen_arguments(arguments: Namespace) -> Namespace:
     for name in UNSUPPORTED_MODELS:
         setattr(own, name, None)
     own.multi_latent_attention = False
+    own.mtp_num_layers = None  # what they predict is not scored
     # The reference has one model chunk on each stage, whatever the layout of the policy's layers.
     own.virtual_pipeline_model_parallel_size = None
     own.num_layers_per_virtual_pipeline_stage = None
@@ -187,10 +191,13 @@ def reference_arguments(checkpoint: ReferenceCheckpoint, arguments: Namespace) -
         UserError: the reference cannot be cut as the policy is.
     """
     own = copy(arguments)
-    own.num_experts = None  # unless the reference has some of its own
+    own.num_experts = own.hybrid_layer_pattern = None  # unless the reference has its own
     for name, value in checkpoint.architecture().items():
         setattr(own, name, value)
     own = frozen_arguments(own)
+    if own.hybrid_layer_pattern is not None:
+        own.hybrid_layer_pattern = layers_of(own.hybrid_layer_pattern)  # whatever its own stages
+        own.num_layers = len(own.hybrid_layer_pattern)
     if not own.num_experts:
         own.expert_model_parallel_size = 1
         own.moe_ffn_hidden_size = own.moe_shared_expert_intermediate_size = None
@@ -225,15 +232,15 @@ def reference_arguments(checkpoint: ReferenceCheckpoint, arguments: Namespace) -
 
 
 def build_model(arguments: Namespace, layer_spec: Callable[..., Any] | None) -> torch.nn.Module:
-    """Build this rank's part of a frozen GPT, whose weights mean nothing yet.
+    """Build this rank's part of a frozen model, whose weights mean nothing yet.
 
     Args:
         arguments: the reference's arguments.
-        layer_spec: makes the layers from a (GPTModelConfig, vp_stage); None for Megatron's choice.
+        layer_spec: as for model_config.
     """
     # An embedding of learned positions draws its weights even if it is told not to.
     with torch.random.fork_rng(devices=[]):
-        model: torch.nn.Module = build_gpt(
+        model: torch.nn.Module = build_stage(
             arguments,
             layer_spec,
             first=mpu.is_pipeline_first_stage(),
@@ -247,10 +254,10 @@ def build_model(arguments: Namespace, layer_spec: Callable[..., Any] | None) -> 
     return model.eval()
 
 
-def gpt(model: torch.nn.Module) -> GPTModel:
+def unwrapped(model: torch.nn.Module) -> LanguageModule:
     """Return the model within Megatron's wrapper for 16 bits, if it has one."""
     inner = model.module if isinstance(model, Float16Module) else model
-    assert isinstance(inner, GPTModel)
+    assert isinstance(inner, LanguageModule)
     return inner
 
 
@@ -260,7 +267,7 @@ def load_weights(model: torch.nn.Module, checkpoint: ReferenceCheckpoint) -> Non
     Raises:
         UserError: ranks found different checkpoints.
     """
-    inner = gpt(model)
+    inner = unwrapped(model)
     directory = str(checkpoint.directory)
     everywhere: list[str] = [""] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everywhere, directory)

@@ -1,8 +1,9 @@
-"""Let the auxiliary losses of experts weigh what they weigh in plain Megatron.
+"""Let auxiliary losses weigh what they weigh in plain Megatron: those of experts, and the losses of
+layers that predict more tokens, which count all valid tokens.
 
-A router multiplies its auxiliary losses by the tokens of the micro-batch, and Megatron divides all
-gradients by the tokens that the loss counts.  In causal language modeling these are the valid ones,
-and the two cancel but for masked tokens.  Here they are the selected ones, which would make the
+Megatron multiplies them by the tokens of the micro-batch, and divides all gradients by the tokens
+that the loss counts.  In causal language modeling these are the valid ones, and the two cancel, for
+experts but for masked tokens.  Here they are the selected ones, which would make the
 auxiliary losses 1/k times too strong.  So they are scaled by selected / valid of the step.
 
 The factor is known before the first backward pass, since the number of selected tokens follows from
@@ -11,6 +12,7 @@ the loss masks.  The last pipeline stage, which has the masks, sends it to the o
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,12 +22,24 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_slm.selection import TokenSelector
+from megatron_slm.training.command_line.experts import has_auxiliary_losses
 from megatron_slm.training.micro_batch import MicroBatch
 from megatron_slm.training.settings import Step
 
 
+def auxiliary_scale(args: Namespace, model: Sequence[torch.nn.Module]) -> AuxiliaryScale | None:
+    """Return the scale of a run's auxiliary losses; None if it has none.
+
+    Args:
+        args: Megatron's arguments.
+        model: the policy's model chunks.
+    """
+    return AuxiliaryScale(model) if has_auxiliary_losses(args) or args.mtp_num_layers else None
+
+
 class AuxiliaryScale:
-    """The scale of a run's auxiliary losses: Megatron's `moe_grad_scale_func`."""
+    """The scale of a run's auxiliary losses: Megatron's `moe_grad_scale_func` and
+    `mtp_grad_scale_func`."""
 
     def __init__(self, model: Sequence[torch.nn.Module]) -> None:
         """Take the place of Megatron's own scale, which this one includes.
@@ -37,7 +51,8 @@ class AuxiliaryScale:
         """The share of the step's valid tokens that is selected."""
         self.config: Any = get_model_config(model[0])
         for chunk in model:
-            get_model_config(chunk).moe_grad_scale_func = self
+            config = get_model_config(chunk)
+            config.moe_grad_scale_func = config.mtp_grad_scale_func = self
 
     def __call__(self) -> Tensor:
         """Return the scale by which the backward pass multiplies auxiliary losses, float32 [1]."""

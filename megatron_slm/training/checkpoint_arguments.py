@@ -16,9 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron.core.dist_checkpointing.gpt_checkpoint_interop import gpt_compatible_layer_maps
+
 from megatron_slm.errors import UserError
 from megatron_slm.model.architecture import NOT_TAKEN_BY_MEGATRON, vocabulary_of
 from megatron_slm.model.checkpoint_table import FORMAT_FILE
+from megatron_slm.model.hybrid_pattern import layers_of
 from megatron_slm.model.torch_dist import TRACKER, TorchDistReader, iteration_directory
 from megatron_slm.model.unpickling import check_file, refuse_code
 from megatron_slm.reference.checkpoint import ARCHITECTURE
@@ -140,6 +143,8 @@ def differences(
     Arguments that `saved` lacks are not compared; vocabularies may differ within their padding.
     """
     there, here = _shape(vars(saved)), _shape(vars(args))
+    if here.get("hybrid_layer_pattern") and not there.get("hybrid_layer_pattern"):
+        _read_as_gpt(here)
     found = [
         (name, there[name], here[name])
         for name in ARCHITECTURE
@@ -226,7 +231,19 @@ def _shape(arguments: dict[str, Any]) -> dict[str, Any]:
         shape.pop("max_position_embeddings", None)
     if not shape.get("use_rope_scaling"):
         shape.pop("rope_scaling_factor", None)
+    if shape.get("hybrid_layer_pattern"):
+        shape["hybrid_layer_pattern"] = layers_of(shape["hybrid_layer_pattern"])
     return shape
+
+
+def _read_as_gpt(hybrid: dict[str, Any]) -> None:
+    """Change the shape of a hybrid model to that of the GPT whose checkpoint Megatron loads into
+    it, of which each layer becomes two.  A pattern that no GPT fits is left."""
+    try:
+        layers = gpt_compatible_layer_maps(hybrid["hybrid_layer_pattern"]).num_gpt_layers
+    except ValueError:
+        return
+    hybrid |= {"num_layers": layers, "hybrid_layer_pattern": None}
 
 
 def _same(one: Any, other: Any) -> bool:

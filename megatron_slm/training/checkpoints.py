@@ -29,7 +29,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_slm.errors import UserError
 from megatron_slm.files import write_whole
-from megatron_slm.model.layer_spec import extra_states
+from megatron_slm.model.extra_states import extra_states
 from megatron_slm.model.torch_dist import TRACKER, saved_iteration
 from megatron_slm.training import helper_processes
 from megatron_slm.training.nan import check_weights

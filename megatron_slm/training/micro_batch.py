@@ -114,6 +114,8 @@ class MicroBatch:
             "attention_mask": None,
             "labels": _joined([batch.labels for batch in batches]),
         }
+        if args.mtp_num_layers:  # the reference has none
+            inputs["loss_mask"] = self.loss_mask
         parts = [batch.packed for batch in batches if batch.packed is not None]
         if not parts:
             return inputs
@@ -201,7 +203,7 @@ def read_micro_batches(
             tp_rank=tp_rank,
             micro_batch_size=micro_batch_size,
             seq_length=args.seq_length,
-            mtp_on_this_rank=False,
+            mtp_on_this_rank=bool(args.mtp_num_layers) and last,
             pipeline_model_parallel_size=args.pipeline_model_parallel_size,
             is_pipeline_first_stage=first,
             is_pipeline_last_stage=last,

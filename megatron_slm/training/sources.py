@@ -176,6 +176,7 @@ def _moving_average(
         ("--overlap-param-gather", args.overlap_param_gather),
         ("--non-persistent-save-interval", args.non_persistent_save_interval),
         ("--spec", args.spec),
+        ("--mtp-num-layers", args.mtp_num_layers),
         ("multi-latent attention", args.multi_latent_attention),
         ("virtual pipeline stages", args.virtual_pipeline_model_parallel_size),
         ("--pipeline-model-parallel-layout", args.pipeline_model_parallel_layout),

@@ -21,12 +21,12 @@ from megatron.training import get_args
 from torch import Tensor
 
 from megatron_slm.loss import Scoring, Selecting, Telling, dense_losses, loss_of_selected
+from megatron_slm.model.output_processor import take_output_processor
 from megatron_slm.reference import Reference, Scored
 from megatron_slm.selection import Choice, Ranks, Tokens, TokenSelector
 from megatron_slm.training import nan, selected_backward
-from megatron_slm.training.auxiliary_losses import AuxiliaryScale
+from megatron_slm.training.auxiliary_losses import auxiliary_scale
 from megatron_slm.training.carried_thresholds import CarriedThresholds
-from megatron_slm.training.command_line.experts import has_auxiliary_losses
 from megatron_slm.training.data_iterators import for_model_chunks, form_of, own_iterator
 from megatron_slm.training.device_timer import timed
 from megatron_slm.training.dump import TokenDumps
@@ -68,15 +68,15 @@ class SelectiveStep:
         """The reference that runs; None before the first step, and in a run that computes none."""
         self.step: Step | None = None
         """The current step, or the last one."""
-        selection = settings.selection
-        self.ranks_whole_steps = selection.scope == "global-batch"
+        self.ranks_whole_steps = settings.selection.scope == "global-batch"
         self.carried: CarriedThresholds | None = None
-        if self.ranks_whole_steps and not selection.exact:
+        if self.ranks_whole_steps and not settings.selection.exact:
             self.carried = CarriedThresholds(settings, resumed)
 
     def _build(self, model: list[torch.nn.Module]) -> None:
         """Build what needs process groups and the policy's loaded weights."""
-        self.auxiliary = AuxiliaryScale(model) if has_auxiliary_losses(get_args()) else None
+        take_output_processor(*model)
+        self.auxiliary = auxiliary_scale(get_args(), model)
         self.selector = TokenSelector(
             self.settings.selection,
             Ranks(
@@ -212,7 +212,7 @@ class SelectiveStep:
         return self.settings.selection.needs if self.settings.selective else frozenset()
 
     def _head(self, objective: MicroBatchObjective) -> dict[str, Any]:
-        """Return the arguments that make GPTModel.forward use another head than its own, if any."""
+        """Return the arguments that make the model use another head than its own, if any."""
         args = get_args()
         assert self.step is not None
         padded = self.step.selects and args.slm_vocab_size < args.padded_vocab_size

@@ -96,7 +96,7 @@ REFUSALS = {
     "heads": "--num-attention-heads 60 is not a multiple of",
     "batch": "--global-batch-size 100 is not a multiple of",
     "ratio": "--slm-token-ratio must be in (0, 1]",
-    "option": "--mtp-num-layers",
+    "option": "--fim-data",
     "scoring": "pretrain_slm_1b.sh scores with these settings",
     "rank": "ranks 0 to 7",
     "shapes": "returns the shape [512, 1, 8192] instead of [512, 1, 4096]",

@@ -68,6 +68,8 @@ def test_a_dump_would_change_delayed_scales(monkeypatch: pytest.MonkeyPatch) -> 
         cuda_graph_impl="none",
         tensor_parallel_num_weight_shards=None,
         num_experts=None,
+        hybrid_layer_pattern=None,
+        mtp_num_layers=None,
         sft=False,
         dataloader_inter_document_masking=False,
         reset_position_ids=False,

@@ -112,7 +112,7 @@ if __name__ == "__main__":
         "heads": refusal("pretrain_slm_70b.sh", {"EXTRA": "--num-attention-heads 60"}, 0),
         "batch": refusal("pretrain_slm_7b.sh", {"BATCH": "100"}, 0),
         "ratio": refusal("pretrain_slm_7b.sh", {"RATIO": "1.7"}, 0),
-        "option": refusal("pretrain_slm_7b.sh", {"EXTRA": "--mtp-num-layers 1"}, 0),
+        "option": refusal("pretrain_slm_7b.sh", {"EXTRA": "--fim-data"}, 0),
         "scoring": refusal("pretrain_slm_1b.sh", {"SCORE": "1", "CACHE": "scores"}, 0),
         "rank": refusal("pretrain_slm_1b.sh", {}, 8),
         "shapes": wrong_shapes(),

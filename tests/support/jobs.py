@@ -98,6 +98,12 @@ class Checkpoints:
         return [*self.without_reference, "--slm-reference-load", str(self.reference)]
 
 
+def as_hybrid(arguments: list[str], pattern: str) -> list[str]:
+    """Return the arguments of a GPT's run with a hybrid model in the GPT's place."""
+    at = arguments.index("--num-layers")
+    return [*arguments[:at], "--hybrid-layer-pattern", pattern, *arguments[at + 2 :]]
+
+
 def from_own_checkpoint(arguments: list[str], saved: Path) -> list[str]:
     """Return the arguments of the same run, started from its own checkpoint."""
     at = arguments.index("--load")

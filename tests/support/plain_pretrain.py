@@ -59,7 +59,7 @@ def forward_step(data_iterator, model):
     """Pass a micro-batch through the model."""
     vp_stage = get_attr_wrapped_model(model, "vp_stage")
     tokens, position_ids, labels, loss_mask = get_batch(data_iterator, vp_stage)
-    output = model(tokens, position_ids, None, labels=labels)
+    output = model(tokens, position_ids, None, labels=labels, loss_mask=loss_mask)
     return output, partial(loss_func, loss_mask)
 
 

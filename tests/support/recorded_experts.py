@@ -1,5 +1,5 @@
-"""recorded_pretrain.py, and of a policy's routers: the gradients of each step, and what passes that
-are not training changed, in recorded/experts*.pt."""
+"""recorded_pretrain.py, and of a policy's routers and of its layers that predict more tokens: the
+gradients of each step, and what passes that are not training changed, in recorded/experts*.pt."""
 
 from __future__ import annotations
 
@@ -24,7 +24,13 @@ def train_recorded(args: Namespace) -> None:
     from megatron_slm.training import step
 
     routers: list[TopKRouter] = []
-    seen: dict[str, Any] = {"gradients": [], "passes": [], "moved": [], "counted": 0.0}
+    seen: dict[str, Any] = {
+        "gradients": [],
+        "further": [],
+        "passes": [],
+        "moved": [],
+        "counted": 0.0,
+    }
     construct, finalize = TopKRouter.__init__, training.finalize_model_grads
 
     def construct_noted(self: TopKRouter, *args: Any, **kwargs: Any) -> None:
@@ -39,6 +45,14 @@ def train_recorded(args: Namespace) -> None:
             r.layer_number: r.weight.main_grad.clone() for r in routers if r.weight.requires_grad
         }
         seen["gradients"].append(own)
+        seen["further"].append(
+            {
+                name[name.index("mtp.") :]: weight.main_grad.clone()
+                for chunk in model
+                for name, weight in chunk.named_parameters()
+                if "mtp." in name
+            }
+        )
 
     def state() -> dict[str, Any]:
         buffers = {

@@ -188,7 +188,14 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         lambda _: ["--slm-dump-interval", "0", "--slm-dump-dir", "dump"],
         "must be at least 1",
     ),
-    "multi-token prediction": (lambda _: ["--mtp-num-layers", "1"], "--mtp-num-layers"),
+    "multi-token prediction in a scope that is not known before": (
+        lambda _: ["--mtp-num-layers", "1", "--slm-scope", "document"],
+        "--mtp-num-layers cannot be used with --slm-scope document",
+    ),
+    "layers without their kernels": (
+        lambda _: ["--hybrid-layer-pattern", "M-*-"],
+        "layers M (Mamba) need Transformer Engine and mamba-ssm",
+    ),
     "positions that rope does not read": (
         lambda _: ["--reset-position-ids"],
         "--reset-position-ids does not reach --position-embedding-type rope",

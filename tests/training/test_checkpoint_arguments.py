@@ -83,3 +83,18 @@ def test_vocabularies_differ_by_padding_alone() -> None:
         base = imported(replace(MISTRAL_V1, vocabulary=saved), padded_vocab_size=32064)
         found = differences(base, recipe(slm_vocab_size=tokens))
         assert [name for name, *_ in found] == ["vocab_size"] * differ, (saved, tokens)
+
+
+def test_a_gpt_becomes_a_hybrid_model() -> None:
+    """Megatron loads it into twice as many layers; a hybrid model's pattern has to be the same, but
+    for its stages, and there is no way back."""
+    layers = "*-" * 32
+    gpt, hybrid = recipe(), recipe(num_layers=64, hybrid_layer_pattern=layers)
+    staged = recipe(num_layers=64, hybrid_layer_pattern=f"{layers[:32]}|{layers[32:]}")
+    assert not differences(imported(MISTRAL_V1), hybrid)
+    assert not differences(hybrid, staged)
+    other = recipe(num_layers=62, hybrid_layer_pattern="*-" * 31)
+    assert differences(imported(MISTRAL_V1), other) == [("num_layers", 32, 31)]
+    assert [name for name, *_ in differences(hybrid, gpt)] == ["num_layers", "hybrid_layer_pattern"]
+    mixed = recipe(num_layers=64, hybrid_layer_pattern=f"*{layers[1:]}-")
+    assert differences(hybrid, mixed)

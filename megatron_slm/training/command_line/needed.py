@@ -28,6 +28,7 @@ OF_A_RUN = (*OF_THE_MODEL, *OF_THE_DATA, "length", "lr", "eval_interval", "save_
 # Options that stand in for a needed one, whose name in the parsed arguments they share.
 STAND_INS = {
     "--encoder-num-layers": "num_layers",
+    "--hybrid-layer-pattern": "num_layers",
     "--encoder-seq-length": "seq_length",
     "--data-args-path": "data",
     "--train-data-path": "data",
