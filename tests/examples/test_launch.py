@@ -341,7 +341,10 @@ def test_the_status_is_that_of_what_was_started(code: int, when: str) -> None:
     assert subprocess.run(["bash", "-c", script], check=False, timeout=30).returncode == code
 
 
-@pytest.mark.parametrize("size", ["1b", "7b", "13b", "70b", "qwen3-8b", "llama3-8b"])
+SIZES = ("1b", "7b", "13b", "70b", "qwen3-8b", "llama3-8b", "qwen3-30b-a3b", "mixtral-8x7b")
+
+
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("domain", ["math", "general"])
 def test_references_go_where_policies_look(domain: str, size: str) -> None:
     name = "general" if domain == "general" else size.replace("-", "_")
