@@ -214,7 +214,7 @@ def test_everything_with_experts(at: Directory) -> None:
     small += " --pipeline-model-parallel-size 1 --tokenizer-type SentencePieceTokenizer"
     alone, shared = (f"{small} --expert-model-parallel-size {size}" for size in (1, 2))
     policy = {"TOKENS": STEPS * 16 * 64, "LR": 3e-3, "CACHE": "moe-scores"}
-    policy["TOKENIZER"] = "tokenizer.model"
+    policy |= {"TOKENIZER": "tokenizer.model", "RATIO": RATIO}
     reference = policy | {"TOKENS": 10_000, "SIZE": "qwen3-30b-a3b", "EXTRA": shared}
     recipe = "pretrain_slm_qwen3_30b_a3b"
     with serving() as server:
@@ -228,8 +228,8 @@ def test_everything_with_experts(at: Directory) -> None:
     losses = at.scalars(saved.name, "all-token loss")
     assert losses[0] > losses[-1] + 0.5
     assert at.scalars(saved.name, "reference loss")[0] < losses[0]
-    balance = at.scalars(saved.name, "global_load_balancing_loss")
-    assert len(balance) == STEPS and min(balance) > 0
+    # 1 where experts are equally popular.
+    assert at.scalars(saved.name, "global_load_balancing_loss")[0] == pytest.approx(1, abs=0.1)
 
     export = ["export", "--load", saved, "--hf", at.path / "moe-policy-hf"]
     exported = run_tool("convert_checkpoint", *export, "--like", at.path / "moe-hf")
