@@ -97,10 +97,25 @@ _check_names() {
     wrong+=("$1 names no $3: $value")
 }
 
+# Leaves words out of the command.
+_leave_out() {
+    local word kept=()
+    for word in "${torchrun[@]}"; do
+        [[ " $* " == *" $word "* ]] || kept+=("$word")
+    done
+    torchrun=("${kept[@]}")
+}
+
+# Without Transformer Engine experts compute one after another, in plain torch.
+_check_kernels() {
+    [[ " ${torchrun[*]} " == *" --moe-"* ]] || return 0
+    python -c 'import transformer_engine' 2>/dev/null ||
+        _leave_out --moe-grouped-gemm --moe-permute-fusion
+}
+
 # Megatron's distributed optimizer can only resume with the Adam of Transformer Engine or Apex.  On a
 # single rank there is nothing to distribute, so the option is dropped.
 _check_optimizer() {
-    local word kept=()
     [[ " ${torchrun[*]} " == *" --use-distributed-optimizer "* ]] || return 0
     ! python -c 'try: from transformer_engine.pytorch.optimizers import FusedAdam
 except ImportError: from apex.optimizers import FusedAdam' 2>/dev/null || return 0
@@ -109,13 +124,8 @@ except ImportError: from apex.optimizers import FusedAdam' 2>/dev/null || return
 neither: see use_environment cuda and container in tools/environment.sh")
         return
     fi
-    for word in "${torchrun[@]}"; do
-        case "$word" in
-        --use-distributed-optimizer | --dist-ckpt-optim-fully-reshardable | --overlap-param-gather) ;;
-        *) kept+=("$word") ;;
-        esac
-    done
-    torchrun=("${kept[@]}")
+    _leave_out --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable \
+        --overlap-param-gather
     echo "note: without Transformer Engine or Apex there is no distributed optimizer, which one GPU \
 does not need; layers are of plain torch, to try things out" >&2
 }
@@ -199,6 +209,7 @@ _run_node() {
     elif [ -f "$slm_root/.venv/bin/activate" ] && ! _has_megatron_slm; then
         source "$slm_root/.venv/bin/activate"
     fi
+    _check_kernels
     if [ "$CHECK" = 1 ]; then _check_node; fi
     (trap '' TERM USR1 && exec "${torchrun[@]}") &
     started=$!

@@ -4,7 +4,8 @@
 #
 # Variables (and those of launch.sh, for nodes, Slurm, containers and restarts):
 #
-#   SIZE        1b (the paper's), 7b, 13b, 70b, qwen3-8b or llama3-8b: of the policy
+#   SIZE        1b (the paper's), 7b, 13b, 70b, qwen3-8b, llama3-8b, qwen3-30b-a3b or mixtral-8x7b: of
+#               the policy
 #   DATA        data/general-reference.data-args.txt: examples/mixes/general-reference-1.9b.yaml
 #               as tools/build_mix.py wrote it; or the prefix of a tokenized corpus, or a blend
 #               (weight prefix weight prefix ...)

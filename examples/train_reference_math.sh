@@ -4,7 +4,8 @@
 #
 # Variables (and those of launch.sh, for nodes, Slurm, containers and restarts):
 #
-#   SIZE        1b, 7b (the paper's), 13b, 70b, qwen3-8b or llama3-8b: of the policy
+#   SIZE        1b, 7b (the paper's), 13b, 70b, qwen3-8b, llama3-8b, qwen3-30b-a3b or mixtral-8x7b: of
+#               the policy
 #   DATA        data/math-reference.data-args.txt: examples/mixes/math-reference-0.5b.yaml
 #               as tools/build_mix.py wrote it; or the prefix of a tokenized corpus, or a blend
 #               (weight prefix weight prefix ...)
@@ -22,7 +23,7 @@
 #   NODES       nodes of 8 GPUs
 #
 # NODES, BASE, BATCH, SEQUENCE, MICRO_BATCH and SAVE_EVERY have training.sh's values for the size,
-# and so has TOKENIZER for qwen3-8b and llama3-8b.
+# and so has TOKENIZER for qwen3-8b, llama3-8b and qwen3-30b-a3b.
 #
 # The paper's: tokens, epochs, peak learning rate and length (1B and 7B), cosine.  Ours: the corpus,
 # since its own was not published, batch, warm-up, minimum, weight decay, beta2, and all of 13B

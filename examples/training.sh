@@ -9,6 +9,10 @@
 llama=(--position-embedding-type rope --rotary-base 10000 --normalization RMSNorm
     --norm-epsilon 1e-5 --swiglu --disable-bias-linear --untie-embeddings-and-output-weights
     --attention-dropout 0 --hidden-dropout 0)
+# What mixtures of experts have.  The last two need Transformer Engine: launch.sh leaves them out where
+# there is none.
+experts=(--moe-token-dispatcher-type alltoall --moe-router-dtype fp32 --moe-grouped-gemm
+    --moe-permute-fusion)
 tokenizer_type=SentencePieceTokenizer
 case "$SIZE" in
 1b) # TinyLlama-1.1B
@@ -63,8 +67,32 @@ llama3-8b) # Llama-3.1-8B
     layout=(--tensor-model-parallel-size 2 --sequence-parallel)
     tokenizer_type=HuggingFaceTokenizer
     ;;
+qwen3-30b-a3b) # Qwen3-30B-A3B-Base, with the rows of Qwen3-8B's table
+    : "${NODES:=4}" "${BASE:=checkpoints/qwen3-30b-a3b}" "${SEQUENCE:=4096}"
+    : "${BATCH:=256}" "${MICRO_BATCH:=1}" "${SAVE_EVERY:=500}" "${TOKENIZER:=Qwen3-30B-A3B-Base}"
+    model=(--num-layers 48 --hidden-size 2048 --ffn-hidden-size 6144 --num-attention-heads 32
+        --group-query-attention --num-query-groups 4 --kv-channels 128 --qk-layernorm
+        --max-position-embeddings 32768 --rotary-base 1000000 --norm-epsilon 1e-6
+        --padded-vocab-size 151936 --slm-changed vocab_size
+        --num-experts 128 --moe-router-topk 8 --moe-ffn-hidden-size 768
+        --moe-router-load-balancing-type global_aux_loss --moe-aux-loss-coeff 1e-3 "${experts[@]}")
+    layout=(--pipeline-model-parallel-size 2 --expert-model-parallel-size 8)
+    tokenizer_type=HuggingFaceTokenizer
+    ;;
+mixtral-8x7b) # Mixtral-8x7B
+    : "${NODES:=8}" "${BASE:=checkpoints/mixtral-8x7b}" "${SEQUENCE:=4096}"
+    : "${BATCH:=256}" "${MICRO_BATCH:=1}" "${SAVE_EVERY:=500}"
+    model=(--num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32
+        --group-query-attention --num-query-groups 8 --kv-channels 128
+        --max-position-embeddings 32768 --rotary-base 1000000
+        --num-experts 8 --moe-router-topk 2 --moe-aux-loss-coeff 0.02 "${experts[@]}")
+    layout=(--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2
+        --num-layers-per-virtual-pipeline-stage 4 --expert-model-parallel-size 8
+        --expert-tensor-parallel-size 1)
+    ;;
 *)
-    echo "error: SIZE $SIZE: there are 1b, 7b, 13b, 70b, qwen3-8b and llama3-8b" >&2
+    echo "error: SIZE $SIZE: there are 1b, 7b, 13b, 70b, qwen3-8b, llama3-8b, qwen3-30b-a3b and \
+mixtral-8x7b" >&2
     exit 2
     ;;
 esac

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -21,16 +22,20 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
-    LlamaForCausalLM,
     LlamaTokenizer,
+    PreTrainedConfig,
+    Qwen3MoeConfig,
 )
 
+from corpus import run_tool
+from forked_jobs import serving
 from launch import REPOSITORY, Run, recipe_environment
 from real_text import docstrings
 
 SENTENCEPIECE = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
 RATIO, STEPS = 0.6, 20
 SMALL = {"SEQUENCE": 64, "BATCH": 16, "MICRO_BATCH": 4}
+FUSED = ("--moe-grouped-gemm", "--moe-permute-fusion")  # what launch.sh leaves out here
 MIX = """
 budget: 10_000
 sources:
@@ -71,6 +76,12 @@ class Directory:
         command = ["bash", REPOSITORY / "examples" / f"{name}.sh"]
         return self._run(command, recipe_environment(ranks, **SMALL | settings))
 
+    def arguments(self, name: str, **settings: object) -> list[str]:
+        """Return the arguments with which examples/NAME.sh would start its program."""
+        words = shlex.split(self.recipe(name, 1, DRY_RUN=1, **settings))
+        programs = [at for at, word in enumerate(words) if word.endswith((".pretrain", ".py"))]
+        return [word for word in words[programs[0] + 1 :] if word not in FUSED]
+
     def scalars(self, run: str, tag: str) -> list[float]:
         """Return the values of a tag that a run has logged, in order."""
         return list(Run(self.path / "checkpoints" / run, [], []).scalars(tag).values())
@@ -90,14 +101,14 @@ class Directory:
         return done.stdout
 
 
-def make_model(directory: Path) -> None:
-    """Save a random Llama in bfloat16, with a real tokenizer, by transformers."""
+def make_model(directory: Path, config: type[PreTrainedConfig], **more: object) -> None:
+    """Save a random model in bfloat16, with a real tokenizer, by transformers."""
     directory.mkdir()
     (directory / "tokenizer.model").write_bytes(SENTENCEPIECE.read_bytes())
     tokenizer = LlamaTokenizer.from_pretrained(directory)
     tokenizer.save_pretrained(directory)
     torch.manual_seed(1)
-    config = LlamaConfig(
+    made = config(
         vocab_size=len(tokenizer),
         hidden_size=48,
         intermediate_size=112,
@@ -105,8 +116,9 @@ def make_model(directory: Path) -> None:
         num_attention_heads=6,
         num_key_value_heads=2,
         max_position_embeddings=256,
+        **more,
     )
-    LlamaForCausalLM(config).bfloat16().save_pretrained(directory)
+    AutoModelForCausalLM.from_config(made).bfloat16().save_pretrained(directory)
 
 
 def make_data(at: Directory) -> None:
@@ -148,13 +160,18 @@ def perplexity(model: Path, documents: list[dict[str, str]]) -> float:
     return math.exp(sum(losses) / len(losses))
 
 
-@pytest.mark.slow
-def test_everything(tmp_path: Path) -> None:
-    at = Directory(tmp_path)
-    make_model(tmp_path / "hf")
-    (tmp_path / "tokenizer.model").write_bytes(SENTENCEPIECE.read_bytes())
-    make_data(at)
+@pytest.fixture(scope="module")
+def at(tmp_path_factory: pytest.TempPathFactory) -> Directory:
+    """Make the corpora, which all models read."""
+    made = Directory(tmp_path_factory.mktemp("everything"))
+    (made.path / "tokenizer.model").write_bytes(SENTENCEPIECE.read_bytes())
+    make_data(made)
+    return made
 
+
+@pytest.mark.slow
+def test_everything(at: Directory) -> None:
+    make_model(at.path / "hf", LlamaConfig)
     said = at.tool("convert_checkpoint", "import", "--hf", "hf", "--save", "checkpoints/tinyllama")
     model = next(line for line in said.splitlines() if line.startswith("--"))
     small = f"{model} --split 90,10,0 --eval-iters 1 --num-workers 0"
@@ -165,8 +182,8 @@ def test_everything(tmp_path: Path) -> None:
 
     policy = {"TOKENS": STEPS * 16 * 64, "LR": 3e-3, "CACHE": "scores"}
     at.recipe("pretrain_slm_1b", 2, SCORE=1, EXTRA=small, **policy)
-    assert not (tmp_path / "checkpoints" / "slm-math-1b" / "tensorboard").exists()
-    (tmp_path / "checkpoints" / "reference-math-1b").rename(tmp_path / "not-needed-any-more")
+    assert not (at.path / "checkpoints" / "slm-math-1b" / "tensorboard").exists()
+    (at.path / "checkpoints" / "reference-math-1b").rename(at.path / "not-needed-any-more")
 
     layout = "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2"
     at.recipe("pretrain_slm_1b", 4, EXTRA=f"{small} {layout}", **policy)
@@ -178,20 +195,67 @@ def test_everything(tmp_path: Path) -> None:
 
     export = ["export", "--load", "checkpoints/slm-math-1b", "--hf", "policy-hf", "--like", "hf"]
     at.tool("convert_checkpoint", *export)
-    before = load_file(tmp_path / "hf" / "model.safetensors")
-    after = load_file(tmp_path / "policy-hf" / "model.safetensors")
+    all_weights_moved(at.path / "hf", at.path / "policy-hf")
+    is_better(at, "hf", "policy-hf")
+
+
+@pytest.mark.slow
+def test_everything_with_experts(at: Directory) -> None:
+    """A Qwen3-MoE, with experts shared out between two ranks; jobs are forked."""
+    mixture = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+    more = {"head_dim": 8, "norm_topk_prob": True, "mlp_only_layers": [0]}
+    make_model(at.path / "moe-hf", Qwen3MoeConfig, **mixture, **more)
+    base, saved = (
+        at.path / "checkpoints" / name for name in ("qwen3-30b-a3b", "slm-math-qwen3-30b-a3b")
+    )
+    imported = run_tool("convert_checkpoint", "import", "--hf", at.path / "moe-hf", "--save", base)
+    model = next(line for line in imported.out.splitlines() if line.startswith("--"))
+    small = f"{model} --split 90,10,0 --eval-iters 1 --num-workers 0"
+    small += " --pipeline-model-parallel-size 1 --tokenizer-type SentencePieceTokenizer"
+    alone, shared = (f"{small} --expert-model-parallel-size {size}" for size in (1, 2))
+    policy = {"TOKENS": STEPS * 16 * 64, "LR": 3e-3, "CACHE": "moe-scores"}
+    policy |= {"TOKENIZER": "tokenizer.model", "RATIO": RATIO}
+    reference = policy | {"TOKENS": 10_000, "SIZE": "qwen3-30b-a3b", "EXTRA": shared}
+    recipe = "pretrain_slm_qwen3_30b_a3b"
+    with serving() as server:
+        for tool, ranks, arguments in (
+            ("train", 2, at.arguments("train_reference_math", **reference)),
+            ("score", 1, at.arguments(recipe, SCORE=1, EXTRA=alone, **policy)),
+            ("train", 2, at.arguments(recipe, EXTRA=shared, **policy)),
+        ):
+            server.run(tool, ranks, arguments, at.path)
+    assert at.scalars(saved.name, "selected ratio") == pytest.approx([RATIO] * STEPS, abs=0.005)
+    losses = at.scalars(saved.name, "all-token loss")
+    assert losses[0] > losses[-1] + 0.5
+    assert at.scalars(saved.name, "reference loss")[0] < losses[0]
+    # 1 where experts are equally popular.
+    assert at.scalars(saved.name, "global_load_balancing_loss")[0] == pytest.approx(1, abs=0.1)
+
+    export = ["export", "--load", saved, "--hf", at.path / "moe-policy-hf"]
+    exported = run_tool("convert_checkpoint", *export, "--like", at.path / "moe-hf")
+    assert exported.code == 0, exported.err
+    all_weights_moved(at.path / "moe-hf", at.path / "moe-policy-hf")
+    is_better(at, "moe-hf", "moe-policy-hf")
+
+
+def all_weights_moved(start: Path, end: Path) -> None:
+    """Check that two models have the same tensors, and different values in each."""
+    before, after = (load_file(model / "model.safetensors") for model in (start, end))
     assert before.keys() == after.keys()
     assert not any(torch.equal(before[name], after[name]) for name in before)
 
+
+def is_better(at: Directory, start: str, end: str) -> None:
+    """Check by the task that a model has learned, and that the evaluation says what it has."""
     documents = make_task(at)
-    local = ["--tasks", "next_word", "--include-path", "tasks", "--output", "scores.json"]
-    table = at.tool("evaluate", "--model", "policy-hf", *local, "--device", "cpu")
-    (score,) = json.loads((tmp_path / "scores.json").read_text())["scores"]
+    local = ["--tasks", "next_word", "--include-path", "tasks", "--output", f"{end}.json"]
+    table = at.tool("evaluate", "--model", end, *local, "--device", "cpu")
+    (score,) = json.loads((at.path / f"{end}.json").read_text())["scores"]
     assert score["samples"] == len(documents)
-    found = {name: perplexity(tmp_path / name, documents) for name in ("hf", "policy-hf")}
+    found = {name: perplexity(at.path / name, documents) for name in (start, end)}
     # lm-eval computes in the model's bfloat16.
-    assert math.log(score["value"]) == pytest.approx(math.log(found["policy-hf"]), abs=0.03)
-    assert math.log(found["policy-hf"]) < math.log(found["hf"]) - 0.3
+    assert math.log(score["value"]) == pytest.approx(math.log(found[end]), abs=0.03)
+    assert math.log(found[end]) < math.log(found[start]) - 0.3
     row = next(line.split() for line in table.splitlines() if line.startswith("next_word"))
     assert row[1:6] == [
         "0",

@@ -251,16 +251,13 @@ def to_megatron(architecture: Architecture) -> dict[str, Any]:
     }
 
 
-def from_megatron(
-    arguments: Namespace, vocabulary: int, where: str, *, mixtures: bool = False
-) -> Architecture:
+def from_megatron(arguments: Namespace, vocabulary: int, where: str) -> Architecture:
     """Read the architecture from the arguments in a checkpoint.
 
     Args:
         arguments: the arguments.
         vocabulary: number of tokens, without padding.
         where: path of the checkpoint, for errors.
-        mixtures: whether the caller knows of mixtures of experts.
 
     Raises:
         UserError: no family has such a model.
@@ -268,8 +265,6 @@ def from_megatron(
     saved = vars(arguments)
     count = saved.get("num_experts")
     mixed = isinstance(count, int) and count > 0
-    if mixed and not mixtures:
-        raise UserError(f"{where}: mixtures of experts (num_experts {count}) are not counted yet")
     router = FIXED_ROUTER if mixed else {"num_experts": None}
     for name, only in (FIXED_ARGUMENTS | router).items():
         value = saved.get(name, only)

@@ -7,7 +7,8 @@
 
 References have no virtual stages and therefore a longer bubble.  Collectives follow Korthikanti et
 al. 2022 (arXiv 2205.05198), section 4.2.2: per layer two gathers and two scatters of [n, h] forward
-and as many backward, each with a latency.  Every micro-batch reads and writes the gradients once.
+and as many backward, each with a latency.  Mixtures of experts have two all-to-alls in their place.
+Every micro-batch reads and writes the gradients once.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from dataclasses import dataclass, replace
 
 from megatron_slm.model.architecture import Architecture
 from megatron_slm.planning.formulas import (
-    Layout,
     Memory,
-    ReferenceModel,
-    Work,
     bubble,
+    copies,
+    dispatched_bytes,
     memory,
-    stage_parameters,
     step_flops,
 )
+from megatron_slm.planning.job import Layout, ReferenceModel, Work
+from megatron_slm.planning.parameters import mixed_layers, stage_experts, stage_parameters
 
 USABLE = 0.92  # of a GPU's memory; the rest goes to the driver, NCCL and fragmentation
 
@@ -104,37 +105,66 @@ def step_seconds(
         work: what a step does.
         cluster: the GPUs and their network.
     """
-    e, n, micro_batches = work.weight_bytes, work.tokens(layout), work.micro_batches(layout)
+    micro_batches = work.micro_batches(layout)
 
     def seconds(flops: int) -> float:
         return flops / (layout.ranks * cluster.flops * cluster.efficiency)
 
-    def traffic(model: Architecture, gathers: int, sends: int) -> float:
-        """Return the seconds of a model's traffic, given the number of gathers and scatters per
-        layer and of sends per stage."""
-        tensor = n * model.hidden * e * (layout.tp - 1) / layout.tp
-        tensor = gathers * model.layers / layout.pp * taking(tensor, layout.tp)
-        sent = sends * taking(n * model.hidden * e / layout.tp, layout.ranks)
-        return micro_batches * ((tensor if layout.tp > 1 else 0) + (sent if layout.pp > 1 else 0))
-
-    def taking(size: float, span: int) -> float:
-        """Return the seconds of a collective, or a send, of so many bytes."""
-        return cluster.latency + size / _bandwidth(span, cluster)
+    def traffic(model: Architecture, passes: int, sends: int) -> float:
+        """Return the seconds of a model's traffic, given the number of its passes, forward or
+        backward, and of sends per stage."""
+        of_layers = sum(
+            _layer_traffic(model, mixed, layout, work, cluster) for mixed in mixed_layers(model)
+        )
+        sent = work.tokens(layout) * model.hidden * work.weight_bytes / layout.tp
+        sent = sends * _taking(sent, layout.ranks, cluster) if layout.pp > 1 else 0
+        return micro_batches * (passes * of_layers / layout.pp + sent)
 
     count = stage_parameters(a, work.padded_vocabulary, layout, 0)
     accumulating = 2 * work.gradient_bytes * count / cluster.memory_bandwidth
     compute = seconds(step_flops(a, [], work))
     total = compute + micro_batches * accumulating
-    total += traffic(a, 12 if work.recompute else 8, 2 * layout.vp)
+    total += traffic(a, 3 if work.recompute else 2, 2 * layout.vp)
     total *= 1 + bubble(layout, work)
     for one in references:
         model = one.architecture
         scoring = seconds(step_flops(a, [model], work)) - compute
-        total += (scoring + traffic(model, 4, 1)) * (1 + bubble(replace(layout, vp=1), work))
-    shared = layout.dp * layout.cp
-    data = count * (work.gradient_bytes + e) * (shared - 1) / shared
-    data /= _bandwidth(layout.tp * shared, cluster)
+        total += (scoring + traffic(model, 1, 1)) * (1 + bubble(replace(layout, vp=1), work))
+    experts = stage_experts(a, layout, 0)
+    dense = _shared_out(count - experts, layout.dp * layout.cp, layout.tp, work, cluster)
+    data = dense + _shared_out(experts, layout.expert_dp, layout.ep * layout.etp, work, cluster)
     return total + max(0.0, data - compute / 2)
+
+
+def _layer_traffic(
+    a: Architecture, mixed: bool, layout: Layout, work: Work, cluster: Cluster
+) -> float:
+    """Return the seconds of a layer's collectives in a pass over a micro-batch."""
+    hidden = a.hidden * work.weight_bytes
+    gathers = 2 if mixed and not (a.experts and a.experts.shared_ffn) else 4
+    total = 0.0
+    if layout.tp > 1:
+        tensor = work.tokens(layout) * hidden * (layout.tp - 1) / layout.tp
+        total += gathers * _taking(tensor, layout.tp, cluster)
+    if mixed and layout.ep > 1:
+        sent = dispatched_bytes(a, layout, work) / 2
+        total += 2 * _taking(sent, layout.ep * layout.etp, cluster)
+    if mixed and layout.etp > 1:
+        split = copies(a, layout, work) * hidden * (layout.etp - 1) / layout.etp
+        total += 2 * _taking(split, layout.etp, cluster)
+    return total
+
+
+def _shared_out(count: int, ranks: int, apart: int, work: Work, cluster: Cluster) -> float:
+    """Return the seconds in which ranks sum the gradients of so many parameters and share the
+    weights, if `apart` ranks lie between one of them and the next."""
+    size = count * (work.gradient_bytes + work.weight_bytes) * (ranks - 1) / ranks
+    return size / _bandwidth(apart * ranks, cluster)
+
+
+def _taking(size: float, span: int, cluster: Cluster) -> float:
+    """Return the seconds of a collective, or a send, of so many bytes."""
+    return cluster.latency + size / _bandwidth(span, cluster)
 
 
 def _bandwidth(span: int, cluster: Cluster) -> float:
@@ -182,7 +212,23 @@ def best_plans(
 def _candidates(
     a: Architecture, references: Sequence[ReferenceModel], work: Work, cp: int, cluster: Cluster
 ) -> Iterator[tuple[Layout, Work]]:
-    models = [a, *(reference.architecture for reference in references)]
+    for layout in _layouts([a, *(one.architecture for one in references)], cp, cluster):
+        for vp in (1, 2, 4, 5, 8) if layout.pp > 1 else (1,):
+            if a.layers % (layout.pp * vp):
+                continue
+            for micro_batch in (1, 2, 4, 8, 16):
+                if work.global_batch % (micro_batch * layout.dp):
+                    continue
+                own = replace(work, micro_batch=micro_batch)
+                if vp > 1 and own.micro_batches(layout) % layout.pp:
+                    continue
+                yield replace(layout, vp=vp), replace(own, recompute=0)
+                yield replace(layout, vp=vp), replace(own, recompute=1)
+
+
+def _layouts(models: Sequence[Architecture], cp: int, cluster: Cluster) -> Iterator[Layout]:
+    """Yield the layouts without virtual stages that divide all models evenly; experts are whole."""
+    counts = [model.experts.count for model in models if model.experts is not None]
     for tp in (1, 2, 4, 8):
         if tp > cluster.gpus_per_node or any(m.groups % tp or m.ffn % tp for m in models):
             continue
@@ -190,15 +236,12 @@ def _candidates(
             dp, over = divmod(cluster.gpus, tp * pp * cp)
             if over or not dp or any(m.layers % pp for m in models):
                 continue
-            for vp in (1, 2, 4, 5) if pp > 1 else (1,):
-                if a.layers % (pp * vp):
-                    continue
-                layout = Layout(tp, pp, vp, cp, dp, tp > 1, True)
-                for micro_batch in (1, 2, 4, 8, 16):
-                    if work.global_batch % (micro_batch * dp):
-                        continue
-                    own = replace(work, micro_batch=micro_batch)
-                    if vp > 1 and own.micro_batches(layout) % pp:
-                        continue
-                    yield layout, replace(own, recompute=0)
-                    yield layout, replace(own, recompute=1)
+            layout = Layout(
+                tp, pp, cp=cp, dp=dp, sequence_parallel=tp > 1, distributed_optimizer=True
+            )
+            if not counts:
+                yield layout
+                continue
+            for ep in (1, 2, 4, 8, 16, 32, 64):
+                if not (tp * cp * dp % ep or any(count % ep for count in counts)):
+                    yield replace(layout, ep=ep)

@@ -13,12 +13,14 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core import mpu
 from megatron.core.pipeline_parallel.schedules import get_tensor_shapes
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import distributed
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -97,6 +99,8 @@ def _fake_job(args: Namespace) -> Iterator[None]:
             args.pipeline_model_parallel_size,
             args.virtual_pipeline_model_parallel_size,
             context_parallel_size=args.context_parallel_size,
+            expert_model_parallel_size=args.expert_model_parallel_size,
+            expert_tensor_parallel_size=args.expert_tensor_parallel_size,
             order="tp-cp-ep-pp-dp" if args.use_tp_pp_dp_mapping else "tp-cp-ep-dp-pp",
             create_gloo_process_groups=False,
         )
@@ -124,22 +128,42 @@ def _check_groups(args: Namespace) -> dict[str, int]:
         "dp": args.data_parallel_size,
         "pp": args.pipeline_model_parallel_size,
     }
-    order = ("tp", "cp", "pp", "dp") if args.use_tp_pp_dp_mapping else ("tp", "cp", "dp", "pp")
     groups = {
         "tp": mpu.get_tensor_model_parallel_group(),
         "cp": mpu.get_context_parallel_group(),
         "dp": mpu.get_data_parallel_group(),
         "pp": mpu.get_pipeline_model_parallel_group(),
     }
+    order = ["tp", "cp", "pp", "dp"] if args.use_tp_pp_dp_mapping else ["tp", "cp", "dp", "pp"]
+    position = _check_order(args.rank, order, sizes, groups)
+    if args.num_experts is None:
+        return position
+    split, shared = args.expert_tensor_parallel_size, args.expert_model_parallel_size
+    model = sizes["tp"] * sizes["cp"] * sizes["dp"]
+    sizes = {"etp": split, "ep": shared, "edp": model // (split * shared), "pp": sizes["pp"]}
+    groups = {
+        "etp": mpu.get_expert_tensor_parallel_group(),
+        "ep": mpu.get_expert_model_parallel_group(),
+        "edp": mpu.get_expert_data_parallel_group(),
+        "pp": groups["pp"],
+    }
+    order = ["etp", "ep", "pp", "edp"] if args.use_tp_pp_dp_mapping else ["etp", "ep", "edp", "pp"]
+    return position | _check_order(args.rank, order, sizes, groups)
+
+
+def _check_order(
+    rank: int, order: list[str], sizes: dict[str, int], groups: dict[str, Any]
+) -> dict[str, int]:
+    """Check groups of these names, the first of which have ranks that lie closest."""
     position, stride = {}, 1
     for name in order:
         size = sizes[name]
-        position[name] = args.rank // stride % size
-        first = args.rank - position[name] * stride
+        position[name] = rank // stride % size
+        first = rank - position[name] * stride
         expected = [first + i * stride for i in range(size)]
         found = distributed.get_process_group_ranks(groups[name])
         if found != expected:
-            raise UserError(f"rank {args.rank}: its {name} group is {found}, not {expected}")
+            raise UserError(f"rank {rank}: its {name} group is {found}, not {expected}")
         stride *= size
     return position
 
@@ -156,6 +180,9 @@ def _build_and_pass(args: Namespace, vp_stage: int | None, what: str) -> int:
         model: Any = build_stage(args, plain_block_spec, first=first, last=last, vp_stage=vp_stage)
     except (AssertionError, ValueError) as error:
         raise UserError(f"{what} cannot be built: {error}") from error
+    for module in model.modules():
+        if isinstance(module, MoELayer):
+            module.forward = partial(_pass_experts, module)
     # The shape that the schedule receives from the previous stage and sends to the next.
     (between,) = get_tensor_shapes(
         seq_length=args.seq_length,
@@ -178,3 +205,24 @@ def _build_and_pass(args: Namespace, vp_stage: int | None, what: str) -> int:
     if found != expected:
         raise UserError(f"{what} returns the shape {list(found)} instead of {list(expected)}")
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _pass_experts(
+    mixture: MoELayer, hidden: torch.Tensor, **kwargs: Any
+) -> tuple[torch.Tensor, None]:
+    """Pass tokens through the router and each expert of a mixture, in place of its forward pass.
+
+    How many of them an expert would see depends on weights, which a dry run does not have.
+
+    Raises:
+        UserError: a part returns the wrong shape.
+    """
+    tokens = hidden.flatten(0, -2)
+    weights, _ = mixture.router(hidden)
+    found = [expert(tokens, weights[:, 0])[0] for expert in mixture.experts.local_experts]
+    if mixture.shared_experts is not None:
+        found.append(mixture.shared_experts(hidden).flatten(0, -2))
+    for each in found:
+        if each.shape != tokens.shape:
+            raise UserError(f"an expert returns {list(each.shape)} instead of {list(tokens.shape)}")
+    return hidden, None

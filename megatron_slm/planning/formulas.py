@@ -1,8 +1,9 @@
-"""Compute parameters, memory, FLOPs and pipeline bubble in closed form; all bytes are per rank.
+"""Compute memory, FLOPs, traffic of experts and pipeline bubble in closed form, in bytes per rank.
 
 activations  Korthikanti et al. 2022 (arXiv 2205.05198), section 4, adapted to RMSNorm, grouped
              queries, SwiGLU and attention that does not keep its scores.  "plain" layers were
              measured tensor by tensor; "te" follows what Transformer Engine's modules save.
+experts      dropless and dispatched by all-to-all, each of them as popular as any other
 schedule     Narayanan et al. 2021 (arXiv 2104.04473), section 2.2, with the warm-up of
              megatron.core.pipeline_parallel.schedules
 states       Rajbhandari et al. 2020 (arXiv 1910.02054), section 3: sharded mixed-precision Adam
@@ -12,131 +13,22 @@ head         megatron_slm/loss/chunked.py
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Literal
+from dataclasses import dataclass, fields, replace
 
 from megatron_slm.loss.chunked import chunk_columns
 from megatron_slm.model.architecture import Architecture
+from megatron_slm.model.experts import Experts
+from megatron_slm.planning.job import FLOAT32, Layout, ReferenceModel, Work
+from megatron_slm.planning.parameters import (
+    expert_parameters,
+    layer_parameters,
+    mixed_layers,
+    split_parameters,
+    stage_experts,
+    stage_layers,
+    stage_parameters,
+)
 from megatron_slm.planning.passes import layer_flops, values_for_selected
-
-FLOAT32 = 4  # bytes per value of what is float32 whatever the weights are
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Sizes of the parallel groups."""
-
-    tp: int = 1
-    """Tensor-parallel size."""
-    pp: int = 1
-    """Pipeline-parallel size."""
-    vp: int = 1
-    """Virtual pipeline stages of a rank; 1 without interleaving."""
-    cp: int = 1
-    """Context-parallel size."""
-    dp: int = 1
-    """Data-parallel size."""
-    sequence_parallel: bool = False
-    """Whether norms are split over the tensor-parallel ranks."""
-    distributed_optimizer: bool = False
-    """Whether optimizer states are sharded over the data-parallel ranks."""
-
-    @property
-    def ranks(self) -> int:
-        """Number of ranks."""
-        return self.tp * self.pp * self.cp * self.dp
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a step does."""
-
-    sequence: int
-    """Tokens of a sample."""
-    micro_batch: int
-    """Samples of a micro-batch."""
-    global_batch: int
-    """Samples of a step."""
-    padded_vocabulary: int
-    """Size of the vocabulary with Megatron's padding."""
-    ratio: float = 1.0
-    """Token selection ratio."""
-    ranks_first: bool = False
-    """Whether a forward pass of the policy precedes the step, to rank the global batch's tokens."""
-    head: Literal["dense", "chunked"] = "chunked"
-    """How the output layer and the loss are computed."""
-    backward: Literal["all", "selected"] = "all"
-    """The tokens that the layers' backward passes go through."""
-    weight_bytes: int = 2
-    """Bytes of a weight."""
-    gradient_bytes: int = 4
-    """Bytes of a parameter's gradient."""
-    optimizer_bytes: int = 12
-    """Bytes of a parameter's optimizer states."""
-    kernels: Literal["plain", "te"] = "te"
-    """Whether the layers are plain torch or Transformer Engine's."""
-    fused_gradients: bool = True
-    """Whether weight gradients are computed directly in their buffer."""
-    recompute: int = 0
-    """Number of layers whose activations are recomputed together; 0 for none."""
-    device: Literal["cpu", "cuda"] = "cuda"
-    """Device, which decides the size of the chunked head's chunks."""
-    document: float | None = None
-    """Mean length of a document over its tokens; None where documents see each other."""
-
-    def micro_batches(self, layout: Layout) -> int:
-        """Return the number of micro-batches of a step on each rank."""
-        return self.global_batch // (self.micro_batch * layout.dp)
-
-    def tokens(self, layout: Layout) -> int:
-        """Return n, the number of a micro-batch's tokens on each rank."""
-        return self.sequence * self.micro_batch // layout.cp
-
-
-@dataclass(frozen=True)
-class ReferenceModel:
-    """A reference model that scores on the policy's ranks."""
-
-    architecture: Architecture
-    """The model's sizes."""
-    parameter_bytes: int
-    """Bytes that a rank holds for each of its parameters."""
-    streamed: bool = False
-    """Whether layers stay in host memory, with two at a time on the device."""
-    where: str = ""
-    """Where the model comes from, in words."""
-
-
-def layer_parameters(a: Architecture) -> int:
-    """Count a layer's parameters: projections of q, k, v and the output, with biases of the first
-    three where the model has them; gate, up and down projections; and norms."""
-    query, key = a.heads * a.head_dim, a.groups * a.head_dim
-    biases = (query + 2 * key) * a.qkv_bias
-    return a.hidden * (2 * query + 2 * key) + biases + 3 * a.hidden * a.ffn + norm_parameters(a)
-
-
-def norm_parameters(a: Architecture) -> int:
-    """Count the parameters of a layer's norms, which every tensor-parallel rank has whole."""
-    return 2 * a.hidden + 2 * a.head_dim * a.qk_norm
-
-
-def parameters(a: Architecture, padded_vocabulary: int) -> int:
-    """Count the parameters of the whole model, with the vocabulary's padding."""
-    tables = (1 if a.tied else 2) * padded_vocabulary * a.hidden
-    return a.layers * layer_parameters(a) + tables + a.hidden
-
-
-def stage_parameters(a: Architecture, padded_vocabulary: int, layout: Layout, stage: int) -> int:
-    """Count the parameters of one rank of a pipeline stage, which has norms whole."""
-    layers = a.layers // layout.pp
-    norms = layers * norm_parameters(a)
-    count = (layers * layer_parameters(a) - norms) // layout.tp + norms
-    table = padded_vocabulary * a.hidden // layout.tp
-    first, last = stage == 0, stage == layout.pp - 1
-    if last:
-        count += a.hidden
-    # Tied embeddings are one matrix if the first stage is also the last; otherwise each has a copy.
-    return count + table * (first + last - (first and last and a.tied))
 
 
 @dataclass(frozen=True)
@@ -170,13 +62,17 @@ def memory(
     References run before the policy keeps any activations, so only their weights count.
     """
     count = stage_parameters(a, work.padded_vocabulary, layout, stage)
-    sharded = layout.dp * layout.cp if layout.distributed_optimizer else 1
+    experts = stage_experts(a, layout, stage)
+    sharded, shared = (layout.dp * layout.cp, layout.expert_dp)
+    if not layout.distributed_optimizer:
+        sharded = shared = 1
     activations, backward = activation_bytes(a, layout, work, stage)
     head = head_bytes(a, layout, work) if stage == layout.pp - 1 else 0
     return Memory(
         policy=count * work.weight_bytes,
         gradients=count * work.gradient_bytes,
-        optimizer=count * work.optimizer_bytes // sharded,
+        optimizer=(count - experts) * work.optimizer_bytes // sharded
+        + experts * work.optimizer_bytes // shared,
         reference=sum(reference_bytes(one, layout, work, stage) for one in references),
         activations=activations + max(0, backward - head),  # they peak at different times
         head=head,
@@ -186,13 +82,15 @@ def memory(
 def reference_bytes(reference: ReferenceModel, layout: Layout, work: Work, stage: int) -> int:
     """Return the bytes of a reference's weights on a rank of a pipeline stage."""
     a = reference.architecture
+    layout = replace(layout, vp=1)
     if reference.streamed:
-        return 2 * layer_parameters(a) // layout.tp * reference.parameter_bytes
+        largest = max(layer_parameters(a, mixed, layout) for mixed in set(mixed_layers(a)))
+        return 2 * largest * reference.parameter_bytes
     count = stage_parameters(a, work.padded_vocabulary, layout, stage)
     return count * reference.parameter_bytes
 
 
-def layer_activation_bytes(a: Architecture, layout: Layout, work: Work) -> int:
+def layer_activation_bytes(a: Architecture, layout: Layout, work: Work, mixed: bool = False) -> int:
     """Return the bytes that a layer keeps of a micro-batch for its backward pass.
 
     Two norms keep their input and output; plain layers keep the input in float32, and the
@@ -200,6 +98,12 @@ def layer_activation_bytes(a: Architecture, layout: Layout, work: Work) -> int:
     is a view), its output and the log-sum-exp.  Norms of q and k keep a copy of their input, plain
     ones the normalised input in float32.  The MLP keeps gate and up and their product; plain
     layers also keep silu(gate) and a copy of the product.
+
+    Args:
+        a: the model's architecture.
+        layout: sizes of the parallel groups.
+        work: what a step does.
+        mixed: whether the layer is a mixture of experts, in place of the MLP.
     """
     e, t, n = work.weight_bytes, layout.tp, work.tokens(layout)
     query, key = a.heads * a.head_dim, a.groups * a.head_dim
@@ -208,9 +112,42 @@ def layer_activation_bytes(a: Architecture, layout: Layout, work: Work) -> int:
     attention = e * (3 * query + 3 * key) + FLOAT32 * a.heads
     if a.qk_norm:
         attention += (FLOAT32 if plain else e) * (query + key)
-    mlp = (5 if plain else 3) * e * a.ffn
+    mlp = n * (5 if plain else 3) * e * a.ffn // t
+    if mixed:
+        mlp = mixture_activation_bytes(a, layout, work)
     rope = 4 * work.sequence * a.head_dim * e if plain else 0
-    return n * (norms // (t if layout.sequence_parallel else 1) + (attention + mlp) // t) + rope
+    return n * (norms // (t if layout.sequence_parallel else 1) + attention // t) + mlp + rope
+
+
+def mixture_activation_bytes(a: Architecture, layout: Layout, work: Work) -> int:
+    """Return the bytes that a mixture of experts keeps of a micro-batch for its backward pass.
+
+    Experts keep their input, gate and up and their weighted product; plain ones also keep
+    silu(gate), a copy of up and the product as it was.  A router keeps the scores of all experts in
+    float32; where they are dispatched, plain layers keep the order of all scores, Transformer
+    Engine's where each token goes to and comes from.  A shared expert keeps what an MLP does, and
+    its output, which the gate multiplies.
+    """
+    e, plain, mixture = work.weight_bytes, work.kernels == "plain", experts_of(a)
+    n = work.tokens(layout) // layout.tp  # experts need sequence parallelism
+    copy = e * (a.hidden + (6 if plain else 3) * mixture.ffn // layout.etp) + 3 * FLOAT32
+    router = (FLOAT32 + 8) * mixture.count + 5 * FLOAT32 * mixture.top_k
+    shared = (5 if plain else 3) * e * mixture.shared_ffn
+    if mixture.shared_ffn:
+        shared += e * a.hidden + FLOAT32
+    return copies(a, layout, work) * copy + n * (router + shared)
+
+
+def experts_of(a: Architecture) -> Experts:
+    """Return the mixtures of experts of a model that has them."""
+    assert a.experts is not None
+    return a.experts
+
+
+def copies(a: Architecture, layout: Layout, work: Work) -> int:
+    """Return how often the experts of a rank see a token of a micro-batch, over all tokens: each of
+    a rank's tokens goes to several experts, and all ranks that split an expert see its tokens."""
+    return work.tokens(layout) * experts_of(a).top_k * layout.etp // layout.tp
 
 
 def chunks_in_flight(layout: Layout, work: Work, stage: int) -> int:
@@ -227,24 +164,36 @@ def activation_bytes(a: Architecture, layout: Layout, work: Work, stage: int) ->
     that are needed on top while a layer's backward runs."""
     e, n = work.weight_bytes, work.tokens(layout)
     split = layout.tp if layout.sequence_parallel else 1
-    layers = a.layers // (layout.pp * layout.vp)
-    layer = layer_activation_bytes(a, layout, work)
-    backward = 3 * n * a.ffn * e // layout.tp
+    of_stage = stage_layers(a, layout, stage)
+    layers = len(of_stage) // layout.vp
+    of_kind = {mixed: layer_activation_bytes(a, layout, work, mixed) for mixed in set(of_stage)}
+    backward = max(backward_bytes(a, layout, work, mixed) for mixed in of_kind)
     through = work.ratio if work.backward == "selected" else 1.0
     if through < 1.0:
         kept_values = values_for_selected(a, layout.tp, split, work.recompute > 0)
-        chunk, backward = layers * n * e * kept_values, int(through * (backward + layer))
+        chunk = layers * n * e * kept_values
+        backward = int(through * (backward + max(of_kind.values())))
     elif work.recompute:
         groups = -(-layers // work.recompute)
         chunk = groups * n * a.hidden * e // split
-        backward += min(work.recompute, layers) * layer
+        backward += min(work.recompute, layers) * max(of_kind.values())
     else:
-        chunk = layers * layer
+        chunk = sum(of_kind[mixed] for mixed in of_stage) // layout.vp
     kept = chunks_in_flight(layout, work, stage) * chunk
     if stage == layout.pp - 1:  # the final norm keeps what a layer's norm does
         plain = work.kernels == "plain"
         kept += n * (2 * FLOAT32 + e if plain else 2 * e) * a.hidden // split
     return kept, backward
+
+
+def backward_bytes(a: Architecture, layout: Layout, work: Work, mixed: bool) -> int:
+    """Return the bytes that a layer's backward pass needs at its peak: gradients of gate, up and
+    product, and with experts also those of the tokens that they see and return."""
+    e = work.weight_bytes
+    if not mixed:
+        return 3 * work.tokens(layout) * a.ffn * e // layout.tp
+    wide = 2 * a.hidden + 3 * experts_of(a).ffn // layout.etp
+    return copies(a, layout, work) * wide * e
 
 
 def head_bytes(a: Architecture, layout: Layout, work: Work) -> int:
@@ -281,11 +230,24 @@ def forward_flops(
     Returns:
         FLOPs of the layers' projections, and of their attention.
     """
-    query, key = a.heads * a.head_dim, a.groups * a.head_dim
-    projections = 2 * (a.hidden * (2 * query + 2 * key) + 3 * a.hidden * a.ffn)
+    query = a.heads * a.head_dim
+    projections = sum(2 * projected_by(a, mixed) for mixed in mixed_layers(a))
     seen = attended if a.window is None or not causal else min(attended, 2 * a.window)
     attention = int(2 * 2 * query * seen) // (2 if causal else 1)
-    return a.layers * tokens * projections, a.layers * tokens * attention
+    return tokens * projections, a.layers * tokens * attention
+
+
+def projected_by(a: Architecture, mixed: bool) -> int:
+    """Return how many weights of a layer multiply a token: of a mixture, those of the token's
+    experts, of the router, and of the shared expert and its gate."""
+    query, key = a.heads * a.head_dim, a.groups * a.head_dim
+    biases = (query + 2 * key) * a.qkv_bias
+    weights = split_parameters(a, mixed) - biases
+    if mixed:
+        mixture = experts_of(a)
+        weights += a.hidden * (mixture.count + (mixture.shared_ffn > 0))
+        weights += expert_parameters(a, mixture.top_k)
+    return weights
 
 
 def step_flops(
@@ -312,6 +274,29 @@ def step_flops(
         total += sum(forward_flops(reference, tokens, attended, causal=causal))
         total += 2 * tokens * reference.hidden * work.padded_vocabulary
     return total
+
+
+def dispatched_bytes(a: Architecture, layout: Layout, work: Work) -> int:
+    """Return the bytes that a rank sends to others in a layer's pass over a micro-batch: the hidden
+    state and the weight of each token, for each of its experts that is elsewhere, and the hidden
+    states that its own experts return."""
+    sent = work.tokens(layout) * experts_of(a).top_k // layout.tp
+    return sent * (2 * a.hidden * work.weight_bytes + FLOAT32) * (layout.ep - 1) // layout.ep
+
+
+def all_to_all_bytes(
+    a: Architecture, references: Sequence[Architecture], layout: Layout, work: Work
+) -> int:
+    """Return the bytes that a rank sends to others' experts and back in a step; a backward pass
+    sends gradients as a forward pass sends tokens."""
+    passes = [(a, 2 + (work.recompute > 0)), *((one, 1) for one in references)]
+    passes += [(a, 1)] * work.ranks_first
+    total = 0
+    for model, times in passes:
+        if model.experts is not None:
+            layers = sum(model.experts.layers) // layout.pp
+            total += times * layers * dispatched_bytes(model, layout, work)
+    return work.micro_batches(layout) * total
 
 
 def bubble(layout: Layout, work: Work) -> float:

@@ -26,11 +26,12 @@ from megatron_slm.errors import UserError
 from megatron_slm.model.architecture import Architecture, from_megatron
 from megatron_slm.model.torch_dist import TRACKER
 from megatron_slm.planning.documents import document_length
-from megatron_slm.planning.formulas import FLOAT32, Layout, ReferenceModel, Work
+from megatron_slm.planning.job import FLOAT32, Layout, ReferenceModel, Work
 from megatron_slm.reference.checkpoint import ReferenceCheckpoint, open_checkpoint
 from megatron_slm.training.command_line.decisions import head_of
 
 MODULE = "megatron_slm.pretrain"
+KERNELS = ("--moe-permute-fusion", "--moe-router-fusion")  # Transformer Engine's; change no plan
 LIBRARIES = ("CUDA_", "GLOO_", "NCCL_", "OMP_", "PET_", "PYTORCH_", "TORCH_", "UCX_")
 
 
@@ -124,7 +125,7 @@ def parse(recipe: LaunchRecipe, rank: int, vocabulary: int) -> Namespace:
     from megatron_slm.training.command_line.first_check import TRAINING, first_check
     from megatron_slm.training.command_line.parsing import parse_planned
 
-    words = _without_mix(recipe.arguments)
+    words = [word for word in _without_mix(recipe.arguments) if word not in KERNELS]
     first_check(words, TRAINING)
     with _started_as(rank, recipe.ranks, words):
         args = parse_planned(add_arguments)
@@ -220,6 +221,8 @@ def layout_of(args: Namespace) -> Layout:
         vp=args.virtual_pipeline_model_parallel_size or 1,
         cp=args.context_parallel_size,
         dp=args.data_parallel_size,
+        ep=args.expert_model_parallel_size,
+        etp=args.expert_tensor_parallel_size,
         sequence_parallel=args.sequence_parallel,
         distributed_optimizer=args.use_distributed_optimizer,
     )

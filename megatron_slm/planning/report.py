@@ -10,17 +10,10 @@ from itertools import islice
 from megatron_slm.model.architecture import Architecture
 from megatron_slm.model.documents import packs_documents
 from megatron_slm.planning.cluster import Cluster, Plan, best_plans, plan
-from megatron_slm.planning.formulas import (
-    Layout,
-    Memory,
-    ReferenceModel,
-    Work,
-    bubble,
-    memory,
-    parameters,
-    step_flops,
-)
+from megatron_slm.planning.formulas import Memory, all_to_all_bytes, bubble, memory, step_flops
+from megatron_slm.planning.job import Layout, ReferenceModel, Work
 from megatron_slm.planning.models import TINYLLAMA
+from megatron_slm.planning.parameters import active_parameters, parameters
 from megatron_slm.planning.recipe import (
     LaunchRecipe,
     architecture_of,
@@ -69,19 +62,14 @@ def report(args: Namespace, recipe: LaunchRecipe) -> str:
         *assumptions(args, cluster),
         *attention_within(megatron, work),
         "",
-        report_line(
-            "parameters, billions", f"{parameters(model, work.padded_vocabulary) / 1e9:.3f}"
-        ),
+        size_line("parameters", model, work),
         *(
-            report_line(
-                "reference, billions",
-                f"{parameters(one.architecture, work.padded_vocabulary) / 1e9:.3f}",
-            )
-            + f"\n  {one.where}"
+            size_line("reference", one.architecture, work) + f"\n  {one.where}"
             for one in references
         ),
         report_line("FLOPs of a step, 1e15", f"{step_flops(model, scoring, work) / 1e15:.1f}"),
         *cost_of_selection(model, scoring, work),
+        *traffic_of_experts(model, scoring, layout, work),
         "",
         *memory_by_stage(model, references, layout, work),
         "",
@@ -126,6 +114,24 @@ def report_line(name: str, *values: object) -> str:
     return f"{name:<44}" + "  ".join(f"{value!s:>10}" for value in values)
 
 
+def size_line(name: str, model: Architecture, work: Work) -> str:
+    """Return the row of a model's parameters, with those that a token passes if it has experts."""
+    counts = [parameters(model, work.padded_vocabulary)]
+    if model.experts is not None:
+        counts.append(active_parameters(model, work.padded_vocabulary))
+    of = ", billions" if model.experts is None else ", billions; of a token"
+    return report_line(name + of, *(f"{count / 1e9:.3f}" for count in counts))
+
+
+def traffic_of_experts(
+    model: Architecture, scoring: Sequence[Architecture], layout: Layout, work: Work
+) -> Iterator[str]:
+    """Yield a line about what a rank sends to the experts of others, if any model has experts."""
+    if any(one.experts is not None for one in (model, *scoring)):
+        sent = all_to_all_bytes(model, scoring, layout, work)
+        yield report_line("all-to-all of a step, GB that a rank sends", f"{sent / 1e9:.1f}")
+
+
 def cost_of_selection(
     model: Architecture, scoring: Sequence[Architecture], work: Work
 ) -> Iterator[str]:
@@ -165,6 +171,7 @@ def described(one: Plan, tokens: int, cluster: Cluster) -> str:
     """Format the row of a layout."""
     parts, days = one.layout, one.days(tokens)
     what = f"TP{parts.tp} PP{parts.pp} VP{parts.vp} CP{parts.cp} DP{parts.dp}"
+    what += f" EP{parts.ep}" * (parts.ep > 1) + f" ETP{parts.etp}" * (parts.ep > 1 < parts.etp)
     what += f" MB{one.work.micro_batch}" + " recompute" * (one.work.recompute > 0)
     figures = (
         f"{one.memory.total / GIB:.1f}",

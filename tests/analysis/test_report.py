@@ -441,7 +441,7 @@ def test_an_outcome_and_how_sure_it_is(values: list[float], headline: str, certa
 
 def test_parameters_are_those_of_the_planner() -> None:
     from megatron_slm.model.architecture import Architecture
-    from megatron_slm.planning.formulas import parameters
+    from megatron_slm.planning.parameters import parameters
 
     shape = Architecture(2, 8, 20, 2, 2, 4, 60, 16, 1e-5, 10000, None, None, tied=False)
     assert RunSettings(SETTINGS).parameters == parameters(shape, 64) == 2536

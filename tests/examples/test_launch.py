@@ -261,6 +261,7 @@ def test_a_distributed_optimizer_needs_its_adam(
     settings = {
         "DATA": tmp_path / "data",
         "GPUS_PER_NODE": gpus,
+        "EXTRA": "--moe-router-topk 2 --moe-grouped-gemm --moe-permute-fusion",
         "PATH": f"{tools}:{os.environ['PATH']}",
     }
     paths = f"{tmp_path / 'site'}:{REPOSITORY}"
@@ -282,6 +283,10 @@ def test_a_distributed_optimizer_needs_its_adam(
         assert ("note: without Transformer Engine or Apex" in done.stderr) == (not distributed)
         assert ("--overlap-param-gather" in done.stdout.splitlines()) == distributed
         assert "--overlap-grad-reduce" in done.stdout.splitlines()
+        grouped = package is not None and package.startswith("transformer_engine")
+        assert ("--moe-grouped-gemm" in done.stdout.splitlines()) == grouped
+        assert ("--moe-permute-fusion" in done.stdout.splitlines()) == grouped
+        assert "--moe-router-topk" in done.stdout.splitlines()
 
 
 def dry_run(script: str, **settings: str) -> list[str]:
@@ -336,7 +341,10 @@ def test_the_status_is_that_of_what_was_started(code: int, when: str) -> None:
     assert subprocess.run(["bash", "-c", script], check=False, timeout=30).returncode == code
 
 
-@pytest.mark.parametrize("size", ["1b", "7b", "13b", "70b", "qwen3-8b", "llama3-8b"])
+SIZES = ("1b", "7b", "13b", "70b", "qwen3-8b", "llama3-8b", "qwen3-30b-a3b", "mixtral-8x7b")
+
+
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("domain", ["math", "general"])
 def test_references_go_where_policies_look(domain: str, size: str) -> None:
     name = "general" if domain == "general" else size.replace("-", "_")

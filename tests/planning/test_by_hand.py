@@ -8,17 +8,17 @@ from dataclasses import replace
 import pytest
 
 from megatron_slm.model.architecture import Architecture
+from megatron_slm.model.experts import Experts
 from megatron_slm.planning.cluster import Cluster, step_seconds
 from megatron_slm.planning.formulas import (
-    Layout,
-    ReferenceModel,
-    Work,
     activation_bytes,
+    all_to_all_bytes,
     layer_activation_bytes,
     memory,
-    parameters,
     step_flops,
 )
+from megatron_slm.planning.job import Layout, ReferenceModel, Work
+from megatron_slm.planning.parameters import parameters
 
 SHAPE = {"epsilon": 1e-5, "rope_theta": 10000, "rope_scaling": None, "window": None, "tied": False}
 
@@ -117,3 +117,39 @@ def test_small_micro_batches_take_longer() -> None:
         assert found == pytest.approx(8 / micro_batch * 2 * 4 * parameters(a, 32000))
         found = step_seconds(a, [], Layout(tp=2), work, replace(still, latency=1.0))
         assert found == pytest.approx(8 / micro_batch * 8 * 16)
+
+
+def test_experts_on_ranks() -> None:
+    """64 ranks, TP2 and PP2: of 8 experts in each of 8 layers, 4 expert-parallel ranks have 2 each,
+    with the other half of the layers on the other stage; 64 / (2 x 4) = 8 ranks have the same."""
+    experts = Experts(8, 2, 1000, 0, True, (True,) * 8)
+    a = Architecture(8, 512, 1344, 8, 8, 64, 32000, 512, experts=experts, **SHAPE)
+    half = replace(a, layers=4, experts=replace(experts, layers=(True,) * 4))
+    layout = Layout(tp=2, pp=2, dp=16, ep=4, sequence_parallel=True, distributed_optimizer=True)
+    work = Work(512, 1, 64, 32000)
+    mine = 4 * 2 * 3 * 512 * 1000
+    router, norms, attention = 512 * 8, 2 * 512, 4 * 512 * 512
+    others = 4 * (router + norms + attention // 2) + 32000 * 512 // 2
+    found = memory(a, [ReferenceModel(half, 2)], layout, work, 0)
+    assert found.policy == 2 * (mine + others)
+    assert found.optimizer == 12 * mine // 8 + 12 * others // 16
+    assert found.reference == 2 * (mine // 2 + others - 2 * (router + norms + attention // 2))
+    # Split in two as well, an expert has half of its parameters on a rank, and 4 ranks the same.
+    found = memory(a, [], replace(layout, etp=2), work, 0)
+    assert found.policy == 2 * (mine // 2 + others)
+    assert found.optimizer == 12 * mine // 2 // 4 + 12 * others // 16
+    # A rank has 256 tokens, half of a sample, and sends 3/4 of their two copies elsewhere: forward,
+    # backward, and the policy's scores forward once again.
+    sent = 256 * 2 * 3 // 4 * (2 * 512 * 2 + 4)
+    assert all_to_all_bytes(a, [], layout, work) == 4 * 4 * 2 * sent
+    assert all_to_all_bytes(a, [half], layout, work) == 4 * (4 * 2 + 2) * sent
+    still = Cluster(64, flops=1e30, node_bandwidth=1.0, memory_bandwidth=math.inf, latency=0.0)
+    dense = replace(a, experts=None)
+    of_pass = {
+        model: step_seconds(model, [], replace(layout, dp=1, ep=2), work, still)
+        for model in (a, dense)
+    }
+    # Two all-to-alls between two ranks take the place of two gathers and two scatters of the MLP.
+    exchanged = 256 * 2 // 2 * (2 * 512 * 2 + 4) - 2 * 512 * 512 * 2 // 2
+    found = of_pass[a] - of_pass[dense]
+    assert found == pytest.approx(64 * 2 * 4 * exchanged * (1 + 1 / 64), rel=1e-6)

@@ -12,8 +12,10 @@ import torch
 
 from launch import REPOSITORY, SUPPORT, launch
 from megatron_slm.model.architecture import Architecture
+from megatron_slm.model.experts import Experts
 from megatron_slm.model.hugging_face_config import from_hugging_face
-from megatron_slm.planning.formulas import Layout, parameters, stage_parameters
+from megatron_slm.planning.job import Layout
+from megatron_slm.planning.parameters import parameters, stage_parameters
 from random_llama import small_llama, write_random_llama
 
 RECIPES = sorted(
@@ -27,6 +29,8 @@ WORLDS = {
     "pretrain_slm_7b.sh": 32,
     "pretrain_slm_qwen3_8b.sh": 32,
     "pretrain_slm_llama3_8b.sh": 32,
+    "pretrain_slm_qwen3_30b_a3b.sh": 32,
+    "pretrain_slm_mixtral_8x7b.sh": 64,
     "pretrain_slm_13b.sh": 64,
     "pretrain_slm_70b.sh": 256,
     "pretrain_slm_general.sh": 32,
@@ -39,7 +43,8 @@ WORLDS = {
 USABLE = 0.92 * 80e9  # bytes of a GPU of 80 GB
 TINYLLAMA = 1_100_048_384  # parameters, as published
 TINYLLAMA_LAYER = (TINYLLAMA - 2 * 32000 * 2048 - 2048) // 22
-# The numbers of parameters, and what config.json says of Qwen3-8B-Base and Llama-3.1-8B.
+# The numbers of parameters, and what config.json says of Qwen3-8B-Base, Llama-3.1-8B,
+# Qwen3-30B-A3B-Base and Mixtral-8x7B-v0.1.
 PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
     "pretrain_slm_qwen3_8b.sh": (
         8_190_735_360,
@@ -90,6 +95,54 @@ PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
             "vocab_size": 128256,
         },
     ),
+    "pretrain_slm_qwen3_30b_a3b.sh": (
+        30_532_122_624,
+        {
+            "model_type": "qwen3_moe",
+            "attention_bias": False,
+            "decoder_sparse_step": 1,
+            "head_dim": 128,
+            "hidden_act": "silu",
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "max_position_embeddings": 32768,
+            "mlp_only_layers": [],
+            "moe_intermediate_size": 768,
+            "norm_topk_prob": True,
+            "num_attention_heads": 32,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "num_hidden_layers": 48,
+            "num_key_value_heads": 4,
+            "rms_norm_eps": 1e-6,
+            "rope_scaling": None,
+            "rope_theta": 1000000.0,
+            "sliding_window": None,
+            "tie_word_embeddings": False,
+            "use_sliding_window": False,
+            "vocab_size": 151936,
+        },
+    ),
+    "pretrain_slm_mixtral_8x7b.sh": (
+        46_702_792_704,
+        {
+            "model_type": "mixtral",
+            "hidden_act": "silu",
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "max_position_embeddings": 32768,
+            "num_attention_heads": 32,
+            "num_experts_per_tok": 2,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 8,
+            "num_local_experts": 8,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1000000.0,
+            "sliding_window": None,
+            "tie_word_embeddings": False,
+            "vocab_size": 32000,
+        },
+    ),
 }
 REFUSALS = {
     "layers": "Megatron refuses",
@@ -119,12 +172,21 @@ def ran(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads((directory / "built.json").read_text())
 
 
+def architecture(rank: dict[str, Any]) -> Architecture:
+    """Read the architecture of a rank that was built."""
+    a = Architecture(**rank["architecture"])
+    if a.experts is None:
+        return a
+    experts = Experts(**rank["architecture"]["experts"])
+    return replace(a, experts=replace(experts, layers=tuple(experts.layers)))
+
+
 @pytest.mark.parametrize("recipe", [*RECIPES, OF_ANOTHER_SIZE, "4096"])
 def test_every_stage_is_built(recipe: str, ran: dict[str, Any]) -> None:
     """With the parameters that the formulas say."""
     found = ran["built"][recipe]
     for rank in found:
-        a, layout = Architecture(**rank["architecture"]), Layout(**rank["layout"])
+        a, layout = architecture(rank), Layout(**rank["layout"])
         assert layout.ranks == WORLDS[recipe]
         expected = stage_parameters(a, rank["padded"], layout, rank["position"]["pp"])
         assert rank["policy"] == expected
@@ -140,7 +202,7 @@ def test_every_stage_is_built(recipe: str, ran: dict[str, Any]) -> None:
 def test_models_are_as_published(recipe: str, ran: dict[str, Any]) -> None:
     count, config = PUBLISHED[recipe]
     found = ran["built"][recipe][0]
-    a = Architecture(**found["architecture"])
+    a = architecture(found)
     # A command line names no model type, and the dry run has another tokenizer.
     published = from_hugging_face(config, recipe)
     assert a == replace(published, model_type=a.model_type, vocabulary=a.vocabulary)
@@ -171,7 +233,7 @@ def test_references_are_taken_as_they_are(ran: dict[str, Any]) -> None:
 def test_every_recipe_fits(ran: dict[str, Any]) -> None:
     """Policies with their references, and references, of all sizes, as they are given."""
     needs = ran["needs"]
-    assert len(needs) == len(RECIPES) + 3 * (6 - 1)
+    assert len(needs) == len(RECIPES) + 3 * (8 - 1)
     for recipe, (ranks, bytes_) in needs.items():
         assert ranks % 8 == 0
         assert bytes_ < USABLE, recipe

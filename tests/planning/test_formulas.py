@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -10,20 +11,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
 from jobs import write_dataset
 from launch import pretrain
 from megatron_slm.model.architecture import Architecture
+from megatron_slm.model.experts import Experts
+from megatron_slm.model.hugging_face_config import from_hugging_face
 from megatron_slm.planning.documents import document_length
 from megatron_slm.planning.formulas import (
-    Layout,
-    ReferenceModel,
-    Work,
+    all_to_all_bytes,
     chunks_in_flight,
     memory,
-    parameters,
-    stage_parameters,
     step_flops,
+)
+from megatron_slm.planning.job import Layout, ReferenceModel, Work
+from megatron_slm.planning.parameters import (
+    active_parameters,
+    parameters,
+    stage_experts,
+    stage_parameters,
 )
 from random_llama import write_random_llama
 
@@ -72,6 +79,15 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_random_llama(tmp_path_factory.mktemp("reference"), REFERENCE, torch.float32)
 
 
+EXPERTS = Experts(
+    count=8, top_k=2, ffn=352, shared_ffn=192, normed=True, layers=(False, *[True] * 7)
+)
+WITH_EXPERTS = """
+    --num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 352 --moe-layer-freq [0,1,1,1,1,1,1,1]
+    --moe-shared-expert-intermediate-size 192 --moe-shared-expert-gate --moe-aux-loss-coeff 0.01
+    --moe-token-dispatcher-type alltoall
+"""
+WHOLE = re.compile(r"norm|\.gate\.|shared_expert_gate")  # parameters that no rank has in part
 RUNS = {
     "dp2, all tokens, like Qwen": (
         Layout(dp=2, distributed_optimizer=True),
@@ -88,6 +104,11 @@ RUNS = {
         "--slm-backward selected",
         0.5,
     ),
+    "ep2, experts": (
+        Layout(dp=2, ep=2, distributed_optimizer=True),
+        f"--use-distributed-optimizer --expert-model-parallel-size 2 {WITH_EXPERTS}",
+        0.6,
+    ),
     "pp2 vpp2, recomputed": (
         Layout(pp=2, vp=2),
         "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 2 "
@@ -101,7 +122,8 @@ RUNS = {
 def test_memory_and_flops_of_a_run(case: str, reference: Path, tmp_path: Path) -> None:
     layout, flags, ratio = RUNS[case]
     like_qwen = "--qk-layernorm" in flags
-    policy = replace(POLICY, qkv_bias=like_qwen, qk_norm=like_qwen)
+    experts = EXPERTS if "--num-experts" in flags else None
+    policy = replace(POLICY, qkv_bias=like_qwen, qk_norm=like_qwen, experts=experts)
     work, scored_by = WORK, []
     if ratio < 1:
         work = Work(**vars(WORK) | {"ratio": ratio, "head": "chunked"})
@@ -127,6 +149,8 @@ def test_memory_and_flops_of_a_run(case: str, reference: Path, tmp_path: Path) -
     # In blocks, selected tokens attend to what lies before them, and to little after.
     near = 0.06 if work.backward == "selected" else 1e-3
     assert sum(found["flops"] for found in measured) == pytest.approx(flops, rel=near)
+    sent = layout.ranks * all_to_all_bytes(policy, scored_by, layout, work)
+    assert sum(found["sent"] for found in measured) == pytest.approx(sent, rel=0.05)
 
 
 def test_attention_within_documents(tmp_path: Path) -> None:
@@ -180,6 +204,35 @@ def test_parameters() -> None:
         stages = [stage_parameters(architecture, size, Layout(pp=2), s) for s in (0, 1)]
         again = architecture.vocabulary * architecture.hidden * architecture.tied
         assert sum(stages) == count + again
+
+
+def test_parameters_of_experts() -> None:
+    """As many as models of transformers have, and as published, in all and of those a token passes:
+    Mixtral-8x7B, Qwen3-30B-A3B and Qwen1.5-MoE-A2.7B."""
+    qwen3 = {"num_hidden_layers": 48, "num_key_value_heads": 4, "head_dim": 128}
+    for config, published in (
+        (MixtralConfig(), (46.7, 12.9)),
+        (Qwen3MoeConfig(norm_topk_prob=True, **qwen3), (30.5, 3.3)),
+        (Qwen2MoeConfig(), (14.3, 2.7)),
+    ):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        counted = {name: weight.numel() for name, weight in model.named_parameters()}
+        total = sum(counted.values())
+        of_experts = sum(number for name, number in counted.items() if ".experts." in name)
+        a = from_hugging_face(config.to_dict(), "transformers")
+        assert a.experts is not None
+        active = total - of_experts * (a.experts.count - a.experts.top_k) // a.experts.count
+        size = a.vocabulary
+        assert (parameters(a, size), active_parameters(a, size)) == (total, active)
+        assert (total / 1e9, active / 1e9) == pytest.approx(published, abs=0.06)
+        # Two ranks split all but experts, of which four ranks of each stage have a quarter.
+        layout = Layout(tp=2, pp=2, dp=2, ep=4)
+        assert 4 * sum(stage_experts(a, layout, stage) for stage in (0, 1)) == of_experts
+        of_ranks = sum(stage_parameters(a, size, layout, stage) for stage in (0, 1))
+        whole = sum(number for name, number in counted.items() if WHOLE.search(name))
+        split = total - of_experts - whole
+        assert of_ranks == of_experts // 4 + split // 2 + whole
 
 
 def test_chunks_in_flight() -> None:

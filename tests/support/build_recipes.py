@@ -23,7 +23,10 @@ from megatron_slm.planning import dry_run, recipe
 from megatron_slm.planning.cluster import Cluster, plan
 from megatron_slm.planning.formulas import memory
 
-SIZES = ("1b", "7b", "13b", "70b", "qwen3-8b", "llama3-8b")
+SIZES = (
+    *("1b", "7b", "13b", "70b"),
+    *("qwen3-8b", "llama3-8b", "qwen3-30b-a3b", "mixtral-8x7b"),
+)
 
 
 def built(script: str, settings: dict[str, str], every_stage: bool) -> list[dict[str, Any]]:
@@ -37,7 +40,7 @@ def built(script: str, settings: dict[str, str], every_stage: bool) -> list[dict
         ranks |= {stage * per_stage + 1 for stage in range(layout.pp - 1)}
     return [
         asdict(dry_run.dry_run(read, rank, 32000))
-        | {"architecture": vars(a), "layout": vars(layout), "padded": args.padded_vocab_size}
+        | {"architecture": asdict(a), "layout": vars(layout), "padded": args.padded_vocab_size}
         for rank in sorted(ranks)
     ]
 

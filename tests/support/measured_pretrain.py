@@ -1,6 +1,7 @@
 """megatron_slm.pretrain, and what a step took, in measured<rank>.json.
 
 flops: of the first step, counted by torch.
+sent: bytes that the first step sends to other ranks in all-to-alls.
 states: bytes of weights, gradients and optimizer state, by walking them.
 moment: what the second step took on top of what was there when it began, by the kernel's account.
 """
@@ -54,7 +55,7 @@ MORE = {
 def tensors_of(model: list[Any], optimizer: Any, reference: Any) -> Iterator[torch.Tensor]:
     for chunk in model:
         yield from chunk.parameters()
-        for buffer in chunk.buffers:
+        for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
             yield from (t for t in (buffer.param_data, buffer.grad_data) if t is not None)
     for part in optimizer.chained_optimizers:
         for state in part.optimizer.state.values():
@@ -71,6 +72,7 @@ def train_measured(args: Namespace) -> None:
     kept: dict[str, Any] = {"reference": None}
     measured: dict[str, int] = {}
     setup, step = training.setup_model_and_optimizer, training.train_step
+    all_to_all, sent = torch.distributed.all_to_all_single, []
     build = online.OnlineReference.__init__
 
     def setup_kept(*args: Any, **kwargs: Any) -> Any:
@@ -82,11 +84,17 @@ def train_measured(args: Namespace) -> None:
         build(self, *args, **kwargs)
         kept["reference"] = self
 
+    def all_to_all_counted(output: Any, input: Any, *args: Any, **named: Any) -> Any:
+        splits = list(named["input_split_sizes"])
+        splits[torch.distributed.get_rank(named["group"])] = 0
+        sent.append(int(sum(splits)) * input[0].nbytes)
+        return all_to_all(output, input, *args, **named)
+
     def step_measured(*args: Any, **kwargs: Any) -> Any:
         if not measured:
             with FlopCounterMode(display=False, custom_mapping=MORE) as counter:
                 result = step(*args, **kwargs)
-            measured["flops"] = counter.get_total_flops()
+            measured["flops"], measured["sent"] = counter.get_total_flops(), sum(sent)
             return result
         gc.collect()
         libc.malloc_trim(0)
@@ -96,6 +104,7 @@ def train_measured(args: Namespace) -> None:
         measured["moment"] = resident("VmHWM") - before
         return result
 
+    torch.distributed.all_to_all_single = all_to_all_counted
     training.setup_model_and_optimizer = setup_kept
     training.train_step = step_measured
     online.OnlineReference.__init__ = build_kept

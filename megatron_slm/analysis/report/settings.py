@@ -44,7 +44,7 @@ class RunSettings:
     def parameters(self) -> int | None:
         """Number of parameters of a Llama model; None for other models.
 
-        The formula is that of megatron_slm.planning.formulas, which takes seconds to import.
+        The formula is that of megatron_slm.planning.parameters, which takes seconds to import.
         """
         llama = {"swiglu": "True", "normalization": "RMSNorm", "add_bias_linear": "False"}
         if any(self.texts.get(name) != value for name, value in llama.items()):

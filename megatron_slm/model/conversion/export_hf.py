@@ -112,7 +112,7 @@ def _plan(checkpoint: Path, like: Path | None, vocabulary: int | None, shard_byt
     original = None if like is None else read_config(like)
     likeness = None if original is None else from_hugging_face(original, f"{like}/{CONFIG}")
     tokens = vocabulary or (likeness.vocabulary if likeness else _vocabulary(reader.arguments))
-    architecture = from_megatron(reader.arguments, tokens, str(checkpoint), mixtures=True)
+    architecture = from_megatron(reader.arguments, tokens, str(checkpoint))
     if likeness is not None:
         _check_same(architecture, likeness, f"{checkpoint}", f"--like {like}")
         architecture = replace(architecture, model_type=likeness.model_type)
