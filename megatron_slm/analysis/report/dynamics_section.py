@@ -50,15 +50,15 @@ def dynamics_section(table: Path) -> dict[str, Any]:
         for name in CLASSES
         if dynamics.share(name) > 0
     ]
-    found = learning_times(dynamics.iterations, dynamics.losses)
+    learning = learning_times(dynamics.iterations, dynamics.losses)
     all_tokens = {"all tokens": np.ones(len(texts), np.bool_)}
     domains, kinds = by_domain(dynamics), by_kind(dynamics, texts)
     tables = {"Classes": class_rows(dynamics), "Transitions": transition_rows(dynamics)}
     figures = [figure("Mean loss of each class", "iteration", "nats a token", curves)]
-    if found is not None:
-        tables["When tokens are learned"] = learning_rows(found, all_tokens | domains | kinds)
+    if learning is not None:
+        tables["When tokens are learned"] = learning_rows(learning, all_tokens | domains | kinds)
         figures += [
-            _spectrum(f"Learning-time spectrum{what}", dynamics, found, groups)
+            _spectrum(f"Learning-time spectrum{what}", dynamics, learning, groups)
             for what, groups in (
                 (" by domain" if domains else "", all_tokens | domains),
                 (" by kind of token", kinds),
@@ -68,7 +68,7 @@ def dynamics_section(table: Path) -> dict[str, Any]:
         "lead": f"{len(texts):,} tokens at {len(dynamics.iterations)} iterations. A token "
         "is H\u2192L or L\u2192H if the line fitted to its losses falls or rises by more than 0.2 "
         "nats, else L\u2192L or H\u2192H by whether its last loss is above the mean. "
-        + _how_read(found),
+        + _how_read(learning),
         "tables": [
             {"title": title, "head": head, "rows": rows} for title, (head, *rows) in tables.items()
         ],
