@@ -51,6 +51,7 @@ setup(
             "mypy",
             "playwright",
             "pytest",
+            "pytest-timeout",
             "pytest-xdist",
             "ruff",
             *ANALYSIS,

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+_DOCUMENTS = 1 << 20  # looked at at once
+
 
 class Windows:
     """Where the windows of a dataset begin."""
@@ -82,8 +84,22 @@ def windows_of(index: Any, length: int, apart: bool) -> Windows:
 
 def _starts(bounds: NDArray[np.int64], tokens: int, length: int) -> NDArray[np.int64]:
     """Fill windows with as many whole documents as fit, or with a part of one that is too long."""
-    starts = [0]
-    while (full := starts[-1] + length) < tokens:
-        fits = int(bounds[np.searchsorted(bounds, full, side="right") - 1])
-        starts.append(fits if fits > starts[-1] else full)
-    return np.array(starts, np.int64)
+    starts = []
+    at = 0  # the document that the next window begins with
+    for begin in range(0, len(bounds), _DOCUMENTS):
+        end = min(begin + _DOCUMENTS, len(bounds))
+        # Before a document, a window begins at each multiple of s inside it, since only there
+        # nothing else fits.
+        edges = np.append(bounds[begin:end], bounds[end] if end < len(bounds) else tokens)
+        cuts = np.maximum(-(-np.diff(edges) // length) - 1, 0)
+        full = edges[:-1] + (cuts + 1) * length  # where the last of these windows would end
+        after = np.searchsorted(bounds, full, side="right") - 1
+        after[full >= tokens] = len(bounds)
+        begun = []
+        while at < end:
+            begun.append(at - begin)
+            at = int(after[at - begin])
+        of_each = cuts[begun] + 1
+        numbers = np.arange(of_each.sum()) - np.repeat(of_each.cumsum() - of_each, of_each)
+        starts.append(np.repeat(edges[begun], of_each) + numbers * length)
+    return np.concatenate(starts)

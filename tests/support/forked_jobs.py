@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch.distributed import TCPStore
@@ -20,10 +22,15 @@ from launch import PYTHONPATH
 class Server:
     """A process that forks the ranks of jobs."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[bytes]
+    running: list[int] = field(default_factory=list)  # process ids of a job whose end is not read
 
     def start(self, tool: str, ranks: int, arguments: list[str], directory: Path) -> list[int]:
         """Start a job and return its ranks' process ids."""
+        if self.running:  # of a test that failed
+            with suppress(ProcessLookupError):
+                os.killpg(self.running[0], signal.SIGKILL)
+            self.codes()
         directory.mkdir(parents=True, exist_ok=True)
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         environment = {
@@ -41,14 +48,17 @@ class Server:
             "environment": environment,
         }
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        ranks_started: list[int] = self._line()
-        return ranks_started
+        self.process.stdin.write(json.dumps(job).encode() + b"\n")
+        self.running = self._line()
+        return self.running
+
+    def has_ended(self) -> bool:
+        return bool(select.select([self.process.stdout], [], [], 0)[0])
 
     def codes(self) -> list[int]:
         """Wait for the job's end and return its exit codes."""
-        return self._line()
+        self.running, codes = [], self._line()
+        return codes
 
     def _line(self) -> list[int]:
         assert self.process.stdout is not None
@@ -71,7 +81,7 @@ def serving() -> Iterator[Server]:
         [sys.executable, str(Path(__file__).with_name("forked_ranks.py"))],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        text=True,
+        bufsize=0,
         env=os.environ
         | {
             "PYTHONPATH": PYTHONPATH,

@@ -15,13 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_slm import cpu_platform
-
-cpu_platform.install()
-
-import megatron.core.tokenizers.text
-import megatron.training.arguments  # noqa: F401
-
+import megatron_imported  # noqa: F401  # first, since it makes this machine the platform
 import recorded_experts
 from megatron_slm import pretrain
 from megatron_slm.entry import add_arguments

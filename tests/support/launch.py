@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed import TCPStore
@@ -51,13 +52,10 @@ class Job:
     store: TCPStore
 
 
-# Ranks are forked from a process that has torch, and what Megatron's tokenizers import, already:
-# most of the time of a short run.  What torch reads from the environment has to be there before.
+# What torch reads from the environment has to be there before it is imported.
 os.environ |= {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
 FORKING = multiprocessing.get_context("forkserver")
-FORKING.set_forkserver_preload(
-    ["torch", "torch._dynamo", "transformers.models.auto.tokenization_auto"]
-)
+FORKING.set_forkserver_preload(["megatron_imported"])  # if it cannot be, run_command says so
 
 
 def launch(
@@ -125,7 +123,8 @@ def _start_fresh(command: list[str], directory: Path, job: dict[str, str], file:
 
 def _start_forked(command: list[str], directory: Path, job: dict[str, str], file: Path) -> Any:
     process = FORKING.Process(target=run_command, args=(command, directory, job, file))
-    process.start()
+    with patch.dict(os.environ, PYTHONPATH=PYTHONPATH):  # for the process that forks
+        process.start()
     return process
 
 
@@ -134,6 +133,7 @@ def run_command(command: list[str], directory: Path, job: dict[str, str], file: 
     output = file.open("w")
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
+    assert "megatron_imported" in sys.modules
     multiprocessing.set_start_method(None, force=True)  # not that of this process
     os.environ |= job
     os.chdir(directory)

@@ -76,6 +76,11 @@ CASES = {
         "--eval-micro-batch-size 1",
         "--full-validation --multiple-validation-sets --pipeline-model-parallel-size 2",
     ),
+    "full validation and a test part": of(
+        "--data-path a --split 90,9,1",
+        "Megatron fails at the end of the run where there is test data",
+        "--full-validation --multiple-validation-sets",
+    ),
     "validation never": Case("--eval-interval 0", "--eval-interval 0: it must be 1 or more"),
     "validation of less than nothing": Case("--eval-iters -1", "--eval-iters -1"),
     # Saving and loading.

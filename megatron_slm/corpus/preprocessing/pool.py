@@ -10,16 +10,19 @@ import multiprocessing
 import os
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from functools import partial
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkProcess
 from typing import Any
 
 from megatron_slm.corpus.progress import POLL, Bar, Counters, Progress
 from megatron_slm.corpus.reading.inputs import Task
 from megatron_slm.errors import UserError
+
+Pipe = Connection  # of (row of counters, task) to a worker, of (result, error) from it
 
 
 def over_all_cores[Result](
@@ -60,35 +63,86 @@ def _in_processes(
     counters: Counters,
     bar: Bar,
 ) -> Iterator[tuple[Task, Any]]:
-    pool = ProcessPoolExecutor(workers, counters.context, _start_worker, (work, counters))
+    # Each worker has a pipe of its own, so there is no lock that a killed one could keep: with
+    # ProcessPoolExecutor's shared queues, the others wait for it without end.
+    # End with the smallest, so that no large one is left running alone.
+    waiting = list(enumerate(sorted(tasks, key=lambda task: task.size)))
+    pipes: list[Pipe] = []
+    processes: list[ForkProcess] = []
+    running: dict[Pipe, Task] = {}
     try:
-        # Start with the largest, so that none is left running alone at the end.
-        largest = sorted(tasks, key=lambda task: -task.size)
-        pending = {pool.submit(_in_worker, task, at): task for at, task in enumerate(largest)}
-        while pending:
-            done, _ = wait(pending, POLL, FIRST_COMPLETED)
-            for future in done:
-                yield pending.pop(future), future.result()
+        for _ in range(workers):
+            ours, theirs = counters.context.Pipe()
+            pipes.append(ours)
+            arguments = (theirs, tuple(pipes), work, counters)
+            processes.append(counters.context.Process(target=_serve, args=arguments, daemon=True))
+            processes[-1].start()
+            theirs.close()
+        idle = list(pipes)
+        while waiting or running:
+            while waiting and idle:
+                at, task = waiting.pop()
+                pipe = idle.pop()
+                running[pipe] = task
+                with _telling_of_killed_workers():
+                    pipe.send((at, task))
+            ready = wait(running, POLL)
+            for pipe in [pipe for pipe in running if pipe in ready]:
+                with _telling_of_killed_workers():
+                    result, error = pipe.recv()
+                idle.append(pipe)
+                task = running.pop(pipe)
+                if error is not None:
+                    raise error
+                yield task, result
             bar.show()
-    except BrokenProcessPool as error:
+    finally:
+        counters.stop[0] = 1
+        for pipe in pipes:
+            pipe.close()  # idle workers end
+        for process in processes:
+            process.join()
+
+
+@contextmanager
+def _telling_of_killed_workers() -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, ConnectionError) as error:
         raise UserError(
             "a worker process ended early, perhaps killed for want of memory; run again, with "
             "fewer --workers if so: finished shards are kept"
         ) from error
-    finally:
-        counters.stop[0] = 1
-        pool.shutdown(cancel_futures=True)
 
 
-_work: Callable[[Task, Progress], Any]
-_counters: Counters
+def _serve(
+    pipe: Pipe,
+    pipes: Sequence[Pipe],
+    work: Callable[[Task, Progress], Any],
+    counters: Counters,
+) -> None:
+    """Do the tasks that come through a pipe, in a worker.
 
-
-def _start_worker(work: Callable[[Task, Progress], Any], counters: Counters) -> None:
-    global _work, _counters
+    Args:
+        pipe: the worker's end.
+        pipes: the parent's ends, which are open here as well.
+        work: function that does a task.
+        counters: of all tasks.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and stops the workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _work, _counters = work, counters
+    for end in pipes:
+        end.close()
+    with suppress(EOFError, ConnectionError):  # the parent needs no more
+        while True:
+            at, task = pipe.recv()
+            answer: tuple[Any, Exception | None]
+            try:
+                answer = work(task, partial(counters.add, at)), None
+            except Exception as error:
+                error.add_note(f"in a worker process:\n{traceback.format_exc()}")
+                answer = None, error
+            pipe.send(answer)
 
 
 def _end_with_parent() -> None:
@@ -96,7 +150,3 @@ def _end_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
-
-
-def _in_worker(task: Task, at: int) -> Any:
-    return _work(task, partial(_counters.add, at))

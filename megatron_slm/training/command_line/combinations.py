@@ -265,7 +265,7 @@ def _check_has_data(args: Namespace) -> None:
     if blend is None and per_split is None:
         raise UserError("there is no data: give --data-path, or --train-data-path for its parts")
     given: Sequence[object] = per_split or split_spans(args.split or "969,30,1")
-    train, valid, _ = given
+    train, valid, test = given
     how = "--split" if per_split is None else "--train-data-path and --valid-data-path"
     if train is None and not args.skip_train:
         raise UserError(f"there is no training data: see {how}; --skip-train validates alone")
@@ -273,6 +273,11 @@ def _check_has_data(args: Namespace) -> None:
         raise UserError(
             f"there is no validation data for --eval-iters {args.eval_iters}: give some with "
             f"{how}, or --eval-iters 0 for none"
+        )
+    if test is not None and args.full_validation:
+        raise UserError(
+            "--full-validation: Megatron fails at the end of the run where there is test data: "
+            "leave --test-data-path out, or end --split with 0"
         )
     names = args.validation_set_names
     sets = 1 if per_split is None or valid is None else len(per_split[1][0])

@@ -1,0 +1,32 @@
+"""Windows that end early rather than cut a document, over datasets of any documents."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_slm.data import windows
+
+
+def filled(documents: list[int], length: int) -> list[int]:
+    """Starts, filled by a window, then a document at a time."""
+    first = np.cumsum([0, *documents])[:-1].tolist()
+    tokens, starts = sum(documents), [0]
+    while starts[-1] + length < tokens:
+        fitting = [at for at in first if starts[-1] < at <= starts[-1] + length]
+        starts.append(fitting[-1] if fitting else starts[-1] + length)
+    return starts
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 1 << 20])
+@given(documents=st.lists(st.integers(1, 40), min_size=1, max_size=60), length=st.integers(1, 24))
+def test_windows_are_filled_with_whole_documents(
+    at_once: int, documents: list[int], length: int
+) -> None:
+    bounds = np.cumsum([0, *documents])[:-1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(windows, "_DOCUMENTS", at_once)
+        found = windows._starts(bounds, sum(documents), length)
+    assert found.tolist() == filled(documents, length)
