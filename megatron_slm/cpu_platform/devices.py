@@ -18,6 +18,16 @@ import torch
 
 CPU = torch.device("cpu")
 
+
+class _CurrentDevice(str):
+    """What torch takes as the CPU; in an f-string, the number that Megatron writes behind cuda:."""
+
+    def __format__(self, spec: str) -> str:
+        return "0"
+
+
+CURRENT = _CurrentDevice("cpu")
+
 # Everything in torch's namespace that takes device= and that Megatron or its data path may call.
 FACTORIES = """
     arange as_tensor empty empty_like empty_strided eye full full_like linspace logspace ones
@@ -156,7 +166,7 @@ def _install_cuda_module() -> None:
         "is_available": lambda: True,
         "is_initialized": lambda: True,
         "device_count": lambda: 1,
-        "current_device": lambda: CPU,
+        "current_device": lambda: CURRENT,
         "set_device": nothing,
         "device": lambda *args: contextlib.nullcontext(),
         "synchronize": nothing,

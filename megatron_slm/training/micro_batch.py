@@ -10,12 +10,14 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from megatron.core import mpu
 from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from megatron.training import get_args
+from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from torch import Tensor
 
 from megatron_slm.errors import UserError
@@ -193,6 +195,14 @@ def read_micro_batches(
             domains=domains,
             **{name: batch[name] for name in (*FIELDS, "reference_losses")},
         )
+
+
+def tell_lengths(micro_batch: MicroBatch) -> MicroBatch:
+    """Tell Megatron how long a micro-batch's documents are, for the FLOPs that it logs."""
+    if micro_batch.packed is not None:
+        ends = [0, *accumulate(micro_batch.packed.lengths)]
+        update_seqlen_stats_from_cu_seqlens(torch.tensor(ends, dtype=torch.int32))
+    return micro_batch
 
 
 def whole_sequences(own: Tensor) -> Tensor:

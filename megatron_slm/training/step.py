@@ -30,7 +30,7 @@ from megatron_slm.training.command_line.experts import has_auxiliary_losses
 from megatron_slm.training.data_iterators import for_model_chunks, form_of, own_iterator
 from megatron_slm.training.device_timer import timed
 from megatron_slm.training.dump import TokenDumps
-from megatron_slm.training.micro_batch import MicroBatch, read_micro_batches
+from megatron_slm.training.micro_batch import MicroBatch, read_micro_batches, tell_lengths
 from megatron_slm.training.objective import MicroBatchObjective
 from megatron_slm.training.passes import noting, run_in_shape, score_with_policy, with_reference
 from megatron_slm.training.settings import SelectiveSettings, Step
@@ -158,6 +158,8 @@ class SelectiveStep:
             with_domains=bool(self.settings.domains) and (step.training or self._by_domain),
             with_losses=self.source is not None and self.source.caches is not None,
         )
+        if step.training:
+            micro_batches = map(tell_lengths, micro_batches)
         if self.reference is None or not step.selects:
             return micro_batches
         # Only training steps are timed, as in Megatron's own interval time.

@@ -11,6 +11,7 @@ import json
 import os
 import runpy
 import sys
+import traceback
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,8 @@ if __name__ == "__main__":
                 code = 1
                 try:
                     code = run(rank, job)
+                except BaseException:
+                    traceback.print_exc()
                 finally:
                     sys.stdout.flush()
                     os._exit(code)
