@@ -128,6 +128,9 @@ class Event:
 
 def install() -> None:
     """Replace torch's CUDA entry points.  Called once, by the package."""
+    # `with torch.device(...)` knows torch's factories by identity, from its first use on; models of
+    # transformers are loaded under it.
+    torch.utils._device._device_constructors()
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     for name in TENSOR_FACTORIES:

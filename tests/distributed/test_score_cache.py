@@ -318,7 +318,7 @@ def test_transformers_gives_the_same_losses(
     data = f"--data-path {corpus.prefix} --seq-length {SEQUENCE} --tokenizer-type NullTokenizer"
     own = f"--vocab-size {VOCABULARY} --model {tmp_path}/hf --slm-reference-cache {tmp_path}/cache"
     command = [tool, *f"{data} {own} --cache-dtype float32".split()]
-    launch(2, command, tmp_path / "job", fresh_threads=1)  # not on the CPU platform
+    launch(2, command, tmp_path / "job")
     one, other = (read_cache_manifest(each) for each in (tmp_path / "cache", by_document))
     assert msgspec.structs.replace(one, reference=other.reference) == other
     dataset = IndexedDataset(str(corpus.prefix))

@@ -21,6 +21,8 @@ for device in ("cuda", "cuda:0", torch.device("cuda"), torch.device("cuda", 0)):
     assert torch.ones(2).new_zeros(3, device=device).device.type == "cpu"
     assert torch.nn.Linear(2, 2).to(device).weight.device.type == "cpu"
 assert torch.tensor([1], device=torch.cuda.current_device()).device.type == "cpu"
+with torch.device("meta"):
+    assert torch.empty(2).is_meta and torch.arange(2).is_meta
 assert torch.empty(3, pin_memory=True).shape == (3,)
 assert torch.ones(1).pin_memory().cuda(non_blocking=True).device.type == "cpu"
 
