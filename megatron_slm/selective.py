@@ -28,6 +28,7 @@ from megatron_slm.errors import say
 from megatron_slm.model.gpt_config import gpt_config, installed_layers
 from megatron_slm.reference.checkpoint import FLAGS, ReferenceCheckpoint
 from megatron_slm.training import event_writer, megatron_hooks
+from megatron_slm.training.caches import open_values
 from megatron_slm.training.checkpoint_arguments import check_start
 from megatron_slm.training.command_line.arguments import validate_arguments
 from megatron_slm.training.command_line.first_check import options_in
@@ -73,8 +74,10 @@ class SelectiveTraining:
         given = options_in(sys.argv[1:])
         check_options(args, given)
         _check_inputs(args)
-        settings = settings_from_arguments(args)
-        source = open_source(args, settings.domains, installed_layers())
+        values = open_values(args)
+        settings = settings_from_arguments(args, values)
+        entropies = settings.selective and "reference_entropies" in settings.selection.needs
+        source = open_source(args, settings.domains, installed_layers(), entropies)
         args.slm_selects = settings.selective
         args.slm_reference_identity = None if source is None else source.identity
         for line in without_effect(args, given, HAVE_TE, settings.head):
@@ -82,7 +85,7 @@ class SelectiveTraining:
         resumed = check_start(args)
         event_writer.check_directory(args.tensorboard_dir)
         self.args = args
-        self.datasets = DatasetProvider(None if source is None else source.caches, datasets)
+        self.datasets = DatasetProvider(None if source is None else source.caches, datasets, values)
         """Megatron's `train_valid_test_dataset_provider`; adds cached losses to the samples."""
         dumps = token_dumps(args, settings, self.datasets)
         self.step = SelectiveStep(settings, source, dumps, resumed)

@@ -1,4 +1,4 @@
-"""Add reference losses from a score cache to the samples of datasets.
+"""Add reference losses and other values of tokens from score caches to the samples of datasets.
 
 The classes wrap what Megatron's builder makes, so losses pass through loader workers, blends and
 resumed runs as tokens do.  Nothing is copied or indexed again: a sample's number, or the positions
@@ -58,18 +58,27 @@ class SampleScored(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 class DocumentScored(GPTDataset):
-    """A GPTDataset whose samples gain the losses of their labels, wherever these are in the file.
+    """A GPTDataset whose samples gain values of their labels, wherever these are in the file.
 
     Megatron's builder uses it in place of GPTDataset; `document_scored` makes such a class.
     """
 
-    sections: dict[str, Section]
+    fields: dict[str, dict[str, Section]]
+    """Sections by the field of a sample that they fill, and by the name of the dataset."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.section = self.sections[dataset_name(self.dataset_path)]
-        length = self.section.manifest.sequence_length
-        self.windows = windows_of(self.dataset.index, length, self.config.inter_document_masking)
+        name = dataset_name(self.dataset_path)
+        apart = self.config.inter_document_masking
+        own = {field: by_name[name] for field, by_name in self.fields.items()}
+        # Values that are not losses have no context, and are stored as if documents saw each other.
+        self.read = {
+            field: (section, self._windows(section, apart and field == FIELD))
+            for field, section in own.items()
+        }
+
+    def _windows(self, section: Section, apart: bool) -> Windows:
+        return windows_of(self.dataset.index, section.manifest.sequence_length, apart)
 
     def __getitem__(self, idx: int | None) -> dict[str, Any]:
         sample: dict[str, Any] = super().__getitem__(idx)
@@ -77,17 +86,25 @@ class DocumentScored(GPTDataset):
         self_of_positions = copy(self)
         self_of_positions.dataset = _Positions(self.dataset)
         positions, _, _ = self_of_positions._query_document_sample_shuffle_indices(idx or 0)
-        # Padding has no position and no loss, and is masked.
+        # Padding has no position and no value, and is masked.
         positions = np.where(sample["loss_mask"].numpy() > 0, positions[1:], -1)
-        sample[FIELD] = torch.from_numpy(_losses_at(self.section, self.windows, positions))
+        for field, (section, windows) in self.read.items():
+            sample[field] = torch.from_numpy(_losses_at(section, windows, positions))
         return sample
 
 
-def document_scored(sections: dict[str, Section]) -> type[GPTDataset]:
-    """Make a class for Megatron's builder: a GPTDataset with losses from sections, by the dataset's
-    name."""
+def document_scored(
+    losses: dict[str, Section] | None, **values: dict[str, Section]
+) -> type[GPTDataset]:
+    """Make a class for Megatron's builder: a GPTDataset with values from sections.
+
+    Args:
+        losses: the sections of reference losses, by the dataset's name; None for none.
+        values: those of other values, by the field of a sample that they fill.
+    """
+    fields = values if losses is None else values | {FIELD: losses}
     # A dataset finds its index in --data-cache-path by the name of its class.
-    return type("GPTDataset", (DocumentScored,), {"sections": sections})
+    return type("GPTDataset", (DocumentScored,), {"fields": fields})
 
 
 class _Positions:

@@ -73,7 +73,7 @@ class Windows:
         return np.unique([0, *(self.bounds[inside] - start), stop - start, self.length])
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def windows_of(index: Any, length: int, apart: bool) -> Windows:
     """Return the windows of a dataset, whose splits share them and are built one after another.
 

@@ -1,77 +1,118 @@
 """Score tokens: those with the highest scores are selected.
 
-    excess             L_policy - L_reference: what the reference has learnt and the policy has not
-                       (Rho-1, eq. 3; for whole examples: RHO-LOSS, Mindermann et al. 2022)
-    lowest             its inverse, as a control: the tokens with the least to learn
-    reference          -L_reference: tokens that the reference finds likely, whatever the policy
-                       does (the corpus filter of Rho-1's self-reference ablation)
-    reference-entropy  -H_reference: tokens where the reference is sure (from the same ablation)
-    policy             L_policy: tokens that the policy finds hard (online hard examples,
-                       Shrivastava et al. 2016; Selective-Backprop, Jiang et al. 2019)
-    policy-entropy     H_policy: tokens where the policy is unsure (uncertainty sampling, Lewis and
-                       Gale 1994)
-    random             chance, as a control
-
+Each score is a function of tokens (functions.py), and its docstring says where it comes from.
 Losses L and entropies H are in nats.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-Score = Literal[
-    "excess", "lowest", "reference", "reference-entropy", "policy", "policy-entropy", "random"
-]
-SCORES: tuple[Score, ...] = get_args(Score)
-NEED_REFERENCE: frozenset[Score] = frozenset({"excess", "lowest", "reference", "reference-entropy"})
+from megatron_slm.selection.functions import TokenFunction, token_score
+from megatron_slm.selection.tokens import Tokens
 
 
-def token_scores(
-    score: Score,
-    losses: Tensor,
-    entropies: Tensor | None,
-    reference_losses: Tensor | None,
-    reference_entropies: Tensor | None,
-    draw: Callable[[], Tensor],
-) -> Tensor:
-    """Return the scores of tokens, float32 [b, s].
+@token_score(needs=("reference_losses",))
+def excess(tokens: Tokens) -> Tensor:
+    """Compute L_policy - L_reference: what the reference has learnt and the policy has not.
 
-    Entropies and the reference's tensors may be None if the score does not use them.
-
-    Args:
-        score: the name of the score.
-        losses: the policy's losses, float32 [b, s].
-        entropies: the policy's entropies, float32 [b, s].
-        reference_losses: the reference's losses, float32 [b, s].
-        reference_entropies: the reference's entropies, float32 [b, s].
-        draw: returns random scores.
+    Rho-1 (arXiv 2404.07965), eq. 3; for whole examples RHO-LOSS, Mindermann et al. 2022.
     """
+    return tokens.losses - tokens.reference_losses
 
-    def known(values: Tensor | None) -> Tensor:
-        assert values is not None, f"score {score} needs it"
-        return values
 
-    match score:
-        case "excess":
-            scores = losses - known(reference_losses)
-        case "lowest":
-            scores = known(reference_losses) - losses
-        case "reference":
-            scores = -known(reference_losses)
-        case "reference-entropy":
-            scores = -known(reference_entropies)
-        case "policy":
-            scores = losses
-        case "policy-entropy":
-            scores = known(entropies)
-        case "random":
-            scores = draw()
-    return scores
+@token_score(needs=("reference_losses",))
+def lowest(tokens: Tokens) -> Tensor:
+    """Compute L_reference - L_policy, as a control: the tokens with the least to learn."""
+    return tokens.reference_losses - tokens.losses
+
+
+@token_score(needs=("reference_losses",))
+def retrospective(tokens: Tokens) -> Tensor:
+    """Compute L_history - L_policy: what the policy has learnt since its history.
+
+    The retrospective excess loss of ssToken (arXiv 2510.18250), whose history is the checkpoint
+    that training starts from (as the reference) or the moving average of the policy's weights.  It
+    is the formula of `lowest`; with a history in place of a better model it means the opposite.
+    ssToken adds a score of attention, which is not computed here.
+    """
+    return tokens.reference_losses - tokens.losses
+
+
+@token_score(needs=("reference_losses",))
+def reference(tokens: Tokens) -> Tensor:
+    """Compute -L_reference: tokens that the reference finds likely, whatever the policy does.
+
+    The corpus filter of Rho-1's self-reference ablation.
+    """
+    return -tokens.reference_losses
+
+
+@token_score(needs=("reference_entropies",))
+def reference_entropy(tokens: Tokens) -> Tensor:
+    """Compute -H_reference: tokens where the reference is sure (from the same ablation)."""
+    return -tokens.reference_entropies
+
+
+@token_score(needs=("reference_losses",))
+def context(tokens: Tokens) -> Tensor:
+    """Compute |L_policy - L_reference|, for a reference that sees a short context alone.
+
+    The sparse weights of Helm et al. (arXiv 2503.09202): the tokens of each sequence for which a
+    long context matters most count equally.  Theirs are floor(k * N) tokens, ours the nearest
+    integer, and ties are drawn there and go to the earlier token here.
+    """
+    return (tokens.losses - tokens.reference_losses).abs()
+
+
+@token_score()
+def policy(tokens: Tokens) -> Tensor:
+    """Compute L_policy: tokens that the policy finds hard.
+
+    Online hard examples, Shrivastava et al. 2016; Selective-Backprop, Jiang et al. 2019; ESLM
+    (arXiv 2505.19893) with losses, whose confidence level alpha is a ratio of 1 - alpha.
+    """
+    return tokens.losses
+
+
+@token_score(needs=("entropies",))
+def policy_entropy(tokens: Tokens) -> Tensor:
+    """Compute H_policy: tokens where the policy is unsure.
+
+    Uncertainty sampling, Lewis and Gale 1994; ESLM (arXiv 2505.19893) with entropies, whose
+    confidence level alpha is a ratio of 1 - alpha.
+    """
+    return tokens.entropies
+
+
+@token_score(needs=("external",))
+def external(tokens: Tokens) -> Tensor:
+    """Rank by an outside value of each token, such as a classifier's."""
+    return tokens.external
+
+
+@token_score(needs=("random",))
+def random(tokens: Tokens) -> Tensor:
+    """Draw scores by chance, as a control."""
+    return tokens.random
+
+
+SCORE_FUNCTIONS: dict[str, TokenFunction] = {
+    "excess": excess,
+    "lowest": lowest,
+    "retrospective": retrospective,
+    "reference": reference,
+    "reference-entropy": reference_entropy,
+    "context": context,
+    "policy": policy,
+    "policy-entropy": policy_entropy,
+    "external": external,
+    "random": random,
+}
+SCORES = tuple(SCORE_FUNCTIONS)
 
 
 def random_scores(

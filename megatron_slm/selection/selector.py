@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_slm.selection.carried import select_above
-from megatron_slm.selection.scores import Score
+from megatron_slm.selection.settings import SelectionSettings
+from megatron_slm.selection.tokens import Tokens
 from megatron_slm.selection.top_fraction import (
     Placement,
     Selection,
@@ -20,35 +20,8 @@ from megatron_slm.selection.top_fraction import (
     select_top_fraction,
     selected_of,
 )
-from megatron_slm.selection.weights import Weighting, guard_weights, soft_weights
+from megatron_slm.selection.weights import Chosen, guard_weights
 from megatron_slm.selection.within_documents import DocumentPlaces, select_within_documents
-
-Scope = Literal["document", "sequence", "micro-batch", "data-parallel", "global-batch"]
-SCOPES: tuple[Scope, ...] = get_args(Scope)
-
-
-@dataclass(frozen=True)
-class SelectionSettings:
-    """How tokens are selected and weighed."""
-
-    scope: Scope = "micro-batch"
-    """The valid tokens that compete with each other for selection: those of one document of a
-    sample, of one sequence, of one micro-batch, of the micro-batches that all data-parallel ranks
-    hold at the same time, or of a whole step (global-batch)."""
-    exact: bool = False
-    """Whether scope global-batch ranks all tokens of the step in a forward pass of its own, and
-    does not compare them with a threshold carried from the steps before."""
-    score: Score = "excess"
-    """What tokens are ranked by (scores.py)."""
-    weighting: Weighting = "hard"
-    """How tokens are weighed (weights.py)."""
-    temperature: float = 1.0
-    """Temperature of softmax weights."""
-    unselected_weight: float = 0.0
-    """Weight of the mean loss of unselected tokens."""
-    domain_ratios: tuple[float | None, ...] = ()
-    """Ratio of each of the blend's datasets, None where the schedule's holds; empty if no dataset
-    has a ratio of its own."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +36,8 @@ class Ranks:
     """This rank's number among the data-parallel ranks."""
     dp_size: int
     """The number of data-parallel ranks."""
+    tp_group: ProcessGroup | None = None
+    """The ranks that hold the same tokens, on which a user's own functions are compared."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +68,7 @@ class TokenSelector:
         ratio: float,
         domains: Tensor | None = None,
         documents: DocumentPlaces | None = None,
+        tokens: Tokens | None = None,
     ) -> Choice:
         """Choose from one micro-batch, over the ranks of the scope.
 
@@ -106,18 +82,30 @@ class TokenSelector:
             domains: the dataset of each sample, int64 [b]; None without a blend, or in validation,
                 where `ratio` holds for all samples.
             documents: the documents of the tokens, which scope document needs.
+            tokens: what the weight reads; None if it reads nothing but scores.
         """
+        tokens = tokens or Tokens(scores, valid)
         if self.settings.scope == "document":
             assert documents is not None, "scope document needs documents"
-            return self._choose_within(scores, valid, ratio, domains, documents)
-        wide = self.settings.scope == "data-parallel"
-        return self._weigh(scores, valid, *self._select(scores, valid, ratio, domains, 1, wide))
+            chosen = self._select_within(scores, valid, ratio, domains, documents)
+        else:
+            wide = self.settings.scope == "data-parallel"
+            chosen = self._select(scores, valid, ratio, domains, 1, wide)
+        return self._weigh(scores, valid, tokens, *chosen)
 
     def choose_from_step(
-        self, scores: Tensor, valid: Tensor, ratio: float, domains: Tensor | None, count: int
+        self,
+        scores: Tensor,
+        valid: Tensor,
+        ratio: float,
+        domains: Tensor | None,
+        count: int,
+        tokens: Tokens | None = None,
     ) -> Choice:
         """Choose from all `count` micro-batches of a step, concatenated to [count * b, s/c]."""
-        return self._weigh(scores, valid, *self._select(scores, valid, ratio, domains, count, True))
+        tokens = tokens or Tokens(scores, valid)
+        chosen = self._select(scores, valid, ratio, domains, count, True)
+        return self._weigh(scores, valid, tokens, *chosen)
 
     def select_from_step(
         self, scores: Tensor, valid: Tensor, ratio: float, domains: Tensor | None, count: int
@@ -127,13 +115,19 @@ class TokenSelector:
         return selection
 
     def choose_above(
-        self, scores: Tensor, valid: Tensor, thresholds: Tensor, domains: Tensor | None
+        self,
+        scores: Tensor,
+        valid: Tensor,
+        thresholds: Tensor,
+        domains: Tensor | None,
+        tokens: Tokens | None = None,
     ) -> Choice:
         """Choose by thresholds, float32 [sets], carried from the steps before."""
         sets, _ = self.sets(len(scores), 1.0, domains, scores.device)
         placement = self._placement(len(scores), 1, False, scores.device)
         selection = select_above(scores, valid, thresholds, sets, placement)
-        return self._weigh(scores, valid, selection, sets, placement)
+        tokens = tokens or Tokens(scores, valid)
+        return self._weigh(scores, valid, tokens, selection, sets, placement)
 
     def sets(
         self, samples: int, ratio: float, domains: Tensor | None, device: torch.device
@@ -164,7 +158,8 @@ class TokenSelector:
         """
         settings = self.settings
         unknown = settings.scope in ("document", "data-parallel", "global-batch")
-        weighted = settings.weighting != "hard" or settings.unselected_weight > 0.0
+        soft = settings.weigher is not None and settings.weigher.function.of_all
+        weighted = soft or settings.unselected_weight > 0.0
         if unknown or weighted or settings.domain_ratios or self.ranks.cp_group.size() > 1:
             return None
         if settings.scope == "sequence":
@@ -222,15 +217,15 @@ class TokenSelector:
         placement = self._placement(len(scores) // count, count, wide, scores.device)
         return select_top_fraction(scores, valid, ratios, sets, placement), sets, placement
 
-    def _choose_within(
+    def _select_within(
         self,
         scores: Tensor,
         valid: Tensor,
         ratio: float,
         domains: Tensor | None,
         documents: DocumentPlaces,
-    ) -> Choice:
-        """Choose from each document of one micro-batch."""
+    ) -> tuple[Selection, Tensor, Placement]:
+        """Select from each document of one micro-batch; return what _select does."""
         samples = len(scores)
         sets, room = documents.sets(self.ranks.cp_group.size())
         ratios = torch.full((samples,), ratio, dtype=torch.float64, device=scores.device)
@@ -245,7 +240,7 @@ class TokenSelector:
             documents.positions,
             placement,
         )
-        return self._weigh(scores, valid, selection, sets, placement)
+        return selection, sets, placement
 
     def _placement(self, samples: int, count: int, wide: bool, device: torch.device) -> Placement:
         """Return how `count` micro-batches of `samples` each lie over ranks; over the data-parallel
@@ -270,22 +265,19 @@ class TokenSelector:
         self,
         scores: Tensor,
         valid: Tensor,
+        tokens: Tokens,
         selection: Selection,
         sets: Tensor,
         placement: Placement,
     ) -> Choice:
-        settings = self.settings
+        settings, weigher = self.settings, self.settings.weigher
         weights = None
-        if settings.weighting != "hard":
-            weights = soft_weights(
-                scores,
-                valid,
-                selection,
-                settings.weighting,
-                settings.temperature,
-                sets,
-                placement,
-            )
+        if weigher is not None:
+            where = valid if weigher.function.of_all else selection.selected
+            chosen = Chosen(selection, where, sets, placement)
+            known = tokens.also(scores=scores)
+            weights = weigher(known, chosen, group=self.ranks.tp_group)
+            weights = torch.where(where, weights, 0.0)
         if settings.unselected_weight > 0.0:
             guard = guard_weights(valid, selection, settings.unselected_weight, sets)
             weights = (selection.selected.float() if weights is None else weights) + guard

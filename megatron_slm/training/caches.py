@@ -98,8 +98,6 @@ def open_caches(args: Namespace) -> Caches:
         UserError: one is incomplete, damaged, or was made for other data, another order, another
             tokenizer or another sequence length.
     """
-    if args.full_validation or args.multiple_validation_sets:
-        raise UserError("--slm-reference-cache cannot be used with --full-validation")
     directories = [Path(directory) for directory in args.slm_reference_cache]
     manifests = [read_cache_manifest(directory) for directory in directories]
     for directory, manifest in zip(directories, manifests, strict=True):
@@ -109,6 +107,8 @@ def open_caches(args: Namespace) -> Caches:
                 "not losses of a reference"
             )
     kind = manifests[0].kind
+    if kind == "sample" and (args.full_validation or args.multiple_validation_sets):
+        raise UserError("--slm-reference-cache with --full-validation: score --by document")
     if kind == "sample" and args.dataloader_type != "single":
         raise UserError(
             f"--dataloader-type {args.dataloader_type} draws samples in an order of its own: score "
@@ -130,6 +130,44 @@ def open_caches(args: Namespace) -> Caches:
         )
     identity = json.dumps([manifest.reference for manifest in manifests], sort_keys=True)
     return Caches(kind, sections, identity)
+
+
+def open_values(args: Namespace) -> dict[str, dict[str, Section]]:
+    """Open the caches of --slm-token-values; return their sections by kind and dataset.
+
+    Raises:
+        UserError: one is incomplete or damaged, holds losses, or was made for other data or another
+            tokenizer; or the run's data cannot have them.
+    """
+    if not args.slm_token_values:
+        return {}
+    if args.sft or args.mock_data:
+        raise UserError("--slm-token-values cannot be used with --sft or --mock-data")
+    own = describe_data(args, "document")
+    found: dict[str, dict[str, Section]] = {}
+    for directory in map(Path, args.slm_token_values):
+        manifest = read_cache_manifest(directory)
+        if manifest.values is UNSET:
+            raise UserError(
+                f"--slm-token-values {directory} holds losses of a reference: give it with "
+                "--slm-reference-cache"
+            )
+        # Values have no context, and so serve runs with and without it.
+        source = msgspec.structs.replace(
+            manifest.source, inter_document_masking=own.inter_document_masking
+        )
+        _check(args, own, directory, msgspec.structs.replace(manifest, source=source))
+        sections = found.setdefault(manifest.values, {})
+        if twice := sections.keys() & manifest.sections.keys():
+            raise UserError(f"--slm-token-values: two have values of {', '.join(sorted(twice))}")
+        sections |= {name: Section(directory, manifest, name) for name in manifest.sections}
+    for kind, sections in found.items():
+        if lacking := own.datasets.keys() - sections.keys():
+            raise UserError(
+                f"--slm-token-values {' '.join(args.slm_token_values)}: no values of the kind "
+                f"{kind} of the datasets {', '.join(sorted(lacking))}"
+            )
+    return found
 
 
 def _check(args: Namespace, own: ScoredData, directory: Path, manifest: CacheManifest) -> None:

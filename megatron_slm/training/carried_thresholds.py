@@ -31,7 +31,8 @@ class CarriedThresholds:
         selection = settings.selection
         self.sets = max(1, len(selection.domain_ratios))
         # Thresholds of another score, or of other sets, would mean nothing.
-        self.made_for = (selection.score, *(settings.domains if selection.domain_ratios else ()))
+        domains = settings.domains if selection.domain_ratios else ()
+        self.made_for = (selection.score, *selection.scorer.options.items(), *domains)
         same = getattr(resumed, "slm_carried_for", None) == self.made_for
         state = getattr(resumed, "slm_carried_threshold", None) if same else None
         self.carried = CarriedThreshold.from_state(state)

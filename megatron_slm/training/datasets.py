@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,10 @@ class DatasetProvider:
     is_distributed = True
 
     def __init__(
-        self, caches: Caches | None = None, build: Callable[..., Any] | None = None
+        self,
+        caches: Caches | None = None,
+        build: Callable[..., Any] | None = None,
+        values: Mapping[str, dict[str, Section]] | None = None,
     ) -> None:
         """Make a provider, which builds nothing until it is called.
 
@@ -67,16 +70,23 @@ class DatasetProvider:
             caches: where samples get their reference losses from; None if they need none.
             build: a provider that builds datasets of the script's own; None for those of
                 Megatron's pretrain_gpt.py.
+            values: the sections of other values of tokens, by the field of a sample that they
+                fill and the dataset's name.
 
         Raises:
-            UserError: the losses are stored by document, and the datasets are the script's own.
+            UserError: losses or values are stored by document, and the datasets are the script's.
         """
         if build is not None and caches is not None and caches.kind == "document":
             raise UserError(
                 "--slm-reference-cache: losses stored by document are for Megatron's own GPT "
                 "datasets, and this script has its own: score --by sample"
             )
-        self.caches = caches
+        if build is not None and values:
+            raise UserError(
+                "--slm-token-values: values are for Megatron's own GPT datasets, and this script "
+                "has its own"
+            )
+        self.caches, self.values = caches, dict(values or {})
         self.build = build or self._build
         self.built: list[Any] = [None] * len(SPLITS)  # the datasets, once they are built
 
@@ -117,17 +127,21 @@ class DatasetProvider:
         by_sample = self.caches is not None and self.caches.kind == "sample"
         return self.caches.sections if self.caches is not None and by_sample else None
 
-    def _caches_here(self) -> Caches | None:
-        return self.caches if mpu.is_pipeline_last_stage() else None
+    def _scored(self) -> type[GPTDataset] | None:
+        """Return the class of a dataset with what is stored by document; None if nothing is, or if
+        this pipeline stage does not read it."""
+        by_document = self.caches is not None and self.caches.kind == "document"
+        losses = self.caches.sections if self.caches is not None and by_document else None
+        if not mpu.is_pipeline_last_stage() or (losses is None and not self.values):
+            return None
+        return document_scored(losses, **self.values)
 
     def _build(self, samples: list[int | None], vp_stage: int | None = None) -> list[Any]:
         """Build datasets as pretrain_gpt.py does; if losses are stored by document, with these."""
         args = get_args()
-        caches = self._caches_here()
         print_rank_0("> building train, validation, and test datasets for GPT ...")
         kind: Any = SFTDataset if args.sft else MockGPTDataset if args.mock_data else GPTDataset
-        if caches is not None and caches.kind == "document":
-            kind = document_scored(caches.sections)
+        kind = self._scored() or kind
         builder = BlendedMegatronDatasetBuilder(
             kind, samples, partial(reads_data, vp_stage), _dataset_config(args)
         )

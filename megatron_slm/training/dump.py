@@ -112,6 +112,8 @@ class TokenDumps:
                 _micro_batch_count(),
                 with_domains=self._knows_domains(),
                 with_losses=self.provider.caches is not None,
+                with_tokens="token_ids" in self.settings.selection.needs,
+                with_external="external" in self.settings.selection.needs,
             )
         if reference is not None and not (known and reference.frozen):
             count, size = len(self.micro_batches), get_args().micro_batch_size

@@ -47,12 +47,12 @@ class FixedSamples:
             if available > 0:
                 self.split, self.dataset, self.available = split, dataset, available
 
-    def read(self, count: int, **wanted: bool) -> list[MicroBatch]:
+    def read(self, count: int, **wanted: Any) -> list[MicroBatch]:
         """Read this rank's first `count` micro-batches.  Collective over the tensor-parallel ranks.
 
         Args:
             count: micro-batches to read.
-            wanted: with_domains and with_losses, as for read_micro_batches.
+            wanted: what of them to read, as for read_micro_batches.
         """
         size = get_args().micro_batch_size
         batches = None if self.dataset is None else self._batches(size, count)

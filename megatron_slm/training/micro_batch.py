@@ -31,7 +31,8 @@ from megatron_slm.model.documents import (
     packs_documents,
     takes_one_sequence,
 )
-from megatron_slm.selection import Choice, context_parallel_part
+from megatron_slm.selection import Choice, Tokens, context_parallel_part
+from megatron_slm.training.left_out import LeftOut
 
 FIELDS = ("tokens", "position_ids", "labels", "loss_mask")
 
@@ -54,6 +55,11 @@ class MicroBatch:
     """The tokens to predict, int64; on the last pipeline stage."""
     loss_mask: Tensor | None = None
     """1 where a token's loss counts and 0 elsewhere, float32; on the last pipeline stage."""
+    token_ids: Tensor | None = None
+    """Token ids, int64; on the last pipeline stage, if a score or a weight reads them."""
+    external: Tensor | None = None
+    """Outside values of the labels, float32; on the last pipeline stage, if a score or a weight
+    reads them."""
     packed: Documents | None = None
     """Where the documents of whole samples lie, not cut for the layout; on every pipeline stage, in
     runs whose samples are packed with documents that do not see each other."""
@@ -66,6 +72,8 @@ class MicroBatch:
     """Entropies of the reference, float32, in nats; on the last stage, if the score needs them."""
     scores: Tensor | None = None
     """What tokens are ranked by, float32; on the last stage, once they have been ranked."""
+    scored: Tokens | None = None
+    """What the score and the weight have read; on the last stage, once they have been ranked."""
     choice: Choice | None = None
     """The tokens chosen, if that was done before the policy's pass."""
 
@@ -128,6 +136,9 @@ def read_micro_batches(
     *,
     with_domains: bool = False,
     with_losses: bool = False,
+    with_tokens: bool = False,
+    with_external: bool = False,
+    left_out: LeftOut | None = None,
 ) -> Iterator[MicroBatch]:
     """Read `count` micro-batches lazily; on a pipeline stage that needs no data, yield empty ones.
 
@@ -139,6 +150,9 @@ def read_micro_batches(
         count: micro-batches to read.
         with_domains: read the number of each sample's dataset, which samples of a blend carry.
         with_losses: read reference losses, which samples of a score cache carry.
+        with_tokens: read token_ids.
+        with_external: read external values, which samples of --slm-token-values carry.
+        left_out: which tokens to leave out of the loss mask.
     """
     args = get_args()
     first = mpu.is_pipeline_first_stage()
@@ -151,6 +165,7 @@ def read_micro_batches(
             continue
         batch: dict[str, Any] = {}
         domains = losses = packed = None
+        shape = (micro_batch_size, args.seq_length)
         sample: dict[str, Tensor] = {}
         if tp_rank == 0:
             sample = next(data_iterator)
@@ -163,11 +178,18 @@ def read_micro_batches(
             if args.sft:
                 sample["labels"].clamp_(min=0)  # those of prompts are -100, and masked
             batch = {name: sample[name].cuda(non_blocking=True) for name in FIELDS}
+            if left_out and last:
+                places = None if packed is None else packed.positions
+                batch["loss_mask"] = left_out.applied(batch, sample, places)
         if with_domains and last:
             domains = _shared(sample.get("dataset_id"), (micro_batch_size,), torch.int64)
         if with_losses and last:
-            shape = (micro_batch_size, args.seq_length)
             losses = _shared(sample.get("reference_losses"), shape, torch.float32)
+        tokens = external = None
+        if with_tokens and last:
+            tokens = _shared(sample.get("tokens"), shape, torch.int64)
+        if with_external and last:
+            external = _shared(sample.get("external"), shape, torch.float32)
         batch = get_batch_on_this_tp_rank(
             batch,
             has_cu_seqlens=False,
@@ -185,7 +207,7 @@ def read_micro_batches(
             is_pipeline_last_stage=last,
         )
         batch = get_batch_on_this_cp_rank(
-            batch | {"reference_losses": losses},
+            batch | {"reference_losses": losses, "token_ids": tokens, "external": external},
             is_hybrid_cp=False,
             cp_group=mpu.get_context_parallel_group(),
         )
@@ -193,7 +215,9 @@ def read_micro_batches(
             number,
             packed=packed,
             domains=domains,
-            **{name: batch[name] for name in (*FIELDS, "reference_losses")},
+            **{
+                name: batch[name] for name in (*FIELDS, "reference_losses", "token_ids", "external")
+            },
         )
 
 
@@ -223,6 +247,8 @@ def whole_sequences(own: Tensor) -> Tensor:
 def _shared(values: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Broadcast the values of the first tensor-parallel rank to all of them."""
     group = mpu.get_tensor_model_parallel_group()
+    # --full-validation reads one sample at a time, whatever the size.
+    shape = shape if values is None else values.shape
     result = torch.empty(shape, dtype=dtype, device=torch.cuda.current_device())
     if mpu.get_tensor_model_parallel_rank() == 0:
         assert values is not None, "the samples lack it"

@@ -19,6 +19,7 @@ and with --sft, whose masked prompts would otherwise be computed for nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, partial
 
 import torch
@@ -33,10 +34,10 @@ from megatron_slm.model.documents import by_sample
 from megatron_slm.selection import (
     Choice,
     DocumentPlaces,
+    Tokens,
     TokenSelector,
     context_parallel_part,
     random_scores,
-    token_scores,
 )
 from megatron_slm.training.loss_report import report_of
 from megatron_slm.training.micro_batch import MicroBatch
@@ -116,16 +117,36 @@ class MicroBatchObjective:
 
     def score(self, losses: Tensor, entropies: Tensor | None) -> Tensor:
         """Set and return the tokens' scores, given the policy's losses and entropies."""
-        batch = self.micro_batch
-        batch.scores = token_scores(
-            self.settings.selection.score,
-            losses,
-            entropies,
-            batch.reference_losses,
-            batch.reference_entropies,
-            lambda: self._draw(losses),
-        )
+        batch, selection = self.micro_batch, self.settings.selection
+        batch.scored = self._tokens(losses, entropies)
+        batch.scores = selection.scorer(batch.scored, group=mpu.get_tensor_model_parallel_group())
         return batch.scores
+
+    def _tokens(self, losses: Tensor, entropies: Tensor | None) -> Tokens:
+        """Gather what the score and the weight read."""
+        batch, needs = self.micro_batch, self.settings.selection.needs
+        samples, length = losses.shape
+        size = mpu.get_context_parallel_world_size()
+        can_be_had: dict[str, Callable[[], Tensor | None]] = {
+            "entropies": lambda: entropies,
+            "reference_losses": lambda: batch.reference_losses,
+            "reference_entropies": lambda: batch.reference_entropies,
+            "labels": lambda: batch.labels,
+            "token_ids": lambda: batch.token_ids,
+            "positions": lambda: self._own_part(
+                torch.arange(length * size, device=losses.device).expand(samples, -1)
+            ),
+            "documents": lambda: batch.documents,
+            "document_positions": lambda: batch.document_positions,
+            "datasets": lambda: _of_samples(batch.domains, length),
+            "external": lambda: batch.external,
+            "random": lambda: self._draw(losses),
+        }
+        found = {name: can_be_had[name]() for name in sorted(needs - {"scores"})}
+        for name, values in found.items():
+            assert values is not None, f"tokens.{name} was not read"
+        known = {name: values for name, values in found.items() if values is not None}
+        return Tokens(losses, batch.valid, **known)
 
     def _draw(self, losses: Tensor) -> Tensor:
         """Return random scores for the tokens of these losses, which do not depend on the layout.
@@ -137,18 +158,26 @@ class MicroBatchObjective:
         first = number * mpu.get_data_parallel_world_size() + mpu.get_data_parallel_rank()
         numbers = torch.arange(samples) + first * samples
         seed, iteration = self.settings.seed, self.step.iteration
-        whole = random_scores(seed, iteration, numbers, length * size, losses.device)
+        return self._own_part(random_scores(seed, iteration, numbers, length * size, losses.device))
+
+    def _own_part(self, whole: Tensor) -> Tensor:
+        """Return the columns of whole samples, [b, s], that this rank holds, [b, s/c]."""
+        size = mpu.get_context_parallel_world_size()
         return context_parallel_part(whole, mpu.get_context_parallel_rank(), size)
 
     def _choose(self, batch: MicroBatch, scores: Tensor) -> Choice:
         if self.step.thresholds is not None:
             thresholds = self.step.thresholds
-            return self.selector.choose_above(scores, batch.valid, thresholds, batch.domains)
+            return self.selector.choose_above(
+                scores, batch.valid, thresholds, batch.domains, batch.scored
+            )
         documents = None
         if self.selector.settings.scope == "document":
             assert batch.documents is not None and batch.document_positions is not None
             documents = DocumentPlaces(batch.documents, batch.document_positions)
-        return self.selector.choose(scores, batch.valid, self.step.ratio, batch.domains, documents)
+        return self.selector.choose(
+            scores, batch.valid, self.step.ratio, batch.domains, documents, batch.scored
+        )
 
     def __call__(self, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the loss: Megatron's loss function.
@@ -253,3 +282,8 @@ class MicroBatchObjective:
             f"micro-batch {batch.number} are NaN (rank {torch.distributed.get_rank()}, iteration "
             f"{self.step.iteration}): its checkpoint is bad, or it needs --bf16"
         )
+
+
+def _of_samples(values: Tensor | None, length: int) -> Tensor | None:
+    """Repeat a value of each sample, [b], for its tokens, [b, s/c]."""
+    return None if values is None else values[:, None].expand(-1, length)

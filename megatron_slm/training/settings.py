@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,9 +12,16 @@ from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
 
 from megatron_slm.errors import UserError
-from megatron_slm.selection import RatioSchedule, SelectionSettings
+from megatron_slm.model.documents import packs_documents
+from megatron_slm.selection import RatioSchedule, SelectionSettings, check_option_names
 from megatron_slm.selection.top_fraction import MAX_SEGMENTS, segments
-from megatron_slm.training.command_line.decisions import head_of, is_selective
+from megatron_slm.training.command_line.decisions import (
+    head_of,
+    is_selective,
+    ranks_tokens,
+    reference_flags,
+)
+from megatron_slm.training.left_out import LeftOut, tokens_left_out
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,8 @@ class SelectiveSettings:
     """Names of the blend's datasets; empty if there is no blend."""
     seed: int
     """Seed of random scores."""
+    left_out: LeftOut = field(default_factory=LeftOut)
+    """Which training tokens are left out of the loss."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +64,12 @@ class Step:
     """What is wrong with the step's losses on this rank, where Megatron itself does not look."""
 
 
-def settings_from_arguments(args: Namespace) -> SelectiveSettings:
+def settings_from_arguments(args: Namespace, kinds: Collection[str] = ()) -> SelectiveSettings:
     """Make the settings of a run from its arguments.
+
+    Args:
+        args: the arguments after Megatron's validation.
+        kinds: the kinds of token values that the run has, external and mask.
 
     Raises:
         UserError: an argument names a dataset that the blend does not have, or arguments contradict
@@ -77,22 +91,61 @@ def settings_from_arguments(args: Namespace) -> SelectiveSettings:
         if args.non_persistent_ckpt_type == "local":
             raise UserError("--non-persistent-ckpt-type local: selection needs global")
     return SelectiveSettings(
-        selection=SelectionSettings(
-            scope=args.slm_scope,
-            exact=args.slm_global_batch == "exact",
-            score=args.slm_score,
-            weighting=args.slm_weighting,
-            temperature=args.slm_softmax_temperature,
-            unselected_weight=args.slm_unselected_weight,
-            domain_ratios=own_ratios,
-        ),
+        selection=_selection(args, own_ratios, head, kinds),
         schedule=schedule,
         warmup_tokens=args.slm_warmup_tokens,
         selective=selective,
         head=head,
         domains=domains if selective else (),
         seed=args.seed,
+        left_out=tokens_left_out(args, kinds),
     )
+
+
+def _selection(
+    args: Namespace, domain_ratios: tuple[float | None, ...], head: str, kinds: Collection[str]
+) -> SelectionSettings:
+    """Make the settings of selection, and check that what its functions read can be had."""
+    chosen = SelectionSettings(
+        scope=args.slm_scope,
+        exact=args.slm_global_batch == "exact",
+        score=args.slm_score,
+        weighting=args.slm_weighting,
+        options=tuple(args.slm_score_option),
+        temperature=args.slm_softmax_temperature,
+        unselected_weight=args.slm_unselected_weight,
+        domain_ratios=domain_ratios,
+    )
+    weigher, referred = chosen.weigher, bool(reference_flags(args))
+    if is_selective(args):
+        check_option_names(chosen.options, [chosen.scorer, weigher])
+    ranked = ranks_tokens(args) or (weigher is not None and "scores" in weigher.needs)
+    if not ranked and not referred:  # all tokens are selected, and this score costs nothing
+        chosen = replace(chosen, score="policy")
+    for function in (chosen.scorer, weigher):
+        if function is None or not is_selective(args):
+            continue
+        needs = function.needs
+        if needs & {"reference_losses", "reference_entropies"} and not referred:
+            raise UserError(f"{function.called} needs --slm-reference-load, or another reference")
+        if "entropies" in needs and head == "dense":
+            raise UserError(f"{function.called} needs --slm-head chunked")
+        if needs & {"documents", "document_positions"} and not packs_documents(args):
+            raise UserError(
+                f"{function.called} needs samples whose documents do not see each other: give "
+                "--dataloader-inter-document-masking, or --sft"
+            )
+        if "external" in needs and "external" not in kinds:
+            raise UserError(
+                f"{function.called} needs --slm-token-values with a cache of external values"
+            )
+        of_all = get_blend_and_blend_per_split(args)[0] is not None
+        if "datasets" in needs and not (of_all and _domains(args)):
+            raise UserError(
+                f"{function.called} needs several datasets in --data-path, and --split, so that "
+                "validation has the training blend's datasets"
+            )
+    return chosen
 
 
 def _check_scope(args: Namespace, sets: int) -> None:

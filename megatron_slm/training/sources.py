@@ -56,7 +56,10 @@ class Source:
 
 
 def open_source(
-    args: Namespace, domains: tuple[str, ...], layer_spec: Callable[..., Any] | None
+    args: Namespace,
+    domains: tuple[str, ...],
+    layer_spec: Callable[..., Any] | None,
+    entropies: bool = False,
 ) -> Source | None:
     """Open the source that the arguments name, and check its files; None without a reference.
 
@@ -64,6 +67,7 @@ def open_source(
         args: the arguments after Megatron's validation.
         domains: names of the blend's datasets.
         layer_spec: the reference's layers, as for the policy.
+        entropies: whether the reference's entropies are needed as well.
 
     Raises:
         UserError: the source is missing, damaged, or of another tokenizer or model, or arguments
@@ -73,13 +77,16 @@ def open_source(
     if not reference_flags(args):
         return None
     if args.slm_reference_cache:
-        if args.slm_score == "reference-entropy":
-            raise UserError("--slm-score reference-entropy: a score cache holds losses alone")
+        if entropies:
+            raise UserError(
+                "--slm-reference-cache: a score cache holds losses alone, not the entropies that "
+                f"--slm-score {args.slm_score} or --slm-weighting {args.slm_weighting} reads"
+            )
         caches = open_caches(args)
         return Source(None, caches.identity, caches=caches)
     scoring = Scoring(
         args.slm_vocab_size,
-        entropies=args.slm_score == "reference-entropy",
+        entropies=entropies,
         dense=args.slm_head == "dense",
     )
     if args.slm_reference:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megatron_slm.loss import Scoring, Selecting, Telling, dense_losses, loss_of_selected
 from megatron_slm.reference import Reference, Scored
-from megatron_slm.selection import Choice, Ranks, TokenSelector
+from megatron_slm.selection import Choice, Ranks, Tokens, TokenSelector
 from megatron_slm.training import nan
 from megatron_slm.training.auxiliary_losses import AuxiliaryScale
 from megatron_slm.training.carried_thresholds import CarriedThresholds
@@ -84,6 +84,7 @@ class SelectiveStep:
                 dp_cp_group=mpu.get_data_parallel_group(with_context_parallel=True),
                 dp_rank=mpu.get_data_parallel_rank(),
                 dp_size=mpu.get_data_parallel_world_size(),
+                tp_group=mpu.get_tensor_model_parallel_group(),
             ),
         )
         if self.source is not None and self.source.build is not None:
@@ -151,12 +152,17 @@ class SelectiveStep:
     ) -> Iterator[MicroBatch]:
         """Read a step's micro-batches, with reference losses if the step selects tokens."""
         count, size = arguments["num_microbatches"], arguments["micro_batch_size"]
+        by_domain = self.source is not None and self.source.by_domain
         micro_batches = read_micro_batches(
             data_iterator,
             size,
             count,
-            with_domains=bool(self.settings.domains) and (step.training or self._by_domain),
+            with_domains=bool(self.settings.domains)
+            and (step.training or by_domain or "datasets" in self._needs),
             with_losses=self.source is not None and self.source.caches is not None,
+            with_tokens="token_ids" in self._needs,
+            with_external="external" in self._needs,
+            left_out=self.settings.left_out if step.training else None,
         )
         if step.training:
             micro_batches = map(tell_lengths, micro_batches)
@@ -186,10 +192,6 @@ class SelectiveStep:
             self.reference.save(get_args().save, iteration)
 
     @property
-    def _by_domain(self) -> bool:
-        return self.source is not None and self.source.by_domain
-
-    @property
     def computes_reference(self) -> bool:
         """Whether there is a reference that runs, rather than a cache of its losses."""
         return self.source is not None and self.source.build is not None
@@ -199,13 +201,14 @@ class SelectiveStep:
         """What passes of the policy that are not training compute."""
         return Scoring(
             get_args().slm_vocab_size,
-            entropies=self._wants_entropies,
+            entropies="entropies" in self._needs,
             dense=self.settings.head == "dense",
         )
 
     @property
-    def _wants_entropies(self) -> bool:
-        return self.settings.selection.score == "policy-entropy"
+    def _needs(self) -> frozenset[str]:
+        """What the run's score and weight read, beside losses."""
+        return self.settings.selection.needs if self.settings.selective else frozenset()
 
     def _head(self, objective: MicroBatchObjective) -> dict[str, Any]:
         """Return the arguments that make GPTModel.forward use another head than its own, if any."""
@@ -217,7 +220,7 @@ class SelectiveStep:
             return {
                 "output_processor": loss_of_selected,
                 "output_processor_context": Selecting(
-                    objective.weigh, vocabulary, self._wants_entropies, objective.most_counted
+                    objective.weigh, vocabulary, "entropies" in self._needs, objective.most_counted
                 ),
             }
         if padded:
@@ -252,7 +255,8 @@ class SelectiveStep:
             assert self.step is not None
             for batch, said in zip(read, scored, strict=True):
                 MicroBatchObjective(batch, self.settings, self.step, self.selector).score(*said)
-            choice = self.selector.choose_from_step(*self._whole_step(read))
+            tokens = Tokens.joined([batch.scored for batch in read if batch.scored is not None])
+            choice = self.selector.choose_from_step(*self._whole_step(read), tokens)
             for batch, part in zip(read, _split(choice, len(read)), strict=True):
                 batch.choice = part
         return read

@@ -319,3 +319,24 @@ def test_fingerprint_sees_changes(prefix: str, tmp_path: Path) -> None:
         stream.write(b"\x77")
     assert dataset_fingerprint(str(copy))["bin"] != dataset_fingerprint(prefix)["bin"]
     assert dataset_fingerprint(str(copy))["idx"] == dataset_fingerprint(prefix)["idx"]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_other_values_beside_losses(prefix: str, tmp_path: Path, apart: bool) -> None:
+    """They are stored as if documents saw each other, whatever the run does."""
+    sections = []
+    for directory, keeps_apart in (("losses", apart), ("values", False)):
+        windows = DocumentWindows(IndexedDataset(prefix), SCORED_LENGTH, EOD, apart=keeps_apart)
+        rows = np.stack([windows[index]["labels"].numpy() for index in range(len(windows))])
+        path = tmp_path / directory
+        rows = rows.astype(np.int32)
+        sections.append(write_cache(path, "document", "positions", len(rows), rows))
+    losses, values = ({"positions": section} for section in sections)
+    scored = build(prefix, document_scored(losses, external=values), apart=apart)
+    alone = build(prefix, document_scored(None, mask=values), apart=apart)
+    for index in range(0, len(scored), 7):
+        sample, other = scored[index], alone[index]
+        wanted = sample["labels"] / 1000
+        for found in (sample["reference_losses"], sample["external"], other["mask"]):
+            torch.testing.assert_close(found, wanted, rtol=0.0, atol=1e-6)
+        assert "reference_losses" not in other

@@ -65,6 +65,24 @@ CASES = {
         "--slm-weighting softmax --slm-head dense",
         {"weighting": "softmax"},
     ),
+    "dft, tp2 sp": ("tp2 sp", "--slm-weighting dft", {"weighting": "dft"}),
+    "mile, cp2": (
+        "cp2",
+        "--slm-weighting mile --slm-score-option gamma=2",
+        {"weighting": "mile", "gamma": 2.0},
+    ),
+    "longce, global batch, dp2": (
+        "dp2",
+        "--slm-weighting longce --slm-score-option gamma=3 --slm-scope global-batch "
+        "--slm-global-batch exact",
+        {"weighting": "longce", "gamma": 3.0, "scope_samples": GLOBAL_BATCH},
+    ),
+    "context, sequence, pp2 vpp2": (
+        "pp2 vpp2",
+        "--slm-score context --slm-weighting context --slm-scope sequence",
+        {"score": "context", "weighting": "context", "scope_samples": 1},
+    ),
+    "retrospective, cp2": ("cp2", "--slm-score retrospective", {"score": "retrospective"}),
     "guard, cp2": ("cp2", "--slm-unselected-weight 0.1", {"guard": 0.1}),
 }
 

@@ -42,6 +42,7 @@ def run(rank: int, job: dict[str, Any]) -> int:
         os.dup2(file.fileno(), 2)
     os.environ |= job["environment"] | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.chdir(job["directory"])
+    sys.path.insert(0, "")  # as in python -m
     sys.argv = [job["tool"], *job["arguments"]]
     try:
         with exit_on_user_error():

@@ -139,6 +139,7 @@ def run_command(command: list[str], directory: Path, job: dict[str, str], file: 
     os.chdir(directory)
     sys.path[:0] = job["PYTHONPATH"].split(os.pathsep)
     if command[0] == "-m":
+        sys.path.insert(0, "")
         sys.argv = command[1:]
         runpy.run_module(command[1], run_name="__main__", alter_sys=True)
     else:

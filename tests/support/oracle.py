@@ -120,6 +120,7 @@ class Method:
     weighting: str = "hard"
     temperature: float = 1.0
     guard: float = 0.0
+    gamma: float = 1.0
 
 
 class Experts(Protocol):
@@ -193,6 +194,8 @@ def train(
             "lowest": -excess,
             "reference": -reference_losses,
             "policy": losses,
+            "context": excess.abs(),
+            "retrospective": -excess,
             "policy-entropy": _entropies(of_tokens),
             "reference-entropy": -_entropies(reference_logits),
         }[method.score]
@@ -200,7 +203,15 @@ def train(
         if method.scope_samples is None:
             _, exact = select(scores, valid, replace(method, scope_samples=global_batch), None)
             carried = exact[0] if carried is None else 0.8 * carried + 0.2 * exact[0]
+        raw = {
+            "dft": of_tokens.softmax(-1).gather(2, labels[..., None])[..., 0],
+            "mile": (1 + _entropies(of_tokens)) ** method.gamma,
+            "longce": (reference_losses - losses).exp().clamp(max=method.gamma),
+            "context": excess.abs(),
+        }.get(method.weighting)
         weights = _weights(scores, valid, selected, method)
+        if raw is not None:
+            weights = _of_selected(raw, selected, method)
         loss = (weights * trained).sum() / selected.sum()
         optimizer.zero_grad()
         whole = loss if experts is None else loss + experts.auxiliary_loss(valid)
@@ -273,6 +284,17 @@ def _weights(scores: Tensor, valid: Tensor, selected: Tensor, method: Method) ->
         if method.guard:
             unselected = here & ~selected[part]
             weights[part] += method.guard * unselected * count / unselected.sum()
+    return weights
+
+
+def _of_selected(raw: Tensor, selected: Tensor, method: Method) -> Tensor:
+    """How much each selected token counts, by its method; normalized over each scope if it is."""
+    weights = raw * selected
+    if method.weighting in ("mile", "context"):
+        assert method.scope_samples
+        for start in range(0, len(raw), method.scope_samples):
+            part = slice(start, start + method.scope_samples)
+            weights[part] *= selected[part].sum() / weights[part].sum()
     return weights
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launch import REPOSITORY
+from megatron_slm.errors import UserError
 from megatron_slm.planning.recipe import LaunchRecipe, parse, work_of
 from megatron_slm.training.command_line.arguments_page import page
 from megatron_slm.training.settings import settings_from_arguments
@@ -27,6 +30,14 @@ DECIDED = {
     "--slm-token-ratio 1 --slm-reference ema:0.9": (True, "chunked"),
     "--slm-head chunked": (False, "chunked"),
 }
+# What a user's own score needs, and what is said of a run that cannot have it.
+LACKING = {
+    "entropies": "needs --slm-head chunked",
+    "reference_losses": "needs --slm-reference-load, or another reference",
+    "documents": "needs samples whose documents do not see each other: give --dataloader-inter",
+    "external": "needs --slm-token-values with a cache of external values",
+    "datasets": "needs several datasets in --data-path, and --split",
+}
 
 
 def test_the_page_is_generated() -> None:
@@ -42,3 +53,21 @@ def test_planning_decides_as_training_does(more: str) -> None:
     settings = settings_from_arguments(args)
     assert (settings.selective, settings.head) == DECIDED[more]
     assert work_of(args, "plain", "cpu").head == settings.head
+
+
+@pytest.mark.parametrize("needs", LACKING)
+def test_needs_that_a_run_cannot_meet(
+    needs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = f"needs_{needs}"
+    (tmp_path / f"{module}.py").write_text(
+        "from megatron_slm.selection import token_score\n\n"
+        f"@token_score(needs=('{needs}',))\ndef own(tokens):\n    return tokens.{needs}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    flags = f"--slm-token-ratio 0.6 --slm-score {module}:own --slm-head dense"
+    args: Any = parse(LaunchRecipe([*RUN.split(), *flags.split()], 1), 0, 256)
+    with pytest.raises(UserError) as error:
+        settings_from_arguments(args)
+    assert str(error.value).startswith(f"--slm-score {module}:own {LACKING[needs]}")
+    del sys.modules[module]

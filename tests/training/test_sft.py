@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from launch import REPOSITORY, Run, pretrain, recipe_environment
 from megatron_slm.data.token_dump import read_dumps
 from megatron_slm.model.conversion.import_hf import import_hugging_face
+from megatron_slm.selection import kept_by_goldfish
 from real_text import docstrings
 
 SEQUENCE = 96
@@ -83,9 +84,9 @@ CONVERSATIONS = [
 ]
 
 
-def mean_loss(llama: Path, packed: bool = False) -> float:
+def mean_loss(llama: Path, packed: bool = False, goldfish: tuple[int, int] | None = None) -> float:
     """Of all tokens of the conversations, by transformers, each by itself; if they are packed, of
-    the label that crosses from one to the next as well."""
+    the label that crosses from one to the next as well; without those that a hash leaves out."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(llama)
     model = LlamaForCausalLM.from_pretrained(llama)
     total, count = 0.0, 0
@@ -97,6 +98,8 @@ def mean_loss(llama: Path, packed: bool = False) -> float:
             logits = model(ids[None]).logits[0]
         losses = cross_entropy(logits[: len(labels)], labels, reduction="none")
         counted = labels != tokenizer.unk_token_id
+        if goldfish is not None:
+            counted &= kept_by_goldfish(labels[None], *goldfish)[0]
         total += losses[counted].sum().item()
         count += int(counted.sum())
     return total / count
@@ -134,9 +137,12 @@ def test_packed_conversations(llama: Path, tmp_path: Path) -> None:
     """Several on a line do not see each other; system messages, here empty, start them."""
     begin = {"role": "system", "content": ""}
     packed = [message for one in CONVERSATIONS for message in (begin, *one)]
-    run = finetune(llama, [packed], tmp_path)
+    extra = "--sft-tokenizer-prompt-format identity --slm-leave-out goldfish=3:4"
+    run = finetune(llama, [packed], tmp_path, extra)
     assert run.codes == [0], run.outputs[0][-3000:]
-    assert run.scalars("lm loss")[1] == pytest.approx(mean_loss(llama, packed=True), rel=1e-5)
+    expected = mean_loss(llama, packed=True, goldfish=(3, 4))
+    assert expected != pytest.approx(mean_loss(llama, packed=True), rel=1e-3)
+    assert run.scalars("lm loss")[1] == pytest.approx(expected, rel=1e-5)
 
 
 def test_dumps_have_the_tokens_of_prompts(llama: Path, tmp_path: Path) -> None:

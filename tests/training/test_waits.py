@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from documented_score import OPTION, SCORE, write_documented_score
 from jobs import Checkpoints, Corpus
 from launch import pretrain
 
@@ -26,6 +27,11 @@ CASES = {
         "REFERENCE --dataloader-inter-document-masking",
         CHECK | {"micro_batch.py _documents: tolist": 2},
     ),
+    # The page's own example, from a file beside the run: it is checked.
+    "a user's own score": (
+        f"--slm-score {SCORE} --slm-score-option {OPTION}",
+        CHECK | {"functions.py _check: tolist": 2},
+    ),
     # What the host cannot know: how many tokens of the step's are this micro-batch's.
     "a step at once": (
         "REFERENCE --slm-scope global-batch --slm-global-batch exact",
@@ -43,6 +49,7 @@ def test_waits(case: str, corpus: Corpus, untied: Checkpoints, tmp_path: Path) -
         *"--micro-batch-size 6 --train-iters 4 --slm-token-ratio 0.6 --eval-iters 0".split(),
         *flags.replace("REFERENCE", f"--slm-reference-load {untied.reference}").split(),
     ]
+    write_documented_score(tmp_path)
     run = pretrain(1, arguments, tmp_path, module="waits_pretrain")
     found = re.findall(r"^wait of ours: (\S+) (.*)", run.outputs[0], re.MULTILINE)
     assert {where: float(number) for number, where in found} == expected

@@ -26,6 +26,7 @@ from megatron_slm.model.torch_dist import TorchDistReader, iteration_directory
 from megatron_slm.planning.documents import document_length
 from megatron_slm.planning.formulas import forward_flops, step_flops
 from megatron_slm.planning.recipe import work_of
+from megatron_slm.training.command_line.options import OF_SCORES
 
 
 def measure_run(instance: Instance, study: Path) -> RunResult:
@@ -50,7 +51,7 @@ def measure_run(instance: Instance, study: Path) -> RunResult:
     # A run that does not select, or not yet, logs no ratio: it trains on all tokens.  So do soft
     # weights.
     ratios, scored = logged.get("selected ratio", {}), logged.get("reference loss", {})
-    soft = args.slm_weighting != "hard" or args.slm_unselected_weight > 0
+    soft = args.slm_weighting in OF_SCORES or args.slm_unselected_weight > 0
     steps = range(1, args.train_iters + 1)
     trained = [1.0 if soft else ratios.get(step, 1.0) for step in steps]
     policy = [

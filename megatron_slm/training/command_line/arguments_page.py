@@ -13,7 +13,7 @@ from typing import Any
 from megatron_slm.training.command_line.first_check import DYNAMICS, HELP_MEGATRON, SCORING
 from megatron_slm.training.command_line.needed import add_needed
 from megatron_slm.training.command_line.option_groups import add_group
-from megatron_slm.training.command_line.option_values import Number
+from megatron_slm.training.command_line.option_values import Named, Number
 from megatron_slm.training.command_line.options import SelectiveOptions
 
 HEAD = f"""\
@@ -65,6 +65,9 @@ def _value(action: Action) -> str:
         return ", ".join(f"`{choice}`" for choice in action.choices)
     said = f"`{action.metavar}{' ...' * (action.nargs is not None)}`"
     number = {int: "integer", float: "number"}.get(action.type)  # type: ignore[call-overload]
+    if isinstance(action.type, Named):
+        names = ", ".join(f"`{name}`" for name in action.type.names)
+        return f"{names}, or `module:function`"
     if isinstance(action.type, Number):
         number = action.type.accepted
     return said if number is None else f"{said}: {number}"

@@ -9,6 +9,9 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Literal
 
+from megatron_slm.training.command_line.options import COMPARES_WITH_REFERENCE as COMPARES
+from megatron_slm.training.command_line.options import NEED_REFERENCE, OF_SCORES
+
 
 def reference_flags(args: Namespace) -> list[str]:
     """Return the options that name a reference, of which a run takes one."""
@@ -24,6 +27,23 @@ def weighs_tokens(args: Namespace) -> bool:
         or args.slm_weighting != "hard"
         or args.slm_domain_ratio
     )
+
+
+def ranks_tokens(args: Namespace) -> bool:
+    """Return whether it matters which tokens score highest, as far as the names of the arguments
+    tell: a weighting of the user's own may read scores too."""
+    return bool(
+        args.slm_token_ratio != 1.0
+        or args.slm_ratio_schedule != "constant"
+        or args.slm_weighting in OF_SCORES
+        or args.slm_domain_ratio
+    )
+
+
+def may_need_reference(args: Namespace) -> bool:
+    """Return whether the score or the weighting needs a reference, or is the user's own."""
+    names = (args.slm_score, args.slm_weighting)
+    return any(":" in name or name in (*NEED_REFERENCE, *COMPARES) for name in names)
 
 
 def is_selective(args: Namespace) -> bool:

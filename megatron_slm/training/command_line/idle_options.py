@@ -10,8 +10,12 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Collection
 
-from megatron_slm.training.command_line.decisions import reference_flags, weighs_tokens
-from megatron_slm.training.command_line.options import NEED_REFERENCE
+from megatron_slm.training.command_line.decisions import (
+    may_need_reference,
+    ranks_tokens,
+    reference_flags,
+    weighs_tokens,
+)
 
 
 def without_effect(
@@ -37,7 +41,7 @@ def _ours(args: Namespace) -> list[tuple[str, bool, str]]:
     selecting, all_alike = weighs_tokens(args), "all tokens are trained on alike"
     no_dumps = args.slm_dump_interval is None, "there is no --slm-dump-interval"
     unranked = (
-        args.slm_score not in NEED_REFERENCE,
+        not may_need_reference(args),
         f"--slm-score {args.slm_score} ranks without it; its losses are logged, at the cost of its "
         "pass",
     )
@@ -45,7 +49,12 @@ def _ours(args: Namespace) -> list[tuple[str, bool, str]]:
     return [
         *(
             (flag, not selecting, all_alike)
-            for flag in ("--slm-score", "--slm-scope", "--slm-unselected-weight")
+            for flag in ("--slm-scope", "--slm-unselected-weight", "--slm-score-option")
+        ),
+        (
+            "--slm-score",
+            not ranks_tokens(args) and ":" not in args.slm_weighting,
+            "all tokens are selected" if selecting else all_alike,
         ),
         ("--slm-warmup-tokens", not selecting, all_alike),
         (

@@ -6,8 +6,12 @@ from argparse import Namespace
 from collections.abc import Collection
 
 from megatron_slm.errors import UserError
-from megatron_slm.training.command_line.decisions import reference_flags, weighs_tokens
-from megatron_slm.training.command_line.options import NEED_REFERENCE
+from megatron_slm.training.command_line.decisions import (
+    ranks_tokens,
+    reference_flags,
+    weighs_tokens,
+)
+from megatron_slm.training.command_line.options import COMPARES_WITH_REFERENCE, NEED_REFERENCE
 
 
 def check_options(args: Namespace, given: Collection[str]) -> None:
@@ -24,10 +28,16 @@ def check_options(args: Namespace, given: Collection[str]) -> None:
     if len(references) > 1:
         raise UserError(f"{' and '.join(references)} name a reference each; give one of them")
     _check_schedule(args)
-    if not references and weighs_tokens(args) and args.slm_score in NEED_REFERENCE:
+    if not references and ranks_tokens(args) and args.slm_score in NEED_REFERENCE:
         raise UserError(
             f"--slm-score {args.slm_score} with --slm-token-ratio {args.slm_token_ratio} selects "
             "tokens by the reference model's loss: give its checkpoint with --slm-reference-load"
+        )
+    if not references and args.slm_weighting in COMPARES_WITH_REFERENCE:
+        raise UserError(
+            f"--slm-weighting {args.slm_weighting} compares the policy with a reference that sees "
+            "a short context: give its losses with --slm-reference-cache, or its checkpoint with "
+            "--slm-reference-load"
         )
     if references and not weighs_tokens(args) and "--slm-token-ratio" not in given:
         raise UserError(
@@ -38,8 +48,12 @@ def check_options(args: Namespace, given: Collection[str]) -> None:
     check_reference(args)
     if args.slm_global_batch == "exact" and args.slm_scope != "global-batch":
         raise UserError("--slm-global-batch exact needs --slm-scope global-batch")
-    if args.slm_head == "dense" and args.slm_score == "policy-entropy":
-        raise UserError("--slm-score policy-entropy needs --slm-head chunked")
+    for flag, name, needs in (
+        ("--slm-score", args.slm_score, "policy-entropy"),
+        ("--slm-weighting", args.slm_weighting, "mile"),
+    ):
+        if args.slm_head == "dense" and name == needs:
+            raise UserError(f"{flag} {name} needs --slm-head chunked")
     if args.slm_dump_interval is not None and args.slm_dump_dir is None and args.save is None:
         raise UserError("--slm-dump-interval needs --slm-dump-dir or --save to write to")
 

@@ -70,6 +70,53 @@ Natural = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class Named:
+    """A function of tokens: one that is built in, or a user's own."""
+
+    names: tuple[str, ...]
+    """Those that are built in."""
+
+    def __call__(self, text: str) -> str:
+        module, colon, function = text.partition(":")
+        own = colon and function.isidentifier() and all(map(str.isidentifier, module.split(".")))
+        if text not in self.names and not own:
+            raise ArgumentTypeError(
+                f"invalid choice: {text!r} (choose from {', '.join(self.names)}, or name your own "
+                "as module:function)"
+            )
+        return text
+
+
+def score_option(text: str) -> str:
+    """Check the option of a score or a weighting, NAME=VALUE, and return it as it is."""
+    name, equals, _ = text.partition("=")
+    if not (equals and name.isidentifier()):
+        raise ArgumentTypeError(f"{text}: give NAME=VALUE, as in gamma=2")
+    return text
+
+
+def left_out(text: str) -> str:
+    """Check a way to leave tokens out, above=X, below=X or goldfish=K:H, and return it as it is."""
+    how, _, value = text.partition("=")
+    if how == "goldfish":
+        one_in, _, width = value.partition(":")
+        if not all(part.isascii() and part.isdigit() for part in (one_in, width)):
+            raise ArgumentTypeError(f"{text}: give goldfish=K:H, as in goldfish=50:50")
+        if int(one_in) < 2 or int(width) < 1:
+            raise ArgumentTypeError(f"{text}: K must be at least 2, and H at least 1")
+        return text
+    if how not in ("above", "below"):
+        raise ArgumentTypeError(f"{text}: give above=X, below=X or goldfish=K:H")
+    try:
+        finite = math.isfinite(float(value))
+    except ValueError:
+        finite = False
+    if not finite:
+        raise ArgumentTypeError(f"{text}: {value!r} is not a number")
+    return text
+
+
 def ratio_step(text: str) -> str:
     """Check a step of a ratio schedule, N:K, and return it as it is."""
     iteration, _, part = text.partition(":")

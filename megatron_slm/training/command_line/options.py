@@ -8,25 +8,46 @@ Nothing else declares them: the command line (option_groups.py) and docs/argumen
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
 from megatron_slm.training.command_line.option_values import (
     Count,
+    Named,
     Natural,
     Ratio,
     Temperature,
     Weight,
     domain_ratio,
+    left_out,
     ratio_step,
+    score_option,
 )
 
 # The same as in selection/, which imports torch; a test compares them.
 Score = Literal[
-    "excess", "lowest", "reference", "reference-entropy", "policy", "policy-entropy", "random"
+    "excess",
+    "lowest",
+    "retrospective",
+    "reference",
+    "reference-entropy",
+    "context",
+    "policy",
+    "policy-entropy",
+    "external",
+    "random",
 ]
-NEED_REFERENCE = ("excess", "lowest", "reference", "reference-entropy")
+NEED_REFERENCE = (
+    "excess",
+    "lowest",
+    "retrospective",
+    "reference",
+    "reference-entropy",
+    "context",
+)
 Scope = Literal["document", "sequence", "micro-batch", "data-parallel", "global-batch"]
-Weighting = Literal["hard", "relu", "softmax"]
+Weighting = Literal["hard", "relu", "softmax", "dft", "mile", "longce", "context"]
+OF_SCORES = ("relu", "softmax")  # weigh all tokens, by their scores
+COMPARES_WITH_REFERENCE = ("longce", "context")
 
 
 @dataclass(frozen=True)
@@ -66,11 +87,9 @@ class SelectiveOptions:
     slm_reference_ckpt_step: Annotated[Natural | None, "N"] = None
     """Iteration of the reference checkpoint; by default, the latest."""
 
-    slm_score: Score = "excess"
-    """What tokens are ranked by, highest first. excess: policy loss minus reference loss. lowest:
-    the inverse, as a control. reference, reference-entropy: low reference loss or entropy. policy,
-    policy-entropy: high policy loss or entropy. random: chance, as a control. Only the first four
-    need a reference."""
+    slm_score: Annotated[str, Named(get_args(Score)), "NAME"] = "excess"
+    """What tokens are ranked by, highest first; docs/when-slm-helps.md explains each. The first six
+    need a reference, external needs --slm-token-values. module:function: a score of your own."""
 
     slm_scope: Scope = "micro-batch"
     """Tokens that compete with each other for selection: those of one document (with
@@ -96,16 +115,27 @@ class SelectiveOptions:
     slm_warmup_tokens: Annotated[Natural, "N"] = 0
     """Tokens of causal language modeling before the first selection."""
 
-    slm_weighting: Weighting = "hard"
+    slm_weighting: Annotated[str, Named(get_args(Weighting)), "NAME"] = "hard"
     """hard: selected tokens count equally, others not at all. relu, softmax: all tokens count, in
-    proportion to max(score, 0) or to exp(score / temperature), and their weights add up to the
-    number of tokens that hard selection would select."""
+    proportion to max(score, 0) or to exp(score / temperature), in sum as many as hard selection
+    selects. The others weigh selected tokens; docs/when-slm-helps.md explains each.
+    module:function: a weighting of your own."""
+
+    slm_score_option: Annotated[list[str], score_option, "NAME=VALUE"] = field(default_factory=list)
+    """Options of the score and of the weighting."""
 
     slm_softmax_temperature: Annotated[Temperature, "T"] = 1.0
     """Temperature of --slm-weighting softmax; in nats if scores are losses."""
 
     slm_unselected_weight: Annotated[Weight, "W"] = 0.0
     """Add W times the mean loss of the unselected tokens to the loss."""
+
+    slm_token_values: Annotated[list[str], "DIR"] = field(default_factory=list)
+    """Caches of tools/import_scores.py: external values, and masks of training tokens."""
+
+    slm_leave_out: Annotated[list[str], left_out, "HOW"] = field(default_factory=list)
+    """Leave training tokens out of the loss: above=X or below=X by their external value, and
+    goldfish=K:H one in K by a hash of the H tokens that end with it."""
 
     slm_domain_ratio: Annotated[list[str], domain_ratio, "NAME=K"] = field(default_factory=list)
     """Give datasets of the blend a ratio of their own; the tokens of such a dataset compete among
