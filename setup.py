@@ -58,6 +58,7 @@ setup(
             *DATA,
             *DATATROVE,
         ],
+        "gguf": ["gguf>=0.17", "transformers"],  # dequantizes a GGUF file
         "evaluation": ["lm_eval[hf,math]>=0.4.13,<0.5"],
         "sft": ["datasets"],  # Megatron's SFT dataset reads with it
         # einops: for groups in two levels (--num-distributed-optimizer-instances).

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from pathlib import Path
 
 warnings.filterwarnings("ignore")
@@ -21,6 +21,14 @@ logging.disable(logging.WARNING)  # Megatron warns about optional packages
 
 from megatron_slm.analysis.experiments.experiment import run_experiment
 from megatron_slm.errors import exit_on_user_error
+
+
+def positive(text: str) -> float:
+    """Parse a number above 0 and at most a million."""
+    number = float(text)
+    if not 0 < number <= 1e6:
+        raise ArgumentTypeError(f"{text} is not a number above 0 and at most a million")
+    return number
 
 
 def build_parser() -> ArgumentParser:
@@ -34,6 +42,13 @@ def build_parser() -> ArgumentParser:
     add("--jobs", type=int, default=1, metavar="N", help="Runs at a time, which share the cores.")
     add("--arms", nargs="+", metavar="ARM", help="Arms to run besides clm. Default: all.")
     add("--seeds", nargs="+", type=int, metavar="SEED", help="Default: all of the recipe's seeds.")
+    add(
+        "--scale",
+        type=positive,
+        default=1.0,
+        metavar="F",
+        help="Multiply the iterations and tokens of all runs, for more hardware or for a trial.",
+    )
     return parser
 
 
@@ -41,7 +56,11 @@ def main(arguments: list[str]) -> None:
     """Run the command line; exit with code 2 if the input is wrong."""
     args = build_parser().parse_args(arguments)
     with exit_on_user_error("the same command goes on with what is not done"):
-        print(run_experiment(args.recipe, args.output, max(1, args.jobs), args.arms, args.seeds))
+        print(
+            run_experiment(
+                args.recipe, args.output, max(1, args.jobs), args.arms, args.seeds, args.scale
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from megatron_slm.analysis.experiments.results import (
     summary,
     tokens_to_reach,
 )
-from megatron_slm.analysis.experiments.table import results_table
+from megatron_slm.analysis.experiments.scale import scaled
+from megatron_slm.analysis.experiments.table import markdown, results_table
 from megatron_slm.entry import add_arguments
 from megatron_slm.errors import UserError
 from megatron_slm.files import temporary
@@ -64,6 +66,8 @@ def write(directory: Path, text: str, name: str = "recipe.yaml") -> Path:
             "seeds: [1]\narms: {clm: --lr 1}",
             "arm clm: Expected `object`, got `str`; known: desc",
         ),
+        ("seeds: [1]\narms: {clm: {}, slm: {seeds: [2]}}", "arm slm: seed 2 is not among"),
+        ("seeds: [1, 2]\narms: {clm: {seeds: [1]}}", "arm clm has to run with every seed"),
         ("extends: recipe.yaml", "it extends itself"),
         ("extends: none.yaml", "none.yaml"),
         ("[1]", "Expected `object`, got `array`"),
@@ -107,6 +111,44 @@ def test_recipes_extend_others(tmp_path: Path) -> None:
         tasks_of(recipe, ["none"], None)
     with pytest.raises(UserError, match="--seeds 3: the recipe has 1, 2"):
         tasks_of(recipe, None, [3])
+
+
+def test_arms_with_some_seeds(tmp_path: Path) -> None:
+    """Nothing is made for a seed that no arm needs it for."""
+    text = """
+        seeds: [1, 2]
+        training: --train-iters 8
+        stages: {base: {run: make it}, scores: {score: "--load {base}"}}
+        arms: {clm: {}, slm: {arguments: "{scores}", seeds: [2]}}
+        """
+    recipe = read_experiment(write(tmp_path, text))
+    names = [one.name for one in tasks_of(recipe, None, None)]
+    assert names == ["base", "clm-seed1", "scores-seed2", "clm-seed2", "slm-seed2"]
+    assert [one.name for one in tasks_of(recipe, None, [1])] == ["clm-seed1"]
+
+
+def test_scale(tmp_path: Path) -> None:
+    text = """
+        seeds: [1]
+        arguments: --train-iters 20 --eval-interval 10 --lr 20 --lr-warmup-iters 5
+        stages: {data: {run: make --train-iters 3}, base: {pretrain: "{data}"}}
+        arms: {clm: {arguments: "{base} --slm-warmup-tokens 512 --train-iters 40"}}
+        """
+    path = write(tmp_path, text)
+    whole = read_experiment(path)
+    half = scaled(whole, 0.5)
+    assert scaled(whole, 1.0) == whole
+    assert half.stages["data"] == whole.stages["data"]
+    common = "--train-iters 10 --eval-interval 5 --lr 20 --lr-warmup-iters 5"
+    assert " ".join(half.stages["base"].words) == f"{common} {{data}}"
+    own = "{base} --slm-warmup-tokens 256 --train-iters 20"
+    assert " ".join(half.arms["clm"].words) == f"{common} {own}"
+    (longer,) = scaled(whole, 40).arms["clm"].commands
+    assert longer[-1] == "1600" and longer[1] == "800"
+    with pytest.raises(UserError, match=r"--eval-interval 10 of base would be 2\.5"):
+        scaled(whole, 0.25)
+    done = run(path, tmp_path / "study", "--scale", "0")
+    assert done.returncode == 2 and "0 is not a number above 0" in done.stderr
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "examples/experiments").glob("*.yaml")))
@@ -225,6 +267,25 @@ def test_summary_of_seeds() -> None:
     told = {arm: of["verdict"] for arm, of in summary(single)["arms"].items()}
     assert "slm ends 0.5000 nats below CLM, with 1 seed: perhaps by chance" in told["slm"]
     assert "random ends 0.2500 nats above CLM, with 1 seed: perhaps" in told["random"]
+
+
+def test_further_validation_sets() -> None:
+    """Their losses are those of the iteration at which the arms are compared."""
+    sets = {"general": {10: 3.0, 20: 2.5, 30: 2.25}}
+    lower = {"general": {10: 2.0, 20: 1.5}}
+    runs = {
+        "clm": {1: replace(result(CURVE), others=sets), 2: replace(result(CURVE), others=sets)},
+        "slm": {1: replace(result(CURVE[:2]), others=lower)},
+        "without": {1: result(CURVE)},
+    }
+    found = summary(runs)
+    losses = {arm: own["other_losses"]["general"] for arm, own in found["arms"].items()}
+    assert losses["clm"]["values"] == [2.5, 2.5] and losses["slm"]["values"] == [1.5]
+    assert losses["without"]["missing"] == 1
+    assert cut(runs["clm"][1], 10).described()["other_losses"] == {"general": 3.0}
+    head, *rows = markdown("study", "prose", found).splitlines()[6:12]
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in (head, *rows[1:4])]
+    assert [row[3] for row in cells] == ["general loss", "2.5000 ± 0.0000", "1.5000", "not known"]
 
 
 def test_a_task_begins(tmp_path: Path) -> None:

@@ -302,6 +302,13 @@ def test_a_study_and_its_runs(browser: Any, tmp_path: Path) -> None:
     assert page.inner_text("#curves .of") == "SLM <i>60%</i>, seed 2"
     content = page.inner_text("#dynamics-content")
     assert "H→L" in content and "from high" in content
+    assert "When tokens are learned" in content and "inside word" in content
+    spectra = page.locator("#dynamics-figures figcaption").all_inner_texts()[1:]
+    assert [title.partition(" by ")[2] for title in spectra] == ["domain", "kind of token"]
+    axis = (
+        page.locator("#dynamics-figures figure >> nth=1").locator(".plot text").all_text_contents()
+    )
+    assert "10" in axis and "31.6" in axis  # powers of ten
     legend = page.locator("#study-figure .legend li").all_inner_texts()
     assert legend == ["CLM", "SLM <i>60%</i>"]
     units = page.evaluate(

@@ -81,7 +81,7 @@ def test_documents_that_do_not_see_each_other(tmp_path: Path) -> None:
     texts = list("bcdefg")
     assert in_context(found, texts, 2)[:3] == ("c", "d", "e")
     assert in_context(replace(found, documents=None), texts, 2)[:3] == ("bc", "d", "efg")
-    table, read_texts = read_dynamics_table(write_dynamics_table(tmp_path, found, texts))
+    table, read_texts = read_dynamics_table(write_dynamics_table(tmp_path, found, texts, None))
     assert read_texts == texts and np.array_equal(table.documents, found.documents)
     write_dump(tmp_path, dumps[0])
     (read,) = read_dumps(tmp_path)

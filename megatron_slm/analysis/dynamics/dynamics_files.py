@@ -5,7 +5,10 @@ The table's columns:
     sample, position, token, text      identify the token
     document                           is its document's number in the sample, where documents do
                                        not see each other
+    domain                             is the name of its dataset, where it is known
     class, delta                       are computed by token_dynamics.py
+    learning_time, learning_width      are computed by learning_times.py, where there are enough
+                                       checkpoints; null for a token that was not learned
     loss_0000100, ...                  hold its loss in nats, float32, at each checkpoint
 """
 
@@ -17,12 +20,14 @@ from typing import Any
 
 import numpy as np
 
+from megatron_slm.analysis.dynamics.learning_times import LearningTimes
 from megatron_slm.analysis.dynamics.token_dynamics import CLASSES, TokenDynamics
 from megatron_slm.errors import UserError
 from megatron_slm.files import open_regular, writing
 
 TABLE = "token_dynamics.parquet"
 LOSS = re.compile(r"loss_\d{1,15}")
+LEARNING = ("learning_time", "learning_width")
 MOST_VALUES = 1 << 28
 PLOTS = ("token_dynamics.png", "token_dynamics.svg")
 # Okabe and Ito's colour-blind-safe palette; the dashes tell the lines apart without any colour.
@@ -51,12 +56,15 @@ def check_libraries() -> None:
         ) from error
 
 
-def write_dynamics_table(directory: Path, dynamics: TokenDynamics, texts: list[str]) -> Path:
+def write_dynamics_table(
+    directory: Path, dynamics: TokenDynamics, texts: list[str], found: LearningTimes | None
+) -> Path:
     """Write the table of T tokens, completely or not at all, and return its path.
 
     Args:
         directory: where the table goes; created if it does not exist.
         texts: [T], the text shown for each token.
+        found: when each was learned; None for too few checkpoints.
 
     Raises:
         UserError: the directory cannot be written to.
@@ -69,9 +77,11 @@ def write_dynamics_table(directory: Path, dynamics: TokenDynamics, texts: list[s
         "position": dynamics.positions,
         "token": dynamics.tokens,
         **({} if dynamics.documents is None else {"document": dynamics.documents}),
-        "text": pa.array(texts, pa.string()).dictionary_encode(),
+        **({} if dynamics.domains is None else {"domain": _strings(dynamics.domains.tolist())}),
+        "text": _strings(texts),
         "class": pa.DictionaryArray.from_arrays(dynamics.classes, list(CLASSES)),
         "delta": dynamics.delta,
+        **({} if found is None else dict(zip(LEARNING, _nulls(found), strict=True))),
     } | {
         f"loss_{iteration:07d}": losses
         for iteration, losses in zip(dynamics.iterations, dynamics.losses, strict=True)
@@ -84,6 +94,19 @@ def write_dynamics_table(directory: Path, dynamics: TokenDynamics, texts: list[s
     with writing(path) as unfinished, unfinished.open("wb") as file:
         parquet.write_table(pa.table(columns), file, compression="zstd")
     return path
+
+
+def _strings(values: list[str]) -> Any:
+    import pyarrow as pa
+
+    return pa.array(values, pa.string()).dictionary_encode()
+
+
+def _nulls(found: LearningTimes) -> list[Any]:
+    """Return the columns LEARNING, with a null in place of each NaN."""
+    import pyarrow as pa
+
+    return [pa.array(each, from_pandas=True) for each in (found.times, found.widths)]
 
 
 def read_dynamics_table(path: Path) -> tuple[TokenDynamics, list[str]]:
@@ -107,12 +130,16 @@ def read_dynamics_table(path: Path) -> tuple[TokenDynamics, list[str]]:
             kinds = dict.fromkeys(("sample", "position", "token"), pa.int64())
             kinds |= {"text": text, "class": pa.dictionary(pa.int8(), pa.string())}
             kinds |= dict.fromkeys(("delta", *losses), pa.float32())
-            if "document" in names:
-                kinds["document"] = pa.int64()
+            known = kinds | {"document": pa.int64(), "domain": text}
+            known |= dict.fromkeys(LEARNING, pa.float32())
+            kinds |= {
+                name: known[name] for name in ("document", "domain", *LEARNING) if name in names
+            }
             own = dict(zip(names, file.schema_arrow.types, strict=True))
             if own != kinds or len(names) != len(own) or len(losses) < 2:
                 raise UserError(f"{path} is not a table of token dynamics: {names[:12]}")
-            table = file.read()
+            # When tokens are learned is computed from the losses, which cannot contradict them.
+            table = file.read([name for name in names if name not in LEARNING])
     except (OSError, ArrowException, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
     return _dynamics(path, table, losses)
@@ -122,7 +149,9 @@ def _dynamics(path: Path, table: Any, names: list[str]) -> tuple[TokenDynamics, 
     """Check the values of a table that has the right columns, and unpack them."""
     column = {name: table[name].combine_chunks() for name in table.column_names}
     classes, texts = (column.pop(name) for name in ("class", "text"))
+    domains = column.pop("domain", None)
     parts = [*column.values(), classes, texts, texts.dictionary]
+    parts += [] if domains is None else [domains, domains.dictionary]
     if any(part.null_count for part in parts) or not len(table):
         raise UserError(f"{path} is empty or has missing values")
     known_classes, known_texts = (part.dictionary.to_pylist() for part in (classes, texts))
@@ -144,6 +173,7 @@ def _dynamics(path: Path, table: Any, names: list[str]) -> tuple[TokenDynamics, 
         positions=numbers["position"],
         tokens=numbers["token"],
         documents=numbers.get("document"),
+        domains=None if domains is None else np.array(domains.to_pylist()),
     )
     return dynamics, [known_texts[at] for at in texts.indices.to_pylist()]
 

@@ -1,13 +1,19 @@
-"""Turn token dynamics into rows of text: shares, transitions and examples.
+"""Turn token dynamics into rows of text: shares, transitions, learning times and examples.
 
 The terminal (write_dynamics.py) and the report page (report/dynamics_section.py) both show them.
 """
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_slm.analysis.dynamics.learning_times import LearningTimes
 from megatron_slm.analysis.dynamics.token_dynamics import CLASSES, TokenDynamics
+from megatron_slm.analysis.dynamics.token_kinds import TOKEN_KINDS, token_kinds
 
 EXAMPLES, CONTEXT = 4, 12  # examples of each class; tokens shown before and after each
+MOST_DOMAINS = 12
 EXPLAINED = {
     "H->H": "stays high",
     "H->L": "falls",
@@ -36,6 +42,39 @@ def transition_rows(dynamics: TokenDynamics) -> list[list[str]]:
         ends = [dynamics.share(f"{start}->{end}") for end in "HL"]
         parts = [f"{end / sum(ends):.1%}" if sum(ends) else "" for end in ends]
         rows.append([f"from {name}", f"{sum(ends):.1%}", *parts])
+    return rows
+
+
+def by_domain(dynamics: TokenDynamics) -> dict[str, NDArray[np.bool_]]:
+    """Return which tokens are from each of the largest domains, [T], by the domain's name; nothing
+    if domains are not known."""
+    if dynamics.domains is None:
+        return {}
+    names, counts = np.unique(dynamics.domains, return_counts=True)
+    largest = names[np.argsort(-counts, kind="stable")[:MOST_DOMAINS]]
+    return {str(name): dynamics.domains == name for name in largest}
+
+
+def by_kind(dynamics: TokenDynamics, texts: list[str]) -> dict[str, NDArray[np.bool_]]:
+    """Return which tokens are of each kind that occurs (token_kinds.py), [T], by its name."""
+    kinds = token_kinds(dynamics, texts)
+    return {name: own for at, name in enumerate(TOKEN_KINDS) if (own := kinds == at).any()}
+
+
+def learning_rows(found: LearningTimes, groups: dict[str, NDArray[np.bool_]]) -> list[list[str]]:
+    """Return a header and a row per group of tokens: how many are learned, and when.
+
+    Args:
+        found: when each of T tokens was learned.
+        groups: [T], which tokens are in each group, by its name.
+    """
+    rows = [["tokens", "count", "learned", "half of these by", "half of a fall within"]]
+    for name, own in groups.items():
+        times, widths = (each[own & found.learned] for each in (found.times, found.widths))
+        when = ["", ""]
+        if len(times):
+            when = [f"{np.median(times):,.0f}", f"a factor of {9 ** np.median(widths):.2g}"]
+        rows.append([name, f"{own.sum():,}", f"{found.learned[own].mean():.1%}", *when])
     return rows
 
 

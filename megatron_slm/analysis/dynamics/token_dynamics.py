@@ -52,6 +52,9 @@ class TokenDynamics:
     """[T], the number within its sample of the document that the token is in; None where documents
     see each other."""
 
+    domains: NDArray[np.str_] | None = None
+    """[T], the name of the dataset that the token is from; None where it is not known."""
+
     def share(self, name: str) -> float:
         """Return the fraction of all tokens that are in a class."""
         return float(np.mean(self.classes == CLASSES.index(name)))
@@ -105,6 +108,7 @@ def classify(dumps: list[TokenDump]) -> TokenDynamics:
         positions=column + 1,
         tokens=dumps[0].tokens[row, column + 1].astype(np.int64),
         documents=None if documents is None else documents[row, column].astype(np.int64),
+        domains=np.array(domains)[row] if (domains := dumps[0].about.domains) else None,
     )
 
 

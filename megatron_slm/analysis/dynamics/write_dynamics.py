@@ -11,11 +11,15 @@ from megatron_slm.analysis.dynamics.dynamics_files import (
     plot_dynamics,
     write_dynamics_table,
 )
+from megatron_slm.analysis.dynamics.learning_times import learning_times
 from megatron_slm.analysis.dynamics.rows import (
     EXAMPLES,
+    by_domain,
+    by_kind,
     class_rows,
     class_title,
     in_context,
+    learning_rows,
     transition_rows,
 )
 from megatron_slm.analysis.dynamics.token_dynamics import CLASSES, classify
@@ -27,7 +31,7 @@ def write_dynamics(
     dumps: Path, directory: Path, tokenizer_model: str | None, iterations: list[int] | None = None
 ) -> None:
     """Classify the tokens of a directory of dumps; write the table and the plots, and print the
-    shares, transitions and examples.
+    shares, transitions, learning times and examples.
 
     Args:
         dumps: directory of the dumps.
@@ -45,12 +49,18 @@ def write_dynamics(
     unique, numbers = np.unique(dynamics.tokens, return_inverse=True)
     shown = token_texts(dump_tokenizer(read, tokenizer_model), unique.tolist())
     texts = [shown[number] for number in numbers.tolist()]
-    table = write_dynamics_table(directory, dynamics, texts)
+    found = learning_times(dynamics.iterations, dynamics.losses)
+    table = write_dynamics_table(directory, dynamics, texts, found)
     print(f"{len(texts):,} tokens at {len(dynamics.iterations)} iterations")
-    for head, *rows in (class_rows(dynamics), transition_rows(dynamics)):
+    tables = [class_rows(dynamics), transition_rows(dynamics)]
+    if found is not None:
+        everything = {"all": np.ones(len(texts), np.bool_)}
+        groups = everything | by_domain(dynamics) | by_kind(dynamics, texts)
+        tables.append(learning_rows(found, groups))
+    for head, *rows in tables:
         print()
         for first, *others in [head, *rows]:
-            print(f"{first:20}" + "".join(f"{value:>20}" for value in others))
+            print(f"{first:20}" + "".join(f"{value:>22}" for value in others))
     for name in CLASSES:
         print(f"\n{class_title(name)}")
         for at in dynamics.examples(name, EXAMPLES):

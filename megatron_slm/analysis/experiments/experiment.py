@@ -17,8 +17,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_slm.analysis.experiments.progress import StudyProgress, threads_of
-from megatron_slm.analysis.experiments.recipe import BASELINE, Experiment, read_experiment
+from megatron_slm.analysis.experiments.recipe import (
+    BASELINE,
+    Experiment,
+    ExperimentTask,
+    read_experiment,
+)
 from megatron_slm.analysis.experiments.results import Runs, cut, summary
+from megatron_slm.analysis.experiments.scale import scaled
 from megatron_slm.analysis.experiments.study_file import STUDY_FORMAT
 from megatron_slm.analysis.experiments.table import markdown, results_table
 from megatron_slm.analysis.experiments.tasks import Instance, Running, write_json
@@ -29,7 +35,12 @@ TASK_POLL_SECONDS = 0.1
 
 
 def run_experiment(
-    path: Path, study: Path, jobs: int, arms: Sequence[str] | None, seeds: Sequence[int] | None
+    path: Path,
+    study: Path,
+    jobs: int,
+    arms: Sequence[str] | None,
+    seeds: Sequence[int] | None,
+    scale: float = 1.0,
 ) -> str:
     """Run the experiment of a recipe, and write results.json and results.md.
 
@@ -39,6 +50,7 @@ def run_experiment(
         jobs: number of tasks that run at a time.
         arms: names of the recipe's arms to run, or None for all; the baseline always runs.
         seeds: the recipe's seeds to run, or None for all.
+        scale: factor for the numbers of iterations and tokens of all runs.
 
     Returns:
         A table of the results, including those that earlier commands made in this directory.
@@ -48,7 +60,7 @@ def run_experiment(
             failure is raised, with the path of its log, only after every task that does not depend
             on it has run and the results are written.
     """
-    recipe = read_experiment(path)
+    recipe = scaled(read_experiment(path), scale)
     study = study.resolve()
     instances = tasks_of(recipe, arms, seeds)
     try:
@@ -141,15 +153,23 @@ def tasks_of(
     wanted = [
         arm for name, arm in recipe.arms.items() if name in (BASELINE, *(arms or recipe.arms))
     ]
-    needed = {name for arm in wanted for name in recipe.needs(arm)}
-    stages = [stage for name, stage in recipe.stages.items() if name in needed]
-    once = [Instance(recipe, stage, None) for stage in stages if not recipe.per_seed(stage)]
-    return once + [
+    by_seed = {
+        seed: [arm for arm in wanted if seed in arm.seeds] for seed in (seeds or recipe.seeds)
+    }
+    run = [arm for arm in wanted if any(arm in own for own in by_seed.values())]
+    once = [stage for stage in _stages(recipe, run) if not recipe.per_seed(stage)]
+    return [Instance(recipe, stage, None) for stage in once] + [
         Instance(recipe, task, seed)
-        for seed in (seeds or recipe.seeds)
-        for task in (*stages, *wanted)
+        for seed, own in by_seed.items()
+        for task in (*_stages(recipe, own), *own)
         if recipe.per_seed(task)
     ]
+
+
+def _stages(recipe: Experiment, arms: Sequence[ExperimentTask]) -> list[ExperimentTask]:
+    """Return the stages that some arms depend on, in order."""
+    needed = {name for arm in arms for name in recipe.needs(arm)}
+    return [stage for name, stage in recipe.stages.items() if name in needed]
 
 
 @contextmanager

@@ -9,7 +9,8 @@
                        run       commands that run one after the other
                        pretrain  arguments for megatron_slm.pretrain
                        score     arguments for tools/score_reference.py, after those of the arms
-    arms             by name, `clm` among them: a description and arguments
+    arms             by name, `clm` among them: a description, arguments, and seeds, if it is to
+                     run with only some of them
     extends          a recipe to build on: stages and arms are merged into its own by name, and
                      arguments are appended to its own
 
@@ -61,6 +62,7 @@ class ArmEntry(msgspec.Struct, forbid_unknown_fields=True):
 
     description: str = ""
     arguments: str | None = None
+    seeds: Annotated[list[Seed], msgspec.Meta(min_length=1)] | UnsetType = UNSET
 
 
 class ExperimentFile(msgspec.Struct, forbid_unknown_fields=True):
@@ -95,6 +97,9 @@ class ExperimentTask:
 
     description: str = ""
     """For an arm, what it is."""
+
+    seeds: tuple[int, ...] = ()
+    """For an arm, the seeds that it runs with."""
 
     @property
     def words(self) -> Iterator[str]:
@@ -162,6 +167,7 @@ def read_experiment(path: Path) -> Experiment:
             f"{path}: a recipe needs seeds, a list of whole numbers; one without can only be "
             "extended by others"
         )
+    seeds = tuple(dict.fromkeys(content.seeds))
     common = _words(path, "arguments", content.arguments)
     training = (*common, *_words(path, "training", content.training))
     stages: dict[str, ExperimentTask] = {}
@@ -171,14 +177,19 @@ def read_experiment(path: Path) -> Experiment:
     arms = {}
     for name, arm in _entries(path, "arm", content.arms, ArmEntry):
         words = (*training, *_words(path, f"arm {name}", arm.arguments))
-        arms[name] = ExperimentTask(name, "arm", (words,), arm.description)
+        own = seeds if arm.seeds is UNSET else tuple(dict.fromkeys(arm.seeds))
+        if unknown := [seed for seed in own if seed not in seeds]:
+            raise UserError(f"{path}: arm {name}: seed {unknown[0]} is not among the seeds above")
+        arms[name] = ExperimentTask(name, "arm", (words,), arm.description, own)
         _check_names(path, arms[name], stages)
     if BASELINE not in arms:
         raise UserError(f"{path}: no arm is named {BASELINE}, with which the others are compared")
+    if arms[BASELINE].seeds != seeds:
+        raise UserError(f"{path}: arm {BASELINE} has to run with every seed")
     return Experiment(
         name=path.stem if content.name is UNSET else content.name,
         target="" if content.target is UNSET else content.target,
-        seeds=tuple(dict.fromkeys(content.seeds)),
+        seeds=seeds,
         ranks=1 if content.ranks is UNSET else content.ranks,
         stages=stages,
         arms=arms,

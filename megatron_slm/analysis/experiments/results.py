@@ -8,7 +8,7 @@ at equal compute uses the whole curves.  A curve is interpolated linearly betwee
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import isclose
 from statistics import mean, stdev
@@ -64,6 +64,9 @@ class RunResult:
     first_loss: float | None
     """Loss of all tokens of the first step, in nats; None if it was not logged."""
 
+    others: dict[str, dict[int, float]] = field(default_factory=dict)
+    """By name, the loss on each further validation set, in nats a token by iteration."""
+
     @property
     def final(self) -> Point:
         """The last validation."""
@@ -92,7 +95,13 @@ class RunResult:
             },
             "wall_seconds": self.step_seconds * self.final.iteration,
             "first_loss": self.first_loss,
+            "other_losses": self.other_losses,
         }
+
+    @property
+    def other_losses(self) -> dict[str, float | None]:
+        """The losses on the further validation sets at the last validation."""
+        return {name: losses.get(self.final.iteration) for name, losses in self.others.items()}
 
 
 Runs = dict[str, dict[int, RunResult]]  # by arm and seed
@@ -192,6 +201,10 @@ def _arm(arm: str, runs: Runs, ended: Runs) -> dict[str, Any]:
         "flops_ratio": _spread([own[seed].flops / baseline[seed].flops for seed in seeds]),
         "selected_part": _spread([run.final.selected / run.final.tokens for run in own.values()]),
         "step_seconds": _spread([run.step_seconds for run in own.values()]),
+        "other_losses": {
+            name: _spread([run.other_losses.get(name) for run in own.values()])
+            for name in next(iter(baseline.values())).others
+        },
         "equal_compute": {
             "baseline_at_arm_flops": _spread(longer),
             "difference_at_arm_flops": _spread(_differences(losses, longer)),

@@ -38,7 +38,8 @@ def measure_run(instance: Instance, study: Path) -> RunResult:
     directory = study / instance.directory
     args = _arguments(study / instance.output)
     logged = read_events(directory / "tensorboard").scalars
-    validations = list(filter(VALIDATION.fullmatch, logged))  # the first set counts
+    # The first set is the target.
+    validations = [tag for tag in logged if VALIDATION.fullmatch(tag)]
     if not validations:
         raise UserError(f"{directory}: no validation was logged: give --eval-interval and data")
     for tag in ("lm loss", "iteration-time"):
@@ -75,6 +76,7 @@ def measure_run(instance: Instance, study: Path) -> RunResult:
         reference_training=_reference_training(instance, study),
         step_seconds=_step_seconds(logged["iteration-time"]),
         first_loss=first.get(1),
+        others={tag.removeprefix("lm loss validation-"): logged[tag] for tag in validations[1:]},
     )
 
 

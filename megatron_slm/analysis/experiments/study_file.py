@@ -74,6 +74,9 @@ class ArmSummary(TypedDict):
     equal_compute: EqualCompute
     """Losses at equal compute."""
 
+    other_losses: NotRequired[dict[str, Spread]]
+    """Loss on each further validation set, by its name, in nats a token."""
+
     verdict: str
     """The comparison in words."""
 
@@ -118,6 +121,9 @@ class SeedResult(TypedDict):
 
     tokens_selected: NotRequired[NotNegative]
     """Tokens of these that it trained on."""
+
+    other_losses: NotRequired[dict[str, float | None]]
+    """Loss on each further validation set where all runs are compared, by its name."""
 
     wall_seconds: NotRequired[float]
     """Time of its training steps."""

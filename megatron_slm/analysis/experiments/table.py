@@ -20,13 +20,21 @@ COLUMNS = (
 )
 
 
+def columns(summary: dict[str, Any]) -> tuple[str, ...]:
+    """Return the names of the columns: COLUMNS, and one for each further validation set."""
+    others = summary["arms"][summary["baseline"]]["other_losses"]
+    return (*COLUMNS[:3], *(f"{name} loss" for name in others), *COLUMNS[3:])
+
+
 def rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Return a row of COLUMNS for each arm."""
+    """Return a row of the columns for each arm."""
+    others = summary["arms"][summary["baseline"]]["other_losses"]
     return [
         (
             arm,
             spread(found["final_loss"]),
             "" if arm == summary["baseline"] else spread(found["difference"], "+"),
+            *(spread(found["other_losses"][name]) for name in others),
             "" if arm == summary["baseline"] else part(found["part_of_baseline_tokens"]),
             f"{found['selected_part']['mean']:.0%}",
             f"{found['flops_ratio']['mean']:.2f}",
@@ -70,8 +78,8 @@ def _format(values: dict[str, Any], sign: str, form: str, none: str) -> str:
 
 def results_table(summary: dict[str, Any]) -> str:
     """Return aligned columns, followed by a line in words for each arm."""
-    lines = [COLUMNS, *rows(summary)]
-    widths = [max(len(row[at]) for row in lines) for at in range(len(COLUMNS))]
+    lines = [columns(summary), *rows(summary)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in lines]
     return "\n".join([*text, "", *verdicts(summary)])
 
@@ -91,7 +99,8 @@ def markdown(name: str, target: str, summary: dict[str, Any]) -> str:
         "seeds.",
         "",
     ]
-    lines = [COLUMNS, ("---",) * len(COLUMNS), *rows(summary)]
+    head = columns(summary)
+    lines = [head, ("---",) * len(head), *rows(summary)]
     text += ["| " + " | ".join(row) + " |" for row in lines]
     text += ["", *(f"- {line}" for line in verdicts(summary))]
     return "\n".join(text) + "\n"

@@ -147,7 +147,7 @@ class Chart {
     });
     for (const value of ticks(left, right, (end - start) / TICK_SPACE.x)) {
       svg("path", { class: "grid", d: `M${this.x(value)} ${bottom}v5` }, drawing);
-      this.label(drawing, inWords(value), this.x(value), bottom + 18, "middle");
+      this.label(drawing, this.inWordsAt(value), this.x(value), bottom + 18, "middle");
     }
     svg("path", { class: "axis", d: `M${start} ${bottom}H${end}` }, drawing);
     const lines = svg("g", { "clip-path": `url(#${clip})` }, drawing);
@@ -157,6 +157,10 @@ class Chart {
     this.place.replaceChildren(drawing, element("div", this.figure.y, "unit"), element("div", this.figure.x, "unit x"));
     this.all.hidden = !this.view && !this.cut;
     this.tell(this.at);
+  }
+
+  inWordsAt(x) {
+    return inWords(this.figure.powers ? Number((10 ** x).toPrecision(3)) : x);
   }
 
   label(drawing, text, x, y, anchor) {
@@ -204,7 +208,7 @@ class Chart {
       name.className = `role-${line.role % 6}`;
       list.append(name, element("dd", inWords(line.y[index])));
     }
-    this.values.replaceChildren(element("div", `${this.figure.x} ${inWords(at)}`, "token"), list);
+    this.values.replaceChildren(element("div", `${this.figure.x} ${this.inWordsAt(at)}`, "token"), list);
     const before = this.x(at) > (this.area.start + this.area.end) / 2;
     this.values.style.left = before ? "auto" : `${this.x(at) + 10}px`;
     this.values.style.right = before ? `${this.place.clientWidth - this.x(at) + 10}px` : "auto";

@@ -57,6 +57,7 @@ def figure(
     note: str = "",
     span: tuple[float, float | None] | None = None,
     top: float | None = None,
+    powers: bool = False,
 ) -> dict[str, Any]:
     """Return a figure with named axes.
 
@@ -68,11 +69,13 @@ def figure(
         note: a sentence below the title that says how to read the figure.
         span: limits of the vertical axis, for quantities that have natural ones.
         top: value at which the vertical axis is cut off at first; the page offers to show the rest.
+        powers: whether horizontal positions are decimal logarithms, to be shown as powers of ten.
     """
     for number, each in enumerate(lines):
         turn = number // len(DASHES)  # shifts the dashes when the colours repeat
         each["dash"] = DASHES[(number + turn) % len(DASHES)]
-    return {"title": title, "x": x, "y": y, "lines": lines, "note": note, "span": span, "top": top}
+    made = {"title": title, "x": x, "y": y, "lines": lines, "note": note, "span": span, "top": top}
+    return made | {"powers": powers}
 
 
 def fit(figures: list[dict[str, Any]]) -> None:

@@ -140,12 +140,14 @@ def _arms(results: dict[str, Any]) -> dict[str, Any]:
     """Return the table that compares the arms after equal tokens, with a row per arm."""
     summary = results["summary"]
     baseline = summary["baseline"]
+    others = summary["arms"][baseline].get("other_losses", {})  # optional in the file
     means = {arm: found["final_loss"]["mean"] for arm, found in summary["arms"].items()}
     lowest = min(means, key=lambda arm: math.inf if means[arm] is None else means[arm])
     return {
         "head": [
             "Loss, nats a token",
             f"Against {baseline}",
+            *(f"Loss on {name}" for name in others),
             "Tokens trained on",
             f"Compute, {baseline} = 1",
             "Time of a step",
@@ -159,6 +161,7 @@ def _arms(results: dict[str, Any]) -> dict[str, Any]:
                 "cells": [
                     spread(found["final_loss"]),
                     "" if arm == baseline else spread(found["difference"], "+"),
+                    *(spread(found["other_losses"][name]) for name in others),
                     _number(found["selected_part"], ".0%"),
                     _number(found["flops_ratio"], ".2f"),
                     _number(found["step_seconds"], ".3g", " s"),

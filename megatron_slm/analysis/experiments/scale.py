@@ -1,0 +1,46 @@
+"""Make the runs of an experiment longer or shorter, for more hardware or for a trial."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from megatron_slm.analysis.experiments.recipe import Experiment, ExperimentTask
+from megatron_slm.errors import UserError
+
+# Options that count iterations or tokens; a warm-up of the learning rate stays as long as it is.
+SCALED = frozenset(
+    """
+    --train-iters --eval-interval --save-interval --slm-warmup-tokens --slm-ratio-decay-iters
+    --slm-dump-interval --lr-decay-iters
+    """.split()
+)
+
+
+def scaled(recipe: Experiment, scale: float) -> Experiment:
+    """Multiply the numbers of iterations and tokens of all pretraining runs and score caches.
+
+    Raises:
+        UserError: one of them would not be whole.
+    """
+    return replace(
+        recipe,
+        stages={name: _scaled(stage, scale) for name, stage in recipe.stages.items()},
+        arms={name: _scaled(arm, scale) for name, arm in recipe.arms.items()},
+    )
+
+
+def _scaled(task: ExperimentTask, scale: float) -> ExperimentTask:
+    if task.kind == "run":
+        return task
+    (words,) = task.commands
+    result = list(words)
+    for at, option in enumerate(words[:-1], 1):
+        if option in SCALED and words[at].isdecimal():
+            number = int(words[at]) * scale
+            if number != round(number):
+                raise UserError(
+                    f"--scale {scale:g}: {option} {words[at]} of {task.name} would be {number:g}; "
+                    "take a scale that leaves whole numbers"
+                )
+            result[at] = str(round(number))
+    return replace(task, commands=(tuple(result),))
