@@ -31,7 +31,7 @@ from megatron_slm.reference.checkpoint import ReferenceCheckpoint, open_checkpoi
 from megatron_slm.training.command_line.decisions import head_of
 
 MODULE = "megatron_slm.pretrain"
-KERNELS = ("--moe-permute-fusion", "--moe-router-fusion")  # Transformer Engine's; change no plan
+FUSIONS = ("--moe-permute-fusion", "--moe-router-fusion")  # Transformer Engine's; change no plan
 LIBRARIES = ("CUDA_", "GLOO_", "NCCL_", "OMP_", "PET_", "PYTORCH_", "TORCH_", "UCX_")
 
 
@@ -125,7 +125,7 @@ def parse(recipe: LaunchRecipe, rank: int, vocabulary: int) -> Namespace:
     from megatron_slm.training.command_line.first_check import TRAINING, first_check
     from megatron_slm.training.command_line.parsing import parse_planned
 
-    words = [word for word in _without_mix(recipe.arguments) if word not in KERNELS]
+    words = [word for word in _without_mix(recipe.arguments) if word not in FUSIONS]
     first_check(words, TRAINING)
     with _started_as(rank, recipe.ranks, words):
         args = parse_planned(add_arguments)
