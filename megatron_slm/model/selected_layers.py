@@ -178,6 +178,8 @@ class SelectedLayer(TransformerLayer):
             return self.run(hidden_states, inputs), None
         if self.is_first:
             self.shared.current = _Pass()
+        if not hidden_states.requires_grad:  # what precedes is frozen, and these weights may not be
+            hidden_states = hidden_states.detach().requires_grad_()
         return _RunLayer.apply(hidden_states, self, inputs, self.shared.current), None
 
     def run(self, hidden_states: Tensor, inputs: dict[str, Any]) -> Tensor:
@@ -199,12 +201,12 @@ class _RunLayer(torch.autograd.Function):
         with nullcontext() if layer.recomputes else _Keep() as products:
             output = layer.run(hidden.detach(), inputs)
         attention.kept = None
-        if products is None:
-            kept = [_alone(each) for each in kept]
-        else:
+        own_products: list[Tensor] = []
+        if products is not None:
             assert products.count == PRODUCTS, "the layer has other linear layers than a GPT's"
-            kept += products.kept
-        ctx.save_for_backward(hidden, *kept)
+            own_products = products.kept
+        kept = [_alone(each, own_products) for each in kept]
+        ctx.save_for_backward(hidden, *kept, *own_products)
         return output.detach()
 
     @staticmethod
@@ -232,9 +234,12 @@ class _RunLayer(torch.autograd.Function):
         return rows.put(taken.grad, hidden), None, None, None
 
 
-def _alone(values: Tensor) -> Tensor:
-    """Return values that do not keep others in memory, of which they may be a part."""
-    return values if values.untyped_storage().nbytes() == values.nbytes else values.clone()
+def _alone(values: Tensor, kept: list[Tensor]) -> Tensor:
+    """Return values that keep no others in memory, of which they may be a part, but those `kept`
+    in any case: what has a bias is no part of its product."""
+    storage = values.untyped_storage()
+    known = any(each.untyped_storage().data_ptr() == storage.data_ptr() for each in kept)
+    return values if known or storage.nbytes() == values.nbytes else values.clone()
 
 
 class _Keep(TorchDispatchMode):

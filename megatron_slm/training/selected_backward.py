@@ -18,7 +18,8 @@ def prepare_layers(
 ) -> None:
     """Prepare a policy's layers for a step, if their backward passes are to cost what is selected.
 
-    A step that trains on all tokens is exact, masked tokens included.
+    A step that trains on all tokens is exact, masked tokens included.  With thresholds carried from
+    the steps before, no step does for certain.
 
     Raises:
         UserError: the model, which a script has built by itself, has other layers.
@@ -35,4 +36,6 @@ def prepare_layers(
                 "--slm-backward selected needs layers that this script's model does not have: "
                 "build it from SelectiveTraining.model_config()"
             )
-        layer.whole = not step.selects or (step.ratio == 1.0 and not ratios)
+        layer.whole = not step.selects or (
+            step.ratio == 1.0 and not ratios and step.thresholds is None
+        )
