@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import tempfile
 from argparse import ArgumentParser, Namespace
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,11 @@ from megatron_slm.model.unpickling import check_file, refuse_code
 from megatron_slm.reference.checkpoint import ARCHITECTURE
 from megatron_slm.training.resumed import CHANGES, check_resumed
 
+# Arguments that go by the number of a layer, from 1, and what a frequency, or None, means for it.
+BY_NUMBER: dict[str, Callable[[int, int | None], bool]] = {
+    "window_attn_skip_freq": lambda number, every: not every or number % every != 0,
+    "no_rope_freq": lambda number, every: bool(every) and number % (every or 1) == 0,
+}
 # Hugging Face's vocabularies may be padded up to this multiple beyond the tokenizer's.
 PADDING = 128
 STEP = "--ckpt-step"
@@ -144,7 +149,7 @@ def differences(
     """
     there, here = _shape(vars(saved)), _shape(vars(args))
     if here.get("hybrid_layer_pattern") and not there.get("hybrid_layer_pattern"):
-        _read_as_gpt(here)
+        _read_as_gpt(here, there)
     found = [
         (name, there[name], here[name])
         for name in ARCHITECTURE
@@ -236,14 +241,31 @@ def _shape(arguments: dict[str, Any]) -> dict[str, Any]:
     return shape
 
 
-def _read_as_gpt(hybrid: dict[str, Any]) -> None:
+def _read_as_gpt(hybrid: dict[str, Any], gpt: dict[str, Any]) -> None:
     """Change the shape of a hybrid model to that of the GPT whose checkpoint Megatron loads into
-    it, of which each layer becomes two.  A pattern that no GPT fits is left."""
+    it, of which each layer becomes two.  A pattern that no GPT fits is left.
+
+    What goes by the numbers of layers is spelled out in both shapes, as numbers differ.
+    """
+    pattern = hybrid["hybrid_layer_pattern"]
     try:
-        layers = gpt_compatible_layer_maps(hybrid["hybrid_layer_pattern"]).num_gpt_layers
+        maps = gpt_compatible_layer_maps(pattern)
     except ValueError:
         return
-    hybrid |= {"num_layers": layers, "hybrid_layer_pattern": None}
+    attention = sorted(maps.attention_to_gpt)
+    for name in BY_NUMBER:
+        if hybrid.get(name) or gpt.get(name):
+            gpt[name] = _by_layer(name, gpt.get(name), gpt.get("num_layers") or len(attention))
+            of_all = _by_layer(name, hybrid.get(name), len(pattern))
+            hybrid[name] = [of_all[place] for place in attention if place < len(of_all)]
+    hybrid |= {"num_layers": maps.num_gpt_layers, "hybrid_layer_pattern": None}
+
+
+def _by_layer(name: str, value: Any, layers: int) -> list[int]:
+    """Return the value of each layer of one of BY_NUMBER, which may be given as a frequency."""
+    if isinstance(value, list | tuple):
+        return [int(bool(of_layer)) for of_layer in value]
+    return [int(BY_NUMBER[name](number, value)) for number in range(1, layers + 1)]
 
 
 def _same(one: Any, other: Any) -> bool:

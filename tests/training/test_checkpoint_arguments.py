@@ -6,6 +6,8 @@ from argparse import Namespace
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from megatron_slm.model.architecture import Architecture, to_megatron
 from megatron_slm.training.checkpoint_arguments import differences
 
@@ -98,3 +100,20 @@ def test_a_gpt_becomes_a_hybrid_model() -> None:
     assert [name for name, *_ in differences(hybrid, gpt)] == ["num_layers", "hybrid_layer_pattern"]
     mixed = recipe(num_layers=64, hybrid_layer_pattern=f"*{layers[1:]}-")
     assert differences(hybrid, mixed)
+
+
+@pytest.mark.parametrize("name", ["window_attn_skip_freq", "no_rope_freq"])
+def test_layers_of_a_hybrid_model_have_other_numbers(name: str) -> None:
+    """Every second layer of a GPT is the fourth, eighth and so on of a hybrid model, or would be if
+    attention came second."""
+    gpt = recipe(**{name: 2})
+    of_second = int(name == "no_rope_freq")
+    for layers, value, same in (
+        ("*-", 2, False),
+        ("*-", [1 - of_second, 0, of_second, 0] * 16, True),
+        ("-*", 2, False),
+        ("-*", 4, True),
+    ):
+        hybrid = recipe(num_layers=64, hybrid_layer_pattern=layers * 32, **{name: value})
+        found = [one[0] for one in differences(gpt, hybrid)]
+        assert found == ([] if same else [name])

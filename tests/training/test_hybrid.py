@@ -30,6 +30,7 @@ def options(pattern: str | None, **more: Any) -> Namespace:
         ("*-/*-", {}, "no layers may follow a /"),
         ("*-", {"mtp_num_layers": 1}, "--mtp-num-layers cannot be used with"),
         ("*-", {"use_rope_scaling": True}, "--use-rope-scaling cannot be used with"),
+        ("*-", {"rotary_interleaved": True}, "--rotary-interleaved cannot be used with"),
         ("*-", {"qk_layernorm": True}, "--qk-layernorm cannot be used with"),
     ],
 )

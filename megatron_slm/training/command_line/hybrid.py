@@ -20,6 +20,10 @@ UNSUPPORTED = {
         "the loss of HybridModel's predictions of more tokens is out of the selective head's reach",
     ),
     "use_rope_scaling": ("--use-rope-scaling", "Megatron's HybridModel ignores it"),
+    "rotary_interleaved": (
+        "--rotary-interleaved",
+        "Megatron's HybridModel makes the angles for the other order of channels",
+    ),
     "qk_l2_norm": ("--qk-l2-norm", "the layers of Megatron's HybridModel ignore it"),
     "fine_grained_activation_offloading": (
         "--fine-grained-activation-offloading",
