@@ -87,6 +87,26 @@ def test_layout_agrees_with_oracle(
     agrees_with_oracle(Run(tmp_path, outputs, [0] * ranks), oracles[of, size], size)
 
 
+def test_ranks_without_a_selected_token(
+    server: Server, corpus: Corpus, untied: Checkpoints, tmp_path: Path
+) -> None:
+    """A few tokens of a step are selected, so that most micro-batches have none."""
+    arguments = [
+        *[*corpus.arguments, *untied.arguments, "--micro-batch-size", "1"],
+        *"--train-iters 2 --num-workers 0 --tensorboard-dir tensorboard".split(),
+        *"--slm-backward selected --slm-token-ratio 0.004".split(),
+        *"--slm-scope global-batch --slm-global-batch exact".split(),
+    ]
+    layouts = {"one": (1, ""), "split": (4, f"{TP2} --sequence-parallel {CP2} {SHARDED}")}
+    for name, (ranks, flags) in layouts.items():
+        server.run("record", ranks, [*arguments, *flags.split()], tmp_path / name)
+    one, split = (Run(tmp_path / name, [], []) for name in layouts)
+    for tag in ("lm loss", "grad-norm"):
+        found = split.scalars(tag)
+        assert sorted(found) == [1, 2]
+        assert found == pytest.approx(one.scalars(tag), rel=1e-5)
+
+
 def test_gradients_of_one_rank(
     server: Server, corpus: Corpus, samples: dict[str, Tensor], untied: Checkpoints, tmp_path: Path
 ) -> None:
