@@ -89,6 +89,7 @@ def check_plain(config: Any) -> None:
         "fp8": "fp8",
         "fp4": "fp4",
         "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
+        "fp32_residual_connection": "--fp32-residual-connection",  # torch's norms return float32
     }
     if config.softmax_type != "vanilla":
         raise UserError(f"--softmax-type {config.softmax_type} needs Transformer Engine")

@@ -14,6 +14,7 @@ from torch import Tensor, distributed
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_slm.errors import UserError
 from megatron_slm.model import layer_spec
 from megatron_slm.model.layer_spec import GatheredAttention
 
@@ -111,3 +112,12 @@ def test_dry_runs_keep_no_mask(alone: SimpleNamespace) -> None:
             query, key = torch.empty(12, 2, 4, 8), torch.empty(12, 2, 2, 8)
             assert layer(alone, 3, 2)(query, key, key, None).shape == (12, 2, 32)
     assert layer_spec._causal_mask.cache_info().currsize == 0
+
+
+def test_what_only_transformer_engine_offers() -> None:
+    plain = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=4)
+    layer_spec.check_plain(plain)
+    for name in ("layernorm_zero_centered_gamma", "fp32_residual_connection"):
+        config = SimpleNamespace(**vars(plain) | {name: True})
+        with pytest.raises(UserError, match="needs Transformer Engine"):
+            layer_spec.check_plain(config)
