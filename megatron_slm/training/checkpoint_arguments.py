@@ -254,8 +254,8 @@ def _read_as_gpt(hybrid: dict[str, Any], gpt: dict[str, Any]) -> None:
         return
     attention = sorted(maps.attention_to_gpt)
     for name in BY_NUMBER:
-        if hybrid.get(name) or gpt.get(name):
-            gpt[name] = _by_layer(name, gpt.get(name), gpt.get("num_layers") or len(attention))
+        if name in gpt and (hybrid.get(name) or gpt[name]):
+            gpt[name] = _by_layer(name, gpt[name], gpt.get("num_layers") or len(attention))
             of_all = _by_layer(name, hybrid.get(name), len(pattern))
             hybrid[name] = [of_all[place] for place in attention if place < len(of_all)]
     hybrid |= {"num_layers": maps.num_gpt_layers, "hybrid_layer_pattern": None}
