@@ -3,9 +3,9 @@
 Goldfish loss (Hans et al., arXiv 2406.10209; also Apertus, arXiv 2509.14233), in the form
 `hash-table` of Hans et al.'s code.  The mask is a function of the labels alone: a passage that
 appears again is masked in the same places.  As in that code, the window that is hashed ends
-with the label itself, whereas the paper speaks of the h tokens before it; and a sample's first h - 1
-labels are kept.  So are those of each document if documents do not see each other; if they do, they
-share windows where they meet.
+with the label itself, whereas the paper speaks of the h tokens before it; and a sample's first
+h - 1 labels are kept.  So are those of each document if documents do not see each other; if they
+do, they share windows where they meet.
 
 The hash is a product modulo the table's size, as in that code, but of the odd numbers 2 id + 1 and
 not of the ids.  A product of ids is 0 in int64 where one id is 0, which the end of a document is in

@@ -76,7 +76,7 @@ class SelectiveStep:
     def _build(self, model: list[torch.nn.Module]) -> None:
         """Build what needs process groups and the policy's loaded weights."""
         take_output_processor(*model)
-        self.auxiliary = auxiliary_scale(get_args(), model)
+        self.auxiliary = auxiliary_scale(get_args(), model, bool(self.settings.left_out))
         self.selector = TokenSelector(
             self.settings.selection,
             Ranks(
