@@ -163,6 +163,18 @@ def test_options_of_nobody() -> None:
         check_option_names(("gamma=2", "gamma=3"), functions)
 
 
+def test_options_that_would_turn_weights_around() -> None:
+    for name, option, said in (
+        ("softmax", "temperature=-1", "temperature=-1: it has to be above 0"),
+        ("longce", "gamma=0", "gamma=0: it has to be above 0"),
+        ("context", "interpolation=1.5", "interpolation=1.5: it has to be from 0 to 1"),
+        ("context", "interpolation=nan", "interpolation=nan: it has to be from 0 to 1"),
+    ):
+        with pytest.raises(UserError, match=f"--slm-score-option {said}"):
+            _ = SelectionSettings(weighting=name, options=(option,)).weigher
+    assert SelectionSettings(weighting="context", options=("interpolation=0",)).weigher
+
+
 def test_needs_that_nobody_has() -> None:
     with pytest.raises(UserError, match="a score needs entropy, which tokens do not have; known: "):
 

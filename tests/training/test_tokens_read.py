@@ -216,3 +216,6 @@ def test_left_out_by_arguments() -> None:
     }.items():
         with pytest.raises(UserError, match=said):
             found(words)
+    assert found("above=0.5 below=0.5", "external") == LeftOut(None, False, 0.5, 0.5)
+    with pytest.raises(UserError, match=r"below=0.6 leaves out all tokens"):
+        found("above=0.5 below=0.6", "external")
