@@ -15,6 +15,7 @@ from torch import Tensor, distributed
 
 from megatron_slm.errors import UserError
 from megatron_slm.selection import (
+    CarriedThreshold,
     Ranks,
     RatioSchedule,
     SelectionSettings,
@@ -28,6 +29,7 @@ from megatron_slm.training.left_out import LeftOut, tokens_left_out
 from megatron_slm.training.micro_batch import MicroBatch, read_micro_batches
 from megatron_slm.training.objective import MicroBatchObjective
 from megatron_slm.training.settings import SelectiveSettings, Step
+from megatron_slm.training.step import SelectiveStep
 
 SAMPLES, LENGTH, SEED, ITERATION = 2, 12, 1, 3
 FIELDS = "entropies reference_losses labels token_ids positions datasets external random".split()
@@ -162,6 +164,21 @@ def test_nothing_is_read_that_is_not_needed(ranks: Ranks) -> None:
     weights = objective.weigh(losses)
     assert batch.scored is not None and batch.scored.known().keys() == {"losses", "valid"}
     torch.testing.assert_close(weights, torch.where(batch.valid, (-losses).exp(), 0.0))
+
+
+def test_no_threshold_is_carried_where_all_tokens_are_selected(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(get_args(), "consumed_train_samples", 0, raising=False)
+    for ratio, own, carried in ((1.0, (), False), (0.9, (), True), (1.0, (0.5, None), True)):
+        selection = SelectionSettings(
+            scope="global-batch", score="policy", weighting="dft", domain_ratios=own
+        )
+        settings = SelectiveSettings(selection, RatioSchedule(ratio), 0, True, "chunked", (), SEED)
+        step = SelectiveStep(settings, None, None, Namespace())
+        assert step.carried is not None
+        step.carried.carried = CarriedThreshold((1.0,) * (len(own) or 1), 2)
+        assert (step._begin(True, ITERATION).thresholds is not None) == carried
 
 
 def test_left_out(ranks: Ranks) -> None:
