@@ -64,6 +64,7 @@ def ranks() -> Iterator[Ranks]:
             context_parallel_size=1,
             pipeline_model_parallel_size=1,
             dataloader_inter_document_masking=False,
+            mtp_num_layers=None,
             check_for_nan_in_loss_and_grad=False,
             check_for_spiky_loss=False,
         )
