@@ -68,7 +68,8 @@ def dry_run(recipe: LaunchRecipe, rank: int, vocabulary: int) -> BuiltRank:
     if not 0 <= rank < recipe.ranks:
         raise UserError(f"rank {rank}: the recipe's job has ranks 0 to {recipe.ranks - 1}")
     args = parse(recipe, rank, vocabulary)
-    settings_from_arguments(args)
+    # The caches that would say which values they hold need not be here.
+    settings_from_arguments(args, ("external", "mask") if args.slm_token_values else ())
     args.slm_vocab_size = vocabulary
     args.perform_initialization = False
     with _fake_job(args), FakeTensorMode(allow_non_fake_inputs=True):

@@ -128,32 +128,49 @@ class Bound:
             group: the tensor-parallel ranks, on which a user's own function is compared.
 
         Raises:
-            UserError: the values are not of the tokens' shape and kind; or they are a user's own
-                and NaN, or negative or infinite as weights, or differ between ranks.
+            UserError: the values are not of the tokens' shape and kind; or the function is a user's
+                own and changes its arguments, or its values are NaN, or negative or infinite as
+                weights, or differ between ranks.
         """
+        known, shape = tokens.known(), tokens.valid.shape
+        before = {name: read._version for name, read in known.items()}
         values: Any = self.function.compute(tokens, *others, **self.options)
-        shape = tokens.valid.shape
+        changed = sorted(name for name, read in known.items() if read._version != before[name])
+        if changed:
+            raise UserError(
+                f"{self.called} changed tokens.{' and tokens.'.join(changed)} in place: it has to "
+                "leave its arguments as they are"
+            )
         if not isinstance(values, Tensor):
             found = f"a {type(values).__name__}"
         elif not values.is_floating_point() or values.shape != shape:
             found = f"a tensor {str(values.dtype).removeprefix('torch.')} {list(values.shape)}"
         else:
             values = values.detach().float()
-            if ":" in self.name:
-                self._check(values, tokens.valid, group)
-            return values
+            return self._checked(values, tokens, group) if ":" in self.name else values
         raise UserError(f"{self.called} returned {found}; it has to be float32 {list(shape)}")
 
-    def _check(self, values: Tensor, valid: Tensor, group: ProcessGroup | None) -> None:
-        """Check the values of a user's own function; collective over the tensor-parallel ranks."""
-        wrong = values.isnan() if self.function.kind == "score" else ~(values >= 0) | values.isinf()
-        flags = [(wrong & valid).any()]
-        if group is not None and group.size() > 1:
-            first = values.clone()
-            torch.distributed.broadcast(first, group=group, group_src=0)
-            flags.append(((first != values) & valid & ~wrong).any())
+    def _checked(self, values: Tensor, tokens: Tokens, group: ProcessGroup | None) -> Tensor:
+        """Check the values of a user's own function, and return those of the first rank.
+
+        Collective over the tensor-parallel ranks, whose values may differ by rounding: sums of a
+        GPU depend on an order that is not fixed.  A NaN is not the function's fault where losses or
+        entropies are not finite; what comes of these is checked with the loss.
+        """
+        valid, shared = tokens.valid, group is not None and group.size() > 1
+        own = values
+        if shared:
+            values = values.clone()
+            torch.distributed.broadcast(values, group=group, group_src=0)
+        wrong = own.isnan() if self.function.kind == "score" else ~(own >= 0) | own.isinf()
+        read = [one for name, one in tokens.known().items() if name != "scores"]
+        finite = [one.isfinite() | ~valid for one in read if one.is_floating_point()]
+        flags = [(wrong & valid).any() & torch.stack(finite).all()]
+        if shared:
+            same = own.isclose(values, rtol=1e-4, atol=1e-5, equal_nan=True)
+            flags.append((~same & valid & ~wrong).any())
         found = torch.stack(flags).int()
-        if group is not None and group.size() > 1:  # so that all of them end here
+        if shared:  # so that all of them end here
             torch.distributed.all_reduce(found, ReduceOp.MAX, group=group)
         bad, *differs = found.tolist()
         if bad:
@@ -164,6 +181,7 @@ class Bound:
                 f"{self.called} returned other values on one tensor-parallel rank than on another: "
                 "it has to be a function of its arguments alone; for chance, take tokens.random"
             )
+        return values
 
 
 def bound(

@@ -9,7 +9,7 @@ from typing import Any
 from megatron_slm.errors import UserError
 from megatron_slm.selection.functions import CHOSEN_BY, Bound, Kind, TokenFunction, bound
 from megatron_slm.selection.scores import SCORE_FUNCTIONS
-from megatron_slm.selection.weights import WEIGHT_FUNCTIONS
+from megatron_slm.selection.weights import OPTION_LIMITS, WEIGHT_FUNCTIONS
 
 NEED_REFERENCE = frozenset(
     name
@@ -34,10 +34,21 @@ def find_weight(name: str, options: Sequence[str], temperature: float = 1.0) -> 
         name: its name.
         options: the options, each NAME=VALUE.
         temperature: of softmax.
+
+    Raises:
+        UserError: as find_score does; or with an option a weight could be negative or infinite.
     """
     function = WEIGHT_FUNCTIONS[name] if name in WEIGHT_FUNCTIONS else _own("weight", name)
     fixed: Mapping[str, Any] = {"temperature": temperature} if name == "softmax" else {}
-    return None if function is None else bound(name, function, _by_name(options), fixed)
+    if function is None:
+        return None
+    found = bound(name, function, _by_name(options), fixed)
+    for option, (above, most) in OPTION_LIMITS.get(name, {}).items():
+        value = found.options.get(option, most)
+        if not above < value <= most:
+            wanted = f"from 0 to {most:g}" if above < 0 else "above 0"
+            raise UserError(f"--slm-score-option {option}={value:g}: it has to be {wanted}")
+    return found
 
 
 def check_option_names(options: Sequence[str], functions: Sequence[Bound | None]) -> None:

@@ -12,6 +12,7 @@ of the former that Rho-1 reports.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -132,6 +133,12 @@ WEIGHT_FUNCTIONS: dict[str, TokenFunction | None] = {
     "context": context,
 }
 WEIGHTINGS = tuple(WEIGHT_FUNCTIONS)
+# Options outside of these would make weights negative, infinite or all 0: (above, up to).
+OPTION_LIMITS: dict[str, dict[str, tuple[float, float]]] = {
+    "softmax": {"temperature": (0.0, math.inf)},
+    "longce": {"gamma": (0.0, math.inf)},
+    "context": {"interpolation": (-TINY, 1.0)},
+}
 
 
 def guard_weights(valid: Tensor, selection: Selection, guard: float, sets: Tensor) -> Tensor:

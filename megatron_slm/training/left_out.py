@@ -6,6 +6,7 @@ over all tokens, as in every Megatron run.
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ def tokens_left_out(args: Namespace, kinds: Collection[str]) -> LeftOut:
         kinds: the kinds of values that the run has.
 
     Raises:
-        UserError: arguments contradict each other.
+        UserError: arguments contradict each other, or leave out all tokens.
     """
     found = dict(item.split("=") for item in args.slm_leave_out)
     if len(found) < len(args.slm_leave_out):
@@ -80,6 +81,8 @@ def tokens_left_out(args: Namespace, kinds: Collection[str]) -> LeftOut:
     limits = {side: float(found[side]) for side in ("above", "below") if side in found}
     if limits and "external" not in kinds:
         raise UserError("--slm-leave-out needs --slm-token-values with a cache of external values")
+    if limits.get("below", -math.inf) > limits.get("above", math.inf):
+        raise UserError(f"--slm-leave-out {' '.join(args.slm_leave_out)} leaves out all tokens")
     goldfish = None
     if "goldfish" in found:
         one_in, _, width = found["goldfish"].partition(":")

@@ -55,6 +55,9 @@ class MicroBatch:
     """The tokens to predict, int64; on the last pipeline stage."""
     loss_mask: Tensor | None = None
     """1 where a token's loss counts and 0 elsewhere, float32; on the last pipeline stage."""
+    left_out: Tensor | None = None
+    """Tokens that the run leaves out of the loss mask, bool; on the last pipeline stage, in runs
+    that leave out any."""
     token_ids: Tensor | None = None
     """Token ids, int64; on the last pipeline stage, if a score or a weight reads them."""
     external: Tensor | None = None
@@ -182,7 +185,9 @@ def read_micro_batches(
             batch = {name: sample[name].cuda(non_blocking=True) for name in FIELDS}
             if left_out and last:
                 places = None if packed is None else packed.positions
-                batch["loss_mask"] = left_out.applied(batch, sample, places)
+                kept = left_out.applied(batch, sample, places)
+                # -1 until the mask is where it is needed, so that it is known which were left out.
+                batch["loss_mask"] = torch.where(batch["loss_mask"] > kept, -1.0, kept)
         if with_domains and last:
             domains = _shared(sample.get("dataset_id"), (micro_batch_size,), torch.int64)
         if with_losses and last:
@@ -213,10 +218,12 @@ def read_micro_batches(
             is_hybrid_cp=False,
             cp_group=mpu.get_context_parallel_group(),
         )
+        out = _taken_out(batch) if left_out and last else None
         yield MicroBatch(
             number,
             packed=packed,
             domains=domains,
+            left_out=out,
             **{
                 name: batch[name] for name in (*FIELDS, "reference_losses", "token_ids", "external")
             },
@@ -298,6 +305,13 @@ def _documents(sample: dict[str, Tensor], micro_batch_size: int, number: int) ->
             "whole samples: leave it out, or put one conversation on each line of the data"
         )
     return documents
+
+
+def _taken_out(batch: dict[str, Any]) -> Tensor:
+    """Return the tokens whose loss mask is negative, bool [b, s/c], and make it 0 there."""
+    out: Tensor = batch["loss_mask"] < 0
+    batch["loss_mask"] = batch["loss_mask"].clamp(min=0.0)
+    return out
 
 
 def _own_part(whole: Tensor) -> Tensor:

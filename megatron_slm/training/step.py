@@ -76,7 +76,7 @@ class SelectiveStep:
     def _build(self, model: list[torch.nn.Module]) -> None:
         """Build what needs process groups and the policy's loaded weights."""
         take_output_processor(*model)
-        self.auxiliary = auxiliary_scale(get_args(), model)
+        self.auxiliary = auxiliary_scale(get_args(), model, bool(self.settings.left_out))
         self.selector = TokenSelector(
             self.settings.selection,
             Ranks(
@@ -234,13 +234,17 @@ class SelectiveStep:
     def _begin(self, training: bool, iteration: int) -> Step:
         args, settings = get_args(), self.settings
         warming_up = args.consumed_train_samples * args.seq_length < settings.warmup_tokens
+        ratio = settings.schedule.at(iteration)
         carried = self.carried if training else None
+        thresholds = None if carried is None else carried.before(iteration)
+        if ratio == 1.0 and not settings.selection.domain_ratios:
+            thresholds = None  # those of earlier steps would leave some tokens out
         return Step(
             iteration=iteration,
             training=training,
             selects=settings.selective and not (training and warming_up),
-            ratio=settings.schedule.at(iteration),
-            thresholds=None if carried is None else carried.before(iteration),
+            ratio=ratio,
+            thresholds=thresholds,
         )
 
     def _rank_step(

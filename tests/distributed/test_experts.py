@@ -25,6 +25,7 @@ from jobs import (
     as_hybrid,
 )
 from launch import Run, pretrain
+from megatron_slm.selection import kept_by_goldfish
 from oracle_experts import Balanced, mixtral
 
 EXPERTS = """
@@ -57,7 +58,7 @@ def starts(
 @dataclass(frozen=True)
 class Case:
     """balanced: of BALANCED.  reference: that of the dense tests, or a start.  pattern: of the
-    layers, if the model is a hybrid one."""
+    layers, if the model is a hybrid one.  goldfish: k and h of the tokens that are left out."""
 
     ranks: int
     layout: str
@@ -66,6 +67,7 @@ class Case:
     micro_batch: int = 3
     reference: str = "dense"
     pattern: str | None = None
+    goldfish: tuple[int, int] | None = None
 
 
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
@@ -76,10 +78,16 @@ CASES = {
         "--expert-model-parallel-size 2 --moe-token-dispatcher-type allgather",
         "losses",
         ratio=1.0,
+        goldfish=(3, 4),
     ),
     "ep2 dp2": Case(4, "--expert-model-parallel-size 2", "biases", micro_batch=1),
     "ep2 tp2": Case(4, f"--expert-model-parallel-size 2 {TP2}", "losses"),
-    "ep2 pp2": Case(4, "--expert-model-parallel-size 2 --pipeline-model-parallel-size 2", "losses"),
+    "ep2 pp2": Case(
+        4,
+        "--expert-model-parallel-size 2 --pipeline-model-parallel-size 2",
+        "losses",
+        goldfish=(2, 4),
+    ),
     "ep4, reference from the host": Case(
         4, "--expert-model-parallel-size 4 --slm-reference-offload", "losses", reference="biases"
     ),
@@ -104,7 +112,9 @@ class Setting:
 
     def arguments(self, case: Case) -> list[str]:
         reference = self.dense.reference if case.reference == "dense" else None
+        left_out = "" if case.goldfish is None else "--slm-leave-out goldfish={}:{}"
         return [
+            *left_out.format(*case.goldfish or ()).split(),
             *self.corpus.arguments,
             *(as_hybrid(EXPERTS, case.pattern) if case.pattern else EXPERTS),
             *BALANCED[case.balanced],
@@ -128,12 +138,17 @@ class Setting:
     def expected(self, case: Case, scratch: Path) -> tuple[list[oracle.Step], list[list[Tensor]]]:
         """Return the oracle's steps, and the gradients of its routers."""
         policy = self.model(case.balanced, scratch)
+        samples = dict(self.samples)
+        if case.goldfish is not None:
+            kept = kept_by_goldfish(samples["labels"], *case.goldfish)
+            samples["loss_mask"] = samples["loss_mask"] * kept
         rates = {"losses": {"load_balance": 0.1, "z": 0.01}, "biases": {"bias_rate": 0.02}}
         experts = Balanced(policy, case.micro_batch, **rates[case.balanced])
+        experts.valid = list((self.samples["loss_mask"] > 0).split(GLOBAL_BATCH))
         steps = oracle.train(
             policy,
             self.model(case.reference, scratch),
-            self.samples,
+            samples,
             oracle.Method(case.ratio, case.micro_batch, case.micro_batch),
             steps=STEPS,
             global_batch=GLOBAL_BATCH,

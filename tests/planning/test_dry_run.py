@@ -221,6 +221,7 @@ def test_references_are_taken_as_they_are(ran: dict[str, Any]) -> None:
         "on disk": ([2], small * 2, small),
         "several": ([2, 2, 22], (2 * small + large) * 2, 2 * small + large),
         "cached": ([], 0, 0),
+        "values": ([], 0, 0),
         "streamed": ([22], 2 * layer * 2, large),
         "moving average": ([22], large * 6, large),
     }

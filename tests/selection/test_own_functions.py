@@ -44,6 +44,10 @@ def nothing(tokens):
 def broken(tokens):
     return torch.where(tokens.losses > 0, tokens.losses, torch.nan)
 
+@token_score(needs=("entropies",))
+def changing(tokens):
+    return tokens.losses.clamp_(min=0.0) - tokens.entropies
+
 @token_weight()
 def negative(tokens, chosen):
     return tokens.losses
@@ -102,6 +106,7 @@ REFUSED = {
     "[1, 3]",
     "whole": "--slm-score own_scores:whole returned a tensor bool [1, 3]; it has to be float32",
     "nothing": "--slm-score own_scores:nothing returned a NoneType; it has to be float32 [1, 3]",
+    "changing": "--slm-score own_scores:changing changed tokens.losses in place: it has to leave",
     "absent": "--slm-score own_scores:absent: the module has no function absent",
     "plain": "--slm-score own_scores:plain is not a score: decorate the function with @token_score",
     "late": "--slm-score own_scores:late is not a score",
@@ -129,6 +134,15 @@ def test_values_that_cannot_be() -> None:
         weigher(everywhere, None)
 
 
+def test_faults_of_losses_are_not_the_functions() -> None:
+    """What checks the loss says what is wrong, and whether the step is to be repeated."""
+    losses, everywhere = torch.tensor([[1.0, torch.nan]]), torch.ones(1, 2, dtype=torch.bool)
+    found = scorer("surprise")(Tokens(losses, everywhere, entropies=torch.ones(1, 2)))
+    assert found.isnan().tolist() == [[False, True]]
+    with pytest.raises(UserError, match="own_scores:broken returned values that are NaN"):
+        scorer("broken")(Tokens(losses.neg(), losses == 1.0))
+
+
 def test_modules_that_are_not_there() -> None:
     for name, lacking in (("nowhere:score", "nowhere"), ("lacks:score", "not_installed_anywhere")):
         with pytest.raises(UserError, match=f"there is no module {lacking}; add its directory to"):
@@ -147,6 +161,18 @@ def test_options_of_nobody() -> None:
     )
     with pytest.raises(UserError, match="--slm-score-option gamma is given twice"):
         check_option_names(("gamma=2", "gamma=3"), functions)
+
+
+def test_options_that_would_turn_weights_around() -> None:
+    for name, option, said in (
+        ("softmax", "temperature=-1", "temperature=-1: it has to be above 0"),
+        ("longce", "gamma=0", "gamma=0: it has to be above 0"),
+        ("context", "interpolation=1.5", "interpolation=1.5: it has to be from 0 to 1"),
+        ("context", "interpolation=nan", "interpolation=nan: it has to be from 0 to 1"),
+    ):
+        with pytest.raises(UserError, match=f"--slm-score-option {said}"):
+            _ = SelectionSettings(weighting=name, options=(option,)).weigher
+    assert SelectionSettings(weighting="context", options=("interpolation=0",)).weigher
 
 
 def test_needs_that_nobody_has() -> None:
@@ -170,8 +196,10 @@ def test_values_that_differ_between_ranks(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: None)
     received.copy_(of_first)
     received[0, 1] = 7.0  # of a token that is not valid
-    assert torch.equal(scorer("surprise")(known, group=Two()), of_first)
-    received[0, 2] += 1e-6
+    received[0, 2] += 1e-6  # by rounding
+    assert not torch.equal(received, of_first)
+    assert torch.equal(scorer("surprise")(known, group=Two()), received)
+    received[0, 2] += 1e-3
     with pytest.raises(UserError, match="surprise returned other values on one tensor-parallel"):
         scorer("surprise")(known, group=Two())
 

@@ -127,6 +127,7 @@ if __name__ == "__main__":
         "several": references(f"--slm-reference-load web={small} books={small} absent"),
         "cached": references("", CACHE="scores"),
         "streamed": references("--slm-reference-offload"),
+        "values": references("--slm-score external --slm-token-values values", CACHE="scores"),
         "moving average": references("--slm-reference ema:0.99"),
     }
     everything = {"built": found, "needs": needs, "refused": more, "references": scored}

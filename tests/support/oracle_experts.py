@@ -84,7 +84,7 @@ class Balanced:
     """What balances a model's experts: losses of its routers, or their biases.
 
     As in plain Megatron, a micro-batch's losses count as often as it has tokens, and are divided by
-    the valid tokens of the step.
+    the valid tokens of the step, of which `valid` tells if tokens are left out.
     """
 
     model: MixtralForCausalLM
@@ -92,6 +92,7 @@ class Balanced:
     load_balance: float = 0.0
     z: float = 0.0
     bias_rate: float = 0.0
+    valid: list[Tensor] | None = None
     gradients: list[list[Tensor]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -114,7 +115,8 @@ class Balanced:
                 balance = number * (share * part.softmax(-1).mean(0)).sum()
                 squares = part.logsumexp(-1).square().mean()
                 total = total + size * (self.load_balance * balance + self.z * squares)
-        return total / valid.sum()
+        step = len(self.gradients)
+        return total / (valid if self.valid is None else self.valid[step]).sum()
 
     def after_backward(self) -> None:
         self.gradients.append([gate.weight.grad.clone() for gate in self.gates])

@@ -15,6 +15,7 @@ from torch import Tensor, distributed
 
 from megatron_slm.errors import UserError
 from megatron_slm.selection import (
+    CarriedThreshold,
     Ranks,
     RatioSchedule,
     SelectionSettings,
@@ -28,6 +29,7 @@ from megatron_slm.training.left_out import LeftOut, tokens_left_out
 from megatron_slm.training.micro_batch import MicroBatch, read_micro_batches
 from megatron_slm.training.objective import MicroBatchObjective
 from megatron_slm.training.settings import SelectiveSettings, Step
+from megatron_slm.training.step import SelectiveStep
 
 SAMPLES, LENGTH, SEED, ITERATION = 2, 12, 1, 3
 FIELDS = "entropies reference_losses labels token_ids positions datasets external random".split()
@@ -62,6 +64,7 @@ def ranks() -> Iterator[Ranks]:
             context_parallel_size=1,
             pipeline_model_parallel_size=1,
             dataloader_inter_document_masking=False,
+            mtp_num_layers=None,
             check_for_nan_in_loss_and_grad=False,
             check_for_spiky_loss=False,
         )
@@ -164,6 +167,21 @@ def test_nothing_is_read_that_is_not_needed(ranks: Ranks) -> None:
     torch.testing.assert_close(weights, torch.where(batch.valid, (-losses).exp(), 0.0))
 
 
+def test_no_threshold_is_carried_where_all_tokens_are_selected(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(get_args(), "consumed_train_samples", 0, raising=False)
+    for ratio, own, carried in ((1.0, (), False), (0.9, (), True), (1.0, (0.5, None), True)):
+        selection = SelectionSettings(
+            scope="global-batch", score="policy", weighting="dft", domain_ratios=own
+        )
+        settings = SelectiveSettings(selection, RatioSchedule(ratio), 0, True, "chunked", (), SEED)
+        step = SelectiveStep(settings, None, None, Namespace())
+        assert step.carried is not None
+        step.carried.carried = CarriedThreshold((1.0,) * (len(own) or 1), 2)
+        assert (step._begin(True, ITERATION).thresholds is not None) == carried
+
+
 def test_left_out(ranks: Ranks) -> None:
     sample = drawn()
     external, masked = sample["external"], sample["mask"] > 0
@@ -216,3 +234,6 @@ def test_left_out_by_arguments() -> None:
     }.items():
         with pytest.raises(UserError, match=said):
             found(words)
+    assert found("above=0.5 below=0.5", "external") == LeftOut(None, False, 0.5, 0.5)
+    with pytest.raises(UserError, match=r"below=0.6 leaves out all tokens"):
+        found("above=0.5 below=0.6", "external")

@@ -30,7 +30,7 @@ CASES = {
     # The page's own example, from a file beside the run: it is checked.
     "a user's own score": (
         f"--slm-score {SCORE} --slm-score-option {OPTION}",
-        CHECK | {"functions.py _check: tolist": 2},
+        CHECK | {"functions.py _checked: tolist": 2},
     ),
     # What the host cannot know: how many tokens of the step's are this micro-batch's.
     "a step at once": (
