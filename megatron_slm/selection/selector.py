@@ -53,6 +53,14 @@ class Choice:
     any_valid: Tensor
     """Whether any token is valid, bool, 0-dim."""
 
+    def split(self, count: int) -> list[Choice]:
+        """Split a choice from `count` micro-batches into the choices of each."""
+        weights = [None] * count if self.weights is None else self.weights.chunk(count)
+        return [
+            Choice(selected, part, self.threshold, self.any_valid)
+            for selected, part in zip(self.selected.chunk(count), weights, strict=True)
+        ]
+
 
 class TokenSelector:
     """Chooses tokens on one rank, with the settings of a run."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from megatron_slm.loss import Scoring, Selecting, Telling, dense_losses, loss_of_selected
 from megatron_slm.model.output_processor import take_output_processor
 from megatron_slm.reference import Reference, Scored
-from megatron_slm.selection import Choice, Ranks, Tokens, TokenSelector
+from megatron_slm.selection import Ranks, Tokens, TokenSelector
 from megatron_slm.training import nan, selected_backward
 from megatron_slm.training.auxiliary_losses import auxiliary_scale
 from megatron_slm.training.carried_thresholds import CarriedThresholds
@@ -262,7 +262,7 @@ class SelectiveStep:
                 MicroBatchObjective(batch, self.settings, self.step, self.selector).score(*said)
             tokens = Tokens.joined([batch.scored for batch in read if batch.scored is not None])
             choice = self.selector.choose_from_step(*self._whole_step(read), tokens)
-            for batch, part in zip(read, _split(choice, len(read)), strict=True):
+            for batch, part in zip(read, choice.split(len(read)), strict=True):
                 batch.choice = part
         return read
 
@@ -313,12 +313,3 @@ class SelectiveStep:
             torch.cat(domains) if domains else None,
             len(read),
         )
-
-
-def _split(choice: Choice, count: int) -> list[Choice]:
-    """Split a choice from `count` micro-batches into the choices of each."""
-    weights = [None] * count if choice.weights is None else choice.weights.chunk(count)
-    return [
-        Choice(selected, part, choice.threshold, choice.any_valid)
-        for selected, part in zip(choice.selected.chunk(count), weights, strict=True)
-    ]
