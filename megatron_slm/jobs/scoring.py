@@ -47,11 +47,8 @@ from megatron_slm.training.caches import SPLITS, data_prefixes, describe_data
 from megatron_slm.training.command_line.parsing import parse_job
 from megatron_slm.training.command_line.refusals import in_one_line
 from megatron_slm.training.datasets import DatasetProvider, reads_data
-from megatron_slm.training.micro_batch import (
-    MicroBatch,
-    read_micro_batches,
-    whole_sequences,
-)
+from megatron_slm.training.fixed_samples import whole_sequences
+from megatron_slm.training.micro_batch import MicroBatch, read_micro_batches
 from megatron_slm.training.passes import with_reference
 
 OTHERS_POLL_SECONDS = 5.0

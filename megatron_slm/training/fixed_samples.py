@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_slm.data.manifest_types import DumpOrigin
 from megatron_slm.model.documents import document_numbers, packs_documents
 from megatron_slm.training.datasets import DatasetProvider
-from megatron_slm.training.micro_batch import MicroBatch, read_micro_batches, whole_sequences
+from megatron_slm.training.micro_batch import MicroBatch, read_micro_batches
 
 
 class FixedSamples:
@@ -135,3 +135,18 @@ def described_tokenizer() -> DumpOrigin:
     # A name on the hub stays as it is; a path must hold wherever a report is made.
     path = str(Path(model).resolve()) if model and Path(model).exists() else model
     return DumpOrigin(args.tokenizer_type, path)
+
+
+def whole_sequences(own: Tensor) -> Tensor:
+    """Gather whole sequences, [n, s], from this rank's part of them, [n, s/c].
+
+    Of a sequence's 2c chunks, context-parallel rank r of c holds the chunks r and 2c - 1 - r.
+    Collective over the context-parallel ranks.
+    """
+    group = mpu.get_context_parallel_group()
+    if group.size() == 1:
+        return own
+    of_ranks = [torch.empty_like(own) for _ in range(group.size())]
+    torch.distributed.all_gather(of_ranks, own.contiguous(), group=group)
+    halves = [part.chunk(2, dim=1) for part in of_ranks]
+    return torch.cat([half[0] for half in halves] + [half[1] for half in halves[::-1]], dim=1)

@@ -238,21 +238,6 @@ def tell_lengths(micro_batch: MicroBatch) -> MicroBatch:
     return micro_batch
 
 
-def whole_sequences(own: Tensor) -> Tensor:
-    """Gather whole sequences, [n, s], from this rank's part of them, [n, s/c].
-
-    Of a sequence's 2c chunks, context-parallel rank r of c holds the chunks r and 2c - 1 - r.
-    Collective over the context-parallel ranks.
-    """
-    group = mpu.get_context_parallel_group()
-    if group.size() == 1:
-        return own
-    of_ranks = [torch.empty_like(own) for _ in range(group.size())]
-    torch.distributed.all_gather(of_ranks, own.contiguous(), group=group)
-    halves = [part.chunk(2, dim=1) for part in of_ranks]
-    return torch.cat([half[0] for half in halves] + [half[1] for half in halves[::-1]], dim=1)
-
-
 def _shared(values: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Broadcast the values of the first tensor-parallel rank to all of them."""
     group = mpu.get_tensor_model_parallel_group()
