@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 import traceback
@@ -22,7 +23,9 @@ from megatron_slm.corpus.progress import POLL, Bar, Counters, Progress
 from megatron_slm.corpus.reading.inputs import Task
 from megatron_slm.errors import UserError
 
-Pipe = Connection  # of (row of counters, task) to a worker, of (result, error) from it
+# Of (row of counters, task) to a worker, and of (result, error) from it.  They go as bytes: send()
+# and recv() hold views of a BytesIO, and Python 3.12 may crash where Ctrl-C interrupts them.
+Pipe = Connection
 
 
 def over_all_cores[Result](
@@ -85,11 +88,11 @@ def _in_processes(
                 pipe = idle.pop()
                 running[pipe] = task
                 with _telling_of_killed_workers():
-                    pipe.send((at, task))
+                    pipe.send_bytes(pickle.dumps((at, task)))
             ready = wait(running, POLL)
             for pipe in [pipe for pipe in running if pipe in ready]:
                 with _telling_of_killed_workers():
-                    result, error = pipe.recv()
+                    result, error = pickle.loads(pipe.recv_bytes())
                 idle.append(pipe)
                 task = running.pop(pipe)
                 if error is not None:
@@ -135,14 +138,14 @@ def _serve(
         end.close()
     with suppress(EOFError, ConnectionError):  # the parent needs no more
         while True:
-            at, task = pipe.recv()
+            at, task = pickle.loads(pipe.recv_bytes())
             answer: tuple[Any, Exception | None]
             try:
                 answer = work(task, partial(counters.add, at)), None
             except Exception as error:
                 error.add_note(f"in a worker process:\n{traceback.format_exc()}")
                 answer = None, error
-            pipe.send(answer)
+            pipe.send_bytes(pickle.dumps(answer))
 
 
 def _end_with_parent() -> None:
