@@ -53,7 +53,8 @@ def loaded(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     for name, more in (("saved", []), ("experts", EXPERTS)):
         run = f"--train-iters 1 --save {at / name} --save-interval 1 --no-save-optim".split()
         arguments = [*corpus.arguments, *model, *more, *OPTIMIZER, *run]
-        pretrain(1, arguments, at / f"run-{name}", module="pretrain_without_te")
+        where = at / f"run-{name}"
+        pretrain(1, arguments, where, module="pretrain_without_te", fresh_threads=1)
         saved.append(at / name / "iter_0000001")
     llama = small_llama(257, 64)
     imported = write_random_llama(at / "random", llama, torch.float32)
@@ -67,7 +68,7 @@ def load(loaded: Loaded, layers: str, at: Path) -> Any:
     """Load them into layers of a kind, once."""
     if layers not in loaded.runs:
         command = [str(SUPPORT / "load_with_te.py"), layers, *map(str, loaded.checkpoints)]
-        loaded.runs[layers] = launch(1, command, at / layers)
+        loaded.runs[layers] = launch(1, command, at / layers, fresh_threads=1)
     return loaded.runs[layers]
 
 

@@ -70,7 +70,8 @@ def launch(
     """Start `ranks` processes of `python command...` in `directory` and wait for them.
 
     Without torchrun, which kills the other ranks as soon as one has failed: here every rank must
-    end by itself.  With fresh_threads each rank is a Python started anew, with that many threads.
+    end by itself.  With fresh_threads each rank is a Python started anew, with that many threads
+    and without Megatron.
     """
     job = start(ranks, command, directory, fresh_threads)
     deadline = time.monotonic() + timeout
