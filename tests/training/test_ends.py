@@ -192,8 +192,8 @@ IDLE: dict[str, Sequence[str]] = {
     "": [],
     "--slm-token-ratio 1 --slm-scope sequence": ["--slm-scope"],
     "--slm-warmup-tokens 64 --slm-unselected-weight 0.1 --slm-score random": [
-        "--slm-score",
         "--slm-unselected-weight",
+        "--slm-score",
         "--slm-warmup-tokens",
     ],
     "--slm-token-ratio .5 --slm-score random --slm-scope sequence --slm-warmup-tokens 64": [],
