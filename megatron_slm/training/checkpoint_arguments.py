@@ -252,6 +252,9 @@ def _read_as_gpt(hybrid: dict[str, Any], gpt: dict[str, Any]) -> None:
         maps = gpt_compatible_layer_maps(pattern)
     except ValueError:
         return
+    paired = [symbol for symbol in pattern if symbol in "*-E"]
+    if any(symbol != "*" for symbol in paired[::2]):
+        return  # Megatron pairs attention with MLPs by number, in whatever order they run
     attention = sorted(maps.attention_to_gpt)
     for name in BY_NUMBER:
         if name in gpt and (hybrid.get(name) or gpt[name]):
