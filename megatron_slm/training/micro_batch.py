@@ -93,12 +93,12 @@ class MicroBatch:
         None in runs in which documents see each other.  A label belongs to the document of the
         token that it is predicted from.
         """
-        return None if self.packed is None else _own_part(self.packed.numbers)
+        return None if self.packed is None else own_part(self.packed.numbers)
 
     @property
     def document_positions(self) -> Tensor | None:
         """The position of each token within its document, from 0, int64 [b, s/c]; None as above."""
-        return None if self.packed is None else _own_part(self.packed.positions)
+        return None if self.packed is None else own_part(self.packed.positions)
 
     def model_inputs(self, args: Namespace, *others: MicroBatch) -> dict[str, Any]:
         """Return the arguments of GPTModel.forward for this micro-batch, and others joined to it.
@@ -299,7 +299,7 @@ def _taken_out(batch: dict[str, Any]) -> Tensor:
     return out
 
 
-def _own_part(whole: Tensor) -> Tensor:
+def own_part(whole: Tensor) -> Tensor:
     """Return this context-parallel rank's part, [b, s/c], of values of whole samples, [b, s]."""
     rank, size = mpu.get_context_parallel_rank(), mpu.get_context_parallel_world_size()
     return context_parallel_part(whole, rank, size)

@@ -36,11 +36,10 @@ from megatron_slm.selection import (
     DocumentPlaces,
     Tokens,
     TokenSelector,
-    context_parallel_part,
     random_scores,
 )
 from megatron_slm.training.loss_report import report_of
-from megatron_slm.training.micro_batch import MicroBatch
+from megatron_slm.training.micro_batch import MicroBatch, own_part
 from megatron_slm.training.nan import megatron_looks
 from megatron_slm.training.settings import SelectiveSettings, Step
 
@@ -133,7 +132,7 @@ class MicroBatchObjective:
             "reference_entropies": lambda: batch.reference_entropies,
             "labels": lambda: batch.labels,
             "token_ids": lambda: batch.token_ids,
-            "positions": lambda: self._own_part(
+            "positions": lambda: own_part(
                 torch.arange(length * size, device=losses.device).expand(samples, -1)
             ),
             "documents": lambda: batch.documents,
@@ -158,12 +157,7 @@ class MicroBatchObjective:
         first = number * mpu.get_data_parallel_world_size() + mpu.get_data_parallel_rank()
         numbers = torch.arange(samples) + first * samples
         seed, iteration = self.settings.seed, self.step.iteration
-        return self._own_part(random_scores(seed, iteration, numbers, length * size, losses.device))
-
-    def _own_part(self, whole: Tensor) -> Tensor:
-        """Return the columns of whole samples, [b, s], that this rank holds, [b, s/c]."""
-        size = mpu.get_context_parallel_world_size()
-        return context_parallel_part(whole, mpu.get_context_parallel_rank(), size)
+        return own_part(random_scores(seed, iteration, numbers, length * size, losses.device))
 
     def _choose(self, batch: MicroBatch, scores: Tensor) -> Choice:
         if self.step.thresholds is not None:
