@@ -12,7 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from jobs import LLAMA, Corpus
 from launch import REPOSITORY
@@ -29,9 +31,11 @@ from megatron_slm.analysis.experiments.results import (
 )
 from megatron_slm.analysis.experiments.scale import scaled
 from megatron_slm.analysis.experiments.table import markdown, results_table
+from megatron_slm.analysis.report.picture import write_picture
 from megatron_slm.entry import add_arguments
 from megatron_slm.errors import UserError
 from megatron_slm.files import temporary
+from pictures import read_picture
 
 SMALLEST = """
 seeds: [1]
@@ -380,6 +384,7 @@ def test_a_study_killed_and_resumed(corpus: Corpus, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert results(killed) == results(straight)
     check_costs(results(straight)["arms"])
+    check_picture(straight)
 
     # An arm that fails takes nothing else with it, nor does a command for some arms.
     broken = write(tmp_path, text + "  broken: {arguments: --train-iters 0.5}\n")
@@ -421,3 +426,14 @@ def check_costs(arms: dict[str, Any]) -> None:
     assert slm["flops"]["reference_training"] * 3 == clm["flops"]["policy"]
     assert [point[:2] for point in slm["curve"]] == [[8, 1024], [16, 2048], [24, 3072]]
     assert slm["first_loss"] == pytest.approx(clm["first_loss"], rel=1e-5)  # one start and data
+
+
+def check_picture(study: Path) -> None:
+    """The curves are TensorBoard's, as it reads them itself."""
+    write_picture(study, "tokens", (), study / "tokens.svg")
+    lines = read_picture(study / "tokens.svg").lines
+    for arm, line in zip(("clm", "slm"), lines, strict=True):
+        events = EventAccumulator(str(study / f"runs/{arm}-seed1/tensorboard")).Reload()
+        logged = {each.step: each.value for each in events.Scalars("lm loss validation")}
+        np.testing.assert_allclose(line[:, 0], np.array(sorted(logged)) * 128, atol=10)
+        np.testing.assert_allclose(line[:, 1], list(logged.values()), atol=2e-3)
