@@ -20,8 +20,8 @@ from megatron_slm.analysis.report.figures import thin
 from megatron_slm.analysis.report.study import read_study
 from megatron_slm.analysis.report.study_figures import (
     Difference,
+    arm_differences,
     compute_figure,
-    differences,
     study_figure,
     with_arms,
 )
@@ -160,7 +160,7 @@ def _legend(y: float, line: dict[str, Any], results: dict[str, Any]) -> Iterator
 
 def _bars(results: dict[str, Any]) -> Iterator[str]:
     """Draw each arm's difference from the baseline, as a bar for each validation set."""
-    found = differences(results)
+    found = arm_differences(results)
     if not found:
         raise UserError("results.json has no arm besides the baseline with seeds of its own")
     sets = list(dict.fromkeys(one.validation_set for one in found))

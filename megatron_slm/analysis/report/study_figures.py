@@ -130,7 +130,7 @@ def _loss_figure(
     )
 
 
-def differences(results: dict[str, Any]) -> list[Difference]:
+def arm_differences(results: dict[str, Any]) -> list[Difference]:
     """Return the differences of all arms from the baseline where all runs are compared: on the
     target first, and then on each further validation set."""
     arms, baseline = results["arms"], results["summary"]["baseline"]
