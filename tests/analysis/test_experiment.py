@@ -18,7 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from jobs import LLAMA, Corpus
 from launch import REPOSITORY
-from megatron_slm.analysis.experiments.experiment import tasks_of
+from megatron_slm.analysis.experiments import evaluations
+from megatron_slm.analysis.experiments.experiment import run_experiment, tasks_of
 from megatron_slm.analysis.experiments.recipe import read_experiment
 from megatron_slm.analysis.experiments.results import (
     Point,
@@ -72,6 +73,7 @@ def write(directory: Path, text: str, name: str = "recipe.yaml") -> Path:
         ),
         ("seeds: [1]\narms: {clm: {}, slm: {seeds: [2]}}", "arm slm: seed 2 is not among"),
         ("seeds: [1, 2]\narms: {clm: {seeds: [1]}}", "arm clm has to run with every seed"),
+        (SMALLEST + "evaluate: --tasks {tasks}", "evaluate names {tasks}, which no stage before"),
         ("extends: recipe.yaml", "it extends itself"),
         ("extends: none.yaml", "none.yaml"),
         ("[1]", "Expected `object`, got `array`"),
@@ -131,12 +133,47 @@ def test_arms_with_some_seeds(tmp_path: Path) -> None:
     assert [one.name for one in tasks_of(recipe, None, [1])] == ["clm-seed1"]
 
 
+def test_arms_are_evaluated_if_the_recipe_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = """
+        seeds: [1, 2]
+        stages: {data: {run: make it}, tasks: {run: "write {out} {data}"}, slm: {run: make slm}}
+        arms: {clm: {}, slm: {arguments: "--load {slm}", seeds: [2]}}
+        """
+    write(tmp_path, text)
+    recipe = read_experiment(
+        write(tmp_path, "extends: recipe.yaml\nevaluate: --like {slm} {tasks}", "more.yaml")
+    )
+    found = tasks_of(recipe, ["slm"], [2])
+    assert [one.name for one in found] == [
+        *("data", "tasks", "slm", "clm-seed2", "slm-seed2"),
+        *("clm-seed2-evaluation", "slm-seed2-evaluation"),
+    ]
+    evaluated = found[-1]
+    assert [one.name for one in evaluated.inputs] == ["slm", "tasks", "slm-seed2"]
+    ((_, *words),) = evaluated.commands(tmp_path)
+    assert words[2:] == [
+        *("--model", "runs/slm-seed2/checkpoints"),
+        *("--output", "evaluations/slm-seed2-evaluation/scores.json"),
+        *("--like", "stages/slm", "stages/tasks"),
+    ]
+    plain = tasks_of(read_experiment(tmp_path / "recipe.yaml"), ["slm"], [2])
+    assert [one.hash for one in plain] == [found[at].hash for at in (2, 3, 4)]
+    monkeypatch.setattr(evaluations, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"more evaluates its arms with lm-eval, which is not inst"):
+        run_experiment(tmp_path / "more.yaml", tmp_path / "study", 1, None, None)
+    assert not (tmp_path / "study").exists()
+
+
 def test_scale(tmp_path: Path) -> None:
     text = """
         seeds: [1]
         arguments: --train-iters 20 --eval-interval 10 --lr 20 --lr-warmup-iters 5
         stages: {data: {run: make --train-iters 3}, base: {pretrain: "{data}"}}
-        arms: {clm: {arguments: "{base} --slm-warmup-tokens 512 --train-iters 40"}}
+        arms:
+          clm: {arguments: "{base} --slm-warmup-tokens 512 --train-iters 40"}
+          steps: {arguments: "--slm-ratio-steps 4:0.6 8:1 --lr 4"}
         """
     path = write(tmp_path, text)
     whole = read_experiment(path)
@@ -147,6 +184,7 @@ def test_scale(tmp_path: Path) -> None:
     assert " ".join(half.stages["base"].words) == f"{common} {{data}}"
     own = "{base} --slm-warmup-tokens 256 --train-iters 20"
     assert " ".join(half.arms["clm"].words) == f"{common} {own}"
+    assert " ".join(half.arms["steps"].words).endswith("--slm-ratio-steps 2:0.6 4:1 --lr 4")
     (longer,) = scaled(whole, 40).arms["clm"].commands
     assert longer[-1] == "1600" and longer[1] == "800"
     with pytest.raises(UserError, match=r"--eval-interval 10 of base would be 2\.5"):
@@ -290,6 +328,27 @@ def test_further_validation_sets() -> None:
     head, *rows = markdown("study", "prose", found).splitlines()[6:12]
     cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in (head, *rows[1:4])]
     assert [row[3] for row in cells] == ["general loss", "2.5000 ± 0.0000", "1.5000", "not known"]
+
+
+def test_scores_of_evaluations() -> None:
+    """Of each arm's last checkpoint, in the table only if there are any."""
+    some = {"sums acc": 0.5, "prose acc": 0.75}
+    runs = {
+        "clm": {1: replace(result(CURVE), scores=some), 2: replace(result(CURVE), scores=some)},
+        "slm": {1: replace(result(CURVE), scores=some | {"sums acc": 0.625}), 2: result(CURVE)},
+        "without": {1: result(CURVE)},
+    }
+    assert "scores" not in result(CURVE).described()
+    assert runs["slm"][1].described()["scores"] == {"sums acc": 0.625, "prose acc": 0.75}
+    found = summary(runs)
+    assert "scores" not in found["arms"]["without"]
+    text = markdown("study", "prose", found)
+    assert "Scores of lm-eval's tasks are those of each arm's last checkpoint." in text
+    rows = [line.split("|")[4:6] for line in text.splitlines() if line.startswith("| ")]
+    cells = [[cell.strip() for cell in row] for row in rows]
+    assert cells[0] == ["sums acc", "prose acc"] and cells[2] == ["0.500 ± 0.000", "0.750 ± 0.000"]
+    assert cells[3:] == [["0.625 (1 of 2 seeds)", "0.750 (1 of 2 seeds)"], ["not known"] * 2]
+    assert "lm-eval" not in markdown("study", "prose", summary({"clm": {1: result(CURVE)}}))
 
 
 def test_a_task_begins(tmp_path: Path) -> None:
