@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from jobs import LLAMA, Corpus
 from launch import REPOSITORY
+from megatron_slm.analysis.evaluation.command import build_parser
 from megatron_slm.analysis.experiments import evaluations
 from megatron_slm.analysis.experiments.experiment import run_experiment, tasks_of
 from megatron_slm.analysis.experiments.recipe import read_experiment
@@ -36,6 +38,7 @@ from megatron_slm.analysis.report.picture import write_picture
 from megatron_slm.entry import add_arguments
 from megatron_slm.errors import UserError
 from megatron_slm.files import temporary
+from megatron_slm.training.command_line.first_check import SCORING
 from pictures import read_picture
 
 SMALLEST = """
@@ -195,16 +198,22 @@ def test_scale(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "examples/experiments").glob("*.yaml")))
 def test_recipes_of_the_repository(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Megatron and we have the arguments of all their runs."""
+    """Megatron and we have the arguments of all their runs, scores and evaluations."""
     from megatron.training.arguments import parse_args
 
     if path.name == "small.yaml":  # which others extend
         return
     for one in tasks_of(read_experiment(path), None, None):
-        if one.task.kind in ("arm", "pretrain") and one.seed in (None, 1):
-            (words,) = one.commands(Path())
-            monkeypatch.setattr(sys, "argv", words[words.index("megatron_slm.pretrain") :])
-            assert parse_args(add_arguments).train_iters > 0, one.name
+        if one.task.kind == "run" or one.seed not in (None, 1):
+            continue
+        (words,) = one.commands(Path())
+        words = words[next(at for at, word in enumerate(words) if "megatron_slm." in word) :]
+        monkeypatch.setattr(sys, "argv", words)
+        if one.task.kind == "evaluate":
+            assert build_parser().parse_args(words[1:]).tasks, one.name
+            continue
+        own = partial(add_arguments, job=SCORING) if one.task.kind == "score" else add_arguments
+        assert parse_args(own).train_iters > 0, one.name
 
 
 CURVE = ((10, 100, 5.0), (20, 200, 4.0), (30, 300, 3.5))
