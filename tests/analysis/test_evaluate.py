@@ -36,6 +36,7 @@ from megatron_slm.errors import UserError
 from megatron_slm.model.conversion.import_hf import import_hugging_face
 from real_text import docstrings
 
+LOCAL = runpy.run_path(str(REPOSITORY / "examples" / "experiments" / "questions.py"))
 TEXTS = docstrings(["argparse", "difflib", "statistics"])
 QUESTIONS = 50
 SHOTS = 4  # the paper's for mathqa
@@ -169,6 +170,9 @@ def tasks(documents: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFact
     (directory / "unsafe.yaml").write_text(unsafe)
     (directory / "group.yaml").write_text("group: unsafe_group\ntask: [which_words, unsafe]\n")
     (directory / "broken.yaml").write_text("group: broken\ntask: [no_such_task]\n")
+    texts = directory / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    LOCAL["main"]([str(directory), f"prose={texts}"])
     return directory
 
 
@@ -241,23 +245,14 @@ def test_exported_model_has_the_scores_of_the_original(
     assert row[6:] == ["0.139", "0.304", "0.477", "0.587"]  # MQA in the paper's table 1
 
 
-def test_local_questions(
-    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_local_questions(llama: Path, tasks: Path, tmp_path: Path) -> None:
     """They are answered by what they say, and lm-eval reads them as they are meant."""
-    monkeypatch.syspath_prepend(REPOSITORY / "examples" / "experiments")
-    import questions
-
-    monkeypatch.setattr(questions, "QUESTIONS", 12)
-    texts = tmp_path / "texts.jsonl"
-    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    out = tmp_path / "with, a comma"
-    questions.main([str(out), f"prose={texts}"])
     made = {
-        name: [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
+        name: [json.loads(line) for line in (tasks / f"{name}.jsonl").read_text().splitlines()]
         for name in ("sums-questions", "sums-examples", "prose-questions")
     }
-    assert [len(some) for some in made.values()] == [12, 4, 12]
+    count = len(made["prose-questions"])
+    assert len(made["sums-questions"]) == 100 and len(made["sums-examples"]) == 4 and count > 10
     for one in made["sums-questions"] + made["sums-examples"]:
         numbers = [int(word) for word in one["question"].removesuffix(" =").split(" + ")]
         assert one["choices"][one["answer"]] == str(sum(numbers))
@@ -268,16 +263,16 @@ def test_local_questions(
         assert found[one["answer"]] and len(set(one["choices"])) == 4
     assert {one["answer"] for one in made["sums-questions"]} > {0}
     output = tmp_path / "scores.json"
-    tasks = ["--include-path", out, "--tasks", "sums", "prose"]
-    run("--model", llama, *tasks, "--output", output)
+    local = ["--include-path", tasks, "--tasks", "sums", "prose"]
+    run("--model", llama, *local, "--output", output)
     scores = json.loads(output.read_text())["scores"]
     assert [(one["task"], one["metric"], one["shots"], one["samples"]) for one in scores] == [
-        ("sums", "acc,none", 4, 12),
-        ("prose", "acc_norm,none", 0, 12),
+        ("sums", "acc,none", 4, 100),
+        ("prose", "acc_norm,none", 0, count),
     ]
     (tmp_path / "short.jsonl").write_text('{"text": "short"}\n')
     with pytest.raises(UserError, match="no text is long enough"):
-        questions.main([str(out), f"short={tmp_path / 'short.jsonl'}"])
+        LOCAL["main"]([str(tmp_path), f"short={tmp_path / 'short.jsonl'}"])
 
 
 def test_an_arm_of_a_study(
