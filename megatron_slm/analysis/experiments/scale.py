@@ -15,7 +15,7 @@ SCALED = frozenset(
     --slm-dump-interval --lr-decay-iters
     """.split()
 )
-STEP = re.compile(r"(\d+)(:.+)")  # of --slm-ratio-steps
+RATIO_STEP = re.compile(r"(\d+)(:.+)")  # of --slm-ratio-steps
 
 
 def scaled(recipe: Experiment, scale: float) -> Experiment:
@@ -38,7 +38,7 @@ def _scaled(task: ExperimentTask, scale: float) -> ExperimentTask:
     option, result = "", []
     for word in words:
         option = word if word.startswith("--") else option
-        step = STEP.fullmatch(word)
+        step = RATIO_STEP.fullmatch(word)
         if option in SCALED and word.isdecimal():
             result.append(_times(word, scale, option, task))
         elif option == "--slm-ratio-steps" and step is not None:

@@ -43,7 +43,7 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
             spread(found["final_loss"]),
             "" if arm == summary["baseline"] else spread(found["difference"], "+"),
             *(spread(found["other_losses"][name]) for name in others),
-            *(score(found, name) for name in score_names(summary)),
+            *(score_in_words(found, name) for name in score_names(summary)),
             "" if arm == summary["baseline"] else part(found["part_of_baseline_tokens"]),
             f"{found['selected_part']['mean']:.0%}",
             f"{found['flops_ratio']['mean']:.2f}",
@@ -65,7 +65,7 @@ def spread(values: dict[str, Any], sign: str = "") -> str:
     return _format(values, sign, ".4f", "not known")
 
 
-def score(found: dict[str, Any], name: str) -> str:
+def score_in_words(found: dict[str, Any], name: str) -> str:
     """Format an arm's score over the seeds.
 
     Args:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_slm.analysis.experiments.study_file import read_results
-from megatron_slm.analysis.experiments.table import part, score, score_names, spread
+from megatron_slm.analysis.experiments.table import part, score_in_words, score_names, spread
 from megatron_slm.analysis.report.facts import Facts, data, model
 from megatron_slm.analysis.report.run_files import RunFiles
 
@@ -160,7 +160,7 @@ def _arms(results: dict[str, Any]) -> dict[str, Any]:
                     spread(found["final_loss"]),
                     "" if arm == baseline else spread(found["difference"], "+"),
                     *(spread(found["other_losses"][name]) for name in others),
-                    *(score(found, name) for name in score_names(summary)),
+                    *(score_in_words(found, name) for name in score_names(summary)),
                     _number(found["selected_part"], ".0%"),
                     _number(found["flops_ratio"], ".2f"),
                     _number(found["step_seconds"], ".3g", " s"),
