@@ -175,7 +175,8 @@ def main(functions: str) -> None:
         for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
             case = Case(dtype, tolerance)
             check_scores(case)
-            check_likeliest(case)
+            if functions == "softmax":  # which takes no part in it
+                check_likeliest(case)
             check_gradients(case, weights=None)
             check_gradients(case, weights=case.weights)
             check_edges(case)

@@ -168,8 +168,9 @@ import contextlib, io, pathlib, runpy, sys
 tools = sorted(pathlib.Path(sys.argv[1], "tools").glob("*.py"))
 sys.path.insert(0, str(tools[0].parent))
 commands = [(tool, []) for tool in tools]
-for name, word in (("token_dynamics.py", "classify"), ("score_reference.py", "inspect")):
-    commands.append((tools[0].with_name(name), [word]))
+for words in ("token_dynamics classify", "score_reference inspect", "score_reference longppl"):
+    name, word = words.split()
+    commands.append((tools[0].with_name(f"{name}.py"), [word]))
 for tool, words in commands:
     sys.argv = [str(tool), *words, "--help"]
     said = io.StringIO()
