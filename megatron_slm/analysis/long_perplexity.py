@@ -27,11 +27,11 @@ from megatron_slm.data.score_manifest import CacheManifest, cache_differences, r
 from megatron_slm.data.windows import Windows
 from megatron_slm.errors import UserError
 
-BLOCK = 1 << 20  # tokens looked at at a time
+TOKENS_AT_ONCE = 1 << 20
 
 
 @dataclass
-class Found:
+class KeyTokens:
     """What was found of a dataset's tokens, or of several datasets'."""
 
     tokens: int = 0
@@ -43,8 +43,8 @@ class Found:
     key_loss: float = 0.0
     """The sum of the model's losses of the key tokens."""
 
-    def __add__(self, other: Found) -> Found:
-        return Found(
+    def __add__(self, other: KeyTokens) -> KeyTokens:
+        return KeyTokens(
             self.tokens + other.tokens,
             self.loss + other.loss,
             self.key_tokens + other.key_tokens,
@@ -89,7 +89,7 @@ def longppl(arguments: list[str]) -> None:
         ]
         found[Path(prefix).name] = of_dataset(*three, alpha=args.alpha, beta=args.beta)
     if len(found) > 1:
-        found["all"] = sum(found.values(), Found())
+        found["all"] = sum(found.values(), KeyTokens())
     width = max(map(len, ["dataset", *found]))
     print(f"{'dataset':{width}} {'tokens':>15} {'PPL':>10} {'key tokens':>15} {'LongPPL':>10}")
     for name, one in found.items():
@@ -154,7 +154,7 @@ class _Losses:
 
 def of_dataset(
     model: _Losses, long: _Losses, short: _Losses, *, alpha: float, beta: float
-) -> Found:
+) -> KeyTokens:
     """Look at a dataset's tokens.
 
     Args:
@@ -167,13 +167,13 @@ def of_dataset(
     Raises:
         UserError: no token has a longer context in `long` than the windows of `short`.
     """
-    found, length = Found(), short.windows.length
+    found, length = KeyTokens(), short.windows.length
     for positions in _blocks(long.windows.tokens):
         enough = (short.contexts(positions) >= length // 2) & (long.contexts(positions) > length)
         losses, with_long, with_short = (one.at(positions) for one in (model, long, short))
         key = enough & (with_short - with_long > alpha) & (with_long < -beta)
         of_all, of_key = (losses[which].sum(dtype=np.float64) for which in (enough, key))
-        found += Found(int(enough.sum()), float(of_all), int(key.sum()), float(of_key))
+        found += KeyTokens(int(enough.sum()), float(of_all), int(key.sum()), float(of_key))
     if not found.tokens:
         raise UserError(
             f"no token has a longer context in {long.directory}, whose windows have "
@@ -184,8 +184,8 @@ def of_dataset(
 
 
 def _blocks(tokens: int) -> Iterator[NDArray[np.int64]]:
-    for start in range(0, tokens, BLOCK):
-        yield np.arange(start, min(start + BLOCK, tokens))
+    for start in range(0, tokens, TOKENS_AT_ONCE):
+        yield np.arange(start, min(start + TOKENS_AT_ONCE, tokens))
 
 
 def perplexity(loss: float, tokens: int) -> str:

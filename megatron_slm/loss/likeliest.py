@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-NUMBER = 20
+LIKELIEST = 20
 
 
 class LikeliestTokens:
-    """The NUMBER highest logits of each row so far, of this rank's part of the vocabulary."""
+    """The LIKELIEST highest logits of each row so far, of this rank's part of the vocabulary."""
 
     def __init__(self, rows: int, device: torch.device) -> None:
         self.logits = torch.empty(rows, 0, dtype=torch.float32, device=device)
@@ -22,13 +22,13 @@ class LikeliestTokens:
     def entropies(self, group: ProcessGroup) -> Tensor:
         """Compute the entropies of their softmax, in nats, float32 [n].
 
-        Collective over the tensor-parallel ranks: one all-gather of [n, NUMBER].  Each of the
+        Collective over the tensor-parallel ranks: one all-gather of [n, LIKELIEST].  Each of the
         tokens that are likeliest of all is among the likeliest of its rank.
         """
         logits = self.logits
         if group.size() > 1:
             # A rank may have fewer columns, or nothing but padding.
-            missing = NUMBER - logits.shape[1]
+            missing = LIKELIEST - logits.shape[1]
             logits = torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
             of_ranks = [torch.empty_like(logits) for _ in range(group.size())]
             torch.distributed.all_gather(of_ranks, logits, group=group)
@@ -37,5 +37,5 @@ class LikeliestTokens:
 
 
 def _highest(logits: Tensor) -> Tensor:
-    """Return the NUMBER highest logits of each row, or all if there are fewer, in any order."""
-    return logits.topk(min(NUMBER, logits.shape[1]), dim=1, sorted=False).values
+    """Return the LIKELIEST highest logits of each row, or all if there are fewer, in any order."""
+    return logits.topk(min(LIKELIEST, logits.shape[1]), dim=1, sorted=False).values
