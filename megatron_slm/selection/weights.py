@@ -163,10 +163,10 @@ def talr(tokens: Tokens, chosen: Chosen, *, floor: float = 0.01) -> Tensor:
     """Weigh tokens by max(exp(-L_policy / tau), floor), where tau follows the policy's losses.
 
     Token-adaptive loss reweighting (arXiv 2509.20758): tau is the median of the mean losses of a
-    batch's sequences, here of a set's (Chosen.median_of_means).  The paper derives weights in
-    proportion to p ** (1 / tau), and then a lower bound.  Its code is not public; as in the
-    implementation for arXiv 2602.16093, weights are not normalized, since a bound of 0.01 would
-    otherwise be far above them, and the bound is 0.01.
+    batch's sequences, here of a set's (Chosen.median_of_means).  The formula is read from summaries
+    of the paper, whose code is not public: weights in proportion to p ** (1 / tau), and a lower
+    bound.  As in the implementation for arXiv 2602.16093, weights are not normalized, since a bound
+    of 0.01 would otherwise be far above them, and the bound is 0.01.
     """
     tau = chosen.median_of_means(tokens.losses).clamp(min=1e-6)
     return torch.exp(-tokens.losses / tau).clamp(min=floor)
@@ -182,9 +182,10 @@ def exact(
     put into the buckets [0, 7], [8, 15], [16, 31] and so on.  Those that begin at tau or above are
     long, and q is a bucket's share of the long ones.  The mean is over tokens, so that these weigh
     1 + alpha in the mean.  tau = 0 stands for a quarter of the sequence length, as in the paper
-    (1024 to 4096 for 4096 to 16384).  The paper counts the buckets of its data, where here those of
-    a set are counted; weights are not normalized; and the last token of a sample, one more than its
-    windows have, counts to the bucket before it.
+    (1024 to 4096 for 4096 to 16384).  The formula is read from a summary of the paper, whose code
+    is not public.  The paper counts the buckets of its data, where here those of a set are counted,
+    and adds a small number to q; weights are not normalized; and the last token of a sample, one
+    more than its windows have, counts to the bucket before it.
     """
     length = tokens.document_positions.shape[1] * chosen.placement.cp_size
     context = (tokens.document_positions + 1).clamp(max=length - 1)
