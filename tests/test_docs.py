@@ -132,7 +132,7 @@ def options_of(program: str, subcommand: str) -> set[str]:
     if program in RUNS:
         return options_of_a_run()
     if program in JOBS:
-        if subcommand in ("inspect", "classify"):
+        if subcommand in ("inspect", "longppl", "classify"):
             return options_of_a_job(program, subcommand, "--help")
         return options_of_a_run() | options_of_a_job(program, "--help")
     if program in OUTSIDE:

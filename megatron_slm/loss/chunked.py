@@ -22,10 +22,11 @@ compared with Megatron's dense head:
 
 With sequence parallelism, the caller gathers hidden states (and reduce-scatters their gradient);
 the dense head gathers them twice.  Entropies cost one more SUM [n] and one more row of the
-broadcast, and token_losses then holds two chunks of logits.  On a GPU, softmax_triton.py passes
-over a chunk's logits once in token_losses and once in the backward, and the products that add up to
-dh leave the matrix units in float32.  Elsewhere softmax.py does the same in plain torch, and each
-product is written before it is added.
+broadcast, and token_losses then holds two chunks of logits; entropies among the 20 likeliest tokens
+cost a top-20 of each chunk, an all-gather of [n, 20] and one more row of the broadcast.  On a GPU,
+softmax_triton.py passes over a chunk's logits once in token_losses and once in the backward, and
+the products that add up to dh leave the matrix units in float32.  Elsewhere softmax.py does the
+same in plain torch, and each product is written before it is added.
 
 A model's vocabulary is padded to suit its tensor-parallel size.  Megatron trains with padding in
 the softmax, but tokens are scored without it.  Chunks of padding come last and are added to a copy
@@ -43,12 +44,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, ReduceOp
+from torch.distributed import ProcessGroup
 
 from megatron_slm.kernels import triton_kernels
 from megatron_slm.loss import softmax
-from megatron_slm.loss.ranks import same_on_ranks
-from megatron_slm.loss.softmax import raise_maximum
+from megatron_slm.loss.likeliest import LikeliestTokens
+from megatron_slm.loss.ranks import same_on_ranks, sums_over_ranks
 from megatron_slm.loss.weight_gradient import WeightGradient, add_product
 
 # On a CPU a chunk fits into the cache; a GPU is better off with fewer and larger kernels.  Products
@@ -74,6 +75,9 @@ class TokenLosses:
     """The sum in that softmax."""
     entropies: Tensor | None = None
     """Entropies in nats of the softmax without padding; None if they were not asked for."""
+    top_entropies: Tensor | None = None
+    """Entropies in nats of the softmax of the 20 likeliest tokens, which are no padding; None if
+    they were not asked for."""
 
 
 def chunk_columns(rows: int, device: str) -> int:
@@ -96,6 +100,7 @@ def token_losses(
     vocabulary: int | None = None,
     with_padding: bool = False,
     entropies: bool = False,
+    top_entropies: bool = False,
 ) -> TokenLosses:
     """Compute the loss -log P(label) of every token, without gradient.
 
@@ -111,6 +116,7 @@ def token_losses(
         vocabulary: size of the vocabulary, without padding; None if it has none.
         with_padding: also compute the losses with padding in the softmax.
         entropies: also compute the entropy -sum P log P of every token's softmax.
+        top_entropies: also compute that of the softmax of the 20 likeliest tokens alone.
     """
     rank, size = tp_group.rank(), tp_group.size()
     columns_here = weight.shape[0]
@@ -120,11 +126,14 @@ def token_losses(
     padded = with_padding and vocabulary < size * columns_here
     rows = hidden.shape[0]
     functions = softmax_functions(hidden.device)
+    likeliest = LikeliestTokens(rows, hidden.device) if top_entropies else None
 
     @torch.no_grad()
     def add(sums: Tensor, maximum: Tensor, first: int, last: int) -> Tensor:
         for columns in _chunks(rows, hidden.device.type, first, last):
             logits = _logits(hidden, weight[columns], scale_logits)
+            if likeliest is not None and columns.stop <= padding:
+                likeliest.add(logits)  # first, since add_chunk may overwrite them
             maximum = functions.add_chunk(sums, maximum, logits, labels, start + columns.start)
         return maximum
 
@@ -137,51 +146,24 @@ def token_losses(
         whole = sums[:2].clone()
         top = add(whole, maximum.clone(), padding, columns_here)
     if size > 1:
-        maximum, top = _over_ranks(sums, maximum, whole, top, tp_group)
+        maximum, top = sums_over_ranks(sums, maximum, whole, top, tp_group)
     log_sum = torch.log(sums[1])
     results = [log_sum - (sums[0] - maximum)]
     if padded:
         results.append(torch.log(whole[1]) - (sums[0] - top))
     if entropies:
         results.append(log_sum - sums[2] / sums[1])
+    if likeliest is not None:
+        results.append(likeliest.entropies(tp_group))
     result = same_on_ranks(torch.stack(results), tp_group)
     return TokenLosses(
         losses=result[0],
         trained=result[1 if padded else 0],
         maximum=top,
         sum_exp=whole[1],
-        entropies=result[-1] if entropies else None,
+        entropies=result[1 + padded] if entropies else None,
+        top_entropies=result[-1] if top_entropies else None,
     )
-
-
-def _over_ranks(
-    sums: Tensor, maximum: Tensor, whole: Tensor, top: Tensor, group: ProcessGroup
-) -> tuple[Tensor, Tensor]:
-    """Extend the sums, in place, to the columns of all ranks.
-
-    Args:
-        sums: this rank's sums without padding, as in softmax.add_chunk.
-        maximum: this rank's maximum without padding.
-        whole: its sums with padding; `sums` itself if there is none.
-        top: its maximum with padding; `maximum` itself if there is none.
-        group: the tensor-parallel ranks.
-
-    Returns:
-        The maxima over all ranks, without and with padding.
-    """
-    padded = whole is not sums
-    highest = torch.stack([maximum, top] if padded else [maximum])
-    torch.distributed.all_reduce(highest, ReduceOp.MAX, group=group)
-    raise_maximum(maximum, highest[0], sums)
-    # These are reduced by themselves, since they have to be the same in every pass: the order in
-    # which ranks are added up depends on a tensor's size.
-    torch.distributed.all_reduce(sums[:2], group=group)
-    if sums.shape[0] == 3:
-        torch.distributed.all_reduce(sums[2], group=group)
-    if padded:
-        raise_maximum(top, highest[1], whole)
-        torch.distributed.all_reduce(whole[1], group=group)
-    return highest[0], highest[-1]
 
 
 def selected_loss(

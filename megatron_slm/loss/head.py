@@ -34,22 +34,32 @@ class Scoring:
     """Size of the vocabulary, without padding."""
     entropies: bool = False
     """Whether to compute entropies as well."""
+    top_entropies: bool = False
+    """Whether to compute the entropies among the likeliest tokens as well."""
     dense: bool = False
     """Whether the losses will be compared with losses of the dense head."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What is computed, in the order in which it is returned."""
+        more = {"entropies": self.entropies, "top_entropies": self.top_entropies}
+        return ("losses", *[name for name, wanted in more.items() if wanted])
 
 
 @dataclass(frozen=True)
 class Selecting:
     """The context of `loss_of_selected`."""
 
-    weigh: Callable[[Tensor, Tensor | None, Tensor], Tensor]
+    weigh: Callable[..., Tensor]
     """Returns how much each token counts, float32 [b, s], or which tokens count, bool [b, s].  Its
     arguments are the losses of all tokens, their entropies if wanted, and their losses with padding
-    in the softmax, each float32 [b, s]."""
+    in the softmax, each float32 [b, s]; and, by name, `top_entropies` if wanted."""
     vocabulary: int | None = None
     """Size of the vocabulary, without padding; None if the two losses need not be told apart."""
     entropies: bool = False
     """Whether to compute entropies as well."""
+    top_entropies: bool = False
+    """Whether to compute the entropies among the likeliest tokens as well."""
     most: int | None = None
     """The most tokens that can count, the same on all tensor-parallel ranks: as many rows are
     computed.  If it is None, not known, the host waits for the device to learn how many count."""
@@ -80,14 +90,14 @@ def all_losses(
     """Compute the losses of all tokens, without gradient.  An output processor.
 
     Returns:
-        Losses in nats, float32 [b, s]; with entropies, losses and entropies, float32 [2, b, s].
+        Losses in nats, float32 [b, s]; if more is wanted, all of `names`, float32 [names, b, s].
     """
     if context.dense:
         logits = scale_logits(output_layer(hidden_states, weight=output_weight)[0])
         losses = _without_padding(
             logits, labels, context.vocabulary, output_layer.tp_group, compute_language_model_loss
         )
-        if not context.entropies:
+        if len(context.names) == 1:
             return losses
     hidden, weight = _inputs(hidden_states, output_layer, output_weight)
     scored = token_losses(
@@ -98,12 +108,14 @@ def all_losses(
         scale_logits=scale_logits if config.use_mup else None,
         vocabulary=context.vocabulary,
         entropies=context.entropies,
+        top_entropies=context.top_entropies,
     )
     if not context.dense:
         losses = _sample_by_sample(scored.losses, hidden)
-    if scored.entropies is None:
+    more = [one for one in (scored.entropies, scored.top_entropies) if one is not None]
+    if not more:
         return losses
-    return torch.stack([losses, _sample_by_sample(scored.entropies, hidden)])
+    return torch.stack([losses, *[_sample_by_sample(one, hidden) for one in more]])
 
 
 def loss_of_selected(
@@ -135,12 +147,14 @@ def loss_of_selected(
         vocabulary=context.vocabulary,
         with_padding=True,
         entropies=context.entropies,
+        top_entropies=context.top_entropies,
     )
-    entropies = scored.entropies
+    entropies, top = scored.entropies, scored.top_entropies
     counting = context.weigh(
         _sample_by_sample(scored.losses, hidden),
         None if entropies is None else _sample_by_sample(entropies, hidden),
         _sample_by_sample(scored.trained, hidden),
+        **({} if top is None else {"top_entropies": _sample_by_sample(top, hidden)}),
     )
     weights = counting.t().flatten()
     index = _rows_that_count(weights, context.most)

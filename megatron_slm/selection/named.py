@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
@@ -46,7 +47,8 @@ def find_weight(name: str, options: Sequence[str], temperature: float = 1.0) -> 
     for option, (above, most) in OPTION_LIMITS.get(name, {}).items():
         value = found.options.get(option, most)
         if not above < value <= most:
-            wanted = f"from 0 to {most:g}" if above < 0 else "above 0"
+            bounds = "0 or more" if most == math.inf else f"from 0 to {most:g}"
+            wanted = bounds if above < 0 else "above 0"
             raise UserError(f"--slm-score-option {option}={value:g}: it has to be {wanted}")
     return found
 

@@ -28,6 +28,10 @@ class Tokens:
     entropies: Tensor
     """Entropies of the policy's predictions, float32.  Needs the chunked head, and makes its first
     pass over the vocabulary sum one more value."""
+    top_entropies: Tensor
+    """Entropies of the policy's predictions among its 20 likeliest tokens alone, whose
+    probabilities add up to 1, float32.  Needs the chunked head, and makes its first pass over the
+    vocabulary find those."""
     reference_losses: Tensor
     """The reference's losses, float32."""
     reference_entropies: Tensor

@@ -24,7 +24,7 @@ from torch import Tensor
 from megatron_slm.data.token_dump import TokenDump, write_dump
 from megatron_slm.errors import UserError
 from megatron_slm.files import make_directory
-from megatron_slm.reference import Reference, Scored
+from megatron_slm.reference import Reference
 from megatron_slm.selection import TokenSelector
 from megatron_slm.training.datasets import DatasetProvider
 from megatron_slm.training.fixed_samples import (
@@ -72,7 +72,7 @@ class TokenDumps:
         step: Step,
         selector: TokenSelector,
         reference: Reference | None,
-        score: Callable[[list[MicroBatch]], list[Scored]],
+        score: Callable[[list[MicroBatch]], list[dict[str, Tensor]]],
     ) -> None:
         """Write a dump.  Collective over all ranks.
 
@@ -80,8 +80,8 @@ class TokenDumps:
             step: a step that has the samples for its micro-batches.
             selector: says which tokens the run would train on.
             reference: scores the samples; None if no reference runs.
-            score: scores micro-batches with the policy; on the last pipeline stage, returns their
-                losses and entropies.
+            score: scores micro-batches with the policy; on the last pipeline stage, returns what
+                the run's score and weight read of it, by name.
         """
         self.last = step.iteration
         samples = FixedSamples(self.provider, get_args().slm_dump_train_samples)
@@ -90,13 +90,13 @@ class TokenDumps:
         if not mpu.is_pipeline_last_stage():
             return
         fields = []
-        for batch, (losses, entropies) in zip(batches, scored, strict=True):
+        for batch, said in zip(batches, scored, strict=True):
             objective = MicroBatchObjective(batch, self.settings, step, selector)
-            objective.weigh(losses, entropies)
+            objective.weigh(**said)
             choice = objective.choice
             selected = batch.valid if choice is None else choice.selected
             known = [] if batch.reference_losses is None else [batch.reference_losses]
-            fields.append(torch.stack([losses, selected.float(), *known]))
+            fields.append(torch.stack([said["losses"], selected.float(), *known]))
         whole = of_all_ranks(torch.stack(fields, dim=1))[:, : get_args().slm_dump_samples].cpu()
         if is_writer():
             self._write(step, samples, whole)

@@ -86,7 +86,12 @@ class MicroBatchObjective:
         self.losses = losses
 
     def weigh(
-        self, losses: Tensor, entropies: Tensor | None = None, trained: Tensor | None = None
+        self,
+        losses: Tensor,
+        entropies: Tensor | None = None,
+        trained: Tensor | None = None,
+        *,
+        top_entropies: Tensor | None = None,
     ) -> Tensor:
         """Return how much each token counts, float32 [b, s/c], or whether it counts, bool [b, s/c].
 
@@ -94,16 +99,18 @@ class MicroBatchObjective:
 
         Args:
             losses: the policy's losses without padding in the softmax, float32 [b, s/c].
-            entropies: its entropies, if the score needs them.
+            entropies: its entropies, if the score or the weight needs them.
             trained: its losses with padding.
+            top_entropies: its entropies among the likeliest tokens, if needed.
         """
         batch, shape = self.micro_batch, losses.shape
-        losses, entropies, trained = map(self._by_sample, (losses, entropies, trained))
+        known = (losses, entropies, trained, top_entropies)
+        losses, entropies, trained, top_entropies = map(self._by_sample, known)
         self.losses, self.trained = losses, trained
         if not self.step.selects:
             return batch.valid.view(shape)
         assert losses is not None
-        scores = self.score(losses, entropies)
+        scores = self.score(losses, entropies, top_entropies)
         self.choice = batch.choice or self._choose(batch, scores)
         counted = self.choice.selected if self.choice.weights is None else self.choice.weights
         return counted.view(shape)
@@ -114,20 +121,28 @@ class MicroBatchObjective:
         length = self.micro_batch.loss_mask.shape[1]
         return None if values is None else by_sample(values, length)
 
-    def score(self, losses: Tensor, entropies: Tensor | None) -> Tensor:
+    def score(
+        self,
+        losses: Tensor,
+        entropies: Tensor | None = None,
+        top_entropies: Tensor | None = None,
+    ) -> Tensor:
         """Set and return the tokens' scores, given the policy's losses and entropies."""
         batch, selection = self.micro_batch, self.settings.selection
-        batch.scored = self._tokens(losses, entropies)
+        batch.scored = self._tokens(losses, entropies, top_entropies)
         batch.scores = selection.scorer(batch.scored, group=mpu.get_tensor_model_parallel_group())
         return batch.scores
 
-    def _tokens(self, losses: Tensor, entropies: Tensor | None) -> Tokens:
+    def _tokens(
+        self, losses: Tensor, entropies: Tensor | None, top_entropies: Tensor | None
+    ) -> Tokens:
         """Gather what the score and the weight read."""
         batch, needs = self.micro_batch, self.settings.selection.needs
         samples, length = losses.shape
         size = mpu.get_context_parallel_world_size()
         can_be_had: dict[str, Callable[[], Tensor | None]] = {
             "entropies": lambda: entropies,
+            "top_entropies": lambda: top_entropies,
             "reference_losses": lambda: batch.reference_losses,
             "reference_entropies": lambda: batch.reference_entropies,
             "labels": lambda: batch.labels,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_slm.loss import Scoring, all_losses
 from megatron_slm.model.documents import activation_shape, by_sample
-from megatron_slm.reference import Reference, Scored
+from megatron_slm.reference import Reference
 from megatron_slm.training.data_iterators import for_model_chunks
 from megatron_slm.training.micro_batch import MicroBatch
 
@@ -33,7 +33,7 @@ def score_with_policy(
     micro_batches: Iterator[MicroBatch],
     arguments: dict[str, Any],
     scoring: Scoring,
-) -> tuple[list[MicroBatch], list[Scored]]:
+) -> tuple[list[MicroBatch], list[dict[str, Tensor]]]:
     """Score micro-batches with the policy, without gradients, random numbers or changes of state.
 
     Args:
@@ -44,8 +44,8 @@ def score_with_policy(
         scoring: what to compute.
 
     Returns:
-        The micro-batches as they were read and, on the last pipeline stage, the losses and
-        entropies of each, float32 [b, s/c]; on other stages an empty list.
+        The micro-batches as they were read and, on the last pipeline stage, what was computed of
+        each, float32 [b, s/c] by name; on other stages an empty list.
     """
     read: list[MicroBatch] = []
 
@@ -76,8 +76,10 @@ def score_with_policy(
     for model in models:
         model.train()
     length = get_args().seq_length // get_args().context_parallel_size
+    names = scoring.names
     scored = [by_sample(said, length) for said in scored]
-    return read, [tuple(said) if scoring.entropies else (said, None) for said in scored]
+    by_name = [dict(zip(names, said if len(names) > 1 else [said], strict=True)) for said in scored]
+    return read, by_name
 
 
 def with_reference(

@@ -128,7 +128,7 @@ def _selection(
         needs = function.needs
         if needs & {"reference_losses", "reference_entropies"} and not referred:
             raise UserError(f"{function.called} needs --slm-reference-load, or another reference")
-        if "entropies" in needs and head == "dense":
+        if needs & {"entropies", "top_entropies"} and head == "dense":
             raise UserError(f"{function.called} needs --slm-head chunked")
         if needs & {"documents", "document_positions"} and not packs_documents(args):
             raise UserError(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megatron_slm.loss import Scoring, Selecting, Telling, dense_losses, loss_of_selected
 from megatron_slm.model.output_processor import take_output_processor
-from megatron_slm.reference import Reference, Scored
+from megatron_slm.reference import Reference
 from megatron_slm.selection import Ranks, Tokens, TokenSelector
 from megatron_slm.training import nan, selected_backward
 from megatron_slm.training.auxiliary_losses import auxiliary_scale
@@ -203,6 +203,7 @@ class SelectiveStep:
         return Scoring(
             get_args().slm_vocab_size,
             entropies="entropies" in self._needs,
+            top_entropies="top_entropies" in self._needs,
             dense=self.settings.head == "dense",
         )
 
@@ -221,7 +222,11 @@ class SelectiveStep:
             return {
                 "output_processor": loss_of_selected,
                 "output_processor_context": Selecting(
-                    objective.weigh, vocabulary, "entropies" in self._needs, objective.most_counted
+                    objective.weigh,
+                    vocabulary,
+                    entropies="entropies" in self._needs,
+                    top_entropies="top_entropies" in self._needs,
+                    most=objective.most_counted,
                 ),
             }
         if padded:
@@ -259,7 +264,7 @@ class SelectiveStep:
         if mpu.is_pipeline_last_stage():
             assert self.step is not None
             for batch, said in zip(read, scored, strict=True):
-                MicroBatchObjective(batch, self.settings, self.step, self.selector).score(*said)
+                MicroBatchObjective(batch, self.settings, self.step, self.selector).score(**said)
             tokens = Tokens.joined([batch.scored for batch in read if batch.scored is not None])
             choice = self.selector.choose_from_step(*self._whole_step(read), tokens)
             for batch, part in zip(read, choice.split(len(read)), strict=True):
@@ -289,7 +294,7 @@ class SelectiveStep:
         if self.reference is not None:
             self.reference.before_step(arguments["model"], None)
 
-        def score(batches: list[MicroBatch]) -> list[Scored]:
+        def score(batches: list[MicroBatch]) -> list[dict[str, Tensor]]:
             sizes = {"num_microbatches": len(batches)}
             _, scored = score_with_policy(
                 schedule, form, iter(batches), arguments | sizes, self._scoring

@@ -4,9 +4,10 @@
 
 Both without and with recomputation, at two ratios, with reference losses from a score cache.  The
 runs of a round follow each other; each is a process of its own, with one thread, and gives the
-median processor time of its steps without the first.  Then, in runs of their own: FLOPs of a step,
-counted by torch, which are the floor of its time, and what a step takes of memory beside weights,
-gradients and optimizer.
+median processor time of its steps without the first.  A step has several samples (--samples), since
+that of a single one would spend a fifth of its time in the optimizer.  Then, in runs of their own:
+FLOPs of a step, counted by torch, which are the floor of its time, and what a step takes of memory
+beside weights, gradients and optimizer.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from launch import REPOSITORY, launch, pretrain
 
 RECOMPUTED = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 BACKWARD = {"SLM all": "all", "SLM selected": "selected"}
-STEPS = 4
+STEPS = 3
 
 
 def variants(ratios: list[float], cache: Path) -> dict[tuple[str, bool], list[str]]:
@@ -49,13 +50,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=4, help="of a step")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.12])
     parser.add_argument("arguments", nargs="*")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
-        length = "--seq-length 1024 --max-position-embeddings 1024 --global-batch-size 1"
-        own = [*f"{length} --hidden-size {args.hidden}".split(), *args.arguments]
+        length = "--seq-length 1024 --max-position-embeddings 1024"
+        size = f"--hidden-size {args.hidden} --global-batch-size {args.samples}"
+        own = [*length.split(), *size.split(), *args.arguments]
         common = [*MODEL, *own, "--num-workers", "0"]
 
         def run(name: str, more: list[str], steps: int = STEPS) -> float:

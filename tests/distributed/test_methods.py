@@ -71,6 +71,7 @@ CASES = {
         "--slm-weighting mile --slm-score-option gamma=2",
         {"weighting": "mile", "gamma": 2.0},
     ),
+    "eaft, tp2 sp": ("tp2 sp", "--slm-weighting eaft", {"weighting": "eaft"}),
     "longce, global batch, dp2": (
         "dp2",
         "--slm-weighting longce --slm-score-option gamma=3 --slm-scope global-batch "

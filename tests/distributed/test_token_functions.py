@@ -27,9 +27,10 @@ from real_text import docstrings
 STEPS, MICRO_BATCH, COUNT = 2, 2, 2
 SAMPLES = STEPS * COUNT * MICRO_BATCH
 READ = (
-    "entropies reference_losses labels token_ids positions documents document_positions datasets "
-    "external random"
+    "entropies top_entropies reference_losses labels token_ids positions documents "
+    "document_positions datasets external random"
 ).split()
+PUBLISHED = ("eaft", "talr", "exact")  # weights that read what no run of test_methods.py has
 GOLDFISH = (3, 4)
 BELOW, ABOVE = 15_000, 100_000  # the first and the last documents
 MODULE = f"""
@@ -37,6 +38,7 @@ from pathlib import Path
 
 import torch
 from megatron_slm.selection import token_score, token_weight
+from megatron_slm.selection.weights import WEIGHT_FUNCTIONS
 
 seen = []
 
@@ -47,8 +49,10 @@ def everything(tokens):
     seen.append(tokens)
     return tokens.losses - tokens.reference_losses + tokens.random
 
-@token_weight(needs=("positions",))
+@token_weight(needs={READ})
 def late(tokens, chosen, *, power=1.0):
+    found = {{name: WEIGHT_FUNCTIONS[name].compute(tokens, chosen) for name in {PUBLISHED}}}
+    torch.save(found, f"seen/{{torch.distributed.get_rank()}} {{len(seen) - 1}} weights.pt")
     return chosen.normalized((1.0 + tokens.positions) ** power)
 
 @token_score()
@@ -133,6 +137,7 @@ class Seen:
     """What the functions of a run read and did: whole samples, [SAMPLES, s], by name."""
 
     read: dict[str, Tensor]
+    published: dict[str, Tensor]
     selected: Tensor
     weights: Tensor
     dump: Path
@@ -155,7 +160,10 @@ def seen_by(directory: Path, ranks: list[list[int]]) -> Seen:
         for number in range(STEPS * COUNT):
             # What they read first was of the token dump.
             files = [directory / "seen" / f"{rank} {number + 1}.pt" for rank in of_parts]
-            read = [torch.load(file) for file in files]
+            read = [
+                torch.load(file) | torch.load(file.with_name(f"{file.stem} weights.pt"))
+                for file in files
+            ]
             saved = [torch.load(directory / "recorded" / f"rank{rank}.pt") for rank in of_parts]
             records = [one["records"][number] for one in saved]
             assert {record["number"] for record in records} == {number % COUNT}
@@ -168,7 +176,8 @@ def seen_by(directory: Path, ranks: list[list[int]]) -> Seen:
     for other in found[1:]:  # tensor-parallel ranks agree to the bit
         assert all(torch.equal(other[name], values) for name, values in found[0].items())
     selected, weights = found[0].pop("selected"), found[0].pop("weights")
-    return Seen(found[0], selected, weights, directory / "dump")
+    published = {name: found[0].pop(name) for name in PUBLISHED}
+    return Seen(found[0], published, selected, weights, directory / "dump")
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +221,7 @@ def test_they_read_the_same_in_each_layout(runs: list[Seen]) -> None:
     assert one.keys() == other.keys() == {*READ, "losses", "valid"}
     valid = one["valid"]
     for name, values in one.items():
-        if name in ("losses", "entropies", "reference_losses"):
+        if name in ("losses", "entropies", "top_entropies", "reference_losses"):
             torch.testing.assert_close(values[valid], other[name][valid], rtol=1e-5, atol=1e-5)
         else:
             assert torch.equal(values, other[name]), name
@@ -283,6 +292,33 @@ def test_the_weighting(runs: list[Seen]) -> None:
         raw = selected * (1.0 + places) ** 2
         found = runs[0].weights[part]
         torch.testing.assert_close(found, raw * count / raw.sum(), rtol=1e-5, atol=1e-6)
+
+
+def test_published_weights(runs: list[Seen]) -> None:
+    """Those of the selected tokens, whose samples lie on one rank or on two."""
+    buckets = []
+    for run, first in itertools.product(runs, range(0, SAMPLES, MICRO_BATCH)):
+        part = slice(first, first + MICRO_BATCH)
+        read = {name: values[part].double() for name, values in run.read.items()}
+        selected = run.selected[part]
+        means = [row[own].mean() for row, own in zip(read["losses"], selected, strict=True)]
+        context = (read["document_positions"] + 1).clamp(max=SEQUENCE - 1)
+        starts = torch.where(context < 8, 0.0, 2.0 ** context.log2().floor())
+        long = selected & (starts >= SEQUENCE / 4)
+        rarity = torch.zeros_like(context)
+        for start in starts[long].unique():
+            own = long & (starts == start)
+            rarity[own] = (own.sum() / long.sum()) ** -0.5
+        wanted = {
+            "eaft": read["top_entropies"] / 3.0,
+            "talr": (-read["losses"] / min(means)).exp().clamp(min=0.01),
+            "exact": 1.0 + 0.15 * rarity / rarity[long].mean(),
+        }
+        buckets.append(starts[long].unique().numel())
+        for name, values in wanted.items():
+            found = run.published[name][part].double()
+            torch.testing.assert_close(found[selected], values[selected], rtol=1e-5, atol=1e-6)
+    assert min(buckets) > 0 and max(buckets) == 2
 
 
 def test_token_dumps(runs: list[Seen]) -> None:

@@ -47,7 +47,9 @@ def check_head(tokens: int, width: int, vocabulary: int, dtype: torch.dtype) -> 
     weight = weight.to(dtype).requires_grad_()
     labels = torch.randint(0, vocabulary, (tokens,), device=args.device)
     index = torch.arange(0, tokens, 2, device=args.device)
-    scored = token_losses(hidden.detach(), weight.detach(), labels, group, entropies=True)
+    scored = token_losses(
+        hidden.detach(), weight.detach(), labels, group, entropies=True, top_entropies=True
+    )
 
     def loss(fused: bool) -> Tensor:
         return selected_loss(
@@ -75,11 +77,13 @@ def check_head(tokens: int, width: int, vocabulary: int, dtype: torch.dtype) -> 
     losses = -log_p.gather(1, labels[:, None]).squeeze(1)
     losses[index].sum().backward()
     assert hidden64.grad is not None and weight64.grad is not None
-    assert scored.entropies is not None
+    assert scored.entropies is not None and scored.top_entropies is not None
+    log_q = logits.topk(20).values.log_softmax(-1)
     rough = 1e-5 if dtype == torch.float32 else 1e-2
     errors = {
         "losses": (relative(scored.losses, losses), 1e-5),
         "entropies": (relative(scored.entropies, -(log_p.exp() * log_p).sum(1)), 1e-4),
+        "likeliest": (relative(scored.top_entropies, -(log_q.exp() * log_q).sum(1)), 1e-4),
         "dh": (relative(gradients[0], hidden64.grad), rough),
         "dW": (relative(gradients[1], weight64.grad), rough),
         "main_grad": (relative(weight.main_grad, weight64.grad), rough),  # type: ignore[attr-defined]

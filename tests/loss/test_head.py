@@ -63,6 +63,11 @@ class Case:
         losses = cross_entropy(logits.flatten(0, 1), self.labels.flatten(), reduction="none")
         return losses.view(BATCH, SEQUENCE), torch.special.entr(logits.softmax(-1)).sum(-1)
 
+    def among_likeliest(self) -> Tensor:
+        logits = torch.einsum("sbh,vh->bsv", self.hidden.double(), self.weight.double())
+        highest = logits[..., :VOCABULARY].sort(descending=True).values[..., :20]
+        return torch.special.entr(highest.softmax(-1)).sum(-1)
+
     def gradients(self, loss: Tensor) -> list[Tensor]:
         return list(torch.autograd.grad(loss, [self.hidden, self.weight]))
 
@@ -83,6 +88,12 @@ def test_all_losses(group: distributed.ProcessGroup) -> None:
             close(both, torch.stack([losses, entropies]))
             assert both[0].equal(alone)
             assert not alone.requires_grad and not both.requires_grad
+    scoring = Scoring(VOCABULARY, entropies=True, top_entropies=True)
+    assert scoring.names == ("losses", "entropies", "top_entropies")
+    every = all_losses(**case.arguments, context=scoring)
+    close(every, torch.stack([*case.dense(VOCABULARY), case.among_likeliest()]))
+    two = all_losses(**case.arguments, context=Scoring(VOCABULARY, top_entropies=True))
+    assert two.equal(every[[0, 2]])
 
 
 def test_dense_losses(group: distributed.ProcessGroup) -> None:
@@ -132,6 +143,23 @@ def test_selected_tokens(group: distributed.ProcessGroup) -> None:
             case.gradients(loss), case.gradients(case.dense()[0][selected].sum()), strict=True
         ):
             close(actual, expected)
+
+
+def test_weights_of_the_likeliest_tokens(group: distributed.ProcessGroup) -> None:
+    """The one who weighs is told their entropies, which have no gradient."""
+    case = Case(group)
+
+    def weigh(*_: Tensor | None, top_entropies: Tensor) -> Tensor:
+        close(top_entropies, case.among_likeliest())
+        return top_entropies
+
+    loss = loss_of_selected(
+        **case.arguments, context=Selecting(weigh, VOCABULARY, top_entropies=True)
+    )
+    expected = (case.among_likeliest().detach() * case.dense()[0]).sum()
+    close(loss.detach(), expected)
+    for actual, wanted in zip(case.gradients(loss), case.gradients(expected), strict=True):
+        close(actual, wanted)
 
 
 def test_weighted_tokens(group: distributed.ProcessGroup) -> None:

@@ -13,9 +13,17 @@ import torch
 from torch import Tensor, distributed
 from torch.nn.functional import cross_entropy
 
-from megatron_slm.selection import Ranks, SelectionSettings, Tokens, TokenSelector
+from megatron_slm.loss.likeliest import LikeliestTokens
+from megatron_slm.selection import (
+    DocumentPlaces,
+    Ranks,
+    SelectionSettings,
+    Tokens,
+    TokenSelector,
+)
 
-SAMPLES, LENGTH, VOCABULARY = 3, 40, 17
+SAMPLES, LENGTH, VOCABULARY = 4, 40, 37
+DOCUMENT = 23  # tokens of a sample's first document; the second one is the rest
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +50,18 @@ class Drawn:
     @property
     def tokens(self) -> Tokens:
         entropies = torch.distributions.Categorical(logits=self.policy).entropy()
+        rows = self.policy.flatten(0, 1)
+        likeliest = LikeliestTokens(len(rows), rows.device)
+        for chunk in rows.split([9, 28], dim=1):
+            likeliest.add(chunk)
+        places = torch.arange(LENGTH).expand(SAMPLES, -1)
         return Tokens(
             self.loss(self.policy).float(),
             self.valid,
             entropies=entropies.float(),
+            top_entropies=likeliest.entropies(distributed.group.WORLD).view(SAMPLES, LENGTH),
             reference_losses=self.loss(self.reference).float(),
+            document_positions=torch.where(places < DOCUMENT, places, places - DOCUMENT),
         )
 
 
@@ -74,6 +89,31 @@ def helm(drawn: Drawn, long: Tensor, short: Tensor, sparsity: float | None, mixe
     return result
 
 
+def talr(drawn: Drawn, losses: Tensor, floor: float) -> Tensor:
+    """Compute Lin et al.'s weights, p ** (1 / tau) from below; tau as it is for each batch."""
+    probability = (-losses).exp()
+    means = torch.stack([own[may].mean() for own, may in zip(losses, drawn.valid, strict=True)])
+    return (probability ** (1 / means.median())).clamp_min(floor)
+
+
+def exact(drawn: Drawn, alpha: float, gamma: float, tau: int) -> Tensor:
+    """Compute Zhu et al.'s weights: counts of buckets, and alpha of extra weight for each token."""
+    buckets = [(0, 7), *((2**power, 2 ** (power + 1) - 1) for power in range(3, 12))]
+    found, of_token, counts = torch.ones(SAMPLES, LENGTH, dtype=torch.float64), {}, {}
+    for sample, target in drawn.valid.nonzero().tolist():
+        context = target + 1 if target < DOCUMENT else target + 1 - DOCUMENT  # of the label
+        (bucket,) = [one for one in buckets if one[0] <= context <= one[1]]
+        if bucket[0] >= tau:
+            of_token[sample, target] = bucket
+            counts[bucket] = counts.get(bucket, 0) + 1
+    share = {bucket: count / len(of_token) for bucket, count in counts.items()}
+    rarity = {bucket: q**-gamma for bucket, q in share.items()}
+    mean = sum(share[bucket] * rarity[bucket] for bucket in share)
+    for place, bucket in of_token.items():
+        found[place] = 1 + alpha * rarity[bucket] / mean
+    return found
+
+
 def expected(drawn: Drawn, method: str) -> Tensor:
     long, short = drawn.loss(drawn.policy), drawn.loss(drawn.reference)
     log_p = drawn.policy.log_softmax(-1)
@@ -83,6 +123,14 @@ def expected(drawn: Drawn, method: str) -> Tensor:
         gamma = 1.0 if method == "mile" else 2.0
         found = (1.0 - (log_p.exp() * log_p).sum(-1)) ** gamma
         found = found / found[drawn.valid].mean()
+    elif method.startswith("eaft"):  # entropy_approx of LLaMA-Factory
+        highest = drawn.policy.topk(20, dim=-1).values
+        log_q = highest - highest.logsumexp(-1, keepdim=True)
+        found = torch.pow(-(log_q.exp() * log_q).sum(-1) / 3.0, 1 if method == "eaft" else 2)
+    elif method.startswith("talr"):
+        found = talr(drawn, long, 0.01 if method == "talr" else 0.3)
+    elif method.startswith("exact"):
+        found = exact(drawn, *((0.15, 0.5, 10) if method == "exact" else (0.4, 1.0, 8)))
     elif method.startswith("longce"):
         bound = 5.0 if method == "longce" else 2.0
         found = torch.minimum((short - long).exp(), torch.tensor(bound))
@@ -97,6 +145,12 @@ def expected(drawn: Drawn, method: str) -> Tensor:
         "dft",
         "mile",
         "mile gamma=2",
+        "eaft",
+        "eaft alpha=2",
+        "talr",
+        "talr floor=0.3",
+        "exact",
+        "exact alpha=0.4 gamma=1 tau=8",
         "longce",
         "longce gamma=2",
         "context",
@@ -109,6 +163,26 @@ def test_weights(ranks: Ranks, method: str, seed: int) -> None:
     scope = "sequence" if method.startswith("context") else "micro-batch"
     found = weights(drawn, ranks, *method.split(), scope=scope)
     torch.testing.assert_close(found, expected(drawn, method), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scope", ["sequence", "document"])
+def test_the_sequences_of_talr(ranks: Ranks, scope: str) -> None:
+    """Where each sequence or document is a set of its own, tau is its mean loss."""
+    drawn = Drawn(3)
+    settings = SelectionSettings(scope=scope, score="policy", weighting="talr")
+    tokens, places = drawn.tokens, torch.arange(LENGTH).expand(SAMPLES, -1)
+    second = (places >= DOCUMENT).long()
+    documents = DocumentPlaces(second, tokens.document_positions)
+    choice = TokenSelector(settings, ranks).choose(
+        settings.scorer(tokens), drawn.valid, 1.0, documents=documents, tokens=tokens
+    )
+    assert choice.weights is not None
+    losses = drawn.loss(drawn.policy)
+    sequences = torch.arange(SAMPLES)[:, None] * 2 + (second if scope == "document" else 0)
+    for one in sequences.unique():
+        own = (sequences == one) & drawn.valid
+        weights = (-losses[own] / losses[own].mean()).exp().clamp_min(0.01)
+        torch.testing.assert_close(choice.weights[own].double(), weights, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(3))

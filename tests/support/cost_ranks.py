@@ -97,7 +97,7 @@ def measure(
     return flops.get_total_flops(), sum(kept.values()), before, after
 
 
-def check(sequence_parallel: bool, entropies: bool, padding: int) -> None:
+def check(sequence_parallel: bool, entropies: bool, padding: int, top: bool = False) -> None:
     """Both heads' costs are those of the table."""
     size = parallel_state.get_tensor_model_parallel_world_size()
     layer = ColumnParallelLinear(
@@ -130,7 +130,7 @@ def check(sequence_parallel: bool, entropies: bool, padding: int) -> None:
             labels=labels,
             scale_logits=lambda logits: logits,
             config=SimpleNamespace(use_mup=False),
-            context=Selecting(lambda *scored: selected, tokens, entropies),
+            context=Selecting(lambda *_, **__: selected, tokens, entropies, top_entropies=top),
         )
 
     def run_dense() -> Tensor:
@@ -151,7 +151,8 @@ def check(sequence_parallel: bool, entropies: bool, padding: int) -> None:
         ("all_reduce", "MAX", (2 if padding else 1, TOKENS)),
         ("all_reduce", (2, TOKENS)),
         *[("all_reduce", (TOKENS,))] * (bool(padding) + entropies),
-        ("broadcast", (1 + bool(padding) + entropies, TOKENS)),
+        *[("all_gather", (TOKENS, 20))] * top,
+        ("broadcast", (1 + bool(padding) + entropies + top, TOKENS)),
     ], before
     assert after == [scattered if sequence_parallel else ("all_reduce", (count, HIDDEN))], after
     own_gradients = hidden.grad, layer.weight.grad
@@ -185,6 +186,7 @@ def main() -> None:
             for padding in (0, 7):
                 torch.manual_seed(3)
                 check(sequence_parallel, entropies, padding)
+    check(True, True, 7, top=True)
     distributed.destroy_process_group()
     print("as stated")
 

@@ -97,6 +97,27 @@ def check_scores(case: Case) -> None:
         assert torch.equal(alone.trained, alone.losses)
 
 
+def check_likeliest(case: Case) -> None:
+    """The entropies of the 20 likeliest tokens' softmax, with fewer than 20 on some ranks, and with
+    fewer than 20 tokens in all."""
+    logits = scale(case.hidden.double() @ case.weight.double().t())
+    for limit in (None, VOCABULARY, 23, 9):
+        labels = case.labels % (limit or VOCABULARY)
+        plain = case.score(labels, vocabulary=limit, entropies=True)
+        scored = case.score(labels, vocabulary=limit, with_padding=True, top_entropies=True)
+        both = case.score(labels, vocabulary=limit, entropies=True, top_entropies=True)
+        highest = logits[:, :limit].sort(descending=True).values[:, :20]
+        assert scored.top_entropies is not None and scored.entropies is None
+        case.close(scored.top_entropies, dense(highest, labels % 9)[1])
+        for one, other in (
+            (scored.losses, plain.losses),
+            (both.losses, plain.losses),
+            (both.entropies, plain.entropies),
+            (both.top_entropies, scored.top_entropies),
+        ):
+            assert one is not None and other is not None and torch.equal(one, other)
+
+
 def check_gradients(case: Case, weights: Tensor | None) -> None:
     """Check the (weighted) sum of the selected tokens' losses, with padding, and its gradients."""
     whole_hidden = case.hidden.double().requires_grad_()
@@ -154,6 +175,8 @@ def main(functions: str) -> None:
         for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
             case = Case(dtype, tolerance)
             check_scores(case)
+            if functions == "softmax":  # which takes no part in it
+                check_likeliest(case)
             check_gradients(case, weights=None)
             check_gradients(case, weights=case.weights)
             check_edges(case)

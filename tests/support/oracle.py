@@ -211,6 +211,7 @@ def train(
         raw = {
             "dft": of_tokens.softmax(-1).gather(2, labels[..., None])[..., 0],
             "mile": (1 + _entropies(of_tokens)) ** method.gamma,
+            "eaft": _entropies(of_tokens.topk(20).values) / 3,
             "longce": (reference_losses - losses).exp().clamp(max=method.gamma),
             "context": excess.abs(),
         }.get(method.weighting)

@@ -21,8 +21,10 @@ def train_recorded(args: Namespace) -> None:
     records: list[dict[str, Any]] = []
     weigh = MicroBatchObjective.weigh
 
-    def weigh_recorded(self: MicroBatchObjective, *known: torch.Tensor) -> torch.Tensor:
-        weights = weigh(self, *known)
+    def weigh_recorded(
+        self: MicroBatchObjective, *known: torch.Tensor, **named: torch.Tensor
+    ) -> torch.Tensor:
+        weights = weigh(self, *known, **named)
         if self.step.training:
             records.append(
                 {

@@ -12,6 +12,8 @@ import pytest
 from launch import REPOSITORY, recipe_environment
 from megatron_slm.errors import UserError
 from megatron_slm.selection import NEED_REFERENCE, SCOPES, SCORES, WEIGHTINGS
+from megatron_slm.selection.scores import SCORE_FUNCTIONS
+from megatron_slm.selection.weights import WEIGHT_FUNCTIONS
 from megatron_slm.training.command_line import options
 from megatron_slm.training.command_line.first_check import (
     DYNAMICS,
@@ -60,6 +62,7 @@ REFUSED = {
     "--slm-score own:": "argument --slm-score: invalid choice: 'own:'",
     "--slm-weighting longce": "--slm-weighting longce compares the policy with a reference",
     "--slm-weighting mile --slm-head dense": "--slm-weighting mile needs --slm-head chunked",
+    "--slm-weighting eaft --slm-head dense": "--slm-weighting eaft needs --slm-head chunked",
     "--slm-score-option gamma": "--slm-score-option gamma: give NAME=VALUE, as in gamma=2",
     "--slm-leave-out beside=1": "beside=1: give above=X, below=X or goldfish=K:H",
     "--slm-leave-out goldfish=50": "goldfish=50: give goldfish=K:H, as in goldfish=50:50",
@@ -155,6 +158,9 @@ def test_choices() -> None:
     assert set(options.NEED_REFERENCE) == NEED_REFERENCE
     assert get_args(options.Scope) == SCOPES
     assert get_args(options.Weighting) == WEIGHTINGS
+    needs = {name: one.needs for name, one in (SCORE_FUNCTIONS | WEIGHT_FUNCTIONS).items() if one}
+    of_policy = {"entropies", "top_entropies"}
+    assert set(options.NEED_ENTROPIES) == {name for name in needs if needs[name] & of_policy}
 
 
 HELP = """
@@ -162,8 +168,9 @@ import contextlib, io, pathlib, runpy, sys
 tools = sorted(pathlib.Path(sys.argv[1], "tools").glob("*.py"))
 sys.path.insert(0, str(tools[0].parent))
 commands = [(tool, []) for tool in tools]
-for name, word in (("token_dynamics.py", "classify"), ("score_reference.py", "inspect")):
-    commands.append((tools[0].with_name(name), [word]))
+for words in ("token_dynamics classify", "score_reference inspect", "score_reference longppl"):
+    name, word = words.split()
+    commands.append((tools[0].with_name(f"{name}.py"), [word]))
 for tool, words in commands:
     sys.argv = [str(tool), *words, "--help"]
     said = io.StringIO()

@@ -33,6 +33,7 @@ DECIDED = {
 # What a user's own score needs, and what is said of a run that cannot have it.
 LACKING = {
     "entropies": "needs --slm-head chunked",
+    "top_entropies": "needs --slm-head chunked",
     "reference_losses": "needs --slm-reference-load, or another reference",
     "documents": "needs samples whose documents do not see each other: give --dataloader-inter",
     "external": "needs --slm-token-values with a cache of external values",

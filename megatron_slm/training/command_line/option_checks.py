@@ -11,7 +11,11 @@ from megatron_slm.training.command_line.decisions import (
     reference_flags,
     weighs_tokens,
 )
-from megatron_slm.training.command_line.options import COMPARES_WITH_REFERENCE, NEED_REFERENCE
+from megatron_slm.training.command_line.options import (
+    COMPARES_WITH_REFERENCE,
+    NEED_ENTROPIES,
+    NEED_REFERENCE,
+)
 
 
 def check_options(args: Namespace, given: Collection[str]) -> None:
@@ -48,11 +52,8 @@ def check_options(args: Namespace, given: Collection[str]) -> None:
     check_reference(args)
     if args.slm_global_batch == "exact" and args.slm_scope != "global-batch":
         raise UserError("--slm-global-batch exact needs --slm-scope global-batch")
-    for flag, name, needs in (
-        ("--slm-score", args.slm_score, "policy-entropy"),
-        ("--slm-weighting", args.slm_weighting, "mile"),
-    ):
-        if args.slm_head == "dense" and name == needs:
+    for flag, name in (("--slm-score", args.slm_score), ("--slm-weighting", args.slm_weighting)):
+        if args.slm_head == "dense" and name in NEED_ENTROPIES:
             raise UserError(f"{flag} {name} needs --slm-head chunked")
     soft = "--slm-weighting" if args.slm_weighting != "hard" else None
     guarded = "--slm-unselected-weight" if args.slm_unselected_weight > 0.0 else None

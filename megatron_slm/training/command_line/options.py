@@ -45,7 +45,10 @@ NEED_REFERENCE = (
     "context",
 )
 Scope = Literal["document", "sequence", "micro-batch", "data-parallel", "global-batch"]
-Weighting = Literal["hard", "relu", "softmax", "dft", "mile", "longce", "context"]
+Weighting = Literal[
+    "hard", "relu", "softmax", "dft", "mile", "eaft", "talr", "exact", "longce", "context"
+]
+NEED_ENTROPIES = ("policy-entropy", "mile", "eaft")  # of the policy
 OF_SCORES = ("relu", "softmax")  # weigh all tokens, by their scores
 COMPARES_WITH_REFERENCE = ("longce", "context")
 
