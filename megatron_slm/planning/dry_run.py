@@ -34,7 +34,7 @@ from megatron_slm.training.command_line.first_check import options_in
 from megatron_slm.training.settings import settings_from_arguments
 
 # Of plain layers in Transformer Engine's place; routers in float64 do not use its kernels either.
-PLAIN = OF_PLAIN_LAYERS | {"fp8": None, "fp4": None, "moe_router_dtype": "fp64"}
+STAND_IN = OF_PLAIN_LAYERS | {"fp8": None, "fp4": None, "moe_router_dtype": "fp64"}
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,14 @@ def dry_run(recipe: LaunchRecipe, rank: int, vocabulary: int) -> BuiltRank:
         if args.slm_reference is not None:
             replicas.append(frozen_arguments(args))
         reference = [_build_and_pass(own, None, f"rank {rank}'s reference") for own in replicas]
-    numbers = [sum(number for number, _ in models) for models in (policy, reference)]
-    passed = all(passed for _, passed in policy + reference)
-    return BuiltRank(rank, position, stages or 1, *numbers, passed)
+    return BuiltRank(
+        rank,
+        position,
+        chunks=stages or 1,
+        policy=sum(number for number, _ in policy),
+        reference=sum(number for number, _ in reference),
+        passed=all(passed for _, passed in policy + reference),
+    )
 
 
 @contextmanager
@@ -200,7 +205,7 @@ def _build_and_pass(args: Namespace, vp_stage: int | None, what: str) -> tuple[i
     number = sum(parameter.numel() for parameter in model.parameters())
     if installed_layers() is None:
         try:
-            model = build_stage(Namespace(**vars(args) | PLAIN), plain_block_spec, **ends)
+            model = build_stage(Namespace(**vars(args) | STAND_IN), plain_block_spec, **ends)
         except (AssertionError, ValueError, UserError):
             return number, False
     for module in model.modules():

@@ -248,7 +248,7 @@ def test_losses_that_experts_scored_before(setting: Setting, tmp_path: Path) -> 
         ("", [(2, 2, 1), (1, 1, 3), (4, 4, STEPS)]),
         (
             "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable",
-            [(2, 2, 1), (4, 4, 2), (2, 1, 3), (2, 2, STEPS)],
+            [(2, 1, 1), (4, 4, 2), (2, 2, 3), (1, 1, STEPS)],
         ),
     ],
     ids=["plain", "distributed"],
