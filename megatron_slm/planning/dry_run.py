@@ -26,10 +26,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_slm.errors import UserError
 from megatron_slm.model.layer_spec import plain_block_spec
-from megatron_slm.model.model_config import build_stage
+from megatron_slm.model.model_config import build_stage, installed_layers
 from megatron_slm.planning.recipe import LaunchRecipe, parse, reference_checkpoints
 from megatron_slm.reference.online import frozen_arguments, reference_arguments
+from megatron_slm.training.command_line.arguments import OF_PLAIN_LAYERS
+from megatron_slm.training.command_line.first_check import options_in
 from megatron_slm.training.settings import settings_from_arguments
+
+# Of plain layers in Transformer Engine's place; routers in float64 do not use its kernels either.
+STAND_IN = OF_PLAIN_LAYERS | {"fp8": None, "fp4": None, "moe_router_dtype": "fp64"}
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,10 @@ class BuiltRank:
 
     reference: int
     """Number of the references' parameters, all references together."""
+
+    passed: bool
+    """Whether a micro-batch was passed through all of it; False if there are no plain layers like
+    Transformer Engine's."""
 
 
 def dry_run(recipe: LaunchRecipe, rank: int, vocabulary: int) -> BuiltRank:
@@ -72,19 +81,27 @@ def dry_run(recipe: LaunchRecipe, rank: int, vocabulary: int) -> BuiltRank:
     settings_from_arguments(args, ("external", "mask") if args.slm_token_values else ())
     args.slm_vocab_size = vocabulary
     args.perform_initialization = False
+    if installed_layers() is None and "--transformer-impl" not in options_in(recipe.arguments):
+        args.transformer_impl = "transformer_engine"  # the CPU platform's default is another
     with _fake_job(args), FakeTensorMode(allow_non_fake_inputs=True):
         position = _check_groups(args)
         stages = args.virtual_pipeline_model_parallel_size
-        policy = 0
-        for stage in range(stages or 1):
-            policy += _build_and_pass(args, stage if stages else None, f"rank {rank}'s policy")
-        reference = 0
+        policy = [
+            _build_and_pass(args, stage if stages else None, f"rank {rank}'s policy")
+            for stage in range(stages or 1)
+        ]
         replicas = [reference_arguments(each, args) for each in reference_checkpoints(args)]
         if args.slm_reference is not None:
             replicas.append(frozen_arguments(args))
-        for own in replicas:
-            reference += _build_and_pass(own, None, f"rank {rank}'s reference")
-    return BuiltRank(rank, position, stages or 1, policy, reference)
+        reference = [_build_and_pass(own, None, f"rank {rank}'s reference") for own in replicas]
+    return BuiltRank(
+        rank,
+        position,
+        chunks=stages or 1,
+        policy=sum(number for number, _ in policy),
+        reference=sum(number for number, _ in reference),
+        passed=all(passed for _, passed in policy + reference),
+    )
 
 
 @contextmanager
@@ -169,18 +186,28 @@ def _check_order(
     return position
 
 
-def _build_and_pass(args: Namespace, vp_stage: int | None, what: str) -> int:
-    """Build a stage, pass a micro-batch through it, and return the number of its parameters.
+def _build_and_pass(args: Namespace, vp_stage: int | None, what: str) -> tuple[int, bool]:
+    """Build a stage, and pass a micro-batch through it.
+
+    Returns:
+        The number of its parameters, and whether a micro-batch could be passed.
 
     Raises:
         UserError: the stage cannot be built, or its output has the wrong shape.
     """
     virtual = {"ignore_virtual": vp_stage is None, "vp_stage": vp_stage}
     first, last = mpu.is_pipeline_first_stage(**virtual), mpu.is_pipeline_last_stage(**virtual)
+    ends: dict[str, Any] = {"first": first, "last": last, "vp_stage": vp_stage}
     try:
-        model: Any = build_stage(args, plain_block_spec, first=first, last=last, vp_stage=vp_stage)
+        model: Any = build_stage(args, installed_layers(), **ends)
     except (AssertionError, ValueError) as error:
         raise UserError(f"{what} cannot be built: {error}") from error
+    number = sum(parameter.numel() for parameter in model.parameters())
+    if installed_layers() is None:
+        try:
+            model = build_stage(Namespace(**vars(args) | STAND_IN), plain_block_spec, **ends)
+        except (AssertionError, ValueError, UserError):
+            return number, False
     for module in model.modules():
         if isinstance(module, MoELayer):
             module.forward = partial(_pass_experts, module)
@@ -205,7 +232,7 @@ def _build_and_pass(args: Namespace, vp_stage: int | None, what: str) -> int:
         found = tuple(model(tokens, tokens, None).shape)
     if found != expected:
         raise UserError(f"{what} returns the shape {list(found)} instead of {list(expected)}")
-    return sum(parameter.numel() for parameter in model.parameters())
+    return number, True
 
 
 def _pass_experts(

@@ -204,5 +204,6 @@ def build_ranks(args: Namespace, recipe: LaunchRecipe) -> Iterator[str]:
         where = " ".join(f"{name}{number}" for name, number in built.position.items())
         yield (
             f"rank {rank} of {recipe.ranks} ({where}): policy of {built.policy:,} parameters in "
-            f"{built.chunks} chunks, reference of {built.reference:,}: built, shapes meet"
+            f"{built.chunks} chunks, reference of {built.reference:,}: built, "
+            + ("shapes meet" if built.passed else "shapes not checked, as only a GPU could")
         )

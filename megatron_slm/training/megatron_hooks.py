@@ -28,7 +28,7 @@ from megatron.core.msc_utils import MaybeMultiStorageClient
 from megatron.training import get_args
 
 from megatron_slm.errors import UserError
-from megatron_slm.training import checkpoints, event_writer, report
+from megatron_slm.training import checkpoints, event_writer, optimizer_state, report
 
 VERSION = "0.19.2"
 """The megatron-core that the tables were written for."""
@@ -160,6 +160,13 @@ CHECKPOINTS = (
         "ddp_model optimizer opt_param_scheduler load_arg strict checkpointing_context",
         "a failure is one line",
         checkpoints.wrap_load,
+    ),
+    Hook(
+        "megatron.core.optimizer.optimizer.ChainedOptimizer",
+        "load_state_dict",
+        "self state_dict",
+        "the experts' state is found where the checkpoint has it, with experts shared out or not",
+        optimizer_state.wrap_load_state,
     ),
     Hook(
         LOOP,

@@ -64,14 +64,13 @@ def _check_optimizer(
     """Check that the optimizer's state can be loaded into this run's layout."""
     if args.no_load_optim or getattr(saved, "no_save_optim", False):
         return
-    experts = [getattr(a, "expert_model_parallel_size", None) or 1 for a in (saved, args)]
-    if (experts[0] > 1) != (experts[1] > 1):
+    sizes = [_sizes(each) for each in (saved, args)]
+    # Megatron's other optimizers come in several parts even without experts.
+    if args.optimizer not in ("adam", "sgd") and _are_apart(sizes[0]) != _are_apart(sizes[1]):
         raise UserError(
-            f"{where} has the optimizer's state for --expert-model-parallel-size {experts[0]}, and "
-            f"this run has {experts[1]}: Megatron keeps the experts' state apart under expert "
-            "parallelism alone, and cannot load it otherwise.  Continue with "
-            f"{'a size above 1' if experts[0] > 1 else 'size 1'}, or start the optimizer afresh "
-            "with --no-load-optim"
+            f"{where} has the state of several optimizers, as --optimizer {args.optimizer} has "
+            "them with its --expert-model-parallel-size and --expert-tensor-parallel-size: "
+            "continue with these sizes, or start the optimizer afresh with --no-load-optim"
         )
     kind = content.get("distrib_optim_sharding_type")
     if (
@@ -80,17 +79,23 @@ def _check_optimizer(
         or kind in DistributedOptimizer.checkpoint_fully_reshardable_formats
     ):
         return
-    sizes = [
-        tuple(getattr(a, f"{name}_model_parallel_size", None) or 1 for name in LAYOUT)
-        for a in (saved, args)
-    ]
     if sizes[0] != sizes[1]:
-        there, here = (
-            ", ".join(f"{n} {s}" for n, s in zip(LAYOUT, each, strict=True)) for each in sizes
-        )
+        there, here = (", ".join(f"{n} {s}" for n, s in each.items()) for each in sizes)
         raise UserError(
             f"{where} has the distributed optimizer's state for model-parallel sizes {there}, and "
             f"this run has {here}: it was saved without --dist-ckpt-optim-fully-reshardable.  "
             "Continue with the old sizes and that flag until the next checkpoint, and then with "
             "the new sizes; or start the optimizer afresh with --no-load-optim"
         )
+
+
+def _sizes(args: Namespace) -> dict[str, int]:
+    """Return the sizes of a run's model-parallel groups by name."""
+    sizes = {name: getattr(args, f"{name}_model_parallel_size", None) or 1 for name in LAYOUT}
+    of_experts = getattr(args, "expert_tensor_parallel_size", None)
+    return sizes | {"expert_tensor": of_experts or sizes["tensor"]}
+
+
+def _are_apart(sizes: dict[str, int]) -> bool:
+    """Return whether Megatron gives the experts of a run an optimizer of their own."""
+    return sizes["expert"] > 1 or sizes["expert_tensor"] != sizes["tensor"]

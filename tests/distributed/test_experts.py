@@ -242,28 +242,35 @@ def test_losses_that_experts_scored_before(setting: Setting, tmp_path: Path) -> 
     assert "shared out between replicas" in (tmp_path / "ep2" / "rank0.log").read_text()
 
 
-def test_resumes_with_other_expert_parallelism(setting: Setting, tmp_path: Path) -> None:
-    """From EP2 to EP4 and back, with the biases in the checkpoints, and not to EP1."""
-    case = Case(2, "", "biases")
+@pytest.mark.parametrize(
+    ("optimizer", "runs"),
+    [
+        ("", [(2, 2, 1), (1, 1, 3), (4, 4, STEPS)]),
+        (
+            "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable",
+            [(2, 1, 1), (4, 4, 2), (2, 2, 3), (1, 1, STEPS)],
+        ),
+    ],
+    ids=["plain", "distributed"],
+)
+def test_resumes_with_other_expert_parallelism(
+    optimizer: str, runs: list[tuple[int, int, int]], setting: Setting, tmp_path: Path
+) -> None:
+    """With the biases in the checkpoints; of each run its ranks, their size, and its last step."""
+    case = Case(2, optimizer, "biases")
     plain = setting.arguments(case)
     start = plain.index("--load")
     resumed = [*plain[:start], "--load", "saved", *plain[start + 5 :]]
-    ep2, ep4 = (["--expert-model-parallel-size", size] for size in ("2", "4"))
-    save = ["--save", "saved", "--save-interval", "2", "--exit-interval"]
-    run = setting.server.run
-    run("train", 2, [*plain, *ep2, *save, "2"], tmp_path)
-    run("train", 4, [*resumed, *ep4, *save, "4"], tmp_path)
-    run("train", 2, [*resumed, *ep2, *save, "6"], tmp_path)
+    save = "--save saved --save-interval 1 --exit-interval".split()
+    for ranks, size, last in runs:
+        layout = ["--expert-model-parallel-size", str(size), *save, str(last)]
+        arguments = [*(plain if last == 1 else resumed), *layout]
+        setting.server.run("train", ranks, arguments, tmp_path)
     steps, _ = setting.expected(case, tmp_path)
     scalars = Run(tmp_path, [], []).scalars
     for tag, of_step in (("lm loss", "lm_loss"), ("grad-norm", "grad_norm")):
         expected = [getattr(step, of_step) for step in steps]
         assert list(scalars(tag).values()) == pytest.approx(expected, rel=1e-5)
-    log = tmp_path / "rank0.log"
-    log.unlink()
-    setting.server.start("train", 1, resumed, tmp_path)
-    assert setting.server.codes() == [2]
-    assert "has the optimizer's state for --expert-model-parallel-size 2" in log.read_text()
 
 
 def test_moving_average_of_experts(setting: Setting, tmp_path: Path) -> None:

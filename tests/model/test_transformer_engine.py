@@ -127,3 +127,30 @@ def test_fp8_that_cannot_be(
     assert run.codes == [2], run.outputs[0][-3000:]
     (line,) = [one for one in run.outputs[0].splitlines() if one.startswith("error: ")]
     assert said in line
+
+
+DENSE = {"TEDotProductAttention", "TELayerNormColumnParallelLinear", "TERowParallelLinear"}
+DRY_RUNS = {
+    "pretrain_slm_1b.sh": DENSE,
+    "pretrain_slm_1b.sh --apply-layernorm-1p": DENSE,
+    "pretrain_slm_70b.sh --slm-reference-fp8": DENSE,
+    "pretrain_slm_qwen3_30b_a3b.sh --fp8-format hybrid": DENSE
+    | {"TEGroupedMLP", "TEColumnParallelGroupedLinear", "TERowParallelGroupedLinear"},
+}
+
+
+@INSTALLED
+@pytest.mark.parametrize("recipe", DRY_RUNS)
+def test_dry_runs_build_its_layers(recipe: str, tmp_path: Path) -> None:
+    """With as many parameters as plain ones, through which a micro-batch is passed."""
+    command = [str(SUPPORT / "dry_run_layers.py"), *recipe.split(maxsplit=1)]
+    run = launch(1, command, tmp_path, fresh_threads=1)
+    (kinds,), (numbers,), (passed,) = (
+        lines(run, word) for word in ("layers", "parameters", "passed")
+    )
+    assert set(kinds.split()) == DRY_RUNS[recipe]
+    total, megatron, plain = map(int, numbers.split())
+    has_no_plain_ones = "layernorm-1p" in recipe
+    assert total == megatron
+    assert plain == (0 if has_no_plain_ones else total)
+    assert passed == str(not has_no_plain_ones)

@@ -22,6 +22,7 @@ def arguments(**changes: Any) -> Namespace:
         "slm_changed": [],
         "use_distributed_optimizer": True,
         "no_load_optim": False,
+        "optimizer": "adam",
         "tensor_model_parallel_size": 2,
         "pipeline_model_parallel_size": 2,
         "virtual_pipeline_model_parallel_size": None,
@@ -83,6 +84,8 @@ def test_the_same_selection() -> None:
         {"tensor_model_parallel_size": 1},
         {"pipeline_model_parallel_size": 4},
         {"virtual_pipeline_model_parallel_size": 2},
+        {"expert_model_parallel_size": 2},
+        {"expert_tensor_parallel_size": 1},
     ],
 )
 def test_another_layout(size: dict[str, int]) -> None:
@@ -91,4 +94,17 @@ def test_another_layout(size: dict[str, int]) -> None:
     check(arguments(**size), arguments(), "fully_reshardable")
     check(arguments(no_load_optim=True, **size), arguments())
     check(arguments(**size), arguments(no_save_optim=True))
+    check(arguments(use_distributed_optimizer=False, **size), arguments())
+
+
+@pytest.mark.parametrize(
+    "size", [{"expert_model_parallel_size": 2}, {"expert_tensor_parallel_size": 1}]
+)
+def test_experts_with_an_optimizer_in_parts(size: dict[str, int]) -> None:
+    """Which parameters are in which part depends on the sizes."""
+    muon = {"optimizer": "muon", "use_distributed_optimizer": False}
+    with pytest.raises(UserError, match="several optimizers, as --optimizer muon has them"):
+        check(arguments(**muon, **size), arguments())
+    check(arguments(**muon, **size), arguments(**size))
+    check(arguments(**muon, **size, no_load_optim=True), arguments())
     check(arguments(use_distributed_optimizer=False, **size), arguments())

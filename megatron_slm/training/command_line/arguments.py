@@ -52,6 +52,13 @@ UNSUPPORTED = {
     "yaml_cfg": ("--yaml-cfg", "give arguments on the command line"),
 }
 
+OF_PLAIN_LAYERS = {
+    "transformer_impl": "local",
+    "no_persist_layer_norm": True,
+    "apply_rope_fusion": False,
+}
+"""Values of Megatron's options without Transformer Engine."""
+
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     """Add our options and defaults to Megatron's parser, whose errors become one line."""
@@ -66,11 +73,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         "gradient_accumulation_fusion": _grad_accum_fusion_available,
     }
     if not HAVE_TE:
-        defaults |= {
-            "transformer_impl": "local",
-            "no_persist_layer_norm": True,
-            "apply_rope_fusion": False,
-        }
+        defaults |= OF_PLAIN_LAYERS
     parser.set_defaults(**defaults)
     # One of Megatron's help texts contains a bare per cent sign, on which --help would fail.
     for action in parser._actions:
