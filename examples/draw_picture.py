@@ -23,15 +23,16 @@ STYLE = """
     text { font: 13px -apple-system, "Segoe UI", Helvetica, Arial, sans-serif; fill: #24292f }
     .title { font-size: 15px; font-weight: 600 } .note { fill: #57606a } .end { text-anchor: end }
     .middle { text-anchor: middle } .grid { stroke: #d0d7de; stroke-width: 0.7 }
-    .curve { fill: none; stroke-width: 2.2 } .excess { fill: #fb8f44 }
-    .chosen { stroke: #0969da; stroke-width: 1.8 }
-    .token { font: 10.6px ui-monospace, Menlo, Consolas, monospace }
+    .paper { fill: #fff } .curve { fill: none; stroke-width: 2.2 } .excess { fill: #fb8f44 }
+    .clm { stroke: #6e7781 } .random { stroke: #bc4c00 } .slm, .chosen { stroke: #0969da }
+    .chosen { stroke-width: 1.8 } .token { font: 10.6px ui-monospace, Menlo, Consolas, monospace }
+    @media (prefers-color-scheme: dark) {
+        text { fill: #e6edf3 } .note { fill: #9198a1 } .grid { stroke: #3d444d }
+        .paper { fill: #151b23 } .excess { fill: #b6561c } .clm { stroke: #9198a1 }
+        .random { stroke: #f0883e } .slm, .chosen { stroke: #58a6ff }
+    }
 """
-ARMS = {  # colour, and what is trained on
-    "clm": ("#6e7781", "all tokens"),
-    "random": ("#bc4c00", "60% at random"),
-    "slm": ("#0969da", "60% by excess loss"),
-}
+ARMS = {"clm": "all tokens", "random": "60% at random", "slm": "60% by excess loss"}
 LEFT, TOP, CHART_WIDTH, CHART_HEIGHT = 60, 80, 400, 290
 MAP_LEFT, MAP_TOP, COLUMNS, LINES, LETTER, LINE = 530, 106, 62, 16, 6.4, 19.0
 TICK = 50_000  # tokens
@@ -54,7 +55,7 @@ def main() -> None:
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}">',
         f"<style>{STYLE}</style>",
-        f'<rect width="{WIDTH}" height="{HEIGHT}" rx="8" fill="#fff"/>',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" rx="8" class="paper"/>',
         *chart(results),
         *token_map(dump, args.sample, args.first),
         "</svg>",
@@ -92,11 +93,11 @@ def chart(results: dict[str, Any]) -> Iterator[str]:
     for tokens in range(0, int(most) + 1, TICK):
         x, y = place(tokens, low)
         yield text(x, y + 22, f"{tokens // 1000}k" if tokens else "0", "note middle")
-    for number, (name, (colour, what)) in enumerate(ARMS.items()):
+    for number, (name, what) in enumerate(ARMS.items()):
         corners = " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in curves[name])
-        yield f'<polyline points="{corners}" class="curve" stroke="{colour}"/>'
+        yield f'<polyline points="{corners}" class="curve {name}"/>'
         x, y = LEFT + CHART_WIDTH - 222, TOP + 24 + 22 * number
-        yield f'<path d="M{x} {y - 4}h22" class="curve" stroke="{colour}"/>'
+        yield f'<path d="M{x} {y - 4}h22" class="curve {name}"/>'
         yield text(x + 30, y, f"{name}: {what}, {curves[name][-1][1]:.2f}")
 
 

@@ -33,7 +33,7 @@ OTHERS = set(
 )
 RUNS = ("megatron_slm.pretrain", "examples/your_own_pretrain.py")
 JOBS = ("tools/score_reference.py", "tools/token_dynamics.py")  # beside training
-OUTSIDE = ("tools/score_with_model.py", "tools/import_scores.py")
+OUTSIDE = ("tools/score_with_model.py", "tools/import_scores.py", "tools/evaluate.py")
 
 
 def read(page: Path) -> str:

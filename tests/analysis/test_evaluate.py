@@ -3,12 +3,14 @@ torch's own, with no network."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
 import runpy
 import shutil
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,9 +29,14 @@ from transformers import (
 
 from launch import REPOSITORY
 from megatron_slm.analysis.evaluation import evaluate as evaluation
+from megatron_slm.analysis.experiments.evaluations import read_scores
+from megatron_slm.analysis.experiments.experiment import tasks_of
+from megatron_slm.analysis.experiments.recipe import read_experiment
+from megatron_slm.errors import UserError
 from megatron_slm.model.conversion.import_hf import import_hugging_face
 from real_text import docstrings
 
+LOCAL = runpy.run_path(str(REPOSITORY / "examples" / "experiments" / "questions.py"))
 TEXTS = docstrings(["argparse", "difflib", "statistics"])
 QUESTIONS = 50
 SHOTS = 4  # the paper's for mathqa
@@ -163,6 +170,9 @@ def tasks(documents: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFact
     (directory / "unsafe.yaml").write_text(unsafe)
     (directory / "group.yaml").write_text("group: unsafe_group\ntask: [which_words, unsafe]\n")
     (directory / "broken.yaml").write_text("group: broken\ntask: [no_such_task]\n")
+    texts = directory / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    LOCAL["main"]([str(directory), f"prose={texts}"])
     return directory
 
 
@@ -233,6 +243,72 @@ def test_exported_model_has_the_scores_of_the_original(
     assert row[1:4] == [str(SHOTS), str(QUESTIONS), "acc,none"]
     assert row[4] == f"{expected['mathqa acc,none']:.4f}"
     assert row[6:] == ["0.139", "0.304", "0.477", "0.587"]  # MQA in the paper's table 1
+
+
+def test_local_questions(llama: Path, tasks: Path, tmp_path: Path) -> None:
+    """They are answered by what they say, and lm-eval reads them as they are meant."""
+    made = {
+        name: [json.loads(line) for line in (tasks / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("sums-questions", "sums-examples", "prose-questions")
+    }
+    count = len(made["prose-questions"])
+    assert len(made["sums-questions"]) == 100 and len(made["sums-examples"]) == 4 and count > 10
+    for one in made["sums-questions"] + made["sums-examples"]:
+        numbers = [int(word) for word in one["question"].removesuffix(" =").split(" + ")]
+        assert one["choices"][one["answer"]] == str(sum(numbers))
+        assert len(set(one["choices"])) == 4
+    whole = "\0".join(TEXTS)
+    for one in made["prose-questions"]:
+        found = [f"{one['question']} {words}" in whole for words in one["choices"]]
+        assert found[one["answer"]] and len(set(one["choices"])) == 4
+    assert {one["answer"] for one in made["sums-questions"]} > {0}
+    output = tmp_path / "scores.json"
+    local = ["--include-path", tasks, "--tasks", "sums", "prose"]
+    run("--model", llama, *local, "--output", output)
+    scores = json.loads(output.read_text())["scores"]
+    assert [(one["task"], one["metric"], one["shots"], one["samples"]) for one in scores] == [
+        ("sums", "acc,none", 4, 100),
+        ("prose", "acc_norm,none", 0, count),
+    ]
+    (tmp_path / "short.jsonl").write_text('{"text": "short"}\n')
+    with pytest.raises(UserError, match="no text is long enough"):
+        LOCAL["main"]([str(tmp_path), f"short={tmp_path / 'short.jsonl'}"])
+
+
+def test_an_arm_of_a_study(
+    llama: Path,
+    megatron: Path,
+    tasks: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its evaluation is a task of the study, whose command gives it the tool's own scores."""
+    recipe = tmp_path / "recipe.yaml"
+    local = f"--include-path {tasks} --tasks which_words right_words"
+    recipe.write_text(
+        f"seeds: [1]\nstages: {{hf: {{run: make it}}}}\narms: {{clm: {{}}}}\n"
+        f"evaluate: --like {{hf}} {local} --device cpu\n"
+    )
+    stage, arm, evaluated = tasks_of(read_experiment(recipe), None, None)
+    for one, source in ((stage, llama), (arm, megatron)):
+        one.prepare(tmp_path)
+        (tmp_path / one.output).parent.mkdir(exist_ok=True)
+        shutil.copytree(source, tmp_path / one.output, dirs_exist_ok=True)
+    assert read_scores(arm, tmp_path) == {}
+    evaluated.prepare(tmp_path)
+    ((python, flag, module, *arguments),) = evaluated.commands(tmp_path)
+    assert (python, flag) == (sys.executable, "-m")
+    monkeypatch.chdir(tmp_path)
+    importlib.import_module(module).main(arguments)
+    evaluated.finish(tmp_path)
+    run("--model", llama, *local.split(), "--output", tmp_path / "own.json")
+    own = json.loads((tmp_path / "own.json").read_text())["scores"]
+    assert read_scores(arm, tmp_path) == {
+        f"{one['task']} {one['metric'].removesuffix(',none')}": one["value"] for one in own
+    }
+    assert list(read_scores(arm, tmp_path)) == [
+        *("which_words acc", "which_words acc_norm", "right_words perplexity")
+    ]
 
 
 def test_what_is_refused(

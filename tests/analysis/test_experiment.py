@@ -9,14 +9,19 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from jobs import LLAMA, Corpus
 from launch import REPOSITORY
-from megatron_slm.analysis.experiments.experiment import tasks_of
+from megatron_slm.analysis.evaluation.command import build_parser
+from megatron_slm.analysis.experiments import evaluations
+from megatron_slm.analysis.experiments.experiment import run_experiment, tasks_of
 from megatron_slm.analysis.experiments.recipe import read_experiment
 from megatron_slm.analysis.experiments.results import (
     Point,
@@ -29,9 +34,12 @@ from megatron_slm.analysis.experiments.results import (
 )
 from megatron_slm.analysis.experiments.scale import scaled
 from megatron_slm.analysis.experiments.table import markdown, results_table
+from megatron_slm.analysis.report.picture import write_picture
 from megatron_slm.entry import add_arguments
 from megatron_slm.errors import UserError
 from megatron_slm.files import temporary
+from megatron_slm.training.command_line.first_check import SCORING
+from pictures import read_picture
 
 SMALLEST = """
 seeds: [1]
@@ -68,6 +76,7 @@ def write(directory: Path, text: str, name: str = "recipe.yaml") -> Path:
         ),
         ("seeds: [1]\narms: {clm: {}, slm: {seeds: [2]}}", "arm slm: seed 2 is not among"),
         ("seeds: [1, 2]\narms: {clm: {seeds: [1]}}", "arm clm has to run with every seed"),
+        (SMALLEST + "evaluate: --tasks {tasks}", "evaluate names {tasks}, which no stage before"),
         ("extends: recipe.yaml", "it extends itself"),
         ("extends: none.yaml", "none.yaml"),
         ("[1]", "Expected `object`, got `array`"),
@@ -127,12 +136,47 @@ def test_arms_with_some_seeds(tmp_path: Path) -> None:
     assert [one.name for one in tasks_of(recipe, None, [1])] == ["clm-seed1"]
 
 
+def test_arms_are_evaluated_if_the_recipe_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = """
+        seeds: [1, 2]
+        stages: {data: {run: make it}, tasks: {run: "write {out} {data}"}, slm: {run: make slm}}
+        arms: {clm: {}, slm: {arguments: "--load {slm}", seeds: [2]}}
+        """
+    write(tmp_path, text)
+    recipe = read_experiment(
+        write(tmp_path, "extends: recipe.yaml\nevaluate: --like {slm} {tasks}", "more.yaml")
+    )
+    found = tasks_of(recipe, ["slm"], [2])
+    assert [one.name for one in found] == [
+        *("data", "tasks", "slm", "clm-seed2", "slm-seed2"),
+        *("clm-seed2-evaluation", "slm-seed2-evaluation"),
+    ]
+    evaluated = found[-1]
+    assert [one.name for one in evaluated.inputs] == ["slm", "tasks", "slm-seed2"]
+    ((_, *words),) = evaluated.commands(tmp_path)
+    assert words[2:] == [
+        *("--model", "runs/slm-seed2/checkpoints"),
+        *("--output", "evaluations/slm-seed2-evaluation/scores.json"),
+        *("--like", "stages/slm", "stages/tasks"),
+    ]
+    plain = tasks_of(read_experiment(tmp_path / "recipe.yaml"), ["slm"], [2])
+    assert [one.hash for one in plain] == [found[at].hash for at in (2, 3, 4)]
+    monkeypatch.setattr(evaluations, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"more evaluates its arms with lm-eval, which is not inst"):
+        run_experiment(tmp_path / "more.yaml", tmp_path / "study", 1, None, None)
+    assert not (tmp_path / "study").exists()
+
+
 def test_scale(tmp_path: Path) -> None:
     text = """
         seeds: [1]
         arguments: --train-iters 20 --eval-interval 10 --lr 20 --lr-warmup-iters 5
         stages: {data: {run: make --train-iters 3}, base: {pretrain: "{data}"}}
-        arms: {clm: {arguments: "{base} --slm-warmup-tokens 512 --train-iters 40"}}
+        arms:
+          clm: {arguments: "{base} --slm-warmup-tokens 512 --train-iters 40"}
+          steps: {arguments: "--slm-ratio-steps 4:0.6 8:1 --lr 4"}
         """
     path = write(tmp_path, text)
     whole = read_experiment(path)
@@ -143,6 +187,7 @@ def test_scale(tmp_path: Path) -> None:
     assert " ".join(half.stages["base"].words) == f"{common} {{data}}"
     own = "{base} --slm-warmup-tokens 256 --train-iters 20"
     assert " ".join(half.arms["clm"].words) == f"{common} {own}"
+    assert " ".join(half.arms["steps"].words).endswith("--slm-ratio-steps 2:0.6 4:1 --lr 4")
     (longer,) = scaled(whole, 40).arms["clm"].commands
     assert longer[-1] == "1600" and longer[1] == "800"
     with pytest.raises(UserError, match=r"--eval-interval 10 of base would be 2\.5"):
@@ -153,16 +198,22 @@ def test_scale(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "examples/experiments").glob("*.yaml")))
 def test_recipes_of_the_repository(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Megatron and we have the arguments of all their runs."""
+    """Megatron and we have the arguments of all their runs, scores and evaluations."""
     from megatron.training.arguments import parse_args
 
     if path.name == "small.yaml":  # which others extend
         return
     for one in tasks_of(read_experiment(path), None, None):
-        if one.task.kind in ("arm", "pretrain") and one.seed in (None, 1):
-            (words,) = one.commands(Path())
-            monkeypatch.setattr(sys, "argv", words[words.index("megatron_slm.pretrain") :])
-            assert parse_args(add_arguments).train_iters > 0, one.name
+        if one.task.kind == "run" or one.seed not in (None, 1):
+            continue
+        (words,) = one.commands(Path())
+        words = words[next(at for at, word in enumerate(words) if "megatron_slm." in word) :]
+        monkeypatch.setattr(sys, "argv", words)
+        if one.task.kind == "evaluate":
+            assert build_parser().parse_args(words[1:]).tasks, one.name
+            continue
+        own = partial(add_arguments, job=SCORING) if one.task.kind == "score" else add_arguments
+        assert parse_args(own).train_iters > 0, one.name
 
 
 CURVE = ((10, 100, 5.0), (20, 200, 4.0), (30, 300, 3.5))
@@ -288,6 +339,27 @@ def test_further_validation_sets() -> None:
     assert [row[3] for row in cells] == ["general loss", "2.5000 ± 0.0000", "1.5000", "not known"]
 
 
+def test_scores_of_evaluations() -> None:
+    """Of each arm's last checkpoint, in the table only if there are any."""
+    some = {"sums acc": 0.5, "prose acc": 0.75}
+    runs = {
+        "clm": {1: replace(result(CURVE), scores=some), 2: replace(result(CURVE), scores=some)},
+        "slm": {1: replace(result(CURVE), scores=some | {"sums acc": 0.625}), 2: result(CURVE)},
+        "without": {1: result(CURVE)},
+    }
+    assert "scores" not in result(CURVE).described()
+    assert runs["slm"][1].described()["scores"] == {"sums acc": 0.625, "prose acc": 0.75}
+    found = summary(runs)
+    assert "scores" not in found["arms"]["without"]
+    text = markdown("study", "prose", found)
+    assert "Scores of lm-eval's tasks are those of each arm's last checkpoint." in text
+    rows = [line.split("|")[4:6] for line in text.splitlines() if line.startswith("| ")]
+    cells = [[cell.strip() for cell in row] for row in rows]
+    assert cells[0] == ["sums acc", "prose acc"] and cells[2] == ["0.500 ± 0.000", "0.750 ± 0.000"]
+    assert cells[3:] == [["0.625 (1 of 2 seeds)", "0.750 (1 of 2 seeds)"], ["not known"] * 2]
+    assert "lm-eval" not in markdown("study", "prose", summary({"clm": {1: result(CURVE)}}))
+
+
 def test_a_task_begins(tmp_path: Path) -> None:
     """On what an earlier start of the same left, or anew; one that was killed leaves nothing."""
 
@@ -380,6 +452,7 @@ def test_a_study_killed_and_resumed(corpus: Corpus, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert results(killed) == results(straight)
     check_costs(results(straight)["arms"])
+    check_picture(straight)
 
     # An arm that fails takes nothing else with it, nor does a command for some arms.
     broken = write(tmp_path, text + "  broken: {arguments: --train-iters 0.5}\n")
@@ -421,3 +494,14 @@ def check_costs(arms: dict[str, Any]) -> None:
     assert slm["flops"]["reference_training"] * 3 == clm["flops"]["policy"]
     assert [point[:2] for point in slm["curve"]] == [[8, 1024], [16, 2048], [24, 3072]]
     assert slm["first_loss"] == pytest.approx(clm["first_loss"], rel=1e-5)  # one start and data
+
+
+def check_picture(study: Path) -> None:
+    """The curves are TensorBoard's, as it reads them itself."""
+    write_picture(study, "tokens", (), study / "tokens.svg")
+    lines = read_picture(study / "tokens.svg").lines
+    for arm, line in zip(("clm", "slm"), lines, strict=True):
+        events = EventAccumulator(str(study / f"runs/{arm}-seed1/tensorboard")).Reload()
+        logged = {each.step: each.value for each in events.Scalars("lm loss validation")}
+        np.testing.assert_allclose(line[:, 0], np.array(sorted(logged)) * 128, atol=10)
+        np.testing.assert_allclose(line[:, 1], list(logged.values()), atol=2e-3)

@@ -18,6 +18,7 @@ import pytest
 from launch import REPOSITORY
 from megatron_slm.analysis.report.figures import curve, figure
 from megatron_slm.analysis.report.page import build_page, write_report
+from megatron_slm.analysis.report.picture import write_picture
 from megatron_slm.analysis.report.run_files import RunFiles, Series
 from megatron_slm.analysis.report.settings import RunSettings
 from megatron_slm.analysis.report.study import outcome
@@ -324,6 +325,25 @@ def test_a_study_and_its_runs(browser: Any, tmp_path: Path) -> None:
     assert page.locator(".sample .text i").count() == 2 * 65
     assert page.said == [page.url]
     page.close()
+
+
+@in_browser
+def test_a_picture_in_light_and_in_dark_mode(browser: Any, tmp_path: Path) -> None:
+    write_study(tmp_path)
+    write_picture(tmp_path, "tokens", (), tmp_path / "picture.svg")
+    for scheme in ("light", "dark"):
+        page = browser.new_page(color_scheme=scheme)
+        asked: list[str] = []
+        page.on("request", lambda request, asked=asked: asked.append(request.url))
+        page.goto((tmp_path / "picture.svg").as_uri())
+        assert len(asked) == 1
+        paper, ink, line = (
+            page.eval_on_selector(place, f"one => getComputedStyle(one).{of}")
+            for place, of in ((".paper", "fill"), (".title", "fill"), (".line", "stroke"))
+        )
+        assert (luminance(paper) < 0.1) == (scheme == "dark")
+        assert contrast(ink, paper) > 7 and contrast(line, paper) > 4.5
+        page.close()
 
 
 @in_browser

@@ -1,7 +1,8 @@
 """Run an experiment: stages first, then every arm from the same start, on the same data in order.
 
     1. The stages that all seeds share run one after the other, each with all cores.
-    2. The stages and arms of each seed run `jobs` at a time, each with its part of the cores.
+    2. The stages, arms and evaluations of each seed run `jobs` at a time, each with its part of the
+       cores.
 
 Tasks that are complete are not run again (tasks.py).  Only one command at a time works in a study's
 directory.
@@ -13,9 +14,11 @@ import fcntl
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
+from megatron_slm.analysis.experiments.evaluations import check_evaluation, read_scores
 from megatron_slm.analysis.experiments.progress import StudyProgress, threads_of
 from megatron_slm.analysis.experiments.recipe import (
     BASELINE,
@@ -56,13 +59,14 @@ def run_experiment(
         A table of the results, including those that earlier commands made in this directory.
 
     Raises:
-        UserError: the recipe is faulty, or does not have such an arm or seed; or a task failed. A
-            failure is raised, with the path of its log, only after every task that does not depend
-            on it has run and the results are written.
+        UserError: the recipe is faulty, or does not have such an arm or seed; lm-eval is needed and
+            not installed; or a task failed. A failure is raised, with the path of its log, only
+            after every task that does not depend on it has run and the results are written.
     """
     recipe = scaled(read_experiment(path), scale)
     study = study.resolve()
     instances = tasks_of(recipe, arms, seeds)
+    check_evaluation(recipe)
     try:
         study.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -93,7 +97,8 @@ def _write_results(recipe: Experiment, study: Path, failed: list[str]) -> dict[s
     runs: Runs = {one.task.name: {} for one in done}
     for one in done:
         assert one.seed is not None
-        runs[one.task.name][one.seed] = measure_run(one, study)
+        scores = read_scores(one, study)
+        runs[one.task.name][one.seed] = replace(measure_run(one, study), scores=scores)
     found = summary(runs)
     results = {
         "format": STUDY_FORMAT,
@@ -161,14 +166,15 @@ def tasks_of(
     return [Instance(recipe, stage, None) for stage in once] + [
         Instance(recipe, task, seed)
         for seed, own in by_seed.items()
-        for task in (*_stages(recipe, own), *own)
+        for task in (*_stages(recipe, own), *own, *recipe.evaluations(own))
         if recipe.per_seed(task)
     ]
 
 
 def _stages(recipe: Experiment, arms: Sequence[ExperimentTask]) -> list[ExperimentTask]:
-    """Return the stages that some arms depend on, in order."""
-    needed = {name for arm in arms for name in recipe.needs(arm)}
+    """Return the stages that some arms and their evaluations depend on, in order."""
+    tasks = (*arms, *recipe.evaluations(arms))
+    needed = {name for task in tasks for name in recipe.needs(task)}
     return [stage for name, stage in recipe.stages.items() if name in needed]
 
 

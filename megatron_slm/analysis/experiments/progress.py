@@ -81,13 +81,18 @@ class Watched:
             self.iteration = 0
             if self.each:
                 self.validation_seconds = float(found[1]) / 1000 / self.each
-        if self.one.instance.task.kind == "score":
+        if self.kind == "score":
             self.scored = int((SCORED.findall(new) or [self.scored])[-1])
+
+    @property
+    def kind(self) -> str:
+        """What the task runs (ExperimentTask)."""
+        return self.one.instance.task.kind
 
     def told(self) -> str:
         """Return how far the task is, in words."""
-        kind, name = self.one.instance.task.kind, self.one.instance.name
-        if kind == "run":
+        kind, name = self.kind, self.one.instance.name
+        if kind in ("run", "evaluate"):
             count = len(self.one.instance.task.commands)
             return f"{name} {count - len(self.one.left)} of {count}" if count > 1 else name
         if kind == "score":
@@ -111,7 +116,8 @@ class StudyProgress:
         self.todo, self.count, self.study, self.jobs = list(todo), count, study, jobs
         self.began = time.monotonic()
         self.watched: dict[str, Watched] = {}
-        self.spent: list[float] = []  # seconds of each task that trains nothing
+        # Seconds of each task that trains nothing, by kind.
+        self.spent: dict[str, list[float]] = {"run": [], "evaluate": []}
         self.terminal = sys.stderr.isatty()
         self.looked = self.shown = -TELL
         self.names: list[str] = []
@@ -135,8 +141,8 @@ class StudyProgress:
         """Take note of a task that has ended, and whether it is complete."""
         if whole:
             self.todo.remove(one.instance)
-        if (watched := self.watched.get(one.instance.name)) and one.instance.task.kind == "run":
-            self.spent.append(time.monotonic() - watched.began)
+        if (watched := self.watched.get(one.instance.name)) and watched.kind in self.spent:
+            self.spent[watched.kind].append(time.monotonic() - watched.began)
 
     def end(self) -> None:
         """Erase the line from the terminal."""
@@ -173,8 +179,8 @@ class StudyProgress:
 
     def _whole(self, instance: Instance, jobs: int) -> float:
         """Estimate how many seconds a task that has not started will take."""
-        if instance.task.kind == "run":
-            return mean(self.spent) if self.spent else 0.0
+        if (spent := self.spent.get(instance.task.kind)) is not None:
+            return mean(spent) if spent else 0.0
         options, threads = _options(instance, self.study), threads_of(instance, jobs)
         start = mean(each.start for each in self.watched.values() if each.start is not None)
         step = self._step(options, threads)

@@ -11,6 +11,7 @@
                        score     arguments for tools/score_reference.py, after those of the arms
     arms             by name, `clm` among them: a description, arguments, and seeds, if it is to
                      run with only some of them
+    evaluate         arguments for tools/evaluate.py, if the arms are to be evaluated with lm-eval
     extends          a recipe to build on: stages and arms are merged into its own by name, and
                      arguments are appended to its own
 
@@ -23,7 +24,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -79,6 +80,7 @@ class ExperimentFile(msgspec.Struct, forbid_unknown_fields=True):
     training: str | None = None
     stages: dict[str, Any] | None = None  # values: StageEntry or null, as ArmEntry for arms
     arms: dict[str, Any] | None = None
+    evaluate: str | UnsetType = UNSET
     extends: str | UnsetType = UNSET
 
 
@@ -89,8 +91,8 @@ class ExperimentTask:
     name: str
     """The recipe's name for it."""
 
-    kind: Literal["run", "pretrain", "score", "arm"]
-    """What it runs; an arm is a pretraining run."""
+    kind: Literal["run", "pretrain", "score", "arm", "evaluate"]
+    """What it runs; an arm is a pretraining run, and the evaluation of one has its name."""
 
     commands: tuple[tuple[str, ...], ...]
     """The words of each command, with placeholders."""
@@ -140,6 +142,14 @@ class Experiment:
     arms: dict[str, ExperimentTask]
     """The arms by name, the baseline among them."""
 
+    evaluate: tuple[str, ...]
+    """The words of the arguments for evaluating an arm; none if arms are not evaluated."""
+
+    def evaluations(self, arms: Sequence[ExperimentTask]) -> list[ExperimentTask]:
+        """Return the evaluations of some arms, if the recipe has any."""
+        commands = (self.evaluate,)
+        return [ExperimentTask(arm.name, "evaluate", commands) for arm in arms if self.evaluate]
+
     def needs(self, task: ExperimentTask) -> dict[str, ExperimentTask]:
         """Return the stages that a task depends on, directly or not, in order."""
         wanted = set(task.stages)
@@ -150,7 +160,7 @@ class Experiment:
 
     def per_seed(self, task: ExperimentTask) -> bool:
         """Return whether a task is run once for each seed."""
-        return task.kind in ("arm", "score") or any(
+        return task.kind in ("arm", "score", "evaluate") or any(
             "seed" in one.names or one.kind == "score" for one in (task, *self.needs(task).values())
         )
 
@@ -182,6 +192,8 @@ def read_experiment(path: Path) -> Experiment:
             raise UserError(f"{path}: arm {name}: seed {unknown[0]} is not among the seeds above")
         arms[name] = ExperimentTask(name, "arm", (words,), arm.description, own)
         _check_names(path, arms[name], stages)
+    evaluate = () if content.evaluate is UNSET else _words(path, "evaluate", content.evaluate)
+    _check_names(path, ExperimentTask("", "evaluate", (evaluate,)), stages)
     if BASELINE not in arms:
         raise UserError(f"{path}: no arm is named {BASELINE}, with which the others are compared")
     if arms[BASELINE].seeds != seeds:
@@ -193,6 +205,7 @@ def read_experiment(path: Path) -> Experiment:
         ranks=1 if content.ranks is UNSET else content.ranks,
         stages=stages,
         arms=arms,
+        evaluate=evaluate,
     )
 
 
@@ -219,7 +232,7 @@ def _over(parent: ExperimentFile, own: ExperimentFile) -> ExperimentFile:
         parent,
         **{
             name: value
-            for name in ("name", "target", "seeds", "ranks")
+            for name in ("name", "target", "seeds", "ranks", "evaluate")
             if (value := getattr(own, name)) is not UNSET
         },
     )
@@ -280,9 +293,7 @@ def _words(path: Path, where: str, text: str | None) -> tuple[str, ...]:
 
 
 def _check_names(path: Path, task: ExperimentTask, known: Any) -> None:
-    what = "arm" if task.kind == "arm" else "stage"
+    what = f"{task.kind if task.kind in ('arm', 'evaluate') else 'stage'} {task.name}".strip()
     for name in task.stages:
         if name not in known:
-            raise UserError(
-                f"{path}: {what} {task.name} names {{{name}}}, which no stage before it is"
-            )
+            raise UserError(f"{path}: {what} names {{{name}}}, which no stage before it is")

@@ -67,6 +67,9 @@ class RunResult:
     others: dict[str, dict[int, float]] = field(default_factory=dict)
     """By name, the loss on each further validation set, in nats a token by iteration."""
 
+    scores: dict[str, float] = field(default_factory=dict)
+    """By task and metric, what lm-eval gives the last checkpoint; none without an evaluation."""
+
     @property
     def final(self) -> Point:
         """The last validation."""
@@ -96,7 +99,7 @@ class RunResult:
             "wall_seconds": self.step_seconds * self.final.iteration,
             "first_loss": self.first_loss,
             "other_losses": self.other_losses,
-        }
+        } | ({"scores": self.scores} if self.scores else {})
 
     @property
     def other_losses(self) -> dict[str, float | None]:
@@ -213,6 +216,11 @@ def _arm(arm: str, runs: Runs, ended: Runs) -> dict[str, Any]:
         },
         "other_start": [seed for seed in seeds if _began_apart(own[seed], baseline[seed])],
     }
+    names = dict.fromkeys(name for run in own.values() for name in run.scores)
+    if names:
+        found["scores"] = {
+            name: _spread([run.scores.get(name) for run in own.values()]) for name in names
+        }
     return found | {"verdict": verdict(arm, found)}
 
 

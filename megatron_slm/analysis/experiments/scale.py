@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 from megatron_slm.analysis.experiments.recipe import Experiment, ExperimentTask
@@ -14,6 +15,7 @@ SCALED = frozenset(
     --slm-dump-interval --lr-decay-iters
     """.split()
 )
+RATIO_STEP = re.compile(r"(\d+)(:.+)")  # of --slm-ratio-steps
 
 
 def scaled(recipe: Experiment, scale: float) -> Experiment:
@@ -33,14 +35,24 @@ def _scaled(task: ExperimentTask, scale: float) -> ExperimentTask:
     if task.kind == "run":
         return task
     (words,) = task.commands
-    result = list(words)
-    for at, option in enumerate(words[:-1], 1):
-        if option in SCALED and words[at].isdecimal():
-            number = int(words[at]) * scale
-            if number != round(number):
-                raise UserError(
-                    f"--scale {scale:g}: {option} {words[at]} of {task.name} would be {number:g}; "
-                    "take a scale that leaves whole numbers"
-                )
-            result[at] = str(round(number))
+    option, result = "", []
+    for word in words:
+        option = word if word.startswith("--") else option
+        step = RATIO_STEP.fullmatch(word)
+        if option in SCALED and word.isdecimal():
+            result.append(_times(word, scale, option, task))
+        elif option == "--slm-ratio-steps" and step is not None:
+            result.append(_times(step[1], scale, option, task) + step[2])
+        else:
+            result.append(word)
     return replace(task, commands=(tuple(result),))
+
+
+def _times(count: str, scale: float, option: str, task: ExperimentTask) -> str:
+    number = int(count) * scale
+    if number != round(number):
+        raise UserError(
+            f"--scale {scale:g}: {option} {count} of {task.name} would be {number:g}; take a scale "
+            "that leaves whole numbers"
+        )
+    return str(round(number))

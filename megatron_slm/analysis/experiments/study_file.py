@@ -77,6 +77,9 @@ class ArmSummary(TypedDict):
     other_losses: NotRequired[dict[str, Spread]]
     """Loss on each further validation set, by its name, in nats a token."""
 
+    scores: NotRequired[dict[str, Spread]]
+    """Scores of lm-eval by task and metric, if arms were evaluated."""
+
     verdict: str
     """The comparison in words."""
 
@@ -124,6 +127,9 @@ class SeedResult(TypedDict):
 
     other_losses: NotRequired[dict[str, float | None]]
     """Loss on each further validation set where all runs are compared, by its name."""
+
+    scores: NotRequired[dict[str, float]]
+    """Scores of the last checkpoint by lm-eval's task and metric, if it was evaluated."""
 
     wall_seconds: NotRequired[float]
     """Time of its training steps."""

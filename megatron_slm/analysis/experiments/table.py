@@ -21,9 +21,17 @@ COLUMNS = (
 
 
 def columns(summary: dict[str, Any]) -> tuple[str, ...]:
-    """Return the names of the columns: COLUMNS, and one for each further validation set."""
+    """Return the names of the columns: COLUMNS, and one for each further validation set and for
+    each score."""
     others = summary["arms"][summary["baseline"]]["other_losses"]
-    return (*COLUMNS[:3], *(f"{name} loss" for name in others), *COLUMNS[3:])
+    losses = (f"{name} loss" for name in others)
+    return (*COLUMNS[:3], *losses, *score_names(summary), *COLUMNS[3:])
+
+
+def score_names(summary: dict[str, Any]) -> list[str]:
+    """Return the names of the scores that lm-eval gave any of the arms."""
+    arms = summary["arms"].values()
+    return list(dict.fromkeys(name for found in arms for name in found.get("scores", {})))
 
 
 def rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -35,6 +43,7 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
             spread(found["final_loss"]),
             "" if arm == summary["baseline"] else spread(found["difference"], "+"),
             *(spread(found["other_losses"][name]) for name in others),
+            *(score_in_words(found, name) for name in score_names(summary)),
             "" if arm == summary["baseline"] else part(found["part_of_baseline_tokens"]),
             f"{found['selected_part']['mean']:.0%}",
             f"{found['flops_ratio']['mean']:.2f}",
@@ -54,6 +63,17 @@ def spread(values: dict[str, Any], sign: str = "") -> str:
         sign: "+" to show the sign of positive means as well.
     """
     return _format(values, sign, ".4f", "not known")
+
+
+def score_in_words(found: dict[str, Any], name: str) -> str:
+    """Format an arm's score over the seeds.
+
+    Args:
+        found: the arm's ArmSummary of study_file.py.
+        name: the score's name.
+    """
+    values = found.get("scores", {}).get(name)
+    return "not known" if values is None else _format(values, "", ".3f", "not known")
 
 
 def part(values: dict[str, Any]) -> str:
@@ -99,6 +119,8 @@ def markdown(name: str, target: str, summary: dict[str, Any]) -> str:
         "seeds.",
         "",
     ]
+    if score_names(summary):
+        text += ["Scores of lm-eval's tasks are those of each arm's last checkpoint.", ""]
     head = columns(summary)
     lines = [head, ("---",) * len(head), *rows(summary)]
     text += ["| " + " | ".join(row) + " |" for row in lines]

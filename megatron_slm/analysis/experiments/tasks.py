@@ -33,9 +33,18 @@ from megatron_slm.files import is_leftover, read_json, sha256_of, temporary, wri
 REPOSITORY = Path(__file__).resolve().parents[3]
 PRETRAIN = "-m megatron_slm.pretrain".split()
 SCORE = "-m megatron_slm.jobs.score_reference".split()
+EVALUATE = "-m megatron_slm.analysis.evaluation.command".split()
 LOGGED = "--tensorboard-log-interval 1 --log-timers-to-tensorboard".split()
 LAST_BYTES = 1 << 16  # the end of a log, which is searched for the reason of a failure
-MADE = {"pretrain": "checkpoints", "arm": "checkpoints", "score": "cache", "run": ""}
+# By the kind of a task: what it makes in its directory, and where this is, if not in stages.
+MADE = {
+    "pretrain": "checkpoints",
+    "arm": "checkpoints",
+    "score": "cache",
+    "run": "",
+    "evaluate": "scores.json",
+}
+PLACES = {"arm": "runs", "evaluate": "evaluations"}
 
 
 @dataclass(frozen=True)
@@ -54,12 +63,13 @@ class Instance:
     @property
     def name(self) -> str:
         """The task's name, with the seed if it has one."""
-        return self.task.name if self.seed is None else f"{self.task.name}-seed{self.seed}"
+        name = self.task.name if self.seed is None else f"{self.task.name}-seed{self.seed}"
+        return f"{name}-evaluation" if self.task.kind == "evaluate" else name
 
     @property
     def directory(self) -> Path:
         """The task's directory, relative to the study's."""
-        return Path("runs" if self.task.kind == "arm" else "stages") / self.name
+        return Path(PLACES.get(self.task.kind, "stages")) / self.name
 
     @property
     def output(self) -> Path:
@@ -67,13 +77,22 @@ class Instance:
         return self.directory / MADE[self.task.kind]
 
     @cached_property
-    def inputs(self) -> list[Instance]:
+    def stages(self) -> list[Instance]:
         """The stages that the task names, for the same seed."""
         stages = (self.recipe.stages[name] for name in self.task.stages)
         return [
             Instance(self.recipe, stage, self.seed if self.recipe.per_seed(stage) else None)
             for stage in stages
         ]
+
+    @property
+    def inputs(self) -> list[Instance]:
+        """What has to be there before: the stages, and the arm that is evaluated."""
+        return [*self.stages, self._arm] if self.task.kind == "evaluate" else self.stages
+
+    @property
+    def _arm(self) -> Instance:
+        return Instance(self.recipe, self.recipe.arms[self.task.name], self.seed)
 
     @cached_property
     def hash(self) -> str:
@@ -126,7 +145,7 @@ class Instance:
 
     def commands(self, study: Path) -> list[list[str]]:
         """Return the commands, which are run one after the other in the study's directory."""
-        known = {one.task.name: str(one.output) for one in self.inputs}
+        known = {one.task.name: str(one.output) for one in self.stages}
         known |= {"out": str(self.output), "root": str(REPOSITORY), "seed": str(self.seed)}
 
         def filled(word: str) -> str:
@@ -139,6 +158,9 @@ class Instance:
                 for words in commands
             ]
         (words,) = commands
+        if self.task.kind == "evaluate":
+            files = ["--model", str(self._arm.output), "--output", str(self.output)]
+            return [[sys.executable, *EVALUATE, *files, *words]]
         if self.seed is not None:
             words += ["--seed", str(self.seed)]
         if self.task.kind == "score":
@@ -200,7 +222,7 @@ class Running:
             "PYTHONUNBUFFERED": "1",
             "PYTHONWARNINGS": "ignore",
         }
-        if instance.task.kind != "run":
+        if instance.task.kind not in ("run", "evaluate"):
             self.environment |= _one_rank()
         self.lock = lock
         self.left = instance.commands(study)

@@ -18,13 +18,8 @@ from megatron_slm.analysis.report.dynamics_section import dynamics_section
 from megatron_slm.analysis.report.facts import headline, run_facts, sequence_length
 from megatron_slm.analysis.report.figures import fit
 from megatron_slm.analysis.report.run_files import RunFiles, read_run_files
-from megatron_slm.analysis.report.study import (
-    RESULTS,
-    read_study,
-    run_directories,
-    study_figure,
-    study_view,
-)
+from megatron_slm.analysis.report.study import RESULTS, read_study, run_directories, study_view
+from megatron_slm.analysis.report.study_figures import study_figure
 from megatron_slm.analysis.report.token_map import token_map
 from megatron_slm.analysis.token_text import dump_tokenizer
 from megatron_slm.errors import UserError

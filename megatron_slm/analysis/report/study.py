@@ -1,4 +1,4 @@
-"""Present a study's results.json: the outcome in words, tables, and curves with their spread."""
+"""Present a study's results.json: the outcome in words, and tables."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from megatron_slm.analysis.experiments.study_file import read_results
-from megatron_slm.analysis.experiments.table import part, spread
+from megatron_slm.analysis.experiments.table import part, score_in_words, score_names, spread
 from megatron_slm.analysis.report.facts import Facts, data, model
-from megatron_slm.analysis.report.figures import curve, figure
 from megatron_slm.analysis.report.run_files import RunFiles
 
 RESULTS = "results.json"
@@ -148,6 +145,7 @@ def _arms(results: dict[str, Any]) -> dict[str, Any]:
             "Loss, nats a token",
             f"Against {baseline}",
             *(f"Loss on {name}" for name in others),
+            *score_names(summary),
             "Tokens trained on",
             f"Compute, {baseline} = 1",
             "Time of a step",
@@ -162,6 +160,7 @@ def _arms(results: dict[str, Any]) -> dict[str, Any]:
                     spread(found["final_loss"]),
                     "" if arm == baseline else spread(found["difference"], "+"),
                     *(spread(found["other_losses"][name]) for name in others),
+                    *(score_in_words(found, name) for name in score_names(summary)),
                     _number(found["selected_part"], ".0%"),
                     _number(found["flops_ratio"], ".2f"),
                     _number(found["step_seconds"], ".3g", " s"),
@@ -199,32 +198,3 @@ def _at_equal_compute(summary: dict[str, Any]) -> dict[str, Any]:
 
 def _number(values: dict[str, Any], form: str, unit: str = "") -> str:
     return "not known" if values["mean"] is None else f"{values['mean']:{form}}{unit}"
-
-
-def study_figure(results: dict[str, Any]) -> dict[str, Any]:
-    """Return the figure of the target loss over tokens: each arm's mean over its seeds, with a band
-    from the lowest seed to the highest.
-
-    An arm that diverges is cut off; otherwise the others could not be told apart.
-    """
-    lines, means = [], {}
-    for role, (name, arm) in enumerate(results["arms"].items()):
-        curves = [np.asarray(seed["curve"], float) for seed in arm["seeds"].values()]
-        length = min(map(len, curves))
-        losses = np.stack([curve[:length, 2] for curve in curves])
-        ends = (losses.min(0).tolist(), losses.max(0).tolist()) if len(curves) > 1 else None
-        means[name] = losses.mean(0)
-        tokens = curves[0][:length, 1].tolist()
-        lines.append(curve(name, tokens, means[name].tolist(), role, spread=ends))
-    baseline = means[results["summary"]["baseline"]]
-    top = 2 * baseline.max() - baseline.min()
-    cut = max(map(np.max, means.values())) > top
-    banded = any("low" in each for each in lines)
-    return figure(
-        "Loss on the target",
-        "tokens seen",
-        "nats a token",
-        lines,
-        note="Bands go from the lowest seed to the highest." if banded else "",
-        top=float(top) if cut else None,
-    )
