@@ -170,6 +170,8 @@ def tasks(documents: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFact
     (directory / "unsafe.yaml").write_text(unsafe)
     (directory / "group.yaml").write_text("group: unsafe_group\ntask: [which_words, unsafe]\n")
     (directory / "broken.yaml").write_text("group: broken\ntask: [no_such_task]\n")
+    endless = TASK.format(name="endless", data=data) + RIGHT_WORDS.replace("]}}", "] * 30}}")
+    (directory / "endless.yaml").write_text(endless)
     texts = directory / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     LOCAL["main"]([str(directory), f"prose={texts}"])
@@ -329,6 +331,8 @@ def test_what_is_refused(
         (["--model", llama, *local[:3], "unsafe"], "unsafe runs code that the model writes"),
         (["--model", llama, *local[:3], "unsafe_group"], "group runs code that the model writes"),
         (["--model", llama, *local[:3], "broken"], "broken cannot be loaded"),
+        (["--model", llama, *local[:3], "endless"], "endless fails in lm-eval: AssertionError"),
+        (["--model", llama, *local, "--task", "x"], "unrecognized arguments: --task x; did you me"),
         (["--model", llama, *local, "--include-path", llama / "no"], "no: no such directory"),
         (["--model", llama, *local, "--output", tmp_path / "no" / "o"], "there is no directory"),
     ):
