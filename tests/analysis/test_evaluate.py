@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -275,6 +276,23 @@ def test_local_questions(llama: Path, tasks: Path, tmp_path: Path) -> None:
     (tmp_path / "short.jsonl").write_text('{"text": "short"}\n')
     with pytest.raises(UserError, match="no text is long enough"):
         LOCAL["main"]([str(tmp_path), f"short={tmp_path / 'short.jsonl'}"])
+
+
+def test_odd_texts_of_local_questions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Line separators within a text, and a name that YAML would take for false."""
+    texts = tmp_path / "texts.jsonl"
+    odd = (
+        json.dumps({"text": f"{text}\u2028\x85 and so on"}, ensure_ascii=False) for text in TEXTS
+    )
+    texts.write_text("\n".join(odd))
+    LOCAL["main"]([str(tmp_path), f"no={texts}"])
+    assert yaml.safe_load((tmp_path / "no.yaml").read_text())["task"] == "no"
+    texts.write_text('{"text": "one"}\n{"words": "two"}\n')
+    with pytest.raises(UserError, match=r"texts.jsonl, line 2 cannot be read: .* field `text`"):
+        LOCAL["main"]([str(tmp_path), f"no={texts}"])
+    with pytest.raises(SystemExit):
+        LOCAL["main"]([str(tmp_path), f"general={texts}"])
+    assert "where NAME is not sums, math or general" in capsys.readouterr().err
 
 
 def test_an_arm_of_a_study(
