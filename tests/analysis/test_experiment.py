@@ -225,7 +225,7 @@ def test_scale(tmp_path: Path) -> None:
         stages: {data: {run: make --train-iters 3}, base: {pretrain: "{data}"}}
         arms:
           clm: {arguments: "{base} --slm-warmup-tokens 512 --train-iters 40"}
-          steps: {arguments: "--slm-ratio-steps 4:0.6 8:1 --lr 4"}
+          steps: {arguments: "--slm-ratio-steps 4:0.6 8:1 --lr=4 --save-interval=8"}
         """
     path = write(tmp_path, text)
     whole = read_experiment(path)
@@ -236,7 +236,9 @@ def test_scale(tmp_path: Path) -> None:
     assert " ".join(half.stages["base"].words) == f"{common} {{data}}"
     own = "{base} --slm-warmup-tokens 256 --train-iters 20"
     assert " ".join(half.arms["clm"].words) == f"{common} {own}"
-    assert " ".join(half.arms["steps"].words).endswith("--slm-ratio-steps 2:0.6 4:1 --lr 4")
+    assert " ".join(half.arms["steps"].words).endswith(
+        "--slm-ratio-steps 2:0.6 4:1 --lr=4 --save-interval=4"
+    )
     (longer,) = scaled(whole, 40).arms["clm"].commands
     assert longer[-1] == "1600" and longer[1] == "800"
     with pytest.raises(UserError, match=r"--eval-interval 10 of base would be 2\.5"):
