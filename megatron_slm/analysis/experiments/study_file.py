@@ -13,7 +13,7 @@ from megatron_slm.files import decode_json, inside, read_bounded
 STUDY_FORMAT = 1
 
 NotNegative = Annotated[int, msgspec.Meta(ge=0)]
-Number = Annotated[float, msgspec.Meta(ge=-1e30, le=1e30)]  # so that sums and squares are finite
+Finite = Annotated[float, msgspec.Meta(ge=-1e30, le=1e30)]  # and so are its sums and squares
 
 
 class Spread(TypedDict):
@@ -109,11 +109,11 @@ class SeedResult(TypedDict):
     directory: str
     """Directory of the run, relative to the study's."""
 
-    final_loss: Number
+    final_loss: Finite
     """Target loss where all runs are compared, in nats a token."""
 
     curve: Annotated[
-        list[Annotated[list[Number], msgspec.Meta(min_length=3)]], msgspec.Meta(min_length=1)
+        list[Annotated[list[Finite], msgspec.Meta(min_length=3)]], msgspec.Meta(min_length=1)
     ]
     """Validations, each of which begins with the iteration, the tokens and the target loss."""
 
@@ -126,7 +126,7 @@ class SeedResult(TypedDict):
     tokens_selected: NotRequired[NotNegative]
     """Tokens of these that it trained on."""
 
-    other_losses: NotRequired[dict[str, Number | None]]
+    other_losses: NotRequired[dict[str, Finite | None]]
     """Loss on each further validation set where all runs are compared, by its name."""
 
     scores: NotRequired[dict[str, float]]
