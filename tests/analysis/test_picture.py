@@ -226,10 +226,15 @@ def test_what_is_refused(study: Path) -> None:
         drawn(study, "tokens")
     change(study, lambda curve: [[0, 0, 5.0, 0, 0, 0]])
     drawn(study, "tokens")
+    results: dict[str, Any] = json.loads(whole)
+    del results["summary"]["arms"]["slm"]["other_losses"]["general"]
+    (study / "results.json").write_text(json.dumps(results))
+    with pytest.raises(UserError, match="the summary of slm lacks a validation set"):
+        drawn(study, "arms")
     (study / "results.json").write_bytes(whole)
     with pytest.raises(UserError, match="--arms none: the study has clm, slm, worse, lost"):
         drawn(study, "tokens", "none")
-    results: dict[str, Any] = json.loads((study / "results.json").read_text())
+    results = json.loads((study / "results.json").read_text())
     for seed in results["arms"]["slm"]["seeds"].values():
         seed["curve"] = [point[:3] for point in seed["curve"]]
     (study / "results.json").write_text(json.dumps(results))

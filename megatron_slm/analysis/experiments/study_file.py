@@ -194,6 +194,10 @@ def read_results(path: Path) -> dict[str, Any]:
     arms, summary = results["arms"], results["summary"]
     if arms.keys() != summary["arms"].keys() or summary["baseline"] not in arms:
         raise UserError(f"{path}: its arms are not those of its summary")
+    sets = summary["arms"][summary["baseline"]].get("other_losses", {}).keys()
+    for name, found in summary["arms"].items():
+        if not sets <= found.get("other_losses", {}).keys():
+            raise UserError(f"{path}: the summary of {name} lacks a validation set of the others")
     for arm in arms.values():
         for seed in arm["seeds"].values():
             inside(path.parent, seed["directory"])
