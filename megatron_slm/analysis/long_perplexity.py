@@ -176,9 +176,10 @@ def of_dataset(
         found += KeyTokens(int(enough.sum()), float(of_all), int(key.sum()), float(of_key))
     if not found.tokens:
         raise UserError(
-            f"no token has a longer context in {long.directory}, whose windows have "
-            f"{long.windows.length} tokens, than the {length} of {short.directory}: score LONG "
-            "with a longer --seq-length"
+            f"no token of {long.section.name} has a longer context in {long.directory}, whose "
+            f"windows have {long.windows.length} tokens, than the {length} of {short.directory}: "
+            "score LONG with a longer --seq-length, or leave the dataset out if its documents are "
+            "that short"
         )
     return found
 
