@@ -81,6 +81,11 @@ def longppl(arguments: list[str]) -> None:
     _, long, short = manifests
     if differs := cache_differences(short.reference, long.reference):
         raise UserError(f"--evaluator: {differs}: give two caches of one model")
+    if len({manifest.source.inter_document_masking for manifest in manifests}) > 1:
+        raise UserError(
+            "some of these caches were scored with --dataloader-inter-document-masking and some "
+            "without: contexts would begin at different places"
+        )
     found = {}
     for prefix in args.data_path:
         three = [
@@ -89,7 +94,9 @@ def longppl(arguments: list[str]) -> None:
         ]
         found[Path(prefix).name] = of_dataset(*three, alpha=args.alpha, beta=args.beta)
     if len(found) > 1:
-        found["all"] = sum(found.values(), KeyTokens())
+        found["all datasets"] = sum(found.values(), KeyTokens())
+    lengths = (f"{manifest.sequence_length:,}" for manifest in manifests)
+    print("windows of {} tokens; the evaluator's have {} and {}".format(*lengths))
     width = max(map(len, ["dataset", *found]))
     print(f"{'dataset':{width}} {'tokens':>15} {'PPL':>10} {'key tokens':>15} {'LongPPL':>10}")
     for name, one in found.items():
@@ -176,9 +183,10 @@ def of_dataset(
         found += KeyTokens(int(enough.sum()), float(of_all), int(key.sum()), float(of_key))
     if not found.tokens:
         raise UserError(
-            f"no token has a longer context in {long.directory}, whose windows have "
-            f"{long.windows.length} tokens, than the {length} of {short.directory}: score LONG "
-            "with a longer --seq-length"
+            f"no token of {long.section.name} has a longer context in {long.directory}, whose "
+            f"windows have {long.windows.length} tokens, than the {length} of {short.directory}: "
+            "score LONG with a longer --seq-length, or leave the dataset out if its documents are "
+            "that short"
         )
     return found
 

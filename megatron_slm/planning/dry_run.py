@@ -3,8 +3,8 @@
 torch's fake process group stands in for the other ranks, and fake tensors for memory.  Building a
 rank of a 70B model in a job of thousands of ranks therefore takes a second or two.  What would fail
 at the start of the real job fails here: arguments that Megatron refuses, layers and heads that do
-not divide evenly, and stages whose outputs are not what the schedule expects.  The layers are the
-plain ones, on the CPU.
+not divide evenly, and stages whose outputs are not what the schedule expects.  Where Transformer
+Engine is installed, its layers are built; what passes micro-batches are the plain ones, on the CPU.
 """
 
 from __future__ import annotations

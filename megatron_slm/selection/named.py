@@ -45,10 +45,10 @@ def find_weight(name: str, options: Sequence[str], temperature: float = 1.0) -> 
         return None
     found = bound(name, function, _by_name(options), fixed)
     for option, (above, most) in OPTION_LIMITS.get(name, {}).items():
-        value = found.options.get(option, most)
-        if not above < value <= most:
+        value = found.options.get(option, 1.0)  # a default is within the limits
+        if not (above < value <= most and math.isfinite(value)):
             bounds = "0 or more" if most == math.inf else f"from 0 to {most:g}"
-            wanted = bounds if above < 0 else "above 0"
+            wanted = (bounds if above < 0 else "above 0") + ", and finite" * math.isinf(value)
             raise UserError(f"--slm-score-option {option}={value:g}: it has to be {wanted}")
     return found
 

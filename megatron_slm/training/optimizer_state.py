@@ -42,11 +42,14 @@ def _in_own_form(optimizers: list[Any], state: Any) -> Any:
     """
     if not isinstance(state, dict):
         return state
-    numbered = [state[key] for key in sorted(key for key in state if isinstance(key, int))]
+    numbered = {key: value for key, value in state.items() if isinstance(key, int)}
     whole = {key: value for key, value in state.items() if not isinstance(key, int)}
     if not numbered or not whole:
         return state
-    own, saved = ([whole], numbered) if len(optimizers) == 1 else (numbered, [whole])
+    if len(optimizers) == 1:
+        own, saved = [whole], [numbered[number] for number in sorted(numbered)]
+    else:  # a pipeline stage without experts may have nothing of its own for their optimizer
+        own, saved = [numbered.get(number, {}) for number in range(len(optimizers))], [whole]
     groups = [group for each in saved for group in _with_groups(each)["param_groups"]]
     loaded = {}
     for number, (optimizer, part) in enumerate(zip(optimizers, own, strict=True)):

@@ -67,10 +67,12 @@ def _check_optimizer(
     sizes = [_sizes(each) for each in (saved, args)]
     # Megatron's other optimizers come in several parts even without experts.
     if args.optimizer not in ("adam", "sgd") and _are_apart(sizes[0]) != _are_apart(sizes[1]):
+        experts, split = sizes[0]["expert"], sizes[0]["expert_tensor"]
         raise UserError(
             f"{where} has the state of several optimizers, as --optimizer {args.optimizer} has "
-            "them with its --expert-model-parallel-size and --expert-tensor-parallel-size: "
-            "continue with these sizes, or start the optimizer afresh with --no-load-optim"
+            f"them with --expert-model-parallel-size {experts} and --expert-tensor-parallel-size "
+            f"{split}: continue with these sizes, or start the optimizer afresh with "
+            "--no-load-optim"
         )
     kind = content.get("distrib_optim_sharding_type")
     if (

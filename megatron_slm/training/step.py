@@ -218,14 +218,14 @@ class SelectiveStep:
         assert self.step is not None
         padded = self.step.selects and args.slm_vocab_size < args.padded_vocab_size
         if self.settings.head == "chunked":
-            vocabulary = args.slm_vocab_size if padded else None
+            needs = self._needs if self.step.selects else ()  # nothing during warm-up
             return {
                 "output_processor": loss_of_selected,
                 "output_processor_context": Selecting(
                     objective.weigh,
-                    vocabulary,
-                    entropies="entropies" in self._needs,
-                    top_entropies="top_entropies" in self._needs,
+                    args.slm_vocab_size if padded else None,
+                    entropies="entropies" in needs,
+                    top_entropies="top_entropies" in needs,
                     most=objective.most_counted,
                 ),
             }

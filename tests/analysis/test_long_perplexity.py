@@ -93,6 +93,7 @@ def test_what_is_refused(prefix: Path, tmp_path: Path) -> None:
     losses = np.ones(TOKENS, np.float32)
     for name, length in (("one-long", LONG), ("one-short", SHORT), ("other-short", SHORT)):
         write_cache(tmp_path / name, prefix, length, False, losses)
+    write_cache(tmp_path / "one-apart", prefix, SHORT, True, losses)
     elsewhere = tmp_path / "books"
     for kind in ("bin", "idx"):
         elsewhere.with_suffix(f".{kind}").write_bytes(prefix.with_suffix(f".{kind}").read_bytes())
@@ -101,7 +102,8 @@ def test_what_is_refused(prefix: Path, tmp_path: Path) -> None:
     changed.with_suffix(".idx").write_bytes(prefix.with_suffix(".idx").read_bytes())
     for caches, data, said in (
         ("one-long one-long other-short", prefix, "give two caches of one model"),
-        ("one-long one-short one-short", prefix, "score LONG with a longer --seq-length"),
+        ("one-long one-short one-short", prefix, "no token of web has .*: score LONG"),
+        ("one-long one-long one-apart", prefix, "some of these caches were scored with"),
         ("one-long one-long one-short", elsewhere, "has no losses of --data-path"),
         ("one-long one-long one-short", changed, "was scored from other files than"),
     ):

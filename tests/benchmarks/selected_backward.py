@@ -5,9 +5,9 @@
 Both without and with recomputation, at two ratios, with reference losses from a score cache.  The
 runs of a round follow each other; each is a process of its own, with one thread, and gives the
 median processor time of its steps without the first.  A step has several samples (--samples), since
-that of a single one would spend a fifth of its time in the optimizer.  Then, in runs of their own:
-FLOPs of a step, counted by torch, which are the floor of its time, and what a step takes of memory
-beside weights, gradients and optimizer.
+the optimizer takes much of the time of a single one.  Then, in runs of their own: FLOPs of a step,
+counted by torch, which are the floor of its time, and what a step takes of memory beside weights,
+gradients and optimizer.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--samples", type=int, default=4, help="of a step")
+    parser.add_argument("--samples", type=int, default=2, help="of a step")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.12])
     parser.add_argument("arguments", nargs="*")
     args = parser.parse_args()

@@ -168,6 +168,7 @@ def test_options_that_would_turn_weights_around() -> None:
         ("softmax", "temperature=-1", "temperature=-1: it has to be above 0"),
         ("longce", "gamma=0", "gamma=0: it has to be above 0"),
         ("eaft", "alpha=-1", "alpha=-1: it has to be 0 or more"),
+        ("eaft", "alpha=inf", "alpha=inf: it has to be 0 or more, and finite"),
         ("talr", "floor=1.5", "floor=1.5: it has to be from 0 to 1"),
         ("exact", "tau=-8", "tau=-8: it has to be 0 or more"),
         ("context", "interpolation=1.5", "interpolation=1.5: it has to be from 0 to 1"),

@@ -167,6 +167,22 @@ def test_nothing_is_read_that_is_not_needed(ranks: Ranks) -> None:
     torch.testing.assert_close(weights, torch.where(batch.valid, (-losses).exp(), 0.0))
 
 
+@pytest.mark.parametrize("selects", [True, False])
+def test_the_head_finds_entropies_where_tokens_are_weighed(
+    selects: bool, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("slm_vocab_size", "padded_vocab_size"):
+        monkeypatch.setattr(get_args(), name, 50, raising=False)
+    selection = SelectionSettings(score="policy-entropy", weighting="eaft")
+    settings = SelectiveSettings(selection, RatioSchedule(0.5), 9, True, "chunked", (), SEED)
+    run = SelectiveStep(settings, None, None, Namespace())
+    run.step = Step(ITERATION, True, selects, 0.5)
+    selector = TokenSelector(selection, ranks)
+    objective = MicroBatchObjective(read(drawn()), settings, run.step, selector)
+    context = run._head(objective)["output_processor_context"]
+    assert (context.entropies, context.top_entropies) == (selects, selects)
+
+
 def test_no_threshold_is_carried_where_all_tokens_are_selected(
     ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
