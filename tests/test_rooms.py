@@ -34,7 +34,7 @@ SUBROOMS = {
     "corpus": "file_names progress | reading | tokenizers | indexed | cleaning | preprocessing"
     " | mixing",
     "analysis": "event_files token_text inspect_cache long_perplexity"
-    " | dynamics evaluation experiments | report",
+    " | dynamics evaluation | experiments | report",
 }
 # One thing in two rooms: what starts a job, what installs itself, what calls kernels once, and what
 # is told again where torch is not imported yet.

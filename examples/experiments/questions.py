@@ -22,14 +22,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from megatron_slm.analysis.evaluation.benchmarks import GROUPS
 from megatron_slm.errors import UserError, exit_on_user_error
-from megatron_slm.files import write_whole
+from megatron_slm.files import decode_json, write_whole
 
 QUESTIONS, CHOICES, EXAMPLES = 100, 4, 4
 PASSAGE, NEXT = 240, 80  # characters of a question and of its choices, at most
 NEAR = 6  # passages before or after
 TASK = """\
-task: {name}
+task: "{name}"
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {questions}, train: {examples}}}}}
 test_split: test
@@ -113,11 +116,32 @@ def write_task(
     print(f"  {name:10}{len(found) - shots:5} questions", flush=True)
 
 
+class Text(msgspec.Struct):
+    """A line of the texts; other fields are ignored."""
+
+    text: str
+
+
+def read_texts(path: Path) -> list[str]:
+    """Read the texts of a jsonl file.
+
+    Raises:
+        UserError: a line is not an object with a text.
+    """
+    lines = path.read_bytes().rstrip(b"\n").split(b"\n")
+    return [
+        decode_json(line, Text, f"{path}, line {number}").text
+        for number, line in enumerate(lines, 1)
+    ]
+
+
 def named(text: str) -> tuple[str, Path]:
-    """Split NAME=TEXTS.jsonl."""
+    """Split NAME=TEXTS.jsonl; some names stand for other tasks."""
     name, equals, path = text.partition("=")
-    if not (name.isidentifier() and equals and name != "sums"):
-        raise ArgumentTypeError(f"{text} is not NAME=TEXTS.jsonl")
+    if not (name.isidentifier() and equals and name not in ("sums", *GROUPS)):
+        raise ArgumentTypeError(
+            f"{text} is not NAME=TEXTS.jsonl, where NAME is not sums, {' or '.join(GROUPS)}"
+        )
     return name, Path(path)
 
 
@@ -130,8 +154,8 @@ def main(arguments: list[str]) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     write_task(args.output, "sums", sums(random.Random(1)), EXAMPLES, "acc")
     for name, path in args.texts:
-        texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
-        write_task(args.output, name, next_words(texts, random.Random(1)), 0, "acc_norm")
+        words = next_words(read_texts(path), random.Random(1))
+        write_task(args.output, name, words, 0, "acc_norm")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -170,6 +171,8 @@ def tasks(documents: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFact
     (directory / "unsafe.yaml").write_text(unsafe)
     (directory / "group.yaml").write_text("group: unsafe_group\ntask: [which_words, unsafe]\n")
     (directory / "broken.yaml").write_text("group: broken\ntask: [no_such_task]\n")
+    endless = TASK.format(name="endless", data=data) + RIGHT_WORDS.replace("]}}", "] * 30}}")
+    (directory / "endless.yaml").write_text(endless)
     texts = directory / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     LOCAL["main"]([str(directory), f"prose={texts}"])
@@ -275,6 +278,23 @@ def test_local_questions(llama: Path, tasks: Path, tmp_path: Path) -> None:
         LOCAL["main"]([str(tmp_path), f"short={tmp_path / 'short.jsonl'}"])
 
 
+def test_odd_texts_of_local_questions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Line separators within a text, and a name that YAML would take for false."""
+    texts = tmp_path / "texts.jsonl"
+    odd = (
+        json.dumps({"text": f"{text}\u2028\x85 and so on"}, ensure_ascii=False) for text in TEXTS
+    )
+    texts.write_text("\n".join(odd))
+    LOCAL["main"]([str(tmp_path), f"no={texts}"])
+    assert yaml.safe_load((tmp_path / "no.yaml").read_text())["task"] == "no"
+    texts.write_text('{"text": "one"}\n{"words": "two"}\n')
+    with pytest.raises(UserError, match=r"texts.jsonl, line 2 cannot be read: .* field `text`"):
+        LOCAL["main"]([str(tmp_path), f"no={texts}"])
+    with pytest.raises(SystemExit):
+        LOCAL["main"]([str(tmp_path), f"general={texts}"])
+    assert "where NAME is not sums, math or general" in capsys.readouterr().err
+
+
 def test_an_arm_of_a_study(
     llama: Path,
     megatron: Path,
@@ -329,6 +349,8 @@ def test_what_is_refused(
         (["--model", llama, *local[:3], "unsafe"], "unsafe runs code that the model writes"),
         (["--model", llama, *local[:3], "unsafe_group"], "group runs code that the model writes"),
         (["--model", llama, *local[:3], "broken"], "broken cannot be loaded"),
+        (["--model", llama, *local[:3], "endless"], "endless fails in lm-eval: AssertionError"),
+        (["--model", llama, *local, "--task", "x"], "unrecognized arguments: --task x; did you me"),
         (["--model", llama, *local, "--include-path", llama / "no"], "no: no such directory"),
         (["--model", llama, *local, "--output", tmp_path / "no" / "o"], "there is no directory"),
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -19,8 +20,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from jobs import LLAMA, Corpus
 from launch import REPOSITORY
+from megatron_slm.analysis.evaluation.benchmarks import Benchmark
 from megatron_slm.analysis.evaluation.command import build_parser
+from megatron_slm.analysis.evaluation.evaluate import BenchmarkScore
+from megatron_slm.analysis.evaluation.scores import write_scores
 from megatron_slm.analysis.experiments import evaluations
+from megatron_slm.analysis.experiments.evaluations import read_scores
 from megatron_slm.analysis.experiments.experiment import run_experiment, tasks_of
 from megatron_slm.analysis.experiments.recipe import read_experiment
 from megatron_slm.analysis.experiments.results import (
@@ -34,6 +39,7 @@ from megatron_slm.analysis.experiments.results import (
 )
 from megatron_slm.analysis.experiments.scale import scaled
 from megatron_slm.analysis.experiments.table import markdown, results_table
+from megatron_slm.analysis.experiments.tasks import Instance
 from megatron_slm.analysis.report.picture import write_picture
 from megatron_slm.entry import add_arguments
 from megatron_slm.errors import UserError
@@ -163,10 +169,53 @@ def test_arms_are_evaluated_if_the_recipe_says_so(
     ]
     plain = tasks_of(read_experiment(tmp_path / "recipe.yaml"), ["slm"], [2])
     assert [one.hash for one in plain] == [found[at].hash for at in (2, 3, 4)]
+    monkeypatch.setattr(evaluations, "find_spec", lambda name: True)
+    for arguments, message in (
+        ("--tasks sums --model {slm}", "more: evaluate: the study itself gives --model; leave it"),
+        (
+            "--tasks sums --output=a",
+            "more: evaluate: the study itself gives --output; leave it out",
+        ),
+        ("--like {slm}", "more: evaluate: the following arguments are required: --tasks"),
+        ("--task sums", "more: evaluate: "),
+    ):
+        more = write(tmp_path, f"extends: recipe.yaml\nevaluate: {arguments}", "more.yaml")
+        with pytest.raises(UserError, match=message):
+            run_experiment(more, tmp_path / "study", 1, None, None)
     monkeypatch.setattr(evaluations, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"more evaluates its arms with lm-eval, which is not inst"):
         run_experiment(tmp_path / "more.yaml", tmp_path / "study", 1, None, None)
     assert not (tmp_path / "study").exists()
+
+
+def test_an_evaluation_is_of_its_tasks_as_they_are(tmp_path: Path) -> None:
+    """A question that changes makes another evaluation, what Python compiles there does not; and
+    scores are told apart by lm-eval's filters, except those that are not finite."""
+    tasks = tmp_path / "tasks"
+    (tasks / "data").mkdir(parents=True)
+    (tasks / "data" / "questions.jsonl").write_text("1 + 1 =")
+    recipe = f"{SMALLEST}evaluate: --tasks sums --include-path {tasks}"
+    path = write(tmp_path, recipe)
+
+    def evaluated() -> Instance:
+        return tasks_of(read_experiment(path), None, None)[-1]
+
+    arm = tasks_of(read_experiment(path), None, None)[0]
+    evaluated().prepare(tmp_path)
+    evaluated().finish(tmp_path)
+    scores = [("sums", "exact_match,strict-match", 0.25), ("sums", "exact_match,flexible", 0.5)]
+    scores += [("sums", "acc,none", 1.0), ("sums", "perplexity,none", math.nan)]
+    written = [BenchmarkScore(Benchmark("sums"), task, 0, 1, *one, None) for task, *one in scores]
+    write_scores(tmp_path / evaluated().output, Path("model"), written)
+    (tasks / "utils.pyc").write_bytes(b"1")
+    assert read_scores(arm, tmp_path) == {
+        "sums exact_match,strict-match": 0.25,
+        "sums exact_match,flexible": 0.5,
+        "sums acc": 1.0,
+    }
+    (tasks / "data" / "questions.jsonl").write_text("1 + 2 =")
+    assert not evaluated().done(tmp_path)
+    assert read_scores(arm, tmp_path) == {}
 
 
 def test_scale(tmp_path: Path) -> None:
@@ -176,7 +225,7 @@ def test_scale(tmp_path: Path) -> None:
         stages: {data: {run: make --train-iters 3}, base: {pretrain: "{data}"}}
         arms:
           clm: {arguments: "{base} --slm-warmup-tokens 512 --train-iters 40"}
-          steps: {arguments: "--slm-ratio-steps 4:0.6 8:1 --lr 4"}
+          steps: {arguments: "--slm-ratio-steps 4:0.6 8:1 --lr=4 --save-interval=8"}
         """
     path = write(tmp_path, text)
     whole = read_experiment(path)
@@ -187,7 +236,9 @@ def test_scale(tmp_path: Path) -> None:
     assert " ".join(half.stages["base"].words) == f"{common} {{data}}"
     own = "{base} --slm-warmup-tokens 256 --train-iters 20"
     assert " ".join(half.arms["clm"].words) == f"{common} {own}"
-    assert " ".join(half.arms["steps"].words).endswith("--slm-ratio-steps 2:0.6 4:1 --lr 4")
+    assert " ".join(half.arms["steps"].words).endswith(
+        "--slm-ratio-steps 2:0.6 4:1 --lr=4 --save-interval=4"
+    )
     (longer,) = scaled(whole, 40).arms["clm"].commands
     assert longer[-1] == "1600" and longer[1] == "800"
     with pytest.raises(UserError, match=r"--eval-interval 10 of base would be 2\.5"):

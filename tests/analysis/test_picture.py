@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -74,6 +75,15 @@ def study(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def change(study: Path, curve: Callable[[list[Any]], list[Any]]) -> None:
+    """Change the curve of each seed in results.json."""
+    results = json.loads((study / "results.json").read_text())
+    for arm in results["arms"].values():
+        for seed in arm["seeds"].values():
+            seed["curve"] = curve(seed["curve"])
+    (study / "results.json").write_text(json.dumps(results))
+
+
 def drawn(study: Path, kind: str, *arms: str) -> Path:
     path = study / "picture.svg"
     write_picture(study, kind, arms, path)
@@ -119,6 +129,21 @@ def test_an_arm_that_diverges_is_cut(study: Path) -> None:
     assert box is not None
     slope, _ = axis(picture.root, "soft end", "y")
     assert highest < top + slope * float(box.attrib["y"]) < picture.lines[3][:, 1].max() / 2
+    assert any(text.endswith("Higher losses are cut off.") for text in picture.texts)
+    words = read_picture(drawn(study, "tokens", "slm")).texts
+    assert not any("cut off" in text for text in words)
+
+
+def test_an_arm_with_a_single_validation(study: Path) -> None:
+    """It is seen, as a dash with a band, and so is an arm far above a baseline of this kind."""
+    change(study, lambda curve: curve[5:6])
+    picture = read_picture(drawn(study, "tokens", "slm", "lost"))
+    for arm, line, band in zip(("clm", "slm", "lost"), picture.lines, picture.bands, strict=True):
+        losses = [loss(arm, seed, 30) for seed in SEEDS]
+        assert line[:, 0].mean() == pytest.approx(30_000, abs=50) and np.ptp(line[:, 0]) > 500
+        np.testing.assert_allclose(line[:, 1], np.mean(losses), atol=2e-2)
+        ends = [max(losses), max(losses), min(losses), min(losses)]
+        np.testing.assert_allclose(band[:, 1], ends, atol=2e-2)
 
 
 def bars(path: Path) -> list[tuple[str, float, float, bool]]:
@@ -155,6 +180,26 @@ def test_bars(study: Path) -> None:
     assert [role for role, *_ in bars(drawn(study, "arms", "worse"))] == ["role-0", "role-1"]
 
 
+def test_legends_have_room(study: Path) -> None:
+    """For long names of arms, beside which the losses stand, and for many validation sets."""
+    name = "retrospective-average-"
+    results: dict[str, Any] = json.loads((study / "results.json").read_text())
+    for arms in (results["arms"], results["summary"]["arms"]):
+        arms[name] = arms.pop("slm")
+    for arm in results["arms"].values():
+        for seed in arm["seeds"].values():
+            seed["other_losses"] = {f"set {number}": 2.0 for number in range(7)}
+    (study / "results.json").write_text(json.dumps(results))
+    root = read_picture(drawn(study, "tokens", "worse", name)).root
+    shown = [each for each in root.iter(f"{SPACE}text") if each.attrib["y"] == "158.0"]
+    assert shown[0].text == name
+    assert float(shown[1].attrib["x"]) >= float(shown[0].attrib["x"]) + 10 * len(name)
+    root = ElementTree.parse(drawn(study, "arms")).getroot()
+    legend = [each for each in root.iter(f"{SPACE}text") if (each.text or "").startswith("set ")]
+    assert len({(each.attrib["x"], each.attrib["y"]) for each in legend}) == 7
+    assert max(float(each.attrib["x"]) for each in legend) < 700
+
+
 @pytest.mark.parametrize("kind", PICTURES)
 def test_pictures_are_small_and_the_same_again(study: Path, kind: str) -> None:
     first = drawn(study, kind).read_bytes()
@@ -175,9 +220,21 @@ def test_the_tool(
 
 
 def test_what_is_refused(study: Path) -> None:
+    whole = (study / "results.json").read_bytes()
+    change(study, lambda curve: [[*curve[0][:2], 1e308, *curve[0][3:]]])
+    with pytest.raises(UserError, match=r"Expected `float` <= 1e\+30 - at `\$\.arms"):
+        drawn(study, "tokens")
+    change(study, lambda curve: [[0, 0, 5.0, 0, 0, 0]])
+    drawn(study, "tokens")
+    results: dict[str, Any] = json.loads(whole)
+    del results["summary"]["arms"]["slm"]["other_losses"]["general"]
+    (study / "results.json").write_text(json.dumps(results))
+    with pytest.raises(UserError, match="the summary of slm lacks a validation set"):
+        drawn(study, "arms")
+    (study / "results.json").write_bytes(whole)
     with pytest.raises(UserError, match="--arms none: the study has clm, slm, worse, lost"):
         drawn(study, "tokens", "none")
-    results: dict[str, Any] = json.loads((study / "results.json").read_text())
+    results = json.loads((study / "results.json").read_text())
     for seed in results["arms"]["slm"]["seeds"].values():
         seed["curve"] = [point[:3] for point in seed["curve"]]
     (study / "results.json").write_text(json.dumps(results))

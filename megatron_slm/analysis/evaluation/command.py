@@ -12,23 +12,22 @@ A Megatron checkpoint is first exported to a temporary directory (in TMPDIR).  T
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_slm.analysis.evaluation.benchmarks import MODELS, benchmarks
 from megatron_slm.analysis.evaluation.scores import table_line, table_row, write_scores
 from megatron_slm.errors import UserError, exit_on_user_error
+from megatron_slm.parser import Parser
 
 if TYPE_CHECKING:
     from megatron_slm.analysis.evaluation.evaluate import BenchmarkScore
 
 
-def build_parser() -> ArgumentParser:
-    """Build the parser of the command line."""
-    parser = ArgumentParser(
-        description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def build_parser() -> Parser:
+    """Build the parser of the command line, which raises UserError."""
+    parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="DIR", help="Hugging Face or Megatron.")
     add("--ckpt-step", type=int, metavar="N", help="Megatron iteration. Default: the latest.")
@@ -101,9 +100,8 @@ def run(args: Namespace) -> None:
 
 def main(arguments: list[str]) -> None:
     """Run the command line; exit with code 2 if the input is wrong."""
-    args = build_parser().parse_args(arguments)
     with exit_on_user_error("no scores were kept; the same command starts again"):
-        run(args)
+        run(build_parser().parse_args(arguments))
 
 
 if __name__ == "__main__":

@@ -201,8 +201,8 @@ def evaluate(
         device: torch's name of the device; None for all GPUs, or the CPU if there are none.
 
     Raises:
-        UserError: transformers cannot read the model, tensors are missing, or there are more ranks
-            than GPUs.
+        UserError: transformers cannot read the model, tensors are missing, there are more ranks
+            than GPUs, or a task fails or has no score.
     """
     from lm_eval import evaluate as run
     from lm_eval.models.huggingface import HFLM
@@ -227,7 +227,10 @@ def evaluate(
         raise UserError(f"{directory} cannot be read by transformers: {_line(error)}") from error
     for benchmark, loaded in tasks.items():
         # load_tasks has already refused tasks that run code without permission.
-        results = run(model, loaded, log_samples=False, confirm_run_unsafe_code=True)
+        try:
+            results = run(model, loaded, log_samples=False, confirm_run_unsafe_code=True)
+        except Exception as error:  # such as a field that the data lack
+            raise UserError(f"--tasks {benchmark.name} fails in lm-eval: {_line(error)}") from error
         if results is not None:
             yield _scores(benchmark, results)
 
@@ -277,6 +280,8 @@ def _scores(benchmark: Benchmark, results: dict[str, Any]) -> list[BenchmarkScor
                     stderr=stderr if isinstance(stderr, float) else None,  # or "N/A"
                 )
             )
+    if not found:
+        raise UserError(f"--tasks {benchmark.name}: lm-eval gives it no score: see its metric_list")
     return found
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from importlib.metadata import version
+from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_slm.analysis.evaluation.benchmarks import MODELS
 from megatron_slm.files import write_whole
@@ -41,8 +42,12 @@ def table_row(score: BenchmarkScore) -> str:
 
 
 def _entry(score: BenchmarkScore) -> dict[str, object]:
-    """Return a score's entry in the JSON file; the paper's percentages become fractions of 1."""
-    written = asdict(score)
+    """Return a score's entry in the JSON file; the paper's percentages become fractions of 1, and
+    NaN and infinity, which JSON does not have, become null."""
+    written: dict[str, Any] = {
+        key: None if isinstance(value, float) and not isfinite(value) else value
+        for key, value in asdict(score).items()
+    }
     paper = written.pop("benchmark")["paper"]
     if paper is not None:
         written["paper"] = {

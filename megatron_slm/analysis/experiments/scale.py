@@ -36,15 +36,18 @@ def _scaled(task: ExperimentTask, scale: float) -> ExperimentTask:
         return task
     (words,) = task.commands
     option, result = "", []
-    for word in words:
-        option = word if word.startswith("--") else option
+    for whole in words:
+        start, word = "", whole
+        if whole.startswith("--"):
+            option, equals, value = whole.partition("=")
+            if equals:  # --train-iters=20
+                start, word = f"{option}=", value
         step = RATIO_STEP.fullmatch(word)
         if option in SCALED and word.isdecimal():
-            result.append(_times(word, scale, option, task))
+            word = _times(word, scale, option, task)
         elif option == "--slm-ratio-steps" and step is not None:
-            result.append(_times(step[1], scale, option, task) + step[2])
-        else:
-            result.append(word)
+            word = _times(step[1], scale, option, task) + step[2]
+        result.append(start + word)
     return replace(task, commands=(tuple(result),))
 
 

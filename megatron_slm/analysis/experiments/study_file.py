@@ -13,6 +13,7 @@ from megatron_slm.files import decode_json, inside, read_bounded
 STUDY_FORMAT = 1
 
 NotNegative = Annotated[int, msgspec.Meta(ge=0)]
+Finite = Annotated[float, msgspec.Meta(ge=-1e30, le=1e30)]  # and so are its sums and squares
 
 
 class Spread(TypedDict):
@@ -108,11 +109,11 @@ class SeedResult(TypedDict):
     directory: str
     """Directory of the run, relative to the study's."""
 
-    final_loss: float
+    final_loss: Finite
     """Target loss where all runs are compared, in nats a token."""
 
     curve: Annotated[
-        list[Annotated[list[float], msgspec.Meta(min_length=3)]], msgspec.Meta(min_length=1)
+        list[Annotated[list[Finite], msgspec.Meta(min_length=3)]], msgspec.Meta(min_length=1)
     ]
     """Validations, each of which begins with the iteration, the tokens and the target loss."""
 
@@ -125,7 +126,7 @@ class SeedResult(TypedDict):
     tokens_selected: NotRequired[NotNegative]
     """Tokens of these that it trained on."""
 
-    other_losses: NotRequired[dict[str, float | None]]
+    other_losses: NotRequired[dict[str, Finite | None]]
     """Loss on each further validation set where all runs are compared, by its name."""
 
     scores: NotRequired[dict[str, float]]
@@ -193,6 +194,10 @@ def read_results(path: Path) -> dict[str, Any]:
     arms, summary = results["arms"], results["summary"]
     if arms.keys() != summary["arms"].keys() or summary["baseline"] not in arms:
         raise UserError(f"{path}: its arms are not those of its summary")
+    sets = summary["arms"][summary["baseline"]].get("other_losses", {}).keys()
+    for name, found in summary["arms"].items():
+        if not sets <= found.get("other_losses", {}).keys():
+            raise UserError(f"{path}: the summary of {name} lacks a validation set of the others")
     for arm in arms.values():
         for seed in arm["seeds"].values():
             inside(path.parent, seed["directory"])

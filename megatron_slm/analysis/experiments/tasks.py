@@ -19,6 +19,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +30,7 @@ import msgspec
 from megatron_slm.analysis.experiments.recipe import PLACEHOLDER, Experiment, ExperimentTask
 from megatron_slm.errors import UserError
 from megatron_slm.files import is_leftover, read_json, sha256_of, temporary, write_whole
+from megatron_slm.parser import Parser
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 PRETRAIN = "-m megatron_slm.pretrain".split()
@@ -97,12 +99,15 @@ class Instance:
     @cached_property
     def hash(self) -> str:
         """A hash of all that determines the task's outcome: its commands, the files of this
-        repository that they name, its inputs, the seed and the number of ranks."""
+        repository that they name, its inputs, the seed and the number of ranks; for an evaluation,
+        the tasks in its --include-path as well."""
         does: list[Any] = [self.task.kind, self.task.commands, self.seed]
         does += [one.hash for one in self.inputs]
         named = (Path(word.replace("{root}", str(REPOSITORY))) for word in self.task.words)
         own = [path for path in named if path.is_relative_to(REPOSITORY) and path.is_file()]
         does += map(sha256_of, own)
+        if self.task.kind == "evaluate":
+            does += _files_of_tasks(self.task.words)
         if self.task.kind != "run":
             does.append(self.recipe.ranks)
         return hashlib.sha256(json.dumps(does).encode()).hexdigest()
@@ -175,6 +180,19 @@ class Instance:
             return [sys.executable]
         torchrun = "-m torch.distributed.run --standalone --nproc-per-node".split()
         return [sys.executable, *torchrun, str(self.recipe.ranks)]
+
+
+def _files_of_tasks(words: Iterable[str]) -> list[tuple[str, str]]:
+    """Return the names and hashes of all files in an evaluation's --include-path; what a stage
+    makes there stands for itself."""
+    parser = Parser(add_help=False)
+    parser.add_argument("--include-path", default="")
+    found = parser.parse_known_args([*words])[0].include_path
+    path = Path(found.replace("{root}", str(REPOSITORY)))
+    if not path.is_absolute():
+        return []
+    files = (file for file in sorted(path.rglob("*")) if file.is_file() and file.suffix != ".pyc")
+    return [(str(file.relative_to(path)), sha256_of(file)) for file in files]
 
 
 class _Hash(msgspec.Struct):

@@ -37,7 +37,10 @@ MOST_POINTS = 100  # of a curve
 ROLES = 6  # colours of the page
 LONGEST = 3.0  # a bar's, in median bars; longer ones are cut
 ARROW = 9
+DASH = 0.015  # for a single point: half its length, as a part of the axis
 NOTE_LETTERS, LEGEND_LETTERS, BAR_LETTERS = 120, 72, 50  # that fit
+NAME_LETTERS, LETTER = (12, 24), 10  # of arms' names in a legend: least and most; width of a letter
+SETS = 4  # in a row of a legend
 STYLE = """
 text { font: 15px system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif }
 text { fill: var(--ink) } .title { font-size: 18px; font-weight: 600 } .name { font-weight: 600 }
@@ -96,7 +99,9 @@ def write_picture(directory: Path, kind: str, arms: Sequence[str], output: Path)
 
 def _curves(figure: dict[str, Any], results: dict[str, Any]) -> Iterator[str]:
     """Draw a figure of figures.py, below a legend with each arm's final loss."""
-    lines = [_thinned(line) for line in figure["lines"]]
+    longest = max(place for line in figure["lines"] for place in line["x"])
+    longest = longest if longest > 0 else 1.0
+    lines = [_drawn(line, DASH * longest) for line in figure["lines"]]
     top = FIRST_Y + LINE * len(lines) + 8
     bottom, right = top + CHART_HEIGHT, WIDTH - MARGIN
     losses = [loss for line in lines for key in ("y", "low", "high") for loss in line.get(key, ())]
@@ -105,12 +110,15 @@ def _curves(figure: dict[str, Any], results: dict[str, Any]) -> Iterator[str]:
         high = min(high, figure["top"])
     room = 0.04 * (high - low) or 1.0
     y = Scale(low - room, high + room, bottom, top)
-    x = Scale(0.0, max(place for line in lines for place in line["x"]), LEFT, right)
+    x = Scale(0.0, longest, LEFT, right)
     tokens = results["summary"]["compared"]["tokens"]
     note = f"The numbers are losses after {tokens:,} tokens. {figure['note']}"
+    if figure["top"] is not None:
+        note += " Higher losses are cut off."
     yield from _head(figure["title"], (_about(results), note), bottom + 52)
+    letters = min(NAME_LETTERS[1], max(NAME_LETTERS[0], *(len(line["name"]) for line in lines)))
     for number, line in enumerate(lines):
-        yield from _legend(FIRST_Y + LINE * number, line, results)
+        yield from _legend(FIRST_Y + LINE * number, line, results, letters)
     for loss in y.ticks(Y_TICKS):
         yield f'<path d="M{LEFT} {y(loss):.1f}H{right}" class="grid"/>'
         yield _text(LEFT - 8, y(loss) + 5, _short(loss), "soft end")
@@ -133,9 +141,15 @@ def _curves(figure: dict[str, Any], results: dict[str, Any]) -> Iterator[str]:
     yield "</svg>"
 
 
-def _thinned(line: dict[str, Any]) -> dict[str, Any]:
+def _drawn(line: dict[str, Any], aside: float) -> dict[str, Any]:
+    """Return a line with as many points as are drawn; a single one, which would not be seen,
+    becomes a dash that reaches so far to either side."""
     there = [key for key in ("x", "y", "low", "high") if key in line]
-    return line | {key: thin(line[key], MOST_POINTS) for key in there}
+    drawn = line | {key: thin(line[key], MOST_POINTS) for key in there}
+    if len(line["x"]) == 1:
+        drawn |= {key: drawn[key] * 2 for key in there}
+        drawn["x"] = [line["x"][0] - aside, line["x"][0] + aside]
+    return drawn
 
 
 def _path(x: Scale, y: Scale, places: Sequence[float], losses: Sequence[float]) -> str:
@@ -148,14 +162,15 @@ def _stroke(path: str, line: dict[str, Any]) -> str:
     return f'<path d="M{path}" class="line role-{line["role"] % ROLES}"{dash}/>'
 
 
-def _legend(y: float, line: dict[str, Any], results: dict[str, Any]) -> Iterator[str]:
-    """Draw an arm's line, name, final loss and description."""
-    arm = line["name"]
+def _legend(y: float, line: dict[str, Any], results: dict[str, Any], letters: int) -> Iterator[str]:
+    """Draw an arm's line, name of at most so many letters, final loss and description."""
+    arm, loss = line["name"], MARGIN + 44 + LETTER * letters
     yield _stroke(f"{MARGIN} {y - 5}h34", line)
-    yield _text(MARGIN + 44, y, _clipped(arm, 14), "name")
-    yield _text(MARGIN + 164, y, spread(results["summary"]["arms"][arm]["final_loss"]))
+    yield _text(MARGIN + 44, y, _clipped(arm, letters), "name")
+    yield _text(loss, y, spread(results["summary"]["arms"][arm]["final_loss"]))
     description = results["arms"][arm]["description"]
-    yield _text(MARGIN + 306, y, _clipped(description, LEGEND_LETTERS), "soft")
+    fit = LEGEND_LETTERS - (letters - NAME_LETTERS[0]) * 3 // 2
+    yield _text(loss + 142, y, _clipped(description, fit), "soft")
 
 
 def _bars(results: dict[str, Any]) -> Iterator[str]:
@@ -166,7 +181,7 @@ def _bars(results: dict[str, Any]) -> Iterator[str]:
     sets = list(dict.fromkeys(one.validation_set for one in found))
     arms = list(dict.fromkeys(one.arm for one in found))
     row = max(LINE * len(sets), 2 * LINE - 4) + 8
-    top = FIRST_Y - 4 + LINE * (len(sets) > 1)
+    top = FIRST_Y - 4 + (LINE * ceil(len(sets) / SETS) if len(sets) > 1 else 0)
     bottom = top + row * len(arms)
     longest = LONGEST * median(abs(one.mean) for one in found)
     ends = [0.0, *(max(-longest, min(longest, end)) for one in found for end in _ends(one))]
@@ -181,7 +196,7 @@ def _bars(results: dict[str, Any]) -> Iterator[str]:
     title = f"Loss minus {baseline}'s, nats a token"
     yield from _head(title, (_about(results), f"{note}."), bottom + 34)
     for number, name in enumerate(sets if len(sets) > 1 else ()):
-        at, y = MARGIN + 180 * number, FIRST_Y
+        at, y = MARGIN + 180 * (number % SETS), FIRST_Y + LINE * (number // SETS)
         role = number % ROLES
         yield f'<rect x="{at}" y="{y - 12}" width="26" height="12" class="bar role-{role}"/>'
         yield _text(at + 34, y - 1, _clipped(name or "target", 18))

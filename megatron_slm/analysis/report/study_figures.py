@@ -61,7 +61,8 @@ def study_figure(results: dict[str, Any]) -> dict[str, Any]:
     """Return the figure of the target loss over tokens: each arm's mean over its seeds, with a band
     from the lowest seed to the highest.
 
-    An arm that diverges is cut off; otherwise the others could not be told apart.
+    An arm that diverges is cut off; otherwise the others could not be told apart.  A baseline whose
+    loss does not change, such as that of a single validation, does not tell what diverges.
     """
     return _loss_figure(results, "tokens seen", lambda _, points: points[:, TOKENS])
 
@@ -118,7 +119,7 @@ def _loss_figure(
         lines.append(curve(name, at, means[name].tolist(), role, spread=ends))
     baseline = means[results["summary"]["baseline"]]
     top = 2 * baseline.max() - baseline.min()
-    cut = max(map(np.max, means.values())) > top
+    cut = max(map(np.max, means.values())) > top > baseline.min()
     banded = any("low" in each for each in lines)
     return figure(
         "Loss on the target",
