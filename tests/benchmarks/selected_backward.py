@@ -3,8 +3,9 @@
     python tests/benchmarks/selected_backward.py [--hidden N] [-- more arguments for Megatron]
 
 Both without and with recomputation, at two ratios, with reference losses from a score cache.  The
-runs of a round follow each other; each is a process of its own, with one thread, and gives the
-median processor time of its steps without the first.  A step has several samples (--samples), since
+runs to be compared take turns, step by step, so that what else the machine does is the same for
+all: each is a process with one thread, and the processor time of each of its steps but the first is
+compared with that of CLM's step of the same round.  A step has several samples (--samples), since
 the optimizer takes much of the time of a single one.  Then, in runs of their own: FLOPs of a step,
 counted by torch, which are the floor of its time, and what a step takes of memory beside weights,
 gradients and optimizer.
@@ -17,22 +18,24 @@ import json
 import statistics
 import sys
 import tempfile
+from datetime import timedelta
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from slm_step import MODEL
 
-from launch import REPOSITORY, launch, pretrain
+from launch import REPOSITORY, Job, launch, pretrain, start
 
 RECOMPUTED = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 BACKWARD = {"SLM all": "all", "SLM selected": "selected"}
-STEPS = 3
+
+Key = tuple[str, bool]  # a variant's name, and whether activations are recomputed
 
 
-def variants(ratios: list[float], cache: Path) -> dict[tuple[str, bool], list[str]]:
-    """Return what runs by name and whether activations are recomputed."""
-    found: dict[tuple[str, bool], list[str]] = {}
+def variants(ratios: list[float], cache: Path) -> dict[Key, list[str]]:
+    """Return the arguments of what runs."""
+    found: dict[Key, list[str]] = {}
     for recomputed in (False, True):
         more = RECOMPUTED.split() if recomputed else []
         found["CLM", recomputed] = more
@@ -45,11 +48,31 @@ def variants(ratios: list[float], cache: Path) -> dict[tuple[str, bool], list[st
     return found
 
 
+def take_turns(
+    arguments: dict[Key, list[str]], directory: Path, rounds: int
+) -> dict[Key, list[float]]:
+    """Return the processor time of each run's steps, in seconds, without the first."""
+    command = ["-m", "timed_pretrain", "--tensorboard-dir", "tensorboard"]
+    steps = ["--train-iters", str(rounds + 1)]
+    jobs: dict[Key, Job] = {}
+    seconds: dict[Key, list[float]] = {key: [] for key in arguments}
+    for key, own in arguments.items():
+        jobs[key] = start(1, [*command, *own, *steps], directory / " ".join(map(str, key)), 1)
+        jobs[key].store.set_timeout(timedelta(hours=1))
+    for number in range(rounds + 1):
+        for key, job in jobs.items():
+            job.store.set(f"turn {number}", "")
+            seconds[key].append(float(job.store.get(f"took {number}")))
+    for job in jobs.values():
+        assert job.processes[0].wait() == 0
+    return {key: times[1:] for key, times in seconds.items()}
+
+
 def main() -> None:
     """Print each variant's time, FLOPs and memory, and their ratios to CLM's."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--samples", type=int, default=2, help="of a step")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.12])
     parser.add_argument("arguments", nargs="*")
@@ -60,27 +83,21 @@ def main() -> None:
         size = f"--hidden-size {args.hidden} --global-batch-size {args.samples}"
         own = [*length.split(), *size.split(), *args.arguments]
         common = [*MODEL, *own, "--num-workers", "0"]
-
-        def run(name: str, more: list[str], steps: int = STEPS) -> float:
-            arguments = [*common, "--train-iters", str(steps), *more]
-            where = directory / name
-            pretrain(1, arguments, where, module="timed_pretrain", timeout=3600, fresh_threads=1)
-            return statistics.median(json.loads((where / "timed.json").read_text())[1:] or [0.0])
-
         reference, cache = directory / "reference", directory / "cache"
-        run("reference-run", ["--save", str(reference), "--save-interval", "1"], steps=1)
-        job = [*common, "--train-iters", str(STEPS), "--slm-reference-load", str(reference)]
+        saved = ["--save", str(reference), "--save-interval", "1", "--train-iters", "1"]
+        pretrain(1, [*common, *saved], directory / "reference-run", timeout=3600, fresh_threads=1)
+        steps = ["--train-iters", str(args.rounds + 1), "--slm-reference-load", str(reference)]
         tool = str(REPOSITORY / "tools" / "score_reference.py")
-        command = [tool, *job, "--slm-reference-cache", str(cache)]
+        command = [tool, *common, *steps, "--slm-reference-cache", str(cache)]
         launch(1, command, directory / "job", timeout=3600, fresh_threads=1)
-        found = variants(args.ratios, cache)
-        seconds: dict[tuple[str, bool], list[float]] = {key: [] for key in found}
-        for number in range(args.rounds):
-            for at, (key, more) in enumerate(found.items()):
-                seconds[key].append(run(f"round{number}-{at}", more))
+        found = {key: [*common, *more] for key, more in variants(args.ratios, cache).items()}
+        seconds: dict[Key, list[float]] = {}
+        for recomputed in (False, True):
+            group = {key: each for key, each in found.items() if key[1] == recomputed}
+            seconds |= take_turns(group, directory, args.rounds)
         measured = {}
-        for at, (key, more) in enumerate(found.items()):
-            arguments = [*common, "--train-iters", "2", *more]
+        for at, (key, each) in enumerate(found.items()):
+            arguments = [*each, "--train-iters", "2"]
             where = directory / f"measured{at}"
             pretrain(1, arguments, where, module="measured_pretrain", timeout=3600, fresh_threads=1)
             measured[key] = json.loads((where / "measured0.json").read_text())
