@@ -78,7 +78,7 @@ def check_head(tokens: int, width: int, vocabulary: int, dtype: torch.dtype) -> 
     losses[index].sum().backward()
     assert hidden64.grad is not None and weight64.grad is not None
     assert scored.entropies is not None and scored.top_entropies is not None
-    log_q = logits.topk(20).values.log_softmax(-1)
+    log_q = logits.topk(min(20, vocabulary)).values.log_softmax(-1)
     rough = 1e-5 if dtype == torch.float32 else 1e-2
     errors = {
         "losses": (relative(scored.losses, losses), 1e-5),
