@@ -16,4 +16,4 @@ import sys
 from megatron_slm.analysis.evaluation.command import main
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(sys.argv[1:], __doc__)

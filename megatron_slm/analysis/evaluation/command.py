@@ -1,13 +1,4 @@
-"""Evaluate a checkpoint few-shot with lm-eval, and show the paper's numbers beside its scores.
-
-    python tools/evaluate.py --model policy-hf --tasks math
-    python tools/evaluate.py --model policy --like TinyLlama-1.1B --tasks math general
-    python tools/evaluate.py --model policy-hf --tasks mine --include-path tasks   # tasks/mine.yaml
-    torchrun --nproc_per_node 8 tools/evaluate.py --model policy-hf --tasks math
-
-A Megatron checkpoint is first exported to a temporary directory (in TMPDIR).  Tasks in
---include-path that read local files need no network.
-"""
+"""The command line of tools/evaluate.py, which studies run for each of their arms."""
 
 from __future__ import annotations
 
@@ -25,9 +16,9 @@ if TYPE_CHECKING:
     from megatron_slm.analysis.evaluation.evaluate import BenchmarkScore
 
 
-def build_parser() -> Parser:
-    """Build the parser of the command line, which raises UserError."""
-    parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+def build_parser(about: str | None = None) -> Parser:
+    """Build the parser of the command line, which raises UserError; `about` is for --help."""
+    parser = Parser(description=about, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="DIR", help="Hugging Face or Megatron.")
     add("--ckpt-step", type=int, metavar="N", help="Megatron iteration. Default: the latest.")
@@ -98,11 +89,11 @@ def run(args: Namespace) -> None:
         write_scores(args.output, args.model, scores)
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str], about: str | None = None) -> None:
     """Run the command line; exit with code 2 if the input is wrong."""
     with exit_on_user_error("no scores were kept; the same command starts again"):
-        run(build_parser().parse_args(arguments))
+        run(build_parser(about).parse_args(arguments))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(sys.argv[1:], __doc__)
