@@ -9,8 +9,11 @@ import math
 import os
 import runpy
 import shutil
+import signal
 import socket
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +33,7 @@ from transformers import (
 
 from launch import REPOSITORY
 from megatron_slm.analysis.evaluation import evaluate as evaluation
-from megatron_slm.analysis.experiments.evaluations import read_scores
+from megatron_slm.analysis.experiments.evaluations import check_evaluation, read_scores
 from megatron_slm.analysis.experiments.experiment import tasks_of
 from megatron_slm.analysis.experiments.recipe import read_experiment
 from megatron_slm.errors import UserError
@@ -329,6 +332,33 @@ def test_an_arm_of_a_study(
     assert list(read_scores(arm, tmp_path)) == [
         *("which_words acc", "which_words acc_norm", "right_words perplexity")
     ]
+    text = recipe.read_text()
+    recipe.write_text(text.replace("which_words", "which_word"))
+    with pytest.raises(UserError, match=r"evaluate: --tasks which_word: neither .*; near it are"):
+        check_evaluation(read_experiment(recipe))
+    recipe.write_text(text.replace(str(tasks), "{hf}"))
+    check_evaluation(read_experiment(recipe))  # the stage may make a task of that name
+
+
+def test_an_export_that_was_left_is_removed(
+    llama: Path, megatron: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = f"""if True:
+        import os, signal
+        from pathlib import Path
+        from megatron_slm.analysis.evaluation.evaluate import hugging_face_directory
+        with hugging_face_directory(Path({str(megatron)!r}), None, Path({str(llama)!r})):
+            os.kill(os.getpid(), signal.SIGKILL)
+        """
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    killed = subprocess.run([sys.executable, "-c", code], env=environment, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = tmp_path.glob("megatron-slm-*")
+    assert (left / "hf" / "model.safetensors").exists()
+    with evaluation.hugging_face_directory(megatron, None, llama) as exported:
+        assert [*tmp_path.glob("megatron-slm-*")] == [exported.parent] != [left]
+    assert not [*tmp_path.glob("megatron-slm-*")]
 
 
 def test_what_is_refused(

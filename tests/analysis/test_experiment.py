@@ -178,6 +178,7 @@ def test_arms_are_evaluated_if_the_recipe_says_so(
         ),
         ("--like {slm}", "more: evaluate: the following arguments are required: --tasks"),
         ("--task sums", "more: evaluate: "),
+        ("--tasks sums --include-path {root}/no", "evaluate: --include-path .*/no: no such direct"),
     ):
         more = write(tmp_path, f"extends: recipe.yaml\nevaluate: {arguments}", "more.yaml")
         with pytest.raises(UserError, match=message):
@@ -213,6 +214,9 @@ def test_an_evaluation_is_of_its_tasks_as_they_are(tmp_path: Path) -> None:
         "sums exact_match,flexible": 0.5,
         "sums acc": 1.0,
     }
+    (tmp_path / evaluated().output).unlink()
+    with pytest.raises(UserError, match=r"; remove .*/clm-seed1-evaluation to have it evaluated a"):
+        read_scores(arm, tmp_path)
     (tasks / "data" / "questions.jsonl").write_text("1 + 2 =")
     assert not evaluated().done(tmp_path)
     assert read_scores(arm, tmp_path) == {}

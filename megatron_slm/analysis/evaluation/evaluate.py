@@ -10,6 +10,7 @@ Under torchrun, each GPU of a node answers a part of the questions; the first ra
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from difflib import get_close_matches
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Annotated, Any
 
 import msgspec
@@ -25,7 +26,7 @@ import torch
 
 from megatron_slm.analysis.evaluation.benchmarks import Benchmark
 from megatron_slm.errors import UserError
-from megatron_slm.files import read_json
+from megatron_slm.files import is_leftover, read_json, temporary
 from megatron_slm.model.conversion.export_hf import export_hugging_face
 from megatron_slm.model.conversion.tokenizer_files import SETTINGS, has_tokenizer
 from megatron_slm.model.torch_dist import TRACKER, iteration_directory
@@ -101,8 +102,12 @@ def hugging_face_directory(model: Path, step: int | None, like: Path | None) -> 
             "tools/convert_checkpoint.py"
         )
     checkpoint = iteration_directory(model, step, "--model", "--ckpt-step")
-    with TemporaryDirectory(prefix="megatron-slm-") as temporary:
-        exported = Path(temporary) / "hf"
+    for leftover in Path(gettempdir()).glob("megatron-slm-*.partial"):
+        if is_leftover(leftover):  # of an evaluation that was killed; it may have gigabytes
+            shutil.rmtree(leftover, ignore_errors=True)
+    ours = temporary(Path("of")).name.removeprefix("of")
+    with TemporaryDirectory(prefix="megatron-slm-", suffix=ours) as directory:
+        exported = Path(directory) / "hf"
         export_hugging_face(checkpoint, exported, like, None, SHARD_BYTES)
         _check_tokenizer(exported, f"name a Hugging Face directory that has {model}'s with --like")
         yield exported
@@ -138,11 +143,20 @@ def load_tasks(
         UserError: lm-eval is not installed, a name is not known, a task runs code without
             permission, or a task cannot be loaded.
     """
+    manager = check_tasks(wanted, include, run_code)
+    os.environ["HF_ALLOW_CODE_EVAL"] = str(int(run_code))  # read when a metric is created
+    return {benchmark: _load_task(manager, benchmark, run_code) for benchmark in wanted}
+
+
+def check_tasks(wanted: Sequence[Benchmark], include: Path | None, run_code: bool) -> Any:
+    """Check the names of tasks without loading anything, and return lm-eval's manager of them.
+
+    The arguments and errors are those of `load_tasks`.
+    """
     if find_spec("lm_eval") is None:
         raise UserError("lm-eval is not installed: pip install -e '.[evaluation]'")
     if include is not None and not include.is_dir():
         raise UserError(f"--include-path {include}: no such directory")
-    os.environ["HF_ALLOW_CODE_EVAL"] = str(int(run_code))  # read when a metric is created
     manager = _known_tasks(include)
     for benchmark in wanted:
         entry = manager.task_index.get(benchmark.name)
@@ -154,7 +168,7 @@ def load_tasks(
             )
         if (entry.cfg or {}).get("unsafe_code") and not run_code:
             raise _code_refused(benchmark)  # or else lm-eval would refuse to load it
-    return {benchmark: _load_task(manager, benchmark, run_code) for benchmark in wanted}
+    return manager
 
 
 def _code_refused(benchmark: Benchmark) -> UserError:

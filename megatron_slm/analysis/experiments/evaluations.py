@@ -7,9 +7,10 @@ from pathlib import Path
 
 import msgspec
 
+from megatron_slm.analysis.evaluation.benchmarks import benchmarks
 from megatron_slm.analysis.evaluation.command import build_parser
 from megatron_slm.analysis.experiments.recipe import Experiment
-from megatron_slm.analysis.experiments.tasks import Instance
+from megatron_slm.analysis.experiments.tasks import REPOSITORY, Instance
 from megatron_slm.errors import UserError
 from megatron_slm.files import read_json
 
@@ -29,11 +30,13 @@ class _Scores(msgspec.Struct):
 def check_evaluation(recipe: Experiment) -> None:
     """Check that the arms can be evaluated, if they are to be, before hours of training.
 
+    Names of tasks are looked up only if the directory of the recipe's own tasks is there already,
+    and is not made by a stage.
+
     Raises:
-        UserError: lm-eval is not installed, or the recipe's arguments for it are wrong.
+        UserError: lm-eval is not installed, it has no such task, or the recipe's arguments for it
+            are wrong.
     """
-    if not recipe.evaluate:
-        return
     if find_spec("lm_eval") is None:
         raise UserError(
             f"{recipe.name} evaluates its arms with lm-eval, which is not installed: "
@@ -46,7 +49,13 @@ def check_evaluation(recipe: Experiment) -> None:
             )
     given = [word for option, what in GIVEN.items() for word in (option, what)]
     try:
-        build_parser().parse_args([*given, *recipe.evaluate])
+        args = build_parser().parse_args([*given, *recipe.evaluate])
+        own = str(args.include_path or REPOSITORY).replace("{root}", str(REPOSITORY))
+        if Path(own).is_absolute():  # otherwise it is in the study's directory
+            from megatron_slm.analysis.evaluation.evaluate import check_tasks  # imports torch
+
+            include = None if args.include_path is None else Path(own)
+            check_tasks(benchmarks(args.tasks), include, args.run_generated_code)
     except UserError as error:
         raise UserError(f"{recipe.name}: evaluate: {error}") from error
 
@@ -60,13 +69,18 @@ def read_scores(arm: Instance, study: Path) -> dict[str, float]:
         study: directory of the experiment.
 
     Raises:
-        UserError: the file of the scores is damaged.
+        UserError: the file of the scores is damaged or gone.
     """
     found: dict[str, float] = {}
     for task in arm.recipe.evaluations([arm.task]):
         evaluation = Instance(arm.recipe, task, arm.seed)
         if evaluation.done(study):
-            for one in read_json(study / evaluation.output, _Scores).scores:
+            try:
+                scores = read_json(study / evaluation.output, _Scores).scores
+            except UserError as error:
+                where = study / evaluation.directory
+                raise UserError(f"{error}; remove {where} to have it evaluated again") from error
+            for one in scores:
                 if one.value is not None:
                     found[f"{one.task} {one.metric.removesuffix(',none')}"] = one.value
     return found

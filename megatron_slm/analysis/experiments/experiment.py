@@ -60,13 +60,15 @@ def run_experiment(
 
     Raises:
         UserError: the recipe is faulty, or does not have such an arm or seed; lm-eval is needed and
-            not installed; or a task failed. A failure is raised, with the path of its log, only
-            after every task that does not depend on it has run and the results are written.
+            not installed, or lacks a task; or a task failed. A failure is raised, with the path of
+            its log, only after every task that does not depend on it has run and the results are
+            written.
     """
     recipe = scaled(read_experiment(path), scale)
     study = study.resolve()
     instances = tasks_of(recipe, arms, seeds)
-    check_evaluation(recipe)
+    if any(one.task.kind == "evaluate" and not one.done(study) for one in instances):
+        check_evaluation(recipe)
     try:
         study.mkdir(parents=True, exist_ok=True)
     except OSError as error:
