@@ -42,7 +42,7 @@ def start(job: Job, work: Callable[[], None]) -> None:
 
 
 def use_device() -> None:
-    """Install the CPU platform if there is no GPU.
+    """Install the CPU platform if there is no GPU; Transformer Engine then counts as not installed.
 
     Must be called before Megatron is imported.
     """
@@ -56,6 +56,8 @@ def use_device() -> None:
 
         if first_rank:
             print("> no CUDA device found: running on the CPU platform (gloo)", flush=True)
+        for name in ("transformer_engine", "transformer_engine_torch"):
+            sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # its layers need a GPU
         cpu_platform.install()
 
 

@@ -184,6 +184,7 @@ def _install_cuda_module() -> None:
         "get_device_capability": lambda *args: (8, 0),
         "get_device_properties": lambda *args: properties,
         "get_device_name": lambda *args: "cpu",
+        **dict.fromkeys(("temperature", "power_draw", "utilization", "clock_rate"), zero),
         "memory_allocated": zero,
         "max_memory_allocated": zero,
         "memory_reserved": zero,

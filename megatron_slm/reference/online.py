@@ -165,6 +165,8 @@ def frozen_arguments(arguments: Namespace) -> Namespace:
     own.fp8_recipe = "tensorwise"
     own.fp4 = own.te_precision_config_file = None
     own.fp8_param_gather = own.fp4_param_gather = False
+    if own.fp8 is None or not own.num_experts:  # which Megatron would refuse
+        own.moe_router_padding_for_fp8 = own.moe_router_padding_for_quantization = False
     own.disable_parameter_transpose_cache = True  # keep no copies in fp8 besides the weights
     if own.slm_reference_offload:
         own.use_cpu_initialization = True  # the weights never lie on the device as a whole
@@ -175,6 +177,7 @@ def frozen_arguments(arguments: Namespace) -> Namespace:
     # Without a backward, there is nothing to accumulate, to recompute or to capture.
     own.gradient_accumulation_fusion = own.bias_gelu_fusion = False
     own.recompute_granularity = own.recompute_method = own.recompute_num_layers = None
+    own.moe_layer_recompute, own.recompute_modules = False, None
     own.distribute_saved_activations = False
     own.cuda_graph_impl = "none"
     return own

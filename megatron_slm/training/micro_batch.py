@@ -17,7 +17,7 @@ import torch
 from megatron.core import mpu
 from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from megatron.training import get_args
-from megatron.training.training import update_seqlen_stats_from_cu_seqlens
+from megatron.training.training import stimer, update_seqlen_stats_from_cu_seqlens
 from torch import Tensor
 
 from megatron_slm.errors import UserError
@@ -173,7 +173,8 @@ def read_micro_batches(
         shape = (micro_batch_size, args.seq_length)
         sample: dict[str, Tensor] = {}
         if tp_rank == 0:
-            sample = next(data_iterator)
+            with stimer(bdata=True):  # for --log-straggler
+                sample = next(data_iterator)
         if packs:
             packed = _documents(sample, micro_batch_size, number)
         if not (first or last):

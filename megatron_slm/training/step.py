@@ -18,6 +18,7 @@ import torch
 from megatron.core import mpu
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args
+from megatron.training.training import stimer
 from torch import Tensor
 
 from megatron_slm.loss import Scoring, Selecting, Telling, dense_losses, loss_of_selected
@@ -180,15 +181,12 @@ class SelectiveStep:
         assert self.step is not None
         micro_batch = next(data_iterator)
         objective = MicroBatchObjective(micro_batch, self.settings, self.step, self.selector)
-        last = get_attr_wrapped_model(model, "post_process")
-        head = self._head(objective) if last else {}
-        return model(**micro_batch.model_inputs(get_args()), **head), objective
+        head = self._head(objective) if get_attr_wrapped_model(model, "post_process") else {}
+        with stimer:  # for --log-straggler
+            return model(**micro_batch.model_inputs(get_args()), **head), objective
 
     def save(self, iteration: int) -> None:
-        """Write what has to be on the disk before the policy's checkpoint of `iteration`.
-
-        Collective over all ranks.
-        """
+        """Write what the policy's checkpoint of `iteration` needs beside it.  Collective."""
         if self.reference is not None:
             self.reference.save(get_args().save, iteration)
 

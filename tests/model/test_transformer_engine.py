@@ -54,7 +54,7 @@ def loaded(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
         run = f"--train-iters 1 --save {at / name} --save-interval 1 --no-save-optim".split()
         arguments = [*corpus.arguments, *model, *more, *OPTIMIZER, *run]
         where = at / f"run-{name}"
-        pretrain(1, arguments, where, module="pretrain_without_te", fresh_threads=1)
+        pretrain(1, arguments, where, fresh_threads=1)
         saved.append(at / name / "iter_0000001")
     llama = small_llama(257, 64)
     imported = write_random_llama(at / "random", llama, torch.float32)

@@ -9,6 +9,7 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_slm.errors import UserError
 from megatron_slm.reference.fp8 import check_fp8_sizes
+from megatron_slm.reference.online import frozen_arguments
 from megatron_slm.training.command_line import arguments
 
 FITTING = {
@@ -64,7 +65,8 @@ class Unset(Namespace):
     """Arguments of which those that are not named are left out of the command line."""
 
     def __getattr__(self, name: str) -> None:
-        return None
+        if name.startswith("__"):
+            raise AttributeError(name)
 
 
 def test_a_dump_would_change_delayed_scales(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,3 +76,23 @@ def test_a_dump_would_change_delayed_scales(monkeypatch: pytest.MonkeyPatch) -> 
         arguments.validate_arguments(args)
     for harmless in ({"fp8_recipe": "tensorwise"}, {"slm_dump_interval": None}, {"fp8": None}):
         arguments.validate_arguments(Unset(**vars(args) | harmless))
+
+
+def test_offloading_would_be_learnt_from_a_pass_without_backward() -> None:
+    args = Unset(cuda_graph_impl="none", fine_grained_activation_offloading=True)
+    arguments.validate_arguments(args)
+    for refused in ({"slm_dump_interval": 10}, {"slm_global_batch": "exact"}):
+        with pytest.raises(UserError, match="fine-grained-activation-offloading cannot be used"):
+            arguments.validate_arguments(Unset(**vars(args) | refused))
+
+
+def test_a_reference_pads_no_experts_for_the_policys_precision() -> None:
+    padded = {"moe_router_padding_for_fp8": True, "moe_router_padding_for_quantization": True}
+    args = Unset(**padded, fp8="e4m3", num_experts=4, moe_layer_recompute=True)
+    for fp8, experts, expected in ((None, 4, False), (True, None, False), (True, 4, True)):
+        own = frozen_arguments(
+            Unset(**vars(args) | {"slm_reference_fp8": fp8, "num_experts": experts})
+        )
+        assert [getattr(own, name) for name in padded] == [expected, expected]
+        assert not own.moe_layer_recompute
+    assert args.moe_layer_recompute and all(getattr(args, name) for name in padded)

@@ -123,6 +123,15 @@ def validate_arguments(args: Namespace) -> None:
             "dump's pass would change the scales that training goes by; take --fp8-recipe "
             "tensorwise, or leave --slm-dump-interval out"
         )
+    for flag, first in (
+        ("--slm-dump-interval", args.slm_dump_interval is not None),
+        ("--slm-global-batch exact", args.slm_global_batch == "exact"),
+    ):
+        if args.fine_grained_activation_offloading and first:
+            raise UserError(
+                f"--fine-grained-activation-offloading cannot be used with {flag}: Megatron learns "
+                "from the first pass what to offload, and that would be one without a backward pass"
+            )
     if args.use_distributed_optimizer and not distrib_optimizer.HAVE_APEX_OR_TE:
         raise UserError(
             "--use-distributed-optimizer needs Transformer Engine or Apex: without them Megatron "
