@@ -189,6 +189,13 @@ def test_arms_are_evaluated_if_the_recipe_says_so(
     assert not (tmp_path / "study").exists()
 
 
+def test_a_last_checkpoint_without_optimizer_is_resumed_from(tmp_path: Path) -> None:
+    path = write(tmp_path, "seeds: [1]\narguments: --no-save-optim\narms: {clm: {}}")
+    (arm,) = tasks_of(read_experiment(path), None, None)
+    ((*words,),) = arm.commands(tmp_path)
+    assert "--no-load-optim" in words and "--no-load-rng" not in words
+
+
 def test_an_evaluation_is_of_its_tasks_as_they_are(tmp_path: Path) -> None:
     """A question that changes makes another evaluation, what Python compiles there does not; and
     scores are told apart by lm-eval's filters, except those that are not finite."""

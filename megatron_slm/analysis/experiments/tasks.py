@@ -170,6 +170,8 @@ class Instance:
             words += ["--seed", str(self.seed)]
         if self.task.kind == "score":
             return [[*self._launcher(), *SCORE, *words, "--slm-reference-cache", str(self.output)]]
+        # A start that was killed after its last checkpoint resumes from it, whatever it lacks.
+        words += [f"--no-load-{part}" for part in ("optim", "rng") if f"--no-save-{part}" in words]
         saved = str(self.output)
         words += ["--save", saved, "--load", saved]
         words += ["--tensorboard-dir", str(self.directory / "tensorboard"), *LOGGED]
