@@ -173,8 +173,9 @@ def read_micro_batches(
         shape = (micro_batch_size, args.seq_length)
         sample: dict[str, Tensor] = {}
         if tp_rank == 0:
-            with stimer(bdata=True):  # for --log-straggler
-                sample = next(data_iterator)
+            stimer(bdata=True).start()  # as a context, it would print an error with its traceback
+            sample = next(data_iterator)
+            stimer.stop()
         if packs:
             packed = _documents(sample, micro_batch_size, number)
         if not (first or last):

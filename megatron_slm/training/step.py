@@ -182,8 +182,10 @@ class SelectiveStep:
         micro_batch = next(data_iterator)
         objective = MicroBatchObjective(micro_batch, self.settings, self.step, self.selector)
         head = self._head(objective) if get_attr_wrapped_model(model, "post_process") else {}
-        with stimer:  # for --log-straggler
-            return model(**micro_batch.model_inputs(get_args()), **head), objective
+        stimer.start()  # for --log-straggler; as a context, it would print errors with tracebacks
+        output = model(**micro_batch.model_inputs(get_args()), **head)
+        stimer.stop()
+        return output, objective
 
     def save(self, iteration: int) -> None:
         """Write what the policy's checkpoint of `iteration` needs beside it.  Collective."""
