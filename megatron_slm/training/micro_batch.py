@@ -173,7 +173,7 @@ def read_micro_batches(
         shape = (micro_batch_size, args.seq_length)
         sample: dict[str, Tensor] = {}
         if tp_rank == 0:
-            stimer(bdata=True).start()  # as a context, it would print an error with its traceback
+            stimer(bdata=True).start()  # for --log-straggler, as in step.py
             sample = next(data_iterator)
             stimer.stop()
         if packs:

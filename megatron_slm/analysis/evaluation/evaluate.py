@@ -105,8 +105,8 @@ def hugging_face_directory(model: Path, step: int | None, like: Path | None) -> 
     for leftover in Path(gettempdir()).glob("megatron-slm-*.partial"):
         if is_leftover(leftover):  # of an evaluation that was killed; it may have gigabytes
             shutil.rmtree(leftover, ignore_errors=True)
-    ours = temporary(Path("of")).name.removeprefix("of")
-    with TemporaryDirectory(prefix="megatron-slm-", suffix=ours) as directory:
+    suffix = temporary(Path("-export")).name  # tells the next evaluation whose it was
+    with TemporaryDirectory(prefix="megatron-slm-", suffix=suffix) as directory:
         exported = Path(directory) / "hf"
         export_hugging_face(checkpoint, exported, like, None, SHARD_BYTES)
         _check_tokenizer(exported, f"name a Hugging Face directory that has {model}'s with --like")

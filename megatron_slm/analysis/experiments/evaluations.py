@@ -10,7 +10,7 @@ import msgspec
 from megatron_slm.analysis.evaluation.benchmarks import benchmarks
 from megatron_slm.analysis.evaluation.command import build_parser
 from megatron_slm.analysis.experiments.recipe import Experiment
-from megatron_slm.analysis.experiments.tasks import REPOSITORY, Instance
+from megatron_slm.analysis.experiments.tasks import Instance, tasks_directory
 from megatron_slm.errors import UserError
 from megatron_slm.files import read_json
 
@@ -50,11 +50,10 @@ def check_evaluation(recipe: Experiment) -> None:
     given = [word for option, what in GIVEN.items() for word in (option, what)]
     try:
         args = build_parser().parse_args([*given, *recipe.evaluate])
-        own = str(args.include_path or REPOSITORY).replace("{root}", str(REPOSITORY))
-        if Path(own).is_absolute():  # otherwise it is in the study's directory
+        include = tasks_directory(recipe.evaluate)
+        if include is None or include.is_absolute():  # otherwise it is in the study's directory
             from megatron_slm.analysis.evaluation.evaluate import check_tasks  # imports torch
 
-            include = None if args.include_path is None else Path(own)
             check_tasks(benchmarks(args.tasks), include, args.run_generated_code)
     except UserError as error:
         raise UserError(f"{recipe.name}: evaluate: {error}") from error

@@ -184,14 +184,19 @@ class Instance:
         return [sys.executable, *torchrun, str(self.recipe.ranks)]
 
 
+def tasks_directory(words: Iterable[str]) -> Path | None:
+    """Return an evaluation's --include-path, if it has one; what a stage makes is not absolute."""
+    parser = Parser(add_help=False)
+    parser.add_argument("--include-path")
+    found = parser.parse_known_args([*words])[0].include_path
+    return None if found is None else Path(found.replace("{root}", str(REPOSITORY)))
+
+
 def _files_of_tasks(words: Iterable[str]) -> list[tuple[str, str]]:
     """Return the names and hashes of all files in an evaluation's --include-path; what a stage
     makes there stands for itself."""
-    parser = Parser(add_help=False)
-    parser.add_argument("--include-path", default="")
-    found = parser.parse_known_args([*words])[0].include_path
-    path = Path(found.replace("{root}", str(REPOSITORY)))
-    if not path.is_absolute():
+    path = tasks_directory(words)
+    if path is None or not path.is_absolute():
         return []
     files = (file for file in sorted(path.rglob("*")) if file.is_file() and file.suffix != ".pyc")
     return [(str(file.relative_to(path)), sha256_of(file)) for file in files]
