@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 from msgspec import UNSET
@@ -127,17 +126,9 @@ class _Losses:
         own = dataset_fingerprint(prefix)
         if differs := cache_differences(own, manifest.source.datasets[name]):
             raise UserError(f"{directory} was scored from other files than {prefix}: {differs}")
-        index = open_index(Path(f"{prefix}.idx"))
+        lengths = open_index(Path(f"{prefix}.idx")).lengths
         apart = manifest.source.inter_document_masking is True
-        self.windows = Windows(
-            SimpleNamespace(
-                sequence_lengths=index.lengths,
-                sequence_pointers=index.offsets,
-                dtype_size=index.dtype.itemsize,
-            ),
-            manifest.sequence_length,
-            apart,
-        )
+        self.windows = Windows(lengths, manifest.sequence_length, apart)
         self.directory = directory
         self.section = Section(directory, manifest, name)
 

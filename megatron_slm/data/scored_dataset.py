@@ -164,7 +164,7 @@ class DocumentWindows(torch.utils.data.Dataset[dict[str, Any]]):
                 f"{dataset.path_prefix}.idx does not list the .bin's documents in order and "
                 "without gaps; score it --by sample"
             )
-        self.windows = Windows(dataset.index, sequence_length, apart)
+        self.windows = Windows(dataset.index.sequence_lengths, sequence_length, apart)
 
     def __len__(self) -> int:
         return len(self.windows)

@@ -7,7 +7,7 @@ early rather than cut a document that fits into one, so that such a document is 
 
 from __future__ import annotations
 
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,30 +19,25 @@ _DOCUMENTS = 1 << 20  # looked at at once
 class Windows:
     """Where the windows of a dataset begin."""
 
-    def __init__(self, index: Any, length: int, apart: bool) -> None:
+    def __init__(self, lengths: NDArray[np.integer], length: int, apart: bool) -> None:
         """Cut a dataset.
 
         Args:
-            index: the index of its IndexedDataset.
+            lengths: the tokens of each document, [documents].
             length: tokens of a window, s.
             apart: whether documents do not see each other.
         """
-        self.length, self.index = length, index
+        self.length = length
+        self.tokens = int(lengths.sum(dtype=np.int64))
         self.bounds: NDArray[np.int64] | None = None
         """Labels whose inputs begin a document, ascending; None if documents see each other."""
         self.starts: NDArray[np.int64] | None = None
         """The first label of each window; None if every window has s tokens."""
         if apart:
             # The first label of the file has an end-of-document token as its input.
-            first = index.sequence_pointers // index.dtype_size + 1
-            bounds = np.unique(first[index.sequence_lengths > 0]).astype(np.int64)
+            bounds = np.unique(lengths.cumsum(dtype=np.int64) - lengths + 1)
             self.bounds = np.concatenate([[0], bounds[bounds < self.tokens]])
             self.starts = _starts(self.bounds, self.tokens, length)
-
-    @cached_property
-    def tokens(self) -> int:
-        """Number of the dataset's tokens."""
-        return int(self.index.sequence_lengths.sum(dtype=np.int64))
 
     def __len__(self) -> int:
         return -(-self.tokens // self.length) if self.starts is None else len(self.starts)
@@ -75,11 +70,11 @@ class Windows:
 
 @lru_cache(maxsize=2)
 def windows_of(index: Any, length: int, apart: bool) -> Windows:
-    """Return the windows of a dataset, whose splits share them and are built one after another.
+    """Return the windows of an IndexedDataset, given its index.
 
-    The arguments are those of Windows.
+    The splits of a dataset, which are built one after another, share them.
     """
-    return Windows(index, length, apart)
+    return Windows(index.sequence_lengths, length, apart)
 
 
 def _starts(bounds: NDArray[np.int64], tokens: int, length: int) -> NDArray[np.int64]:
