@@ -114,7 +114,7 @@ def score_checkpoints(args: Namespace) -> Path:
                 checkpoint, own, Scoring(args.slm_vocab_size), installed_layers()
             )
         else:
-            load_weights(model.model, checkpoint)
+            load_weights(model.model, checkpoint, own)
         failed = _score(args, model, micro_batches, samples, count, step, about, directory)
         if said := _of_any_rank(failed):
             raise UserError(f"{said}; what was scored before is kept")

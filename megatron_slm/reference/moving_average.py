@@ -32,6 +32,7 @@ from megatron_slm.files import write_whole
 from megatron_slm.loss import Scoring
 from megatron_slm.model.torch_dist import TRACKER
 from megatron_slm.reference.checkpoint import open_checkpoint
+from megatron_slm.reference.loading import load_parts
 from megatron_slm.reference.online import OnlineReference, build_model, unwrapped
 
 DIRECTORY = "ema"
@@ -134,7 +135,7 @@ class MovingAverage(OnlineReference):
             retarget_sharded_state_dict_to_gpt_checkpoint(
                 wanted, gpt_compatible_layer_maps(pattern)
             )
-        loaded = dist_checkpointing.load({"model": wanted}, str(checkpoint.directory))["model"]
+        loaded = load_parts({"model": wanted}, checkpoint.directory, self.arguments)["model"]
         assert self.average is not None
         for average, (name, weight) in zip(self.average, own.items(), strict=True):
             average.copy_(loaded[name])

@@ -41,6 +41,7 @@ from megatron_slm.model.model_config import build_stage
 from megatron_slm.reference import Reference, Scored
 from megatron_slm.reference.checkpoint import UNSUPPORTED_MODELS, ReferenceCheckpoint
 from megatron_slm.reference.fp8 import check_fp8
+from megatron_slm.reference.loading import load_parts
 from megatron_slm.reference.offload import StreamedLayers
 
 
@@ -123,7 +124,7 @@ def frozen_reference(
         layer_spec: as for model_config.
     """
     model = build_model(arguments, layer_spec)
-    load_weights(model, checkpoint)
+    load_weights(model, checkpoint, arguments)
     return OnlineReference(model, arguments, scoring)
 
 
@@ -264,8 +265,15 @@ def unwrapped(model: torch.nn.Module) -> LanguageModule:
     return inner
 
 
-def load_weights(model: torch.nn.Module, checkpoint: ReferenceCheckpoint) -> None:
+def load_weights(
+    model: torch.nn.Module, checkpoint: ReferenceCheckpoint, arguments: Namespace
+) -> None:
     """Load each rank's part of a model's weights, and only these, from a checkpoint of any layout.
+
+    Args:
+        model: the model, from build_model().
+        checkpoint: where the weights are.
+        arguments: the model's arguments.
 
     Raises:
         UserError: ranks found different checkpoints.
@@ -288,7 +296,7 @@ def load_weights(model: torch.nn.Module, checkpoint: ReferenceCheckpoint) -> Non
         for name, tensor in inner.sharded_state_dict(metadata=metadata).items()
         if not name.endswith("_extra_state")
     }
-    loaded = dist_checkpointing.load({"reference": wanted}, directory)["reference"]
+    loaded = load_parts({"reference": wanted}, checkpoint.directory, arguments)["reference"]
     missing, unexpected = inner.load_state_dict(loaded, strict=False)
     if unexpected or any(not name.endswith("_extra_state") for name in missing):
         raise RuntimeError(f"reference {directory}: missing {missing}, unexpected {unexpected}")

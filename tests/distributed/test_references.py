@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 from distributed.test_layouts import LAYOUTS
-from distributed.test_score_cache import RUN, TAGS, records, resume, train
+from distributed.test_score_cache import RUN, TAGS, records, resume, run_arguments, train
 from torch import Tensor
 
 import oracle
-from jobs import STEPS, Checkpoints, Corpus, write_dataset
+from forked_jobs import Server
+from jobs import STEPS, Checkpoints, Corpus, from_own_checkpoint, write_dataset
 from launch import pretrain
 from megatron_slm.data.token_dump import read_dumps
 from real_text import docstrings
@@ -125,3 +127,39 @@ def test_an_earlier_checkpoint_of_the_same_run(
     # The policy itself, so far.
     (first, *_) = records(run)
     assert (first["scores"] == 0.0).all()
+
+
+@pytest.mark.parametrize("layout", ["dp2", "tp2 dp2", "moving average"])
+def test_ranks_share_out_the_reading(
+    layout: str, server: Server, corpus: Corpus, untied: Checkpoints, tmp_path: Path
+) -> None:
+    """With Megatron's flag, replicas read different parts of the reference, and load the same
+    values as if each had read all of its own."""
+    extra = "--ckpt-fully-parallel-load --train-iters 1 --eval-iters 0"
+    if layout == "moving average":
+        # Any checkpoint can be an average: here it is the policy that the run resumes from.
+        where = tmp_path / "saved" / "ema"
+        where.parent.mkdir()
+        where.symlink_to(untied.policy)
+        for path in untied.policy.iterdir():
+            (where.parent / path.name).symlink_to(path)
+        arguments = run_arguments(corpus, untied, f"{extra} --slm-reference ema:0.9")
+        arguments = from_own_checkpoint(arguments, where.parent)
+        arguments += "--no-load-optim --no-load-rng --train-iters 3".split()
+    else:
+        where = untied.reference
+        arguments = run_arguments(corpus, untied, f"{extra} --slm-reference-load {where}")
+    width = 1
+    if layout == "tp2 dp2":
+        arguments += "--tensor-model-parallel-size 2".split()
+        arguments += "--ckpt-fully-parallel-load-process-group ep_dp".split()
+        width = 2
+    server.run("record reads", 2 * width, arguments, tmp_path)
+    found = []
+    for rank in range(2 * width):
+        loads = json.loads((tmp_path / "reads" / f"rank{rank}.json").read_text())
+        (reference,) = [one for one in loads if Path(one["directory"]).is_relative_to(where)]
+        found.append(reference)
+    for one, other in zip(found[:width], found[width:], strict=True):
+        assert one["alone"] == other["alone"] == sorted(one["own"] + other["own"])
+        assert min(len(one["own"]), len(other["own"])) > len(one["alone"]) / 4

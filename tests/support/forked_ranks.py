@@ -18,6 +18,7 @@ from typing import Any
 
 import megatron_imported  # noqa: F401  # first, since it makes this machine the platform
 import recorded_experts
+import recorded_reads
 from megatron_slm import pretrain
 from megatron_slm.entry import add_arguments
 from megatron_slm.errors import exit_on_user_error
@@ -46,8 +47,12 @@ def run(rank: int, job: dict[str, Any]) -> int:
     sys.argv = [job["tool"], *job["arguments"]]
     try:
         with exit_on_user_error():
+            recorders = {
+                "record experts": recorded_experts.train,
+                "record reads": recorded_reads.train,
+            }
             tools = {"train": pretrain.train, "record": record, "score": score}
-            (tools | {"record experts": recorded_experts.train})[job["tool"]]()
+            (tools | recorders)[job["tool"]]()
     except SystemExit as left:
         return int(left.code or 0)
     return 0
