@@ -111,8 +111,10 @@ class DatasetProvider:
                     None if dataset is None else SampleScored(dataset, sections[split])
                     for split, dataset in zip(SPLITS, datasets, strict=True)
                 ]
-        if any(dataset is not None for dataset in datasets):  # one call for each model chunk
-            self.built = datasets
+        train, valid, test = datasets
+        sets = valid if isinstance(valid, list) else [valid]  # --multiple-validation-sets
+        if any(dataset is not None for dataset in (train, *sets, test)):
+            self.built = datasets  # one call for each model chunk
         return datasets
 
     def available(self, split: str, dataset: Any) -> int:

@@ -233,7 +233,7 @@ LOG = (
         "evaluate_and_print_results",
         "prefix forward_step_func data_iterator model iteration process_non_loss_data_func "
         "config verbose write_to_tensorboard",
-        "values that are not losses are printed after the losses",
+        "values that are not losses come after the losses; sets are whole with pipeline stages",
         _validation.wrap_print,
     ),
     Hook(

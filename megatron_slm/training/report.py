@@ -15,6 +15,7 @@ from megatron.training.global_vars import get_wandb_writer
 from megatron.training.utils import print_rank_last
 
 from megatron_slm.training.device_timer import device_timer
+from megatron_slm.training.validation_sets import whole_sets
 
 TIMERS = ["slm-reference", "slm-ranking", "slm-dump"]
 # How the names of reported values begin that are not losses.
@@ -106,6 +107,8 @@ class Validation:
             **kwargs: Any,
         ) -> None:
             self.taken.clear()
+            if get_args().full_validation:
+                data_iterator = whole_sets(data_iterator)
             written = {"write_to_tensorboard": write_to_tensorboard}
             evaluate_and_print(
                 prefix, forward_step, data_iterator, model, iteration, *args, **written, **kwargs

@@ -206,3 +206,31 @@ def test_full_validation(
         tag = next(tag for tag in Run(tmp_path / size, [], []).tags() if "excess loss val" in tag)
         found.append(list(scalars(tag).values()))
     assert found[0] and found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+def test_full_validation_by_stages(
+    server: Server, texts: list[str], packed: Corpus, untied: Checkpoints, tmp_path: Path
+) -> None:
+    """Stages that read nothing, and virtual stages, validate each set as one process does."""
+    write_dataset(tmp_path / "few", texts[:40])
+    write_dataset(tmp_path / "others", texts[40:70])
+    arguments = [*packed.arguments, *untied.without_reference]
+    at = arguments.index("--data-path")
+    arguments[at : at + 4] = ["--train-data-path", str(packed.prefix)]  # and --split
+    arguments += ["--valid-data-path", str(tmp_path / "few"), str(tmp_path / "others")]
+    arguments += "--full-validation --multiple-validation-sets --eval-global-batch-size 4".split()
+    arguments += "--slm-token-ratio 0.6 --slm-score policy --micro-batch-size 1".split()
+    arguments += "--train-iters 1 --tensorboard-dir tensorboard".split()
+    arguments += "--slm-dump-interval 1 --slm-dump-dir dump".split()
+    found, dumps = [], []
+    for ranks, flags in ((1, ""), LAYOUTS["pp2 vpp2"][::2], (4, PP2.replace("2", "4"))):
+        directory = tmp_path / (flags or "one")
+        server.run("train", ranks, [*arguments, *flags.split()], directory)
+        run = Run(directory, [], [])
+        tags = [f"{name} loss validation-{i}" for name in ("lm", "selected") for i in range(2)]
+        found.append([run.scalars(tag)[1] for tag in tags])
+        dumps.append(read_dumps(directory / "dump")[0])
+    assert len(set(found[0])) == 4
+    for others, dump in zip(found[1:], dumps[1:], strict=True):
+        assert others == pytest.approx(found[0], rel=1e-5)
+        torch.testing.assert_close(dump.losses, dumps[0].losses, rtol=1e-5, atol=1e-5)
