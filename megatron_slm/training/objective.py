@@ -219,7 +219,7 @@ class MicroBatchObjective:
 
     def _report(self, loss: Tensor, count: Tensor) -> dict[str, Tensor]:
         if self.choice is None:
-            return {"lm loss": torch.stack([loss.detach().clone(), count.float()])}
+            return {"lm loss": torch.stack([loss.detach(), count.float()])}
         assert self.losses is not None and self.trained is not None
         return report_of(
             self.micro_batch,
@@ -250,9 +250,8 @@ class MicroBatchObjective:
             return number < len(flags) and bool(flags[number])
 
         rerun = get_rerun_state_machine()
-        # A copy to compare a repeat with: the schedule frees the loss of a pipeline's last stage.
-        kept = loss.detach().clone()
-        validate = partial(rerun.validate_result, result=kept, tolerance=0.0)
+        # Detached, since it is compared with a repeat's after the schedule has freed the loss.
+        validate = partial(rerun.validate_result, result=loss.detach(), tolerance=0.0)
         if args.check_for_nan_in_loss_and_grad:
             for number, what in enumerate(FAULTS):
                 message = f"found {what} of micro-batch {batch.number}"

@@ -26,6 +26,13 @@ CASES = {
         f"{LARGE} {REFERENCE} {SAVE} 10 --train-iters 3",
         f"iteration 2, rank 0 and 1 more: found NaN {LOSS}",
     ),
+    "in a later step, by stages": (
+        # Each has found its own NaN again: the last compares losses that the schedule has freed.
+        2,
+        f"{LARGE} --pipeline-model-parallel-size 2 --train-iters 3",
+        "iteration 2, rank 0 and 1 more: found NaN in local grad norm for bucket #0 in backward "
+        "pass before data-parallel communication collective; no checkpoint has been written",
+    ),
     "in a later step, not repeated": (
         1,
         f"{LARGE} --rerun-mode disabled --train-iters 3",
