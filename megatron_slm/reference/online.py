@@ -35,9 +35,10 @@ from torch import Tensor
 
 from megatron_slm.errors import UserError
 from megatron_slm.loss import Scoring, all_losses
-from megatron_slm.model.documents import activation_shape, by_sample
+from megatron_slm.model.documents import activation_shape, by_sample, has_plain_layers
 from megatron_slm.model.hybrid_pattern import layers_of
 from megatron_slm.model.model_config import build_stage
+from megatron_slm.model.shared_heads import check_shared_heads
 from megatron_slm.reference import Reference, Scored
 from megatron_slm.reference.checkpoint import UNSUPPORTED_MODELS, ReferenceCheckpoint
 from megatron_slm.reference.fp8 import check_fp8
@@ -232,6 +233,8 @@ def reference_arguments(checkpoint: ReferenceCheckpoint, arguments: Namespace) -
     except (AssertionError, ValueError) as error:
         raise UserError(f"{where} does not fit this run's arguments: {error}") from error
     check_fp8(own, where)
+    if not has_plain_layers(own):
+        check_shared_heads(own, where)
     return own
 
 
