@@ -35,13 +35,13 @@ from torch import Tensor
 
 from megatron_slm.errors import UserError
 from megatron_slm.loss import Scoring, all_losses
-from megatron_slm.model.documents import activation_shape, by_sample, has_plain_layers
+from megatron_slm.model.documents import activation_shape, by_sample
 from megatron_slm.model.hybrid_pattern import layers_of
 from megatron_slm.model.model_config import build_stage
-from megatron_slm.model.shared_heads import check_shared_heads
 from megatron_slm.reference import Reference, Scored
 from megatron_slm.reference.checkpoint import UNSUPPORTED_MODELS, ReferenceCheckpoint
 from megatron_slm.reference.fp8 import check_fp8
+from megatron_slm.reference.layout import check_layout
 from megatron_slm.reference.loading import load_parts
 from megatron_slm.reference.offload import StreamedLayers
 
@@ -208,18 +208,7 @@ def reference_arguments(checkpoint: ReferenceCheckpoint, arguments: Namespace) -
         own.moe_ffn_hidden_size = own.moe_shared_expert_intermediate_size = None
         own.moe_layer_freq, own.moe_router_enable_expert_bias = 1, False
     where = f"the reference in {checkpoint.directory}"
-    for what, value, name, size in (
-        ("layers", own.num_layers, "pipeline", own.pipeline_model_parallel_size),
-        ("attention heads", own.num_attention_heads, "tensor", own.tensor_model_parallel_size),
-        ("feed-forward units", own.ffn_hidden_size, "tensor", own.tensor_model_parallel_size),
-        ("experts", own.num_experts or 0, "expert", own.expert_model_parallel_size),
-    ):
-        if value % size:
-            raise UserError(
-                f"{where} has {value} {what}, which the {name}-model-parallel size {size} does not "
-                "divide; the reference runs on the policy's ranks, cut as the policy is: take "
-                "another size, or another reference"
-            )
+    check_layout(own, where)
     if (
         own.position_embedding_type == "learned_absolute"
         and own.max_position_embeddings < own.seq_length
@@ -233,8 +222,6 @@ def reference_arguments(checkpoint: ReferenceCheckpoint, arguments: Namespace) -
     except (AssertionError, ValueError) as error:
         raise UserError(f"{where} does not fit this run's arguments: {error}") from error
     check_fp8(own, where)
-    if not has_plain_layers(own):
-        check_shared_heads(own, where)
     return own
 
 

@@ -21,6 +21,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_slm.data.indexed_format import Index
 from megatron_slm.errors import UserError
+from megatron_slm.training.batch_schedule import length_of_training
 from megatron_slm.training.caches import SPLITS
 
 NAMES = dict(zip(SPLITS, ("training", "validation", "test"), strict=True))
@@ -106,11 +107,9 @@ def split_spans(split: str) -> list[Span | None]:
 
 def drawn_samples(args: Namespace) -> tuple[int, int | None, int]:
     """Return how many samples of each split Megatron asks for; None means all of them, once."""
-    batch = args.global_batch_size
-    train = args.train_samples or (args.train_iters or 0) * batch
+    iterations, train = length_of_training(args)
     if args.phase_transition_iterations:  # a resumed run asks for those of its phase alone
         train = min(train, 1)
-    iterations = args.train_iters or train // batch
     points = 1 if args.skip_train else iterations // args.eval_interval + 1
     if args.start_eval_at_iter is not None and not args.skip_train:
         points = max(0, points - args.start_eval_at_iter // args.eval_interval)

@@ -21,6 +21,7 @@ from megatron_slm.data.score_cache import Section
 from megatron_slm.data.scored_dataset import SampleScored, document_scored
 from megatron_slm.errors import UserError
 from megatron_slm.model.documents import packs_documents
+from megatron_slm.training.batch_schedule import check_batch_sizes, length_of_training
 from megatron_slm.training.caches import SPLITS, Caches, data_prefixes
 from megatron_slm.training.data_parts import check_parts
 
@@ -97,6 +98,10 @@ class DatasetProvider:
             samples: how many samples of each are drawn.
             vp_stage: the model chunk that they are for.
         """
+        args = get_args()
+        if args.step_batch_size_schedule is not None:
+            check_batch_sizes(args)
+            samples = [max(samples[0] or 0, length_of_training(args)[1]), *samples[1:]]
         datasets = list(self.build(samples, vp_stage=vp_stage))
         sections = self._by_sample
         if self.caches is not None and sections is not None:

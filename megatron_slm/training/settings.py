@@ -15,6 +15,7 @@ from megatron_slm.errors import UserError
 from megatron_slm.model.documents import packs_documents
 from megatron_slm.selection import RatioSchedule, SelectionSettings, check_option_names
 from megatron_slm.selection.top_fraction import MAX_SEGMENTS, segments
+from megatron_slm.training.batch_schedule import largest_batch
 from megatron_slm.training.command_line.decisions import (
     head_of,
     is_selective,
@@ -152,7 +153,7 @@ def _check_scope(args: Namespace, sets: int) -> None:
     """Refuse a scope so wide that ranks could not agree on its ties."""
     micro_batch = args.micro_batch_size
     scope = {
-        "global-batch": args.global_batch_size,
+        "global-batch": largest_batch(args),
         "data-parallel": micro_batch * args.data_parallel_size,
     }
     samples, size = scope.get(args.slm_scope, micro_batch), args.context_parallel_size

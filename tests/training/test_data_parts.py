@@ -181,6 +181,7 @@ def _arguments(case: Case) -> Namespace:
         full_validation=valid is None,
         multiple_validation_sets=case.sets,
         phase_transition_iterations=None,
+        step_batch_size_schedule=None,
         exit_interval=None,
         exit_duration_in_mins=None,
         dataloader_type="single",

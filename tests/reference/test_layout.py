@@ -1,4 +1,4 @@
-"""Heads that context-parallel ranks cannot share out are refused by name, before any step."""
+"""A reference that the run's parallel sizes do not divide is refused by name, before any step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from argparse import Namespace
 import pytest
 
 from megatron_slm.errors import UserError
-from megatron_slm.model.shared_heads import check_shared_heads
+from megatron_slm.reference.layout import check_layout, check_shared_heads
 
 MODEL = {
     "num_attention_heads": 12,
@@ -61,3 +61,41 @@ def test_refused(changed: dict[str, object], kind: str, what: str, ranks: int) -
         f"--cp-comm-type {kind}: the reference in DIR has {what} on a tensor-parallel rank, which "
         f"{ranks} context-parallel ranks cannot share out"
     )
+
+
+EXPERTS = {
+    "num_layers": 2,
+    "ffn_hidden_size": 64,
+    "num_experts": 4,
+    "moe_ffn_hidden_size": None,
+    "moe_shared_expert_intermediate_size": 32,
+    "pipeline_model_parallel_size": 1,
+    "expert_model_parallel_size": 2,
+    "expert_tensor_parallel_size": 2,
+    "spec": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, None),
+        ({"num_experts": 3}, "3 experts, which the expert-model-parallel size 2"),
+        (
+            {"moe_ffn_hidden_size": 33},
+            "33 units in an expert, which the expert-tensor-parallel size 2",
+        ),
+        ({"expert_tensor_parallel_size": 3}, "64 units in an expert, which the expert-tensor"),
+        (
+            {"moe_shared_expert_intermediate_size": 33, "tensor_model_parallel_size": 2},
+            "33 units in shared experts, which the tensor-model-parallel size 2",
+        ),
+    ],
+)
+def test_experts(changed: dict[str, object], said: str | None) -> None:
+    arguments = Namespace(**MODEL | EXPERTS | changed)
+    if said is None:
+        check_layout(arguments, "the reference in DIR")
+        return
+    with pytest.raises(UserError, match=f"the reference in DIR has {said}"):
+        check_layout(arguments, "the reference in DIR")
