@@ -26,6 +26,7 @@ from torch import Tensor
 from megatron_slm.selection import TokenSelector
 from megatron_slm.training.command_line.experts import has_auxiliary_losses
 from megatron_slm.training.micro_batch import MicroBatch
+from megatron_slm.training.passes import as_selector_takes
 from megatron_slm.training.settings import Step
 
 
@@ -92,14 +93,8 @@ class AuxiliaryScale:
         if mpu.is_pipeline_last_stage():
             share = torch.ones((), device=torch.cuda.current_device())
             if step.selects:
-                domains = [batch.domains for batch in micro_batches if batch.domains is not None]
-                share = selector.share_selected(
-                    torch.cat([batch.valid for batch in micro_batches]),
-                    step.ratio,
-                    torch.cat(domains) if domains else None,
-                    len(micro_batches),
-                    whole,
-                )
+                whole_step = as_selector_takes(micro_batches, step.ratio)
+                share = selector.share_selected(*whole_step, whole)
             kept = _share_kept(micro_batches) if self.leaves_out else torch.ones_like(share)
             shares = torch.stack([share, share * kept])
         else:

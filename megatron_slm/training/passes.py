@@ -108,3 +108,18 @@ def noting(micro_batches: Iterator[MicroBatch], seen: list[MicroBatch]) -> Itera
     for micro_batch in micro_batches:
         seen.append(micro_batch)
         yield micro_batch
+
+
+def as_selector_takes(
+    micro_batches: list[MicroBatch], ratio: float
+) -> tuple[Tensor, float, Tensor | None, int]:
+    """Return a whole step as the selector takes it: the valid tokens, the ratio, the datasets of
+    samples, and the number of micro-batches.
+
+    Args:
+        micro_batches: all of the step's, on the last pipeline stage.
+        ratio: the step's ratio.
+    """
+    domains = [batch.domains for batch in micro_batches if batch.domains is not None]
+    valid = torch.cat([batch.valid for batch in micro_batches])
+    return valid, ratio, torch.cat(domains) if domains else None, len(micro_batches)

@@ -33,7 +33,13 @@ from megatron_slm.training.device_timer import timed
 from megatron_slm.training.dump import TokenDumps
 from megatron_slm.training.micro_batch import MicroBatch, read_micro_batches, tell_lengths
 from megatron_slm.training.objective import MicroBatchObjective
-from megatron_slm.training.passes import noting, run_in_shape, score_with_policy, with_reference
+from megatron_slm.training.passes import (
+    as_selector_takes,
+    noting,
+    run_in_shape,
+    score_with_policy,
+    with_reference,
+)
 from megatron_slm.training.settings import SelectiveSettings, Step
 from megatron_slm.training.sources import Source
 
@@ -307,14 +313,7 @@ class SelectiveStep:
     def _whole_step(
         self, read: list[MicroBatch]
     ) -> tuple[Tensor, Tensor, float, Tensor | None, int]:
-        """Return all micro-batches of a step in the form that the selector takes."""
+        """Return the scores of a whole step, and the step as the selector takes it."""
         assert self.step is not None
-        scores = [batch.scores for batch in read if batch.scores is not None]
-        domains = [batch.domains for batch in read if batch.domains is not None]
-        return (
-            torch.cat(scores),
-            torch.cat([batch.valid for batch in read]),
-            self.step.ratio,
-            torch.cat(domains) if domains else None,
-            len(read),
-        )
+        scores = torch.cat([batch.scores for batch in read if batch.scores is not None])
+        return scores, *as_selector_takes(read, self.step.ratio)

@@ -212,13 +212,13 @@ def test_full_validation_by_stages(
     server: Server, texts: list[str], packed: Corpus, untied: Checkpoints, tmp_path: Path
 ) -> None:
     """Stages that read nothing, and virtual stages, validate each set as one process does."""
-    write_dataset(tmp_path / "few", texts[:40])
-    write_dataset(tmp_path / "others", texts[40:70])
+    write_dataset(tmp_path / "few", texts[:20])
+    write_dataset(tmp_path / "others", texts[20:50])
     arguments = [*packed.arguments, *untied.without_reference]
     at = arguments.index("--data-path")
     arguments[at : at + 4] = ["--train-data-path", str(packed.prefix)]  # and --split
     arguments += ["--valid-data-path", str(tmp_path / "few"), str(tmp_path / "others")]
-    arguments += "--full-validation --multiple-validation-sets --eval-global-batch-size 4".split()
+    arguments += "--full-validation --multiple-validation-sets --eval-global-batch-size 2".split()
     arguments += "--slm-token-ratio 0.6 --slm-score policy --micro-batch-size 1".split()
     arguments += "--train-iters 1 --tensorboard-dir tensorboard".split()
     arguments += "--slm-dump-interval 1 --slm-dump-dir dump".split()
