@@ -79,7 +79,8 @@ def read_events(directory: Path) -> Events:
                     f"{directory} has more than {MOST_VALUES:,} values or {MOST_TAGS:,} tags: more "
                     "than can be read; log fewer with a larger --tensorboard-log-interval"
                 )
-    return Events({tag: dict(sorted(values.items())) for tag, values in scalars.items()}, texts)
+    kept = {tag: dict(sorted(values.items())) for tag, values in scalars.items() if values}
+    return Events(kept, texts)
 
 
 def _leave_out_after(step: int, scalars: dict[str, dict[int, float]]) -> None:

@@ -63,7 +63,7 @@ def report(args: Namespace, recipe: LaunchRecipe) -> str:
     text = [
         *assumptions(args, cluster),
         *attention_within(megatron, work),
-        *left_out(megatron),
+        *uncounted(megatron),
         "",
         report_line("vocabulary, with padding", f"{work.padded_vocabulary:,}"),
         size_line("parameters", model, work),
@@ -113,7 +113,7 @@ def attention_within(megatron: Namespace, work: Work) -> Iterator[str]:
         yield "Documents do not see each other, but their lengths are not known: taken as samples."
 
 
-def left_out(megatron: Namespace) -> Iterator[str]:
+def uncounted(megatron: Namespace) -> Iterator[str]:
     """Yield a line that names the options whose effect is not in the figures, if there are any."""
     if flags := not_counted(megatron):
         yield f"Not in these figures: what {', '.join(flags)} changes."

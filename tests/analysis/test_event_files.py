@@ -50,6 +50,10 @@ def write(directory: Path, number: int, steps: range, value: Callable[[int], flo
 )
 def test_what_later_files_undo(again: range, last: int, tmp_path: Path) -> None:
     write(tmp_path, 1, range(1, 101), lambda at: 5.0)
+    with (tmp_path / "events.out.tfevents.1").open("ab") as file:
+        values = [Summary.Value(tag="said once, later", simple_value=1.0)]
+        content = Event(step=130, summary=Summary(value=values)).SerializeToString()
+        RecordWriter(file).write(content)
     write(tmp_path, 2, again, lambda at: 2.0)
     expected = {at: 2.0 if at in again else 5.0 for at in range(1, last + 1)}
     assert read_events(tmp_path).scalars == {LOSS: expected}
