@@ -58,14 +58,14 @@ def headline(run: RunFiles) -> str:
         what = "Training loss"
         if VALIDATION.fullmatch(tag):
             what = "Validation" + spelt_out(tag).removeprefix("validation")
-        first, last = f"{series.values[0]:.3f}", f"{series.last:.3f}"
+        start, last = f"{series.values[0]:.3f}", f"{series.last:.3f}"
         end = f"{last} nats a token at iteration {series.iterations[-1]:,}{_lost(series, '; {}')}"
         if len(series.values) == 1:
             return f"{what}: {end}"
-        if first == last:
+        if start == last:
             return f"{what} begins and ends at {end}"
         change = "fell" if series.last < series.values[0] else "rose"
-        return f"{what} {change} from {first} to {end}"
+        return f"{what} {change} from {start} to {end}"
     if run.dumps:
         first = run.dumps[0]
         return (
