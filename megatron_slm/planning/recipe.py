@@ -194,7 +194,7 @@ def work_of(
         head=head_of(args),
         backward=getattr(args, "slm_backward", "all"),  # older checkpoints' arguments lack it
         weight_bytes=2 if half else 4,
-        gradient_bytes=2 if half and args.grad_reduce_in_bf16 else 4,
+        gradient_bytes=2 if half and not args.accumulate_allreduce_grads_in_fp32 else 4,
         optimizer_bytes=_optimizer_bytes(args),
         kernels=kernels,
         fused_gradients=args.gradient_accumulation_fusion or kernels == "te",
@@ -226,6 +226,8 @@ def _optimizer_bytes(args: Namespace) -> int:
     else:
         moments = args.exp_avg_dtype.itemsize + args.exp_avg_sq_dtype.itemsize
     master = args.main_params_dtype.itemsize if args.bf16 or args.fp16 else 0
+    if args.use_precision_aware_optimizer and args.bf16 and not args.optimizer_cpu_offload:
+        master = min(master, 2)  # of float32, only the half that a weight in bf16 does not have
     on_host = args.optimizer_offload_fraction if args.optimizer_cpu_offload else 0.0
     return round((master + moments) * (1.0 - on_host))
 

@@ -17,16 +17,16 @@ from megatron_slm.planning.recipe import layout_of, not_counted, parse, work_of
 RUN = """
     --num-layers 8 --hidden-size 64 --num-attention-heads 4 --max-position-embeddings 64
     --seq-length 64 --micro-batch-size 1 --global-batch-size 8 --tokenizer-type NullTokenizer
-    --vocab-size 999 --mock-data --train-iters 3 --lr 1e-3 --eval-interval 100 --bf16
+    --vocab-size 999 --mock-data --train-iters 3 --lr 1e-3 --eval-interval 100
 """
 BLOCK = "--recompute-granularity full --recompute-method block --recompute-num-layers"
 STAGES = "--pipeline-model-parallel-size 4"
 PROGRAM = "-m megatron_slm.pretrain --num-layers 2"
 
 
-def parsed(flags: str) -> Any:
+def parsed(flags: str, precision: str = "--bf16") -> Any:
     """Return the arguments of a job of 8 ranks."""
-    return parse(LaunchRecipe([*RUN.split(), *flags.split()], 8), 0, 32000)
+    return parse(LaunchRecipe([*RUN.split(), precision, *flags.split()], 8), 0, 32000)
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,27 @@ def parsed(flags: str) -> Any:
 def test_work(flags: str, found: dict[str, float]) -> None:
     work = work_of(parsed(flags), "te", "cuda")
     assert {name: getattr(work, name) for name in found} == found
+
+
+def test_gradients() -> None:
+    """In float32 for bf16, unless the run says otherwise; in the weights' type for fp16."""
+    bytes_of = {
+        flags: work_of(parsed(flags, precision), "te", "cuda").gradient_bytes
+        for flags, precision in (
+            ("", "--bf16"),
+            ("--grad-reduce-in-bf16", "--bf16"),
+            ("--loss-scale 1024", "--fp16"),
+            ("--accumulate-allreduce-grads-in-fp32", "--fp16"),
+        )
+    }
+    assert list(bytes_of.values()) == [4, 2, 2, 4]
+
+
+def test_a_precision_aware_optimizer() -> None:
+    """It keeps the half of a float32 weight that the bf16 weight does not have, and two moments."""
+    args = parsed("")
+    args.use_precision_aware_optimizer = True
+    assert work_of(args, "te", "cuda").optimizer_bytes == 2 + 4 + 4
 
 
 def test_an_optimizer_on_the_host() -> None:
