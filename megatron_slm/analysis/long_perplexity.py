@@ -27,7 +27,7 @@ from megatron_slm.data.windows import Windows
 from megatron_slm.errors import UserError
 
 TOKENS_AT_ONCE = 1 << 20
-LARGEST = 700.0  # nats, of which exp is a float
+MOST_NATS = 700.0  # nats, of which exp is a float
 
 
 @dataclass
@@ -192,4 +192,4 @@ def perplexity(loss: float, tokens: int) -> str:
     """Format exp(loss / tokens), or a dash if there are no tokens."""
     if not tokens:
         return "-"
-    return f"{math.exp(loss / tokens):.3f}" if loss / tokens < LARGEST else "inf"
+    return f"{math.exp(loss / tokens):.3f}" if loss / tokens < MOST_NATS else "inf"
