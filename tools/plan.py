@@ -11,10 +11,11 @@ GPU's peak and --efficiency.  The report also proposes faster layouts.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import warnings
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
 from megatron_slm.errors import UserError, exit_on_user_error
@@ -28,7 +29,14 @@ def build_parser() -> ArgumentParser:
     add = parser.add_argument
     add("recipe", type=Path, help="Script that prints its command under DRY_RUN=1.")
     add("settings", nargs="*", metavar="NAME=VALUE", help="The script's variables.")
-    add("--vocab-size", dest="vocabulary", type=int, default=32000, metavar="N")
+    add(
+        "--vocab-size",
+        dest="vocabulary",
+        type=int,
+        default=32000,
+        metavar="N",
+        help="Tokens, where the recipe does not say. Default: 32000.",
+    )
     add("--gpus-per-node", type=int, default=8, metavar="N")
     add("--gpu-memory", type=float, default=80, metavar="GB", help="Default: 80.")
     add(
@@ -72,6 +80,21 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
+def check_numbers(args: Namespace) -> None:
+    """Check the numbers of a command line.
+
+    Raises:
+        UserError: one of them is out of range.
+    """
+    for name, number in vars(args).items():
+        flag = "--vocab-size" if name == "vocabulary" else f"--{name.replace('_', '-')}"
+        least = 0 if name == "layouts" else 1e-9
+        if isinstance(number, int | float) and not least <= number < math.inf:
+            raise UserError(f"{flag} {number:g}: give a number above 0")
+    if args.efficiency > 1:
+        raise UserError(f"--efficiency {args.efficiency:g}: give a fraction of the peak, up to 1")
+
+
 def use_platform() -> None:
     """Install the CPU platform, without its messages, since a plan needs no GPU."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -86,11 +109,12 @@ def main(arguments: list[str]) -> None:
     """Run the command line; exit with code 2 if the input is wrong."""
     args = build_parser().parse_args(arguments)
     with exit_on_user_error():
+        check_numbers(args)
         for setting in args.settings:
             if "=" not in setting:
                 raise UserError(f"{setting}: give the script's variables as NAME=VALUE")
         use_platform()
-        from megatron_slm.planning.recipe import read_launch_recipe
+        from megatron_slm.planning.launch_recipe import read_launch_recipe
         from megatron_slm.planning.report import build_ranks, report
 
         settings = dict(setting.split("=", 1) for setting in args.settings)

@@ -13,6 +13,7 @@ or over compute, or each arm's difference from the baseline.
 
 from __future__ import annotations
 
+import os
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def main() -> None:
             raise UserError("--arms chooses the arms of a picture: give --figure, too")
         else:
             write_report(args.run, output, args.tokenizer_model)
-    print(f"> {output.resolve()}")
+    print("> " + os.fsencode(output.resolve()).decode(errors="replace"))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 A file is a sequence of records: the length of an event, the length's CRC-32C, the event as a
 protobuf message, and the event's CRC-32C.  A run that was killed or ran out of disk space leaves
-half a record at the end of its file; when it is resumed it starts another file.
+half a record at the end of its file, and a machine that stopped may leave zeros there; when the run
+is resumed it starts another file.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import struct
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,6 +28,7 @@ LAST_ITERATION = 1 << 50
 MOST_CHARACTERS = 10_000  # kept of a text
 # Megatron logs every scalar a second time, over samples instead of iterations.
 OTHER_AXIS = " vs samples"
+OVER_SAMPLES = OTHER_AXIS.encode()
 # The validation loss has one tag, or one per set (--multiple-validation-sets).  The pattern leaves
 # out its perplexity.
 VALIDATION = re.compile("lm loss validation(-.*)?(?<! ppl)(?<! vs samples)")
@@ -47,7 +50,9 @@ class Events:
 def read_events(directory: Path) -> Events:
     """Read all event files of a directory.
 
-    A resumed run writes some iterations again; the values written last are kept.
+    A resumed run writes some iterations again; the values written last are kept.  What an earlier
+    file has of later iterations than those that a file begins with is left out, as TensorBoard
+    does: the run went back, or was started anew.
 
     Raises:
         UserError: a file is not an event file or is damaged, or there are too many values.
@@ -56,11 +61,15 @@ def read_events(directory: Path) -> Events:
     texts: dict[str, str] = {}
     read = 0
     for path in sorted(directory.glob(EVENTS)):  # names begin with the time of writing
+        begun = False
         for event in _events(path):
             values = event.summary.value
             read += max(1, len(values))
             for value in values:
                 if value.HasField("simple_value") and not value.tag.endswith(OTHER_AXIS):
+                    if not begun:
+                        _leave_out_after(event.step, scalars)
+                        begun = True
                     scalars[value.tag][event.step] = value.simple_value
                 elif value.tag.endswith(TEXT):
                     text = b"".join(value.tensor.string_val)[:MOST_CHARACTERS]
@@ -70,7 +79,15 @@ def read_events(directory: Path) -> Events:
                     f"{directory} has more than {MOST_VALUES:,} values or {MOST_TAGS:,} tags: more "
                     "than can be read; log fewer with a larger --tensorboard-log-interval"
                 )
-    return Events({tag: dict(sorted(values.items())) for tag, values in scalars.items()}, texts)
+    kept = {tag: dict(sorted(values.items())) for tag, values in scalars.items() if values}
+    return Events(kept, texts)
+
+
+def _leave_out_after(step: int, scalars: dict[str, dict[int, float]]) -> None:
+    """Remove the values of later steps, which each tag has at its end, in place."""
+    for points in scalars.values():
+        while points and next(reversed(points)) > step:
+            points.popitem()
 
 
 def _events(path: Path) -> Iterator[Any]:
@@ -89,22 +106,33 @@ def _events(path: Path) -> Iterator[Any]:
 
 
 def _records(file: BinaryIO, path: Path) -> Iterator[bytes]:
-    """Yield the records up to the end of the file or an incomplete record; skip overlong ones."""
+    """Yield the records up to the end of the file or an incomplete record.
+
+    Overlong ones are skipped, and those over samples, of which no checksum is computed: that takes
+    most of the time.
+    """
     from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
-    size = os.fstat(file.fileno()).st_size
+    of_length = lru_cache(masked_crc32c)
+    size, begun = os.fstat(file.fileno()).st_size, False
     while len(head := file.read(HEAD.size)) == HEAD.size:
         length, crc = HEAD.unpack(head)
-        if masked_crc32c(head[:8]) != crc:
-            raise _damaged(path, file.tell())
-        if length + CRC.size > size - file.tell():
+        whole = of_length(head[:8]) == crc
+        if whole and length + CRC.size > size - file.tell():
             return
-        if length > LONGEST:
+        if whole and length > LONGEST:
             file.seek(length + CRC.size, os.SEEK_CUR)
             continue
-        content = file.read(length)
-        if CRC.pack(masked_crc32c(content)) != file.read(CRC.size):
-            raise _damaged(path, file.tell())
+        content = file.read(length) if whole else b""
+        if OVER_SAMPLES in content:
+            file.seek(CRC.size, os.SEEK_CUR)
+            continue
+        if not whole or CRC.pack(masked_crc32c(content)) != file.read(CRC.size):
+            place = file.tell()
+            if begun and not file.read(LONGEST).strip(b"\0"):
+                return  # the last record was not all on the disk when the machine stopped
+            raise _damaged(path, place)
+        begun = True
         yield content
 
 

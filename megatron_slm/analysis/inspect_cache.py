@@ -54,6 +54,8 @@ def inspect(arguments: list[str]) -> None:
     histograms, faults = count_losses(args.cache, manifest)
     print(f"{args.cache}: by {manifest.kind}, {manifest.dtype}, s = {manifest.sequence_length}")
     print(f"reference: {manifest.reference}")
+    if manifest.kind == "document" and manifest.source.inter_document_masking is True:
+        print("with padding: a window ends early where the next document would not fit into it")
     width = max(map(len, ["domain", *histograms]))
     print(
         f"{'domain':{width}} {'tokens':>15} {'mean':>8}"

@@ -27,6 +27,7 @@ from megatron_slm.data.windows import Windows
 from megatron_slm.errors import UserError
 
 TOKENS_AT_ONCE = 1 << 20
+MOST_NATS = 700.0  # nats, of which exp is a float
 
 
 @dataclass
@@ -189,4 +190,6 @@ def _blocks(tokens: int) -> Iterator[NDArray[np.int64]]:
 
 def perplexity(loss: float, tokens: int) -> str:
     """Format exp(loss / tokens), or a dash if there are no tokens."""
-    return f"{math.exp(loss / tokens):.3f}" if tokens else "-"
+    if not tokens:
+        return "-"
+    return f"{math.exp(loss / tokens):.3f}" if loss / tokens < MOST_NATS else "inf"

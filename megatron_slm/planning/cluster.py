@@ -110,7 +110,7 @@ def step_seconds(
     def seconds(flops: int) -> float:
         return flops / (layout.ranks * cluster.flops * cluster.efficiency)
 
-    def traffic(model: Architecture, passes: int, sends: int) -> float:
+    def traffic(model: Architecture, passes: float, sends: int) -> float:
         """Return the seconds of a model's traffic, given the number of its passes, forward or
         backward, and of sends per stage."""
         of_layers = sum(
@@ -124,7 +124,7 @@ def step_seconds(
     accumulating = 2 * work.gradient_bytes * count / cluster.memory_bandwidth
     compute = seconds(step_flops(a, [], work))
     total = compute + micro_batches * accumulating
-    total += traffic(a, 3 if work.recompute else 2, 2 * layout.vp)
+    total += traffic(a, 2 + work.run_again, 2 * layout.vp)
     total *= 1 + bubble(layout, work)
     for one in references:
         model = one.architecture
@@ -219,7 +219,7 @@ def _candidates(
             for micro_batch in (1, 2, 4, 8, 16):
                 if work.global_batch % (micro_batch * layout.dp):
                     continue
-                own = replace(work, micro_batch=micro_batch)
+                own = replace(work, micro_batch=micro_batch, recomputed=1.0)
                 if vp > 1 and own.micro_batches(layout) % layout.pp:
                     continue
                 yield replace(layout, vp=vp), replace(own, recompute=0)

@@ -44,13 +44,16 @@ def document_length(args: Namespace) -> float | None:
 
 
 def length_in_samples(lengths: np.typing.NDArray[np.int32], sample: int) -> float:
-    """Return the mean length, over tokens, of documents that are cut into samples as they come.
+    """Return the mean length, over tokens, of documents that are cut into samples as they come; 0
+    where there are no tokens.
 
     Args:
         lengths: the lengths of the documents.
         sample: tokens of a sample.
     """
     ends = np.cumsum(lengths[:MOST_DOCUMENTS], dtype=np.int64)
+    if not ends.size or not ends[-1]:
+        return 0.0
     cuts = np.arange(sample, ends[-1], sample)
     parts = np.diff(np.union1d(ends, cuts), prepend=0)
     return float(np.square(parts).sum(dtype=np.float64) / ends[-1])

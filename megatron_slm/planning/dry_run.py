@@ -27,7 +27,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from megatron_slm.errors import UserError
 from megatron_slm.model.layer_spec import plain_block_spec
 from megatron_slm.model.model_config import build_stage, installed_layers
-from megatron_slm.planning.recipe import LaunchRecipe, parse, reference_checkpoints
+from megatron_slm.planning.launch_recipe import LaunchRecipe
+from megatron_slm.planning.recipe import parse, reference_checkpoints
 from megatron_slm.reference.online import frozen_arguments, reference_arguments
 from megatron_slm.training.command_line.arguments import OF_PLAIN_LAYERS
 from megatron_slm.training.command_line.first_check import options_in

@@ -66,6 +66,8 @@ def memory(
     sharded, shared = (layout.dp * layout.cp, layout.expert_dp)
     if not layout.distributed_optimizer:
         sharded = shared = 1
+    else:
+        sharded, shared = (ranks // layout.optimizer_instances for ranks in (sharded, shared))
     activations, backward = activation_bytes(a, layout, work, stage)
     head = head_bytes(a, layout, work) if stage == layout.pp - 1 else 0
     return Memory(
@@ -173,12 +175,13 @@ def activation_bytes(a: Architecture, layout: Layout, work: Work, stage: int) ->
         kept_values = values_for_selected(a, layout.tp, split, work.recompute > 0)
         chunk = layers * n * e * kept_values
         backward = int(through * (backward + max(of_kind.values())))
-    elif work.recompute:
-        groups = -(-layers // work.recompute)
-        chunk = groups * n * a.hidden * e // split
-        backward += min(work.recompute, layers) * max(of_kind.values())
     else:
-        chunk = sum(of_kind[mixed] for mixed in of_stage) // layout.vp
+        recomputed = round(work.run_again * layers)
+        kept_whole = (mixed for at, mixed in enumerate(of_stage) if at % layers >= recomputed)
+        chunk = sum(of_kind[mixed] for mixed in kept_whole) // layout.vp
+        chunk += -(-recomputed // max(1, work.recompute)) * n * a.hidden * e // split
+        if recomputed == layers:  # otherwise a layer that keeps its own is at the peak
+            backward += min(work.recompute, layers) * max(of_kind.values())
     kept = chunks_in_flight(layout, work, stage) * chunk
     if stage == layout.pp - 1:  # the final norm keeps what a layer's norm does
         plain = work.kernels == "plain"
@@ -269,7 +272,7 @@ def step_flops(
     # again and two gradients.
     total = 6 * head if work.head == "dense" else int((2 + 6 * work.ratio) * head)
     through = work.ratio if work.backward == "selected" else 1.0
-    total += layer_flops(projections, attention, work.recompute > 0, through)
+    total += layer_flops(projections, attention, work.run_again, through)
     for reference in (*references, *[a] * work.ranks_first):
         total += sum(forward_flops(reference, tokens, attended, causal=causal))
         total += 2 * tokens * reference.hidden * work.padded_vocabulary
@@ -289,14 +292,14 @@ def all_to_all_bytes(
 ) -> int:
     """Return the bytes that a rank sends to others' experts and back in a step; a backward pass
     sends gradients as a forward pass sends tokens."""
-    passes = [(a, 2 + (work.recompute > 0)), *((one, 1) for one in references)]
-    passes += [(a, 1)] * work.ranks_first
-    total = 0
+    passes = [(a, 2 + work.run_again), *((one, 1.0) for one in references)]
+    passes += [(a, 1.0)] * work.ranks_first
+    total = 0.0
     for model, times in passes:
         if model.experts is not None:
             layers = sum(model.experts.layers) // layout.pp
             total += times * layers * dispatched_bytes(model, layout, work)
-    return work.micro_batches(layout) * total
+    return int(work.micro_batches(layout) * total)
 
 
 def bubble(layout: Layout, work: Work) -> float:

@@ -32,6 +32,8 @@ class Layout:
     """Whether norms are split over the tensor-parallel ranks."""
     distributed_optimizer: bool = False
     """Whether optimizer states are sharded over the ranks that have the same parameters."""
+    optimizer_instances: int = 1
+    """Number of groups of these ranks, in each of which all optimizer states are held."""
 
     @property
     def ranks(self) -> int:
@@ -76,10 +78,17 @@ class Work:
     """Whether weight gradients are computed directly in their buffer."""
     recompute: int = 0
     """Number of layers whose activations are recomputed together; 0 for none."""
+    recomputed: float = 1.0
+    """Share of a stage's layers that this applies to, the first ones; the others keep theirs."""
     device: Literal["cpu", "cuda"] = "cuda"
     """Device, which decides the size of the chunked head's chunks."""
     document: float | None = None
     """Mean length of a document over its tokens; None where documents see each other."""
+
+    @property
+    def run_again(self) -> float:
+        """Share of the layers that run forward again during the backward pass."""
+        return self.recomputed if self.recompute else 0.0
 
     def micro_batches(self, layout: Layout) -> int:
         """Return the number of micro-batches of a step on each rank."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 from megatron_slm.model.architecture import Architecture
 
 
-def layer_flops(projections: int, attention: int, recomputes: bool, through: float) -> int:
+def layer_flops(projections: int, attention: int, run_again: float, through: float) -> int:
     """Count the FLOPs of a forward and a backward pass, including recomputation.
 
     The backward pass takes twice the forward's FLOPs.  Attention takes half a forward more, since
@@ -15,13 +15,12 @@ def layer_flops(projections: int, attention: int, recomputes: bool, through: flo
     Args:
         projections: FLOPs of a forward pass's projections.
         attention: FLOPs of its attention.
-        recomputes: whether activations are recomputed.
+        run_again: share of the layers whose activations are recomputed.
         through: share of the tokens that the backward pass goes through.
     """
     if through < 1.0:  # attention always runs again for these tokens
-        again = 3 if recomputes else 2
-        return int((1 + again * through) * projections + (1 + 3.5 * through) * attention)
-    return 3 * projections + 7 * attention // 2 + recomputes * (projections + attention)
+        return int((1 + (2 + run_again) * through) * projections + (1 + 3.5 * through) * attention)
+    return 3 * projections + 7 * attention // 2 + int(run_again * (projections + attention))
 
 
 def values_for_selected(a: Architecture, tp: int, split: int, recomputes: bool) -> int:

@@ -1,111 +1,39 @@
 """Find out what a recipe asks for, by parsing its command line as pretraining does.
 
-A recipe is a shell script that prints its command under DRY_RUN=1.  The files that it names need
-not exist, neither data nor tokenizer.  A base checkpoint has to exist only if the recipe takes the
-model's shape from it (--use-checkpoint-args).  A reference that does not exist is assumed to have
-the policy's size.
+The files that it names need not exist, neither data nor tokenizer.  A base checkpoint has to exist
+only if the recipe takes the model's shape from it (--use-checkpoint-args).  A reference that does
+not exist is assumed to have the policy's size.
 """
 
 from __future__ import annotations
 
-import difflib
 import io
 import os
-import re
-import shlex
-import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from megatron_slm.errors import UserError
 from megatron_slm.model.architecture import Architecture, from_megatron
 from megatron_slm.model.torch_dist import TRACKER
 from megatron_slm.planning.documents import document_length
 from megatron_slm.planning.job import FLOAT32, Layout, ReferenceModel, Work
+from megatron_slm.planning.launch_recipe import MODULE, LaunchRecipe
 from megatron_slm.reference.checkpoint import ReferenceCheckpoint, open_checkpoint
 from megatron_slm.training.command_line.decisions import head_of
 
-MODULE = "megatron_slm.pretrain"
 FUSIONS = ("--moe-permute-fusion", "--moe-router-fusion")  # Transformer Engine's; change no plan
-LIBRARIES = ("CUDA_", "GLOO_", "NCCL_", "OMP_", "PET_", "PYTORCH_", "TORCH_", "UCX_")
-
-
-@dataclass(frozen=True)
-class LaunchRecipe:
-    """What a recipe starts."""
-
-    arguments: list[str]
-    """Arguments of megatron_slm.pretrain."""
-
-    ranks: int
-    """Number of ranks of the whole job."""
-
-
-def read_launch_recipe(script: Path, settings: dict[str, str]) -> LaunchRecipe:
-    """Run a script under examples/ with DRY_RUN=1 and read the command that it prints.
-
-    Args:
-        script: the recipe.
-        settings: values of the script's variables that differ from its defaults.
-
-    Raises:
-        UserError: the script has no such variable, fails, or prints no command that trains.
-    """
-    known = _variables(script)
-    for name in settings:
-        if known and name not in known and not name.startswith(LIBRARIES):
-            close = difflib.get_close_matches(name, known, 1)
-            hint = (
-                f"did you mean {close[0]}?"
-                if close
-                else "see the top of the script and of launch.sh"
-            )
-            raise UserError(f"{script} has no variable {name}: {hint}")
-    # The plan is for the job that was asked for, not for the one that this may run in.
-    own = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
-    done = subprocess.run(
-        ["bash", str(script)],
-        env=own | settings | {"DRY_RUN": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise UserError(f"DRY_RUN=1 bash {script} failed: {done.stderr.strip()}")
-    for line in done.stdout.splitlines():
-        words = shlex.split(line, comments=True)
-        if MODULE in words:
-            options = dict(word.split("=", 1) for word in words if "=" in word)
-            nodes = options.get("--nnodes", "1").split(":")[-1]
-            at = words.index(MODULE)
-            return LaunchRecipe(words[at + 1 :], int(nodes) * int(options["--nproc-per-node"]))
-        if any(word.endswith("score_reference.py") for word in words):
-            raise UserError(
-                f"{script} scores with these settings, which takes less than training, since only "
-                "the reference is in memory; leave out SCORE and CACHE to plan the training"
-            )
-    raise UserError(f"DRY_RUN=1 bash {script} prints no command that runs {MODULE}")
-
-
-def _variables(script: Path) -> set[str]:
-    """Return the variables that a script reads, and the scripts beside it that it sources."""
-    found: set[str] = set()
-    unread, read = [script], set[Path]()
-    while unread:
-        path = unread.pop()
-        if path in read or not path.is_file():
-            continue
-        read.add(path)
-        text = path.read_text(errors="replace")
-        found |= set(re.findall(r"\$\{([A-Z][A-Z0-9_]*):?[-=?]", text))
-        found |= set(re.findall(r'"\$\{?([A-Z][A-Z0-9_]*)', text))
-        unread += [script.parent / name for name in re.findall(r"source .*?([\w.-]+\.sh)", text)]
-    return {name for name in found if not name.startswith(("SLURM_", "BASH_", "SLM_"))}
+# Stages that are not all of one size, which the formulas do not know: flag, and argument.
+UNEVEN = {
+    "--pipeline-model-parallel-layout": "pipeline_model_parallel_layout",
+    "--decoder-first-pipeline-num-layers": "decoder_first_pipeline_num_layers",
+    "--decoder-last-pipeline-num-layers": "decoder_last_pipeline_num_layers",
+    "--account-for-embedding-in-pipeline-split": "account_for_embedding_in_pipeline_split",
+    "--account-for-loss-in-pipeline-split": "account_for_loss_in_pipeline_split",
+}
 
 
 def parse(recipe: LaunchRecipe, rank: int, vocabulary: int) -> Namespace:
@@ -114,7 +42,8 @@ def parse(recipe: LaunchRecipe, rank: int, vocabulary: int) -> Namespace:
     Args:
         recipe: the job's arguments and number of ranks.
         rank: the rank.
-        vocabulary: number of tokens, since the tokenizer may not be available.
+        vocabulary: number of tokens, since the tokenizer may not be available; used if the
+            arguments do not say.
 
     Raises:
         UserError: the job would refuse them.
@@ -130,7 +59,9 @@ def parse(recipe: LaunchRecipe, rank: int, vocabulary: int) -> Namespace:
     with _started_as(rank, recipe.ranks, words):
         args = parse_planned(add_arguments)
     if args.padded_vocab_size is None:
-        args.padded_vocab_size = vocab_size_with_padding(vocabulary, args, logging_enabled=False)
+        args.padded_vocab_size = vocab_size_with_padding(
+            args.vocab_size or vocabulary, args, logging_enabled=False
+        )
     return args
 
 
@@ -214,7 +145,17 @@ def references_of(args: Namespace, policy: Architecture, work: Work) -> list[Ref
 
 
 def layout_of(args: Namespace) -> Layout:
-    """Return the sizes of the parallel groups."""
+    """Return the sizes of the parallel groups.
+
+    Raises:
+        UserError: the pipeline's stages differ in size.
+    """
+    for flag, name in UNEVEN.items():
+        if getattr(args, name):
+            raise UserError(
+                f"{flag}: memory and time are estimated for stages of equal size only; --dry-run "
+                "builds a rank of any stage"
+            )
     return Layout(
         tp=args.tensor_model_parallel_size,
         pp=args.pipeline_model_parallel_size,
@@ -222,9 +163,10 @@ def layout_of(args: Namespace) -> Layout:
         cp=args.context_parallel_size,
         dp=args.data_parallel_size,
         ep=args.expert_model_parallel_size,
-        etp=args.expert_tensor_parallel_size,
+        etp=args.expert_tensor_parallel_size if args.num_experts else 1,
         sequence_parallel=args.sequence_parallel,
         distributed_optimizer=args.use_distributed_optimizer,
+        optimizer_instances=args.num_distributed_optimizer_instances,
     )
 
 
@@ -241,9 +183,7 @@ def work_of(
         device: device of the job.
     """
     half = args.bf16 or args.fp16
-    recompute = args.recompute_num_layers if args.recompute_granularity == "full" else 0
-    moments: list[Any] = [args.exp_avg_dtype, args.exp_avg_sq_dtype]
-    master = args.main_params_dtype.itemsize if half else 0
+    together, share = _recomputed(args)
     return Work(
         sequence=args.seq_length,
         micro_batch=args.micro_batch_size,
@@ -254,11 +194,55 @@ def work_of(
         head=head_of(args),
         backward=getattr(args, "slm_backward", "all"),  # older checkpoints' arguments lack it
         weight_bytes=2 if half else 4,
-        gradient_bytes=2 if half and args.grad_reduce_in_bf16 else 4,
-        optimizer_bytes=master + sum(dtype.itemsize for dtype in moments),
+        gradient_bytes=2 if half and not args.accumulate_allreduce_grads_in_fp32 else 4,
+        optimizer_bytes=_optimizer_bytes(args),
         kernels=kernels,
         fused_gradients=args.gradient_accumulation_fusion or kernels == "te",
-        recompute=recompute or 0,
+        recompute=together,
+        recomputed=share,
         device=device,
         document=document_length(args),
     )
+
+
+def _recomputed(args: Namespace) -> tuple[int, float]:
+    """Return how many layers are recomputed together, and the share of the layers that are.
+
+    By the method "block", the first layers of each virtual stage are, each by itself.
+    """
+    if args.recompute_granularity != "full":
+        return 0, 1.0
+    if args.recompute_method != "block":
+        return args.recompute_num_layers, 1.0
+    virtual = args.virtual_pipeline_model_parallel_size or 1
+    of_stage = args.num_layers / (args.pipeline_model_parallel_size * virtual)
+    return 1, min(1.0, args.recompute_num_layers / of_stage)
+
+
+def _optimizer_bytes(args: Namespace) -> int:
+    """Return the bytes on the device of a parameter's optimizer states."""
+    if args.optimizer == "sgd":
+        moments = FLOAT32 * (args.sgd_momentum > 0)
+    else:
+        moments = args.exp_avg_dtype.itemsize + args.exp_avg_sq_dtype.itemsize
+    master = args.main_params_dtype.itemsize if args.bf16 or args.fp16 else 0
+    if args.use_precision_aware_optimizer and args.bf16 and not args.optimizer_cpu_offload:
+        master = min(master, 2)  # of float32, only the half that a weight in bf16 does not have
+    on_host = args.optimizer_offload_fraction if args.optimizer_cpu_offload else 0.0
+    return round((master + moments) * (1.0 - on_host))
+
+
+def not_counted(args: Namespace) -> list[str]:
+    """Return the options of a job that change its memory or FLOPs, but not the formulas'."""
+    modules = set(args.recompute_modules or ()) - {"core_attn"}
+    found = {
+        "--fp8-format": args.fp8,
+        "--fp4-format": args.fp4,
+        "--recompute-modules": args.recompute_granularity == "selective" and modules,
+        "--distribute-saved-activations": args.distribute_saved_activations,
+        "--cpu-offloading-num-layers": args.cpu_offloading_num_layers,
+        "--fine-grained-activation-offloading": args.fine_grained_activation_offloading,
+        f"--optimizer {args.optimizer}": args.optimizer not in ("adam", "sgd"),
+        "--step-batch-size-schedule": args.step_batch_size_schedule,
+    }
+    return [flag for flag, value in found.items() if value]

@@ -12,12 +12,13 @@ from megatron_slm.model.documents import packs_documents
 from megatron_slm.planning.cluster import Cluster, Plan, best_plans, plan
 from megatron_slm.planning.formulas import Memory, all_to_all_bytes, bubble, memory, step_flops
 from megatron_slm.planning.job import Layout, ReferenceModel, Work
+from megatron_slm.planning.launch_recipe import LaunchRecipe
 from megatron_slm.planning.models import TINYLLAMA
 from megatron_slm.planning.parameters import active_parameters, parameters
 from megatron_slm.planning.recipe import (
-    LaunchRecipe,
     architecture_of,
     layout_of,
+    not_counted,
     parse,
     references_of,
     work_of,
@@ -34,7 +35,8 @@ def report(args: Namespace, recipe: LaunchRecipe) -> str:
         recipe: what the recipe starts.
 
     Raises:
-        UserError: the job would refuse its arguments, or a model is not a Llama.
+        UserError: the job would refuse its arguments, a model is not a Llama, or stages differ in
+            size.
     """
     megatron = parse(recipe, 0, args.vocabulary)
     model = architecture_of(megatron, args.vocabulary)
@@ -61,7 +63,9 @@ def report(args: Namespace, recipe: LaunchRecipe) -> str:
     text = [
         *assumptions(args, cluster),
         *attention_within(megatron, work),
+        *uncounted(megatron),
         "",
+        report_line("vocabulary, with padding", f"{work.padded_vocabulary:,}"),
         size_line("parameters", model, work),
         *(
             size_line("reference", one.architecture, work) + f"\n  {one.where}"
@@ -107,6 +111,12 @@ def attention_within(megatron: Namespace, work: Work) -> Iterator[str]:
         yield f"Documents do not see each other: {work.document:,.0f} tokens, the mean over tokens."
     elif packs_documents(megatron):
         yield "Documents do not see each other, but their lengths are not known: taken as samples."
+
+
+def uncounted(megatron: Namespace) -> Iterator[str]:
+    """Yield a line that names the options whose effect is not in the figures, if there are any."""
+    if flags := not_counted(megatron):
+        yield f"Not in these figures: what {', '.join(flags)} changes."
 
 
 def report_line(name: str, *values: object) -> str:
@@ -161,10 +171,12 @@ def memory_by_stage(
     yield report_line("  total", *(f"{m.total / GIB:.2f}" for m in held))
 
 
-def shape(one: Plan) -> tuple[Layout, int, int]:
+def shape(one: Plan) -> tuple[Layout, int, int, float]:
     """Return what distinguishes layouts: parallel sizes, micro-batch and recomputation."""
-    groups = replace(one.layout, sequence_parallel=False, distributed_optimizer=False)
-    return groups, one.work.micro_batch, one.work.recompute
+    groups = replace(
+        one.layout, sequence_parallel=False, distributed_optimizer=False, optimizer_instances=1
+    )
+    return groups, one.work.micro_batch, one.work.recompute, one.work.run_again
 
 
 def described(one: Plan, tokens: int, cluster: Cluster) -> str:

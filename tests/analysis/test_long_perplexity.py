@@ -12,7 +12,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 from msgspec import UNSET
 from numpy.typing import NDArray
 
-from megatron_slm.analysis.long_perplexity import longppl
+from megatron_slm.analysis.long_perplexity import longppl, perplexity
 from megatron_slm.data.manifest_types import ScoredData
 from megatron_slm.data.score_cache import write_shard
 from megatron_slm.data.score_manifest import CacheManifest
@@ -110,3 +110,7 @@ def test_what_is_refused(prefix: Path, tmp_path: Path) -> None:
         model, *evaluator = (str(tmp_path / name) for name in caches.split())
         with pytest.raises(UserError, match=said):
             longppl([model, "--evaluator", *evaluator, "--data-path", str(data)])
+
+
+def test_a_perplexity_beyond_all_numbers() -> None:
+    assert [perplexity(0.0, 0), perplexity(5.0, 5), perplexity(4e3, 5)] == ["-", "2.718", "inf"]

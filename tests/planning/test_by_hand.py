@@ -153,3 +153,30 @@ def test_experts_on_ranks() -> None:
     exchanged = 256 * 2 // 2 * (2 * 512 * 2 + 4) - 2 * 512 * 512 * 2 // 2
     found = of_pass[a] - of_pass[dense]
     assert found == pytest.approx(64 * 2 * 4 * exchanged * (1 + 1 / 64), rel=1e-6)
+
+
+def test_a_block_of_layers_is_recomputed() -> None:
+    """--recompute-method block: a quarter of the layers keep their input of 2 bytes a value, the
+    others all; a quarter of the layers' forward pass runs again."""
+    a = Architecture(16, 1024, 2816, 8, 8, 128, 32000, 2048, **SHAPE)
+    work, layout = Work(2048, 1, 8, 32000), Layout(pp=2, vp=2)
+    block = replace(work, recompute=1, recomputed=0.25)
+    every = replace(work, recompute=1)
+    (kept, on_top), (of_block, then), (of_every, last) = (
+        activation_bytes(a, layout, one, 0) for one in (work, block, every)
+    )
+    flying = 2 + 2 + 1  # chunks of 4 layers
+    layer = layer_activation_bytes(a, layout, work)
+    assert kept - of_block == flying * (layer - 2 * 2048 * 1024)
+    assert kept - of_every == 4 * (kept - of_block)
+    assert then == on_top and last == on_top + layer
+    none, some, most = (step_flops(a, [], one) for one in (work, block, every))
+    assert some - none == pytest.approx((most - none) / 4)
+
+
+def test_optimizer_states_in_several_groups() -> None:
+    """--num-distributed-optimizer-instances: 16 ranks in 2 groups of 8, each with all states."""
+    a = Architecture(4, 1024, 2816, 8, 8, 128, 32000, 2048, **SHAPE)
+    layout = Layout(dp=16, distributed_optimizer=True, optimizer_instances=2)
+    found = memory(a, [], layout, Work(2048, 1, 64, 32000), 0)
+    assert found.optimizer == 12 * parameters(a, 32000) // 8

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch import REPOSITORY, launch
+from megatron_slm.errors import UserError
 
 
 def plan(directory: Path, recipe: str, *more: str) -> tuple[int, str]:
@@ -94,3 +95,17 @@ def test_refused(tmp_path: Path) -> None:
     code, output = plan(tmp_path, "finetune_tora.sh", "BASE=nowhere")
     assert code == 2
     assert "there is none in checkpoints/tora-1b or nowhere" in output.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["efficiency 0", "efficiency 5", "gpu-tflops 0", "node-bandwidth nan", "layouts -1"],
+)
+def test_numbers_out_of_range(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
+    import plan as tool
+
+    name, number = flag.split()
+    args = tool.build_parser().parse_args(["x.sh", f"--{name}={number}"])
+    with pytest.raises(UserError, match=f"^--{name} {number}: give a "):
+        tool.check_numbers(args)

@@ -22,6 +22,7 @@ from megatron_slm.errors import UserError
 from megatron_slm.planning import dry_run, recipe
 from megatron_slm.planning.cluster import Cluster, plan
 from megatron_slm.planning.formulas import memory
+from megatron_slm.planning.launch_recipe import read_launch_recipe
 
 SIZES = (
     *("1b", "7b", "13b", "70b"),
@@ -31,7 +32,7 @@ SIZES = (
 
 def built(script: str, settings: dict[str, str], every_stage: bool) -> list[dict[str, Any]]:
     """Build the last rank, or one rank of every pipeline stage."""
-    read = recipe.read_launch_recipe(REPOSITORY / "examples" / script, settings)
+    read = read_launch_recipe(REPOSITORY / "examples" / script, settings)
     args = recipe.parse(read, 0, 32000)
     a, layout = recipe.architecture_of(args, 32000), recipe.layout_of(args)
     per_stage = read.ranks // layout.pp
@@ -47,7 +48,7 @@ def built(script: str, settings: dict[str, str], every_stage: bool) -> list[dict
 
 def largest_rank(script: str, settings: dict[str, str]) -> tuple[int, int]:
     """Ranks of a recipe's job, and bytes of the one that needs most."""
-    read = recipe.read_launch_recipe(REPOSITORY / "examples" / script, settings)
+    read = read_launch_recipe(REPOSITORY / "examples" / script, settings)
     args = recipe.parse(read, 0, 32000)
     a, work = recipe.architecture_of(args, 32000), recipe.work_of(args, "te", "cuda")
     found = recipe.references_of(args, a, work)
@@ -57,7 +58,7 @@ def largest_rank(script: str, settings: dict[str, str]) -> tuple[int, int]:
 
 def references(extra: str, **settings: str) -> dict[str, Any]:
     """Return what the 1B recipe's plan counts of its references, and what a rank builds."""
-    read = recipe.read_launch_recipe(
+    read = read_launch_recipe(
         REPOSITORY / "examples" / "pretrain_slm_1b.sh", {"EXTRA": extra} | settings
     )
     if "ema" in extra:
@@ -73,9 +74,7 @@ def references(extra: str, **settings: str) -> dict[str, Any]:
 
 def refusal(script: str, settings: dict[str, str], rank: int) -> str:
     try:
-        dry_run.dry_run(
-            recipe.read_launch_recipe(REPOSITORY / "examples" / script, settings), rank, 32000
-        )
+        dry_run.dry_run(read_launch_recipe(REPOSITORY / "examples" / script, settings), rank, 32000)
     except UserError as error:
         return str(error)
     return "not refused"

@@ -17,7 +17,8 @@ import pytest
 
 from launch import REPOSITORY
 from megatron_slm.errors import exit_on_user_error
-from megatron_slm.planning import dry_run, recipe
+from megatron_slm.planning import dry_run
+from megatron_slm.planning.launch_recipe import read_launch_recipe
 
 if __name__ == "__main__":
     script, extra = sys.argv[1], " ".join(sys.argv[2:])
@@ -34,7 +35,7 @@ if __name__ == "__main__":
 
     with pytest.MonkeyPatch.context() as patch, exit_on_user_error():
         patch.setattr(dry_run, "build_stage", noted)
-        read = recipe.read_launch_recipe(REPOSITORY / "examples" / script, {"EXTRA": extra})
+        read = read_launch_recipe(REPOSITORY / "examples" / script, {"EXTRA": extra})
         built = dry_run.dry_run(read, read.ranks - 1, 32000)
     print("passed", built.passed)
     print("parameters", built.policy + built.reference, *numbers.values())

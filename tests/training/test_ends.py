@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from launch import REPOSITORY, recipe_environment
-from megatron_slm.planning.recipe import LaunchRecipe, parse
+from megatron_slm.planning.launch_recipe import LaunchRecipe
+from megatron_slm.planning.recipe import parse
 from megatron_slm.training.command_line.first_check import options_in
 from megatron_slm.training.command_line.idle_options import without_effect
 

@@ -10,7 +10,8 @@ import pytest
 
 from launch import REPOSITORY
 from megatron_slm.errors import UserError
-from megatron_slm.planning.recipe import LaunchRecipe, parse, work_of
+from megatron_slm.planning.launch_recipe import LaunchRecipe
+from megatron_slm.planning.recipe import parse, work_of
 from megatron_slm.training.command_line.arguments_page import page
 from megatron_slm.training.settings import settings_from_arguments
 

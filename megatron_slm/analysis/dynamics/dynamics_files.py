@@ -173,7 +173,9 @@ def _dynamics(path: Path, table: Any, names: list[str]) -> tuple[TokenDynamics, 
         positions=numbers["position"],
         tokens=numbers["token"],
         documents=numbers.get("document"),
-        domains=None if domains is None else np.array(domains.to_pylist()),
+        domains=None
+        if domains is None
+        else np.array(domains.dictionary.to_pylist())[domains.indices.to_numpy()],
     )
     return dynamics, [known_texts[at] for at in texts.indices.to_pylist()]
 

@@ -72,9 +72,9 @@ def learning_times(iterations: list[int], losses: NDArray[np.float32]) -> Learni
         values -= values.mean(axis=0)
         # What a curve explains of a token's sum of squares is the square of this; where it is
         # negative, the curve would have to rise.
-        along = directions @ values
-        best = along.argmax(axis=0)
-        strength = along.max(axis=0)
+        along = values.T @ directions.T  # [tokens, G], so that a token's places lie together
+        best = along.argmax(axis=1)
+        strength = along[np.arange(len(best)), best]
         fall = (curves[best, 0] - curves[best, -1]) * strength / sizes[best]
         left = (values**2).sum(axis=0) - strength**2
         explains = strength**2 / 3 >= LEAST_F * left / (len(x) - 4)

@@ -89,7 +89,10 @@ def classify(dumps: list[TokenDump]) -> TokenDynamics:
     iterations = [dump.iteration for dump in dumps]
     for iteration, own in zip(iterations, losses, strict=True):
         if not np.isfinite(own).all():
-            raise UserError(f"losses of iteration {iteration} are NaN or infinite: leave it out")
+            raise UserError(
+                f"losses of iteration {iteration} are NaN or infinite: move its dump out of the "
+                "directory, or leave it out of --ckpt-steps"
+            )
     delta = fitted_change(iterations, losses)
     low = losses[-1] <= losses[-1].mean(dtype=np.float64)
     classes = np.where(low, CLASSES.index("L->L"), CLASSES.index("H->H"))

@@ -15,6 +15,7 @@ The first kind that fits counts:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,15 +47,17 @@ def token_kinds(dynamics: TokenDynamics, texts: Sequence[str]) -> NDArray[np.int
     """
     follows = np.zeros(len(texts), np.bool_)  # in the same sample, with no masked token between
     follows[1:] = (np.diff(dynamics.samples) == 0) & (np.diff(dynamics.positions) == 1)
-    kinds = [
-        _kind(text, before if joined else "")
+    kinds = (
+        _kind(text, joined and before[-1:].isalpha())
         for text, before, joined in zip(texts, ["", *texts], follows.tolist(), strict=False)
-    ]
-    return np.array([TOKEN_KINDS.index(kind) for kind in kinds], np.int8)
+    )
+    numbers = {kind: number for number, kind in enumerate(TOKEN_KINDS)}
+    return np.fromiter((numbers[kind] for kind in kinds), np.int8, len(texts))
 
 
-def _kind(text: str, before: str) -> str:
-    """Return the kind of a token's text, after the text of the token before."""
+@lru_cache(1 << 20)  # millions of tokens have the texts of one vocabulary
+def _kind(text: str, in_word: bool) -> str:
+    """Return the kind of a token's text, given whether a letter is before it."""
     if NO_TEXT in text:
         return "other"
     if MARKUP & set(text):
@@ -66,6 +69,6 @@ def _kind(text: str, before: str) -> str:
         return "number"
     shown = text.lstrip(BLANK)
     if letters:
-        starts = shown != text or not before[-1:].isalpha()
+        starts = shown != text or not in_word
         return "word start" if starts and shown[0].isalpha() else "inside word"
     return "punctuation" if shown else "space"

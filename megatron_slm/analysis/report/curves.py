@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from typing import Any
 
@@ -20,6 +21,9 @@ SELECTED_RATIO = "selected ratio "
 NATS = "nats a token"
 PERCENT = "% of the tokens"
 WHOLE = (0.0, 102.0)
+# What Megatron appends to the name of a scalar of validation.
+OF_VALIDATION = re.compile(r"(?:.* )?validation(-.*)?")
+MOST_LINES = 36  # of a figure: six colours with six kinds of dashes
 
 
 def run_figures(run: RunFiles, length: int | None) -> list[dict[str, Any]]:
@@ -56,7 +60,8 @@ def _losses(run: RunFiles) -> dict[str, int]:
     """Return the tags of the losses to draw, with their roles; a run that does not select has one
     training loss."""
     training = LOSSES if "all-token loss" in run.scalars else {"lm loss": 0}
-    return training | {tag: role for role, tag in enumerate(validation_tags(run), 4)}
+    tags = validation_tags(run)[: MOST_LINES - len(training)]
+    return training | {tag: role for role, tag in enumerate(tags, 4)}
 
 
 def _selected_below(run: RunFiles) -> str:
@@ -96,9 +101,13 @@ def _by_domain(run: RunFiles) -> list[dict[str, Any]]:
     names = sorted(
         tag.removeprefix(SELECTED_RATIO)
         for tag in run.scalars
-        if tag.startswith(SELECTED_RATIO) and not tag.endswith((" validation", " ppl"))
+        if tag.startswith(SELECTED_RATIO)
+        and not tag.endswith(" ppl")
+        and not OF_VALIDATION.fullmatch(tag.removeprefix(SELECTED_RATIO))
     )
-    names = [name for name in names if not name.startswith("validation")]
+    note = ""
+    if len(names) > MOST_LINES:
+        note = f"The first {MOST_LINES} of {len(names):,} datasets by name."
     figures = []
     for title, what, y, times in (
         ("Selected part of each dataset", "selected ratio", "% of its tokens", 100),
@@ -107,10 +116,10 @@ def _by_domain(run: RunFiles) -> list[dict[str, Any]]:
     ):
         lines = [
             curve(name, series.iterations, [times * value for value in series.values], role)
-            for role, name in enumerate(names)
+            for role, name in enumerate(names[:MOST_LINES])
             if (series := run.scalars.get(f"{what} {name}"))
         ]
-        figures.append(figure(title, "iteration", y, lines))
+        figures.append(figure(title, "iteration", y, lines, note=note))
     return figures
 
 

@@ -6,7 +6,7 @@ import statistics
 from typing import Any
 
 from megatron_slm.analysis.event_files import VALIDATION
-from megatron_slm.analysis.report.run_files import RunFiles
+from megatron_slm.analysis.report.run_files import RunFiles, Series
 from megatron_slm.analysis.report.settings import RunSettings
 
 # The tokens that each score selects (megatron_slm/selection/scores.py), and the tokens that compete
@@ -58,11 +58,14 @@ def headline(run: RunFiles) -> str:
         what = "Training loss"
         if VALIDATION.fullmatch(tag):
             what = "Validation" + spelt_out(tag).removeprefix("validation")
-        end = f"{series.last:.3f} nats a token at iteration {series.iterations[-1]:,}"
+        start, last = f"{series.values[0]:.3f}", f"{series.last:.3f}"
+        end = f"{last} nats a token at iteration {series.iterations[-1]:,}{_lost(series, '; {}')}"
         if len(series.values) == 1:
             return f"{what}: {end}"
+        if start == last:
+            return f"{what} begins and ends at {end}"
         change = "fell" if series.last < series.values[0] else "rose"
-        return f"{what} {change} from {series.values[0]:.3f} to {end}"
+        return f"{what} {change} from {start} to {end}"
     if run.dumps:
         first = run.dumps[0]
         return (
@@ -70,6 +73,13 @@ def headline(run: RunFiles) -> str:
             f"{run.dumps[-1].iteration:,}"
         )
     return "How the losses of single tokens changed"
+
+
+def _lost(series: Series, form: str) -> str:
+    """Say in a form from when on a scalar is NaN or infinite; nothing if it ends with a number."""
+    if series.lost is None:
+        return ""
+    return form.format(f"NaN or infinite from iteration {series.lost:,} on")
 
 
 def spelt_out(tag: str) -> str:
@@ -162,7 +172,10 @@ def _told(run: RunFiles, name: str) -> str:
 def _losses(run: RunFiles) -> str:
     tags = [tag for tag in ("all-token loss", *validation_tags(run)) if tag in run.scalars]
     tags = tags or [tag for tag in ("lm loss",) if tag in run.scalars]
-    parts = [f"{spelt_out(tag)} {run.scalars[tag].last:.3f}" for tag in tags]
+    parts = [
+        f"{spelt_out(tag)} {run.scalars[tag].last:.3f}{_lost(run.scalars[tag], ' ({})')}"
+        for tag in tags
+    ]
     return f"{listed(parts)} nats" if parts else ""
 
 

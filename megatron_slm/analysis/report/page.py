@@ -52,7 +52,8 @@ def write_report(directory: Path, output: Path, tokenizer_model: str | None) -> 
         }
     if not runs:
         raise UserError(f"{directory / RESULTS} has no finished run yet")
-    write_whole(output, build_page(directory, study, runs, tokenizer_model).encode())
+    page = build_page(directory, study, runs, tokenizer_model)
+    write_whole(output, page.encode(errors="replace"))  # a path need not be text
 
 
 def build_page(

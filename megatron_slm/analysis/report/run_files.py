@@ -31,6 +31,9 @@ class Series:
     values: list[float]
     """The scalar's value at each of them; all are finite."""
 
+    lost: int | None = None
+    """The iteration from which on no value is finite; None if the last one is."""
+
     @property
     def last(self) -> float:
         """The last value."""
@@ -98,5 +101,7 @@ def _series(events: Events) -> dict[str, Series]:
     for tag, points in events.scalars.items():
         known = {at: value for at, value in points.items() if math.isfinite(value)}
         if known:
-            scalars[tag] = Series(list(known), list(known.values()))
+            last = next(reversed(known))
+            lost = next((at for at in points if at > last), None)
+            scalars[tag] = Series(list(known), list(known.values()), lost)
     return scalars

@@ -12,6 +12,11 @@ from pathlib import PurePosixPath
 MOST_DIGITS = 15
 QUOTED = re.compile(r"'([^']+)'")
 WEIGHT = re.compile(r"[\d.]+")
+# Arguments that give a model other parameters than a Llama's.
+NO_LLAMA = (
+    *("multi_latent_attention", "mtp_num_layers", "hybrid_layer_pattern", "num_experts"),
+    *("attention_output_gate", "experimental_attention_variant"),
+)
 SUFFIX = re.compile(r"_[^_]+_document$")  # what preprocessing appends to a prefix
 
 
@@ -49,6 +54,8 @@ class RunSettings:
         llama = {"swiglu": "True", "normalization": "RMSNorm", "add_bias_linear": "False"}
         if any(self.texts.get(name) != value for name, value in llama.items()):
             return None
+        if any(self.texts.get(name, "None") not in ("None", "False") for name in NO_LLAMA):
+            return None
         sizes = [
             self.number(name)
             for name in (
@@ -58,7 +65,7 @@ class RunSettings:
         ]
         grouped = self.texts.get("group_query_attention") == "True"
         groups = self.number("num_query_groups" if grouped else "num_attention_heads")
-        if self.text("num_experts") is not None or groups is None or None in sizes:
+        if groups is None or None in sizes:
             return None
         layers, hidden, ffn, heads, channels, vocabulary = (size or 0 for size in sizes)
         layer = hidden * (2 * heads * channels + 2 * groups * channels + 3 * ffn + 2)
