@@ -107,11 +107,14 @@ def _copy(part: DocumentRange, target: int, at: int) -> None:
                 except OSError as error:
                     if error.errno not in NOT_BY_KERNEL:
                         raise
+                    copied = 0
+                if copied == 0:  # which some file systems answer where they cannot
                     by_kernel = False
                     continue
             else:
                 block = os.pread(source.fileno(), min(wanted, 1 << 22), part.offset + done)
                 copied = os.pwrite(target, block, at + done)
-            if copied == 0:
-                raise OSError(errno.EIO, f"{part.prefix}.bin became shorter while it was copied")
+                if copied == 0:
+                    name = f"{part.prefix}.bin"
+                    raise OSError(errno.EIO, f"{name} became shorter while it was copied")
             done += copied
