@@ -93,10 +93,11 @@ def _ranks(launcher: Sequence[str], script: Path) -> int:
     parser.add_argument("--nnodes", default="1")
     parser.add_argument("--nproc-per-node", "--nproc_per_node", default="1")
     args, _ = parser.parse_known_args(launcher)
-    for flag, number in (("--nnodes", args.nnodes), ("--nproc-per-node", args.nproc_per_node)):
-        if not re.fullmatch(r"(\d+:)?0*[1-9]\d*", number):
+    nodes = args.nnodes.split(":")[-1]  # the most of an elastic job
+    for flag, number in (("--nnodes", nodes), ("--nproc-per-node", args.nproc_per_node)):
+        if not re.fullmatch(r"0*[1-9]\d*", number):
             raise UserError(f"{script} starts torchrun with {flag} {number}: give it a number")
-    return int(args.nnodes.split(":")[-1]) * int(args.nproc_per_node)
+    return int(nodes) * int(args.nproc_per_node)
 
 
 def _texts(script: Path) -> list[str]:
