@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,10 @@ from pyarrow import parquet
 from corpus import MODEL, PIECES, Document, Result, preprocess, read_dataset, run_tool, write_jsonl
 from megatron_slm.data.score_cache import Section
 from megatron_slm.data.score_manifest import read_cache_manifest
+from megatron_slm.files import temporary
+from megatron_slm.jobs.outside.import_values import SPOOL
 from real_text import docstrings
+from small_disk import small_disk
 
 RUN = ("--tokenizer-type", "Llama2Tokenizer", "--tokenizer-model", MODEL, "--seq-length", 40)
 TEXTS = [*docstrings(["difflib"])[:6], "naïve 東京 🎲 x"]
@@ -88,6 +93,24 @@ def test_values(prefix: Path, documents: list[Document], tmp_path: Path) -> None
     other = imported(prefix, files[:1], tmp_path / "c", "reference", "--default", 1)
     assert other.code == 2 and "was begun with other arguments" in other.err
     assert not list((tmp_path / "c").glob("*.partial"))
+
+
+def test_no_room(prefix: Path, documents: list[Document], tmp_path: Path) -> None:
+    """A disk without room for the values leaves nothing; leftovers of a killed import go."""
+    file = write(tmp_path / "values.jsonl", good(documents))
+    with small_disk(tmp_path / "small", "4k") as disk:
+        error = imported(prefix, file, disk / "cache", "reference").err
+        assert error.startswith(f"error: cannot write {disk}/cache/values.")
+        assert error.endswith(": No space left on device\n") and not list(disk.iterdir())
+    killed = subprocess.Popen(["true"])
+    killed.wait()
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    left = temporary(cache / SPOOL)
+    left = left.with_name(left.name.replace(f"-{os.getpid()}.", f"-{killed.pid}."))
+    left.write_bytes(b"left")
+    assert imported(prefix, file, cache, "reference").code == 0
+    assert not left.exists()
 
 
 def test_losses_beyond_uint16(prefix: Path, documents: list[Document], tmp_path: Path) -> None:

@@ -150,13 +150,13 @@ def test_a_job_goes_on(prefix: Path, model: Path, cache: Path, tmp_path: Path) -
 def test_server(
     text_only: bool, prefix: Path, model: Path, cache: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    """A server of the model gives the model's losses, though it is busy now and then.
+    """A server of the model gives the model's losses, though it is busy now and then, and breaks off.
 
     One that takes text alone cannot score the end of a text, and reads long ones in parts.
     """
     monkeypatch.setattr(server_module, "FIRST_PAUSE", 0.01)
     served = serve(model, text_only)
-    served.fail_every = 7
+    served.fail_every, served.cut_every = 7, 11
     with completions_server(served) as url:
         length = ("--seq-length", 1024) if text_only else ()
         options = ("--server", url, "--model-tokenizer", model, "--concurrency", 3, *EXACT)
@@ -196,11 +196,13 @@ def test_servers_that_cannot_be_used(
         own = ("--model-tokenizer", MODEL)
         wrong = scored(prefix, tmp_path / "a", "--server", url, *own, code=2).err
     gone = scored(prefix, tmp_path / "a", "--server", url, *options, code=2).err
+    none = scored(prefix, tmp_path / "a", "--server", "http://a:x/v1", *options, code=2).err
     assert "its losses of prompts cannot be used" in off
     assert "does not answer after 8 attempts: 503" in busy
     assert "is a sentencepiece tokenizer" in wrong
     assert "does not answer after 8 attempts" in gone and "refused" in gone
-    for said in (off, busy, wrong, gone):
+    assert "error: --server http://a:x/v1: nonnumeric port: 'x'" in none
+    for said in (off, busy, wrong, gone, none):
         assert said.startswith("error: ") and len(said.splitlines()) == 1
     assert not (tmp_path / "a").exists()
 
@@ -331,6 +333,12 @@ def test_the_same_tokenizer(model: Path, tmp_path: Path) -> None:
         model, stream, read_cache_manifest(tmp_path / "cache").source.vocabulary
     )
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    size = len(Tokenizer.from_file(str(model / "tokenizer.json")).get_vocab())
+    content = np.fromfile(f"{data}.bin", np.uint16)
+    content[7] = size
+    content.tofile(f"{data}.bin")
+    error = scored(data, tmp_path / "other", *own, "--model", model, code=2).err.splitlines()[-1]
+    assert error.endswith(f"document 0: the token {size} is none of the tokenizer's {size}")
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ class Model:
         self.lock = threading.Lock()
         self.requests = 0
         self.fail_every = 0  # every so many requests are answered by 503
+        self.cut_every = 0  # the connection breaks off in every so many answers
         self.shift = 0  # by how many places losses of prompts are wrong
 
     def answer(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
@@ -67,14 +68,15 @@ def completions_server(model: Model) -> Iterator[str]:
             with model.lock:
                 model.requests += 1
                 fails = model.fail_every and model.requests % model.fail_every == 0
-            self.reply(*((503, {"error": "busy"}) if fails else model.answer(body)))
+                cut = model.cut_every and model.requests % model.cut_every == 0
+            self.reply(*((503, {"error": "busy"}) if fails else model.answer(body)), bool(cut))
 
-        def reply(self, code: int, content: dict[str, Any]) -> None:
+        def reply(self, code: int, content: dict[str, Any], cut: bool = False) -> None:
             written = json.dumps(content).encode()
             self.send_response(code)
             self.send_header("Content-Length", str(len(written)))
             self.end_headers()
-            self.wfile.write(written)
+            self.wfile.write(written[: len(written) // 2] if cut else written)
 
         def log_message(self, *_: Any) -> None:
             pass

@@ -12,6 +12,7 @@ character come to the tokens by the bytes of the document's text (corpus/tokeniz
 from __future__ import annotations
 
 import hashlib
+import os
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,7 +28,7 @@ from megatron_slm.corpus.tokenizers.token_bytes import Text, TokenBytes
 from megatron_slm.corpus.tokenizers.tokenizer_file import open_tokenizer
 from megatron_slm.data.score_cache import LARGEST_UINT16, LEAST, missing_shards
 from megatron_slm.errors import UserError
-from megatron_slm.files import make_directory, sha256_of, temporary
+from megatron_slm.files import is_leftover, make_directory, sha256_of, temporary
 from megatron_slm.jobs.outside.command_line import LARGEST, MUST_BE
 from megatron_slm.jobs.outside.documents import (
     DatasetDocuments,
@@ -45,6 +46,8 @@ from megatron_slm.jobs.outside.value_files import (
     check_tokens,
     read_records,
 )
+
+SPOOL = "values"  # name of the file that values are collected in
 
 
 def import_scores(args: Namespace) -> None:
@@ -88,10 +91,16 @@ def _spool(directory: Path, tokens: int) -> Iterator[NDArray[np.float32]]:
     """Yield room for a value of each token, on the disk; what is left of it is removed."""
     before = directory.exists()
     make_directory(directory, "--slm-reference-cache")
-    path = temporary(directory / "values")
+    path = temporary(directory / SPOOL)
+    for each in directory.glob(f"{SPOOL}.*.partial"):
+        if is_leftover(each):  # of an import that was killed
+            each.unlink(missing_ok=True)
     try:
         try:
-            yield np.memmap(path, np.float32, "w+", shape=(max(1, tokens),))
+            shape = (max(1, tokens),)
+            with path.open("wb") as file:  # writing to a map of what finds no room ends the process
+                os.posix_fallocate(file.fileno(), 0, shape[0] * np.float32().nbytes)
+            yield np.memmap(path, np.float32, "r+", shape=shape)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:

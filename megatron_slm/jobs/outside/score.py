@@ -63,7 +63,7 @@ def score_with_model(args: Namespace) -> None:
         texts = ByText(scorer, own, tokenizer.eod, theirs, args.seq_length)
         score, counts = _by_text(texts, args), texts.counts
     else:
-        score, counts = _by_window(scorer, tokenizer.eod, args), None
+        score, counts = _by_window(scorer, tokenizer, args.seq_length), None
     manifest = begin_cache(args, datasets, tokenizer, reference)
     directory = Path(args.slm_reference_cache)
     shards = [(name, each) for name in manifest.sections for each in range(manifest.shards(name))]
@@ -133,16 +133,22 @@ def _scorer(
     return model, known
 
 
-def _by_window(scorer: Scorer, eod: int, args: Namespace) -> Score:
+def _by_window(scorer: Scorer, tokenizer: RunTokenizer, length: int) -> Score:
     """Score a dataset's tokens themselves, in windows as tools/score_reference.py cuts them."""
 
     def score(documents: DatasetDocuments, start: int, stop: int) -> Floats:
         passages = []
-        for first in range(start, stop, args.seq_length):
-            ids = documents.stream[first : min(first + args.seq_length, stop)].astype(np.int64)
-            before = eod if first == 0 else int(documents.stream[first - 1])
+        for first in range(start, stop, length):
+            ids = documents.stream[first : min(first + length, stop)].astype(np.int64)
+            before = tokenizer.eod if first == 0 else int(documents.stream[first - 1])
             document = documents.overlapping(first, first + 1).start
             place = f"{documents.name} from its token {first:,} on, in document {document}"
+            strange = ids[(ids < 0) | (ids >= tokenizer.vocabulary)]
+            if strange.size:
+                raise UserError(
+                    f"{place}: the token {strange[0]} is none of the tokenizer's "
+                    f"{tokenizer.vocabulary}"
+                )
             passages.append(Passage(ids, before, place=place))
         return np.concatenate(scorer.losses(passages))
 

@@ -16,6 +16,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from http.client import HTTPException, IncompleteRead, InvalidURL
 from typing import Any
 
 import msgspec
@@ -250,13 +252,22 @@ class CompletionsServer:
                 request = urllib.request.Request(self.url + path, content, headers)
                 with urllib.request.urlopen(request, timeout=self.timeout) as answer:
                     whole: bytes = answer.read(LARGEST_ANSWER)
+                    if answer.length:  # read() of so many bytes takes fewer for all there are
+                        raise IncompleteRead(whole, answer.length)
                     return whole
             except urllib.error.HTTPError as error:
-                said = f"{error.code} {' '.join(error.read(300).decode(errors='replace').split())}"
+                said = f"{error.code} {_begin(error)}"
                 if error.code not in self.passing:
                     raise _Rejected(said) from error
-            except ValueError as error:
+            except (ValueError, InvalidURL) as error:
                 raise UserError(f"--server {self.url}: {error}") from error
-            except (OSError, urllib.error.URLError) as error:
+            except (OSError, HTTPException) as error:
                 said = str(getattr(error, "reason", error)) or type(error).__name__
         raise UserError(f"{self.url} does not answer after {ATTEMPTS} attempts: {said}; {KEEPS}")
+
+
+def _begin(error: urllib.error.HTTPError) -> str:
+    """Return the beginning of what a server says of an error, in one line; "" if it breaks off."""
+    with suppress(OSError, HTTPException):
+        return " ".join(error.read(300).decode(errors="replace").split())
+    return ""
