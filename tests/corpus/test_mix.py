@@ -8,6 +8,7 @@ import re
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -181,12 +182,19 @@ MISTAKES = {
 
 
 def test_mistakes(tmp_path: Path, corpora: dict[str, int]) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
     for kind, (changes, message) in MISTAKES.items():
         recipe = write_recipe(tmp_path, **({"budget": 1000} | changes))
         recipe.write_text(recipe.read_text().replace("{directory}", tmp_path.name))
         result = build(tmp_path, recipe)
         assert result.code == 2 and message in result.err, kind
         assert "Traceback" not in result.err and not list(tmp_path.glob("mix.*"))
+    builder = IndexedDatasetBuilder(str(tmp_path / "empty.bin"), dtype=np.uint16)
+    builder.add_document(torch.tensor([]), [0])
+    builder.finalize(str(tmp_path / "empty.idx"))
+    recipe = write_recipe(tmp_path, 1000, sources=[{"name": "none", "data": "empty"}])
+    assert f"error: {recipe}: none has no tokens\n" in build(tmp_path, recipe).err
     broken = tmp_path / "broken.yaml"
     broken.write_text("budget: [")
     assert "broken.yaml" in build(tmp_path, broken).err

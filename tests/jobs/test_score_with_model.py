@@ -150,7 +150,7 @@ def test_a_job_goes_on(prefix: Path, model: Path, cache: Path, tmp_path: Path) -
 def test_server(
     text_only: bool, prefix: Path, model: Path, cache: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    """A server of the model gives the model's losses, though it is busy now and then, and breaks off.
+    """A server of the model gives its losses, though it is busy or breaks off now and then.
 
     One that takes text alone cannot score the end of a text, and reads long ones in parts.
     """

@@ -175,7 +175,7 @@ def build_mix(recipe: Mix, root: Path) -> list[Share]:
 
     Raises:
         UserError: a dataset is missing or damaged, has another domain or tokenizer, is named twice,
-            or is too short for its share.
+            or a source has no tokens, or too few for its share.
     """
     tokens = apportion(recipe.budget, [source.ratio for source in recipe.sources])
     shares, seen, tokenizers = [], set[Identity](), dict[str, str]()
@@ -194,6 +194,8 @@ def build_mix(recipe: Mix, root: Path) -> list[Share]:
                     raise UserError(f"{recipe.path}: {prefix} is named twice")
                 seen.add(file)
                 available[prefix] = found.tokens
+        if not any(available.values()):
+            raise UserError(f"{recipe.path}: {source.name} has no tokens")
         shares.append(Share(source, share, available))
     if len(tokenizers) > 1:
         raise UserError(f"{recipe.path}: other tokenizers: {' and '.join(tokenizers.values())}")
