@@ -47,7 +47,7 @@ _show_pip() {
 # pip install ARGUMENTS, with what it says in a log, and the end of that where it fails.
 _install() {
     local log="$VIRTUAL_ENV/install.log" status
-    python -m pip install --disable-pip-version-check "$@" 2>&1 | tee "$log" | _show_pip
+    python -m pip install --no-compile --disable-pip-version-check "$@" 2>&1 | tee "$log" | _show_pip
     status="${PIPESTATUS[0]}"
     [ "$status" = 0 ] || {
         tail -n 15 "$log" >&2
@@ -181,6 +181,9 @@ sys.exit(not ((3, 12) <= sys.version_info < (3, 14) and all(map(find_spec, sys.a
                 "$([ -n "$torch" ] || echo "(torch and CUDA: 5 GB)")"
             _install --editable "$root${extra:+[$extra]}" || return 1
         fi
+        # On all cores, where pip takes one for as long as it takes to unpack.
+        echo "> compiling what is installed"
+        python -m compileall -q -j 0 "$root/.venv/lib/" > /dev/null 2>&1 || true # some are templates
         echo "$wanted" > "$stamp"
     fi
 }
