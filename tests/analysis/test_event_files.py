@@ -107,6 +107,7 @@ def test_datasets_of_all_names_and_numbers() -> None:
     assert shown == sorted(names)[:MOST_LINES] and "validation_text" in shown
     assert ratios["note"] == "The first 36 of 101 datasets by name."
     assert len(losses["lines"]) == MOST_LINES - 1  # beside a loss of training
+    assert losses["note"] == "The first 35 of 101 validation losses by name."
 
 
 def test_parameters_of_a_llama_alone() -> None:

@@ -34,7 +34,7 @@ def run_figures(run: RunFiles, length: int | None) -> list[dict[str, Any]]:
         length: tokens of a sequence, if known.
     """
     found = [
-        _of_tags(run, "Loss", NATS, _losses(run), note=_selected_below(run)),
+        _losses(run),
         _of_tags(run, "Tokens selected", PERCENT, {"selected ratio": 1}, span=WHOLE, times=100),
         _of_tags(
             run,
@@ -56,12 +56,16 @@ def run_figures(run: RunFiles, length: int | None) -> list[dict[str, Any]]:
     return [each for each in found if each["lines"]]
 
 
-def _losses(run: RunFiles) -> dict[str, int]:
-    """Return the tags of the losses to draw, with their roles; a run that does not select has one
-    training loss."""
+def _losses(run: RunFiles) -> dict[str, Any]:
+    """Return the figure of the losses of training and validation; a run that does not select has
+    one of training."""
     training = LOSSES if "all-token loss" in run.scalars else {"lm loss": 0}
-    tags = validation_tags(run)[: MOST_LINES - len(training)]
-    return training | {tag: role for role, tag in enumerate(tags, 4)}
+    tags, most = validation_tags(run), MOST_LINES - len(training)
+    notes = [_selected_below(run)]
+    if len(tags) > most:
+        notes.append(f"The first {most} of {len(tags):,} validation losses by name.")
+    roles = training | {tag: role for role, tag in enumerate(tags[:most], 4)}
+    return _of_tags(run, "Loss", NATS, roles, note=" ".join(filter(None, notes)))
 
 
 def _selected_below(run: RunFiles) -> str:
