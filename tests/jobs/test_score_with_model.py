@@ -197,12 +197,15 @@ def test_servers_that_cannot_be_used(
         wrong = scored(prefix, tmp_path / "a", "--server", url, *own, code=2).err
     gone = scored(prefix, tmp_path / "a", "--server", url, *options, code=2).err
     none = scored(prefix, tmp_path / "a", "--server", "http://a:x/v1", *options, code=2).err
+    monkeypatch.setenv("OPENAI_API_KEY", "secret\n")
+    key = scored(prefix, tmp_path / "a", "--server", url, *options, code=2).err
     assert "its losses of prompts cannot be used" in off
     assert "does not answer after 8 attempts: 503" in busy
     assert "is a sentencepiece tokenizer" in wrong
     assert "does not answer after 8 attempts" in gone and "refused" in gone
     assert "error: --server http://a:x/v1: nonnumeric port: 'x'" in none
-    for said in (off, busy, wrong, gone, none):
+    assert "OPENAI_API_KEY in the environment has characters" in key and "secret" not in key
+    for said in (off, busy, wrong, gone, none, key):
         assert said.startswith("error: ") and len(said.splitlines()) == 1
     assert not (tmp_path / "a").exists()
 
@@ -338,7 +341,7 @@ def test_the_same_tokenizer(model: Path, tmp_path: Path) -> None:
     content[7] = size
     content.tofile(f"{data}.bin")
     error = scored(data, tmp_path / "other", *own, "--model", model, code=2).err.splitlines()[-1]
-    assert error.endswith(f"document 0: the token {size} is none of the tokenizer's {size}")
+    assert f"document 0: the token {size} is none of the tokenizer's {size}; tools/" in error
 
 
 @pytest.mark.parametrize(

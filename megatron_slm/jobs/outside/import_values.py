@@ -92,17 +92,18 @@ def _spool(directory: Path, tokens: int) -> Iterator[NDArray[np.float32]]:
     before = directory.exists()
     make_directory(directory, "--slm-reference-cache")
     path = temporary(directory / SPOOL)
-    for each in directory.glob(f"{SPOOL}.*.partial"):
-        if is_leftover(each):  # of an import that was killed
-            each.unlink(missing_ok=True)
     try:
         try:
+            for each in directory.glob(f"{SPOOL}.*.partial"):
+                if is_leftover(each):  # of an import that was killed
+                    each.unlink(missing_ok=True)
             shape = (max(1, tokens),)
             with path.open("wb") as file:  # writing to a map of what finds no room ends the process
                 os.posix_fallocate(file.fileno(), 0, shape[0] * np.float32().nbytes)
-            yield np.memmap(path, np.float32, "r+", shape=shape)
+            values = np.memmap(path, np.float32, "r+", shape=shape)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        yield values
     finally:
         path.unlink(missing_ok=True)
         if not before:

@@ -139,15 +139,15 @@ def _by_window(scorer: Scorer, tokenizer: RunTokenizer, length: int) -> Score:
     def score(documents: DatasetDocuments, start: int, stop: int) -> Floats:
         passages = []
         for first in range(start, stop, length):
-            ids = documents.stream[first : min(first + length, stop)].astype(np.int64)
-            before = tokenizer.eod if first == 0 else int(documents.stream[first - 1])
+            own = documents.stream[max(first - 1, 0) : min(first + length, stop)].astype(np.int64)
+            before, ids = (int(own[0]), own[1:]) if first else (tokenizer.eod, own)
             document = documents.overlapping(first, first + 1).start
             place = f"{documents.name} from its token {first:,} on, in document {document}"
-            strange = ids[(ids < 0) | (ids >= tokenizer.vocabulary)]
+            strange = own[(own < 0) | (own >= tokenizer.vocabulary)]
             if strange.size:
                 raise UserError(
                     f"{place}: the token {strange[0]} is none of the tokenizer's "
-                    f"{tokenizer.vocabulary}"
+                    f"{tokenizer.vocabulary}; tools/verify_dataset.py tells more"
                 )
             passages.append(Passage(ids, before, place=place))
         return np.concatenate(scorer.losses(passages))

@@ -18,10 +18,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from http.client import HTTPException, IncompleteRead, InvalidURL
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
+from msgspec import Meta
 
 from megatron_slm.corpus.tokenizers.alignment import Floats
 from megatron_slm.errors import UserError
@@ -59,13 +60,13 @@ class Answer(msgspec.Struct):
 class Usage(msgspec.Struct):
     """Numbers of tokens."""
 
-    completion_tokens: int = 0
+    completion_tokens: Annotated[int, Meta(ge=0)] = 0
 
 
 class Completion(msgspec.Struct):
     """The part of a server's answer that is read."""
 
-    choices: list[Answer]
+    choices: Annotated[list[Answer], Meta(min_length=1)]
     usage: Usage
 
 
@@ -141,7 +142,7 @@ class CompletionsServer:
         if not count:
             return np.zeros(0)
         answer = self._complete(self._prompt(passage), echo=True)
-        found = answer.choices[0].logprobs if answer.choices else None
+        found = answer.choices[0].logprobs
         if found is None:
             raise UserError(
                 f"{self.url} gives no log-probabilities: the server must be one that echoes "
@@ -242,6 +243,8 @@ class CompletionsServer:
         """
         headers = {"Content-Type": "application/json"}
         if key := os.getenv("OPENAI_API_KEY"):
+            if not (key.isascii() and key.isprintable()):  # an error of urllib's would show it
+                raise UserError("OPENAI_API_KEY in the environment has characters that no key has")
             headers["Authorization"] = f"Bearer {key}"
         content = None if body is None else json.dumps(body).encode()
         said = ""
@@ -252,6 +255,8 @@ class CompletionsServer:
                 request = urllib.request.Request(self.url + path, content, headers)
                 with urllib.request.urlopen(request, timeout=self.timeout) as answer:
                     whole: bytes = answer.read(LARGEST_ANSWER)
+                    if len(whole) == LARGEST_ANSWER:
+                        raise UserError(f"{self.url} answers with {LARGEST_ANSWER} bytes or more")
                     if answer.length:  # read() of so many bytes takes fewer for all there are
                         raise IncompleteRead(whole, answer.length)
                     return whole
