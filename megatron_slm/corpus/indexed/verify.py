@@ -121,11 +121,8 @@ def _check_ids(dataset: CheckedDataset, start: int, end: int, vocab_size: int | 
                 token = at // dtype.itemsize + wrong
                 offset = token * dtype.itemsize
                 document = int(np.searchsorted(dataset.index.offsets, offset, "right")) - 1
-                which = "no vocabulary has"
-                if vocab_size is not None:
-                    which = f"a vocabulary of {vocab_size} tokens does not have"
                 raise UserError(
-                    f"{path}: token {token}, in sequence {document}, has id {ids[wrong]}, which "
-                    f"{which}"
+                    f"{path}: token {token}, in sequence {document}, has id {ids[wrong]}, which a "
+                    f"vocabulary of {vocab_size} tokens does not have"
                 )
     return digest.hexdigest()
