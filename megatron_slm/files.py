@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from glob import escape
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -176,6 +177,13 @@ def is_leftover(path: Path) -> bool:
     if named is None or named["place"] != _place():
         return False
     return int(named["process"]) == os.getpid() or not Path("/proc", named["process"]).exists()
+
+
+def leftovers(path: Path) -> list[Path]:
+    """Return what is there of an output that this process, or one that ended here, left
+    unfinished."""
+    named = path.parent.glob(f"{escape(path.name)}.*.partial")
+    return [each for each in named if is_leftover(each)]
 
 
 def publish(unfinished: Path, final: Path) -> None:

@@ -29,7 +29,7 @@ import msgspec
 
 from megatron_slm.analysis.experiments.recipe import PLACEHOLDER, Experiment, ExperimentTask
 from megatron_slm.errors import UserError
-from megatron_slm.files import is_leftover, read_json, sha256_of, temporary, write_whole
+from megatron_slm.files import leftovers, read_json, sha256_of, temporary, write_whole
 from megatron_slm.parser import Parser
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -126,9 +126,8 @@ class Instance:
         begun = _hash_in(directory / "begun.json")
         if begun == self.hash:
             return
-        for leftover in directory.parent.glob(f"{directory.name}.*.partial"):
-            if is_leftover(leftover):  # from a start that was killed in this function
-                shutil.rmtree(leftover)
+        for leftover in leftovers(directory):  # of a start that was killed in this function
+            shutil.rmtree(leftover)
         # This start may be killed too: renaming means that the directory is never incomplete.
         if begun is not None:
             old = temporary(directory)

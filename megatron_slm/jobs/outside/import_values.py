@@ -28,7 +28,7 @@ from megatron_slm.corpus.tokenizers.token_bytes import Text, TokenBytes
 from megatron_slm.corpus.tokenizers.tokenizer_file import open_tokenizer
 from megatron_slm.data.score_cache import LARGEST_UINT16, LEAST, missing_shards
 from megatron_slm.errors import UserError
-from megatron_slm.files import is_leftover, make_directory, sha256_of, temporary
+from megatron_slm.files import leftovers, make_directory, sha256_of, temporary
 from megatron_slm.jobs.outside.command_line import LARGEST, MUST_BE
 from megatron_slm.jobs.outside.documents import (
     DatasetDocuments,
@@ -94,9 +94,8 @@ def _spool(directory: Path, tokens: int) -> Iterator[NDArray[np.float32]]:
     path = temporary(directory / SPOOL)
     try:
         try:
-            for each in directory.glob(f"{SPOOL}.*.partial"):
-                if is_leftover(each):  # of an import that was killed
-                    each.unlink(missing_ok=True)
+            for left in leftovers(directory / SPOOL):  # of an import that was killed
+                left.unlink(missing_ok=True)
             shape = (max(1, tokens),)
             with path.open("wb") as file:  # writing to a map of what finds no room ends the process
                 os.posix_fallocate(file.fileno(), 0, shape[0] * np.float32().nbytes)

@@ -7,13 +7,12 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from glob import escape
 from pathlib import Path
 
 from torch import distributed
 
 from megatron_slm.errors import UserError
-from megatron_slm.files import alone_at, is_leftover, publish, sync, temporary
+from megatron_slm.files import alone_at, leftovers, publish, sync, temporary
 
 
 def this_rank() -> tuple[int, int]:
@@ -100,8 +99,8 @@ def _begin(path: Path, unfinished: Path, flag: str, held: ExitStack) -> None:
         held.enter_context(alone_at(path, flag))
         if os.path.lexists(path) and (not path.is_dir() or any(path.iterdir())):
             raise UserError(f"{flag} {path} exists already; name another directory, or remove it")
-        for left in path.parent.glob(f"{escape(path.name)}.*.partial"):
-            if is_leftover(left) and left.is_dir() and not left.is_symlink():
+        for left in leftovers(path):
+            if left.is_dir() and not left.is_symlink():
                 shutil.rmtree(left)
         unfinished.mkdir()
 
