@@ -384,6 +384,8 @@ def test_sections_are_reached_and_covered_by_nothing(browser: Any, tmp_path: Pat
 def test_a_finger_and_the_keys(browser: Any, tmp_path: Path) -> None:
     """A tap shows a token's card until the next, and a figure's values; so do the keys."""
     dump = write_run(tmp_path, samples=2, length=256)[-1]
+    dump.losses[0, 10] = np.nan
+    write_dump(tmp_path / "dump", dump)
     write_report(tmp_path, tmp_path / "report.html", None)
     page = opened(
         browser,
@@ -398,6 +400,9 @@ def test_a_finger_and_the_keys(browser: Any, tmp_path: Path) -> None:
     card, tapped = (page.locator(each).bounding_box() for each in ("#card", token(0, 9)))
     assert card["x"] >= 0 and card["x"] + card["width"] <= 390
     assert card["y"] >= tapped["y"] + tapped["height"] or card["y"] + card["height"] <= tapped["y"]
+    page.keyboard.press("ArrowRight")
+    for value in ("over 65.5, or not a number", f"{dump.reference_losses[0, 10]:.3f}", "not known"):
+        assert value in page.inner_text("#card")
     page.locator("#map-heading").tap()
     assert page.locator("#card").is_hidden()
     plot = page.locator("#run-figures .plot").first

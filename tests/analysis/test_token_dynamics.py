@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 import oracle
 from jobs import SEQUENCE, VOCABULARY, Checkpoints, Corpus
 from launch import REPOSITORY, Run, launch, pretrain
+from megatron_slm.analysis.dynamics import dynamics_files
 from megatron_slm.analysis.dynamics.dynamics_files import (
     read_dynamics_table,
     write_dynamics_table,
@@ -88,6 +89,18 @@ def test_documents_that_do_not_see_each_other(tmp_path: Path) -> None:
     packed = token_map([read], None, RunSettings({}))
     assert base64.b64decode(packed["begins"]) == bytes([0b010010])
     assert token_map([replace(read, documents=None)], None, RunSettings({}))["begins"] == ""
+
+
+def test_a_table_that_could_not_be_read_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = classify(dumps_of(np.ones((2, 1, 5), np.float32), [1, 2], np.ones((1, 5), bool)))
+    monkeypatch.setattr(dynamics_files, "MOST_VALUES", 39)  # 5 tokens, 8 columns
+    with pytest.raises(UserError, match="would have 40 values; 39 can be read: take fewer dumps"):
+        write_dynamics_table(tmp_path / "new", found, list("bcdef"), None)
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setattr(dynamics_files, "MOST_VALUES", 40)
+    read_dynamics_table(write_dynamics_table(tmp_path / "new", found, list("bcdef"), None))
 
 
 def test_what_is_no_number_is_refused() -> None:

@@ -67,7 +67,7 @@ def write_dynamics_table(
         found: when each was learned; None for too few checkpoints.
 
     Raises:
-        UserError: the directory cannot be written to.
+        UserError: the directory cannot be written to, or the table would be too large to be read.
     """
     import pyarrow as pa
     from pyarrow import parquet
@@ -87,6 +87,10 @@ def write_dynamics_table(
         for iteration, losses in zip(dynamics.iterations, dynamics.losses, strict=True)
     }
     path = directory / TABLE
+    if (values := len(texts) * len(columns)) > MOST_VALUES:
+        raise UserError(
+            f"{path} would have {values:,} values; {MOST_VALUES:,} can be read: take fewer dumps"
+        )
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -3,6 +3,7 @@
 // those in visible samples.  page.js calls showTokenMap with what token_map.py packed.
 
 const LEVELS = 5;
+const LARGEST = 65535; // thousandths of a nat: so many or more, or not a number
 let map = null;
 
 function unpack(text, type) {
@@ -185,11 +186,13 @@ function placeInDocument(token) {
 function showCard(token) {
   const card = document.getElementById("card");
   const reference = referenceAt(map.at)?.[token];
-  const nats = (value) => (value / 1000).toFixed(3);
+  const policy = map.losses[map.at][token];
+  const nats = (value) => (value === LARGEST ? "over 65.5, or not a number" : (value / 1000).toFixed(3));
   const facts = element("dl");
-  const rows = [["policy loss", nats(map.losses[map.at][token])]];
+  const rows = [["policy loss", nats(policy)]];
   if (reference !== undefined) {
-    rows.push(["reference loss", nats(reference)], ["excess loss", excess(token).toFixed(3)]);
+    const known = policy !== LARGEST && reference !== LARGEST;
+    rows.push(["reference loss", nats(reference)], ["excess loss", known ? excess(token).toFixed(3) : "not known"]);
   }
   if (bit(map.valid, token)) rows.push([map.reference.length ? "rank by excess" : "rank by loss", rankOf(token)]);
   if (map.selected.length) rows.push(["selected", bit(map.selected[map.at], token) ? "yes" : "no"]);
