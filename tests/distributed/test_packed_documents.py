@@ -17,7 +17,7 @@ from agreement import (
 )
 from forked_jobs import Server
 from gpt_datasets import samples_of
-from jobs import STEPS, VOCABULARY, Checkpoints, Corpus, write_dataset
+from jobs import STEPS, VOCABULARY, Checkpoints, Corpus, as_hybrid, write_dataset
 from launch import Run
 from megatron_slm.data.token_dump import read_dumps
 from real_text import docstrings
@@ -35,6 +35,8 @@ LAYOUTS = {
     "cp2": (2, 3, CP2),
     "tp2 cp2": (4, 1, f"{TP2} {CP2}"),
     "pp2 cp2": (4, 3, f"{PP2} {CP2}"),
+    "pp2, hybrid": (2, 3, PP2),
+    "cp2, hybrid": (2, 3, CP2),
 }
 
 
@@ -71,10 +73,18 @@ def oracles(both: list[dict[str, Tensor]], untied: Checkpoints) -> dict[int, lis
 
 
 def run(
-    server: Server, ranks: int, start: Checkpoints, corpus: Corpus, extra: str, directory: Path
+    server: Server,
+    ranks: int,
+    start: Checkpoints,
+    corpus: Corpus,
+    extra: str,
+    directory: Path,
+    pattern: str | None = None,
 ) -> Run:
+    """pattern: of the policy's layers, if it is a hybrid model."""
     arguments = [
-        *[*corpus.arguments, *start.arguments],
+        *corpus.arguments,
+        *(as_hybrid(start.arguments, pattern) if pattern else start.arguments),
         *f"--train-iters {STEPS} --slm-token-ratio {RATIO} {extra}".split(),
         *"--tensorboard-dir tensorboard --num-workers 0".split(),
     ]
@@ -111,7 +121,8 @@ def test_layout_agrees_with_oracle(
     ranks, size, flags = LAYOUTS[layout]
     dump = "--slm-dump-interval 3 --slm-dump-dir dump"
     extra = f"{MASKED} --micro-batch-size {size} {dump} {flags}"
-    done = run(server, ranks, untied, packed, extra, tmp_path)
+    pattern = "*-*-*-*-" if layout.endswith("hybrid") else None
+    done = run(server, ranks, untied, packed, extra, tmp_path, pattern)
     agrees_with_oracle(done, oracles[size], size)
     dumps_agree_with_oracle(done, oracles[size], both[1], oracle.Method(RATIO, size, size))
 
