@@ -28,7 +28,6 @@ NAMES = dict(zip(SPLITS, ("training", "validation", "test"), strict=True))
 # A limit, because Megatron counts the passes one by one and lists every document of each.
 MOST_PASSES = 10**8
 
-Blend = tuple[list[str], list[float] | None]
 Span = tuple[float, float]
 
 

@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from launch import SUPPORT, launch
-from megatron_slm.model.conversion.import_hf import read_architecture
 from megatron_slm.model.conversion.tensors import hugging_face_shapes
+from megatron_slm.model.hugging_face_config import from_hugging_face
 
 TINYLLAMA = {
     "model_type": "llama",
@@ -34,7 +34,7 @@ BOUND = 2 * LARGEST + 2**30
 
 def random_tensors(directory: Path) -> dict[str, torch.Tensor]:
     """bfloat16, each another part of the same noise."""
-    shapes = hugging_face_shapes(read_architecture(directory))
+    shapes = hugging_face_shapes(from_hugging_face(TINYLLAMA, str(directory)))
     noise = torch.randint(-(2**15), 2**15, (LARGEST // 2 + 7 * len(shapes),), dtype=torch.int16)
     noise = noise.view(torch.bfloat16)
     return {

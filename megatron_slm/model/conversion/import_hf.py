@@ -179,15 +179,6 @@ def as_options(arguments: dict[str, Any]) -> str:
     return shlex.join(options)
 
 
-def read_architecture(source: Path) -> Architecture:
-    """Return the architecture of the model in a Hugging Face directory.
-
-    Raises:
-        UserError: config.json cannot be read, or the model is not supported.
-    """
-    return from_hugging_face(read_config(source), str(source / CONFIG))
-
-
 def read_config(source: Path) -> dict[str, Any]:
     """Read the config.json of a Hugging Face directory.
 
