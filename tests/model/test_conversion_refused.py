@@ -288,10 +288,6 @@ def test_pickles_are_not_run(megatron: Path, tmp_path: Path) -> None:
     assert not mark.exists()
 
 
-def change_argument(name: str, value: Any) -> Callable[[TorchDistReader], None]:
-    return lambda reader: setattr(reader.arguments, name, value)
-
-
 EXPORTS: dict[str, tuple[str, Any, str]] = {
     "layer norm": ("normalization", "LayerNorm", "normalization 'LayerNorm'"),
     "biases": ("add_bias_linear", True, "add_bias_linear True"),

@@ -51,7 +51,6 @@ LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 NO_LENGTH = {key: value for key, value in LLAMA3.items() if "original" not in key}
-LINEAR = {"rope_type": "linear", "factor": 2.0}
 HALF = {"rope_type": "default", "rope_theta": 500.0}
 Change = dict[str, Any]
 # Changes to config.json; ... takes a key out.
