@@ -78,3 +78,20 @@ def test_samples_do_not_run_out(corpus: Corpus, untied: Checkpoints, tmp_path: P
     run = pretrain(1, arguments, tmp_path)
     assert list(run.scalars("batch-size").values()) == [3, 3, 12, 12, 12]
     assert len(list((tmp_path / "dump").glob("*.safetensors"))) == 4
+
+
+def test_a_batch_that_ranks_do_not_share_can_be_decreased(
+    corpus: Corpus, untied: Checkpoints, tmp_path: Path
+) -> None:
+    """As when a run goes on with fewer data-parallel ranks than it had."""
+    arguments = [*corpus.arguments, *untied.arguments, "--slm-token-ratio", "0.6"]
+    arguments += "--micro-batch-size 2 --train-iters 3".split()
+    at = arguments.index("--global-batch-size") + 1
+    decreased = "--decrease-batch-size-if-needed --eval-global-batch-size 8"
+    losses = []
+    for batch, extra in (("11", decreased), ("8", "")):
+        arguments[at] = batch
+        run = pretrain(2, [*arguments, *extra.split()], tmp_path / batch)
+        losses.append(run.scalars("lm loss"))
+    assert len(losses[0]) == 3
+    assert losses[0] == losses[1]

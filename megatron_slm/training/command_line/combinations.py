@@ -177,7 +177,7 @@ def _check_batches(args: Namespace) -> None:
     if not micro or not batch or left:  # Megatron refuses it, or fills it in
         return
     number, left = divmod(batch, micro * replicas)
-    if left:
+    if left and not args.decrease_batch_size_if_needed:
         raise UserError(
             f"--global-batch-size {batch} is not a multiple of --micro-batch-size {micro} x "
             f"{replicas} data-parallel ranks"
