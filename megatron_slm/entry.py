@@ -8,7 +8,7 @@ import warnings
 from argparse import ArgumentParser
 from collections.abc import Callable
 
-from megatron_slm.errors import exit_on_user_error
+from megatron_slm.errors import UserError, exit_on_user_error
 from megatron_slm.training.command_line.first_check import TRAINING, Job, first_check
 from megatron_slm.training.command_line.option_groups import add_group
 
@@ -21,12 +21,15 @@ ONE_RANK = {
     "MASTER_ADDR": "127.0.0.1",
     "MASTER_PORT": "0",
 }
+# Launchers that start several tasks, and where these find how many there are.
+TASKS = {"srun": "SLURM_STEP_NUM_TASKS", "mpirun": "OMPI_COMM_WORLD_SIZE"}
 
 
 def start(job: Job, work: Callable[[], None]) -> None:
     """Check the command line, install the CPU platform where there is no GPU, and do the work.
 
-    A process that torchrun did not start works as the only rank.
+    A process that torchrun did not start works as the only rank; it is refused if it is one of
+    several tasks, since each of them would run the whole job and write to the same files.
 
     Args:
         job: says what the command line may contain.
@@ -35,10 +38,27 @@ def start(job: Job, work: Callable[[], None]) -> None:
     with exit_on_user_error("the same command starts again"):
         go_on = first_check(sys.argv[1:], job)
         if "RANK" not in os.environ:
+            _check_alone()
             os.environ |= ONE_RANK
         with exit_on_user_error(go_on, at_once=True):
             use_device()
             work()
+
+
+def _check_alone() -> None:
+    """Refuse to be one of several tasks that do not know each other.
+
+    Raises:
+        UserError: srun or mpirun started this process and others.
+    """
+    for launcher, name in TASKS.items():
+        tasks = os.getenv(name, "1")
+        if tasks != "1":
+            raise UserError(
+                f"{launcher} started {tasks} tasks, and none of them knows its rank: let it start "
+                "one torchrun on each node (as examples/launch.sh does), or set RANK, LOCAL_RANK, "
+                "WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+            )
 
 
 def use_device() -> None:

@@ -163,6 +163,23 @@ def test_choices() -> None:
     assert set(options.NEED_ENTROPIES) == {name for name in needs if needs[name] & of_policy}
 
 
+@pytest.mark.parametrize("tasks", [{"SLURM_STEP_NUM_TASKS": "2"}, {"OMPI_COMM_WORLD_SIZE": "16"}])
+def test_tasks_without_ranks(tasks: dict[str, str]) -> None:
+    """Each of them would train by itself, and save to the same directory."""
+    environment = recipe_environment(1, PYTHONPATH=REPOSITORY, **tasks)
+    environment.pop("RANK", None)
+    run = subprocess.run(
+        [sys.executable, "-m", "megatron_slm.pretrain", *COMPLETE.split()],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert run.returncode == 2
+    assert f"started {next(iter(tasks.values()))} tasks, and none of them knows" in run.stderr
+
+
 HELP = """
 import contextlib, io, pathlib, runpy, sys
 tools = sorted(pathlib.Path(sys.argv[1], "tools").glob("*.py"))
