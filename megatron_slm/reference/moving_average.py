@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing, mpu
+from megatron.core import mpu
 from megatron.core.dist_checkpointing.gpt_checkpoint_interop import (
     gpt_compatible_layer_maps,
     retarget_sharded_state_dict_to_gpt_checkpoint,
@@ -32,7 +32,7 @@ from megatron_slm.files import write_whole
 from megatron_slm.loss import Scoring
 from megatron_slm.model.torch_dist import TRACKER
 from megatron_slm.reference.checkpoint import open_checkpoint
-from megatron_slm.reference.loading import load_parts
+from megatron_slm.reference.loading import load_parts, save_parts
 from megatron_slm.reference.online import OnlineReference, build_model, unwrapped
 
 DIRECTORY = "ema"
@@ -115,7 +115,7 @@ class MovingAverage(OnlineReference):
         for name in ("rank", "local_rank"):
             vars(arguments).pop(name, None)
         state = {"args": arguments, "iteration": iteration, "model": self._sharded(metadata)}
-        dist_checkpointing.save(state, str(own))
+        save_parts(state, own, self.arguments)
         if first:
             write_whole(own.parent / TRACKER, str(iteration).encode())
             for old in own.parent.glob("iter_*"):

@@ -83,7 +83,7 @@ def weights(checkpoint: Path) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-@pytest.mark.parametrize("layout", ["one rank", "tp2 sp", "pp2"])
+@pytest.mark.parametrize("layout", ["one rank", "dp2", "tp2 sp", "pp2"])
 def test_moving_average(layout: str, corpus: Corpus, untied: Checkpoints, tmp_path: Path) -> None:
     """What is saved is the average of the weights before each step; a resumed run goes on with it
     bit for bit."""
@@ -105,6 +105,12 @@ def test_moving_average(layout: str, corpus: Corpus, untied: Checkpoints, tmp_pa
         now = weights(saved / "ema" / f"iter_{step + 1:07d}")
         for name, value in now.items():
             torch.testing.assert_close(value, average[name], rtol=1e-5, atol=1e-7)
+    files = list((saved / "ema" / "iter_0000004").glob("*.distcp"))
+    written = [
+        sum(file.stat().st_size for file in files if file.name[2] == str(rank))
+        for rank in range(ranks)
+    ]
+    assert min(written) > sum(written) / (2 * ranks)  # replicas share out the writing
     # The average lags behind the policy, which is getting better.
     assert straight.scalars("excess loss")[4] < straight.scalars("excess loss")[1]
     (saved / "latest_checkpointed_iteration.txt").write_text("3")
