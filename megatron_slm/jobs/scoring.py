@@ -129,9 +129,10 @@ def score(args: Namespace) -> None:
     try:
         for section, shard in mine:
             _score_shard(args, reference, batches, directory, manifest, section, shard, progress)
-    except UserError as error:
+    except Exception as error:
+        said = f"rank {args.rank} has ended by a {type(error).__name__}; see what it says"
         with suppress(RuntimeError):  # the first rank, which holds the store, may have ended
-            store.set(FAILED, str(error))
+            store.set(FAILED, str(error) if isinstance(error, UserError) else said)
         raise
     progress.close()
     # Other replicas may take longer than a collective may wait.  The first rank stays, since it

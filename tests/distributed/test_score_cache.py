@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from jobs import (
     Corpus,
     from_own_checkpoint,
 )
-from launch import REPOSITORY, Run, launch, pretrain
+from launch import REPOSITORY, Run, launch, pretrain, start
 from megatron_slm.data.score_cache import Section, decode, encode
 from megatron_slm.data.score_manifest import read_cache_manifest
 from megatron_slm.data.token_dump import read_dumps
@@ -37,6 +39,7 @@ RUN += f" --eval-interval 1000 --micro-batch-size {MICRO_BATCH}"
 RECORDED = "recorded_pretrain"
 # Scores this close to the threshold may fall on either side of it: two stored losses' error.
 NEAR_TIE = 4e-4
+SECONDS = 120  # against a hang
 DUMP = "--slm-dump-interval 2 --slm-dump-dir dump"
 
 
@@ -272,6 +275,30 @@ def test_a_shard_that_cannot_be_written(
         assert f"{cache}/valid" in error and "the same command goes on" in error
         assert "Traceback" not in output
     assert len(list((cache / "train").iterdir())) == STEPS
+
+
+def test_a_replica_whose_data_cannot_be_read(
+    corpus: Corpus, untied: Checkpoints, tmp_path: Path
+) -> None:
+    """Its worker is killed, as where memory runs out: the first rank does not wait for ever."""
+    extra = "--shard-samples 96 --train-iters 80 --num-workers 1"
+    tool, *arguments = job(corpus, untied, tmp_path / "cache", extra)
+    started = start(2, [tool, *arguments], tmp_path / "job")
+    try:
+        worker = ""
+        while not worker and started.processes[1].exitcode is None:
+            tasks = Path(f"/proc/{started.processes[1].pid}/task").glob("*/children")
+            worker = "".join(task.read_text() for task in tasks)
+        os.kill(int(worker), signal.SIGKILL)
+        for process in started.processes:
+            process.join(SECONDS)
+            assert process.exitcode == 2
+    finally:
+        for process in started.processes:
+            process.kill()
+    first, second = (file.read_text().splitlines()[-1] for file in started.files)
+    assert first == "error: rank 1 has ended by a RuntimeError; see what it says"
+    assert "error: a worker that loads data was killed" in second
 
 
 @pytest.fixture(scope="module")
