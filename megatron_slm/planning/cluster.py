@@ -8,6 +8,7 @@
 References have no virtual stages and therefore a longer bubble.  Collectives follow Korthikanti et
 al. 2022 (arXiv 2205.05198), section 4.2.2: per layer two gathers and two scatters of [n, h] forward
 and as many backward, each with a latency.  Mixtures of experts have two all-to-alls in their place.
+Context-parallel ranks exchange keys and values while attention computes, which is taken to hide it.
 Every micro-batch reads and writes the gradients once.
 """
 

@@ -63,6 +63,7 @@ def report(args: Namespace, recipe: LaunchRecipe) -> str:
     text = [
         *assumptions(args, cluster),
         *attention_within(megatron, work),
+        *exchanged_within(layout),
         *uncounted(megatron),
         "",
         report_line("vocabulary, with padding", f"{work.padded_vocabulary:,}"),
@@ -111,6 +112,12 @@ def attention_within(megatron: Namespace, work: Work) -> Iterator[str]:
         yield f"Documents do not see each other: {work.document:,.0f} tokens, the mean over tokens."
     elif packs_documents(megatron):
         yield "Documents do not see each other, but their lengths are not known: taken as samples."
+
+
+def exchanged_within(layout: Layout) -> Iterator[str]:
+    """Yield a line about the traffic of context-parallel ranks, if there are several."""
+    if layout.cp > 1:
+        yield "Context-parallel ranks exchange keys and values during attention, taken to hide it."
 
 
 def uncounted(megatron: Namespace) -> Iterator[str]:

@@ -11,8 +11,10 @@ import pytest
 from launch import REPOSITORY
 from megatron_slm.errors import UserError
 from megatron_slm.planning.documents import length_in_samples
+from megatron_slm.planning.job import Layout
 from megatron_slm.planning.launch_recipe import LaunchRecipe, read_launch_recipe
 from megatron_slm.planning.recipe import layout_of, not_counted, parse, work_of
+from megatron_slm.planning.report import exchanged_within
 
 RUN = """
     --num-layers 8 --hidden-size 64 --num-attention-heads 4 --max-position-embeddings 64
@@ -91,6 +93,9 @@ def test_what_is_not_counted_is_named() -> None:
     assert not_counted(parsed("--recompute-granularity selective")) == []
     selective = "--recompute-granularity selective --recompute-modules core_attn mlp"
     assert not_counted(parsed(selective)) == ["--recompute-modules"]
+    assert list(exchanged_within(Layout(1, 1))) == []
+    (said,) = exchanged_within(Layout(1, 1, cp=2))
+    assert said.startswith("Context-parallel ranks exchange keys and values")
 
 
 @pytest.mark.parametrize(
