@@ -35,8 +35,10 @@ class Windows:
         """The first label of each window; None if every window has s tokens."""
         if apart:
             # The first label of the file has an end-of-document token as its input.
-            bounds = np.unique(lengths.cumsum(dtype=np.int64) - lengths + 1)
-            self.bounds = np.concatenate([[0], bounds[bounds < self.tokens]])
+            bounds = lengths.cumsum(dtype=np.int64) - lengths + 1
+            # Empty documents repeat a bound.  np.unique would sort, for minutes, what is ascending.
+            own = (np.diff(bounds, prepend=0) > 0) & (bounds < self.tokens)
+            self.bounds = np.concatenate([[0], bounds[own]])
             self.starts = _starts(self.bounds, self.tokens, length)
 
     def __len__(self) -> int:

@@ -30,3 +30,12 @@ def test_windows_are_filled_with_whole_documents(
         patch.setattr(windows, "_DOCUMENTS", at_once)
         found = windows._starts(bounds, sum(documents), length)
     assert found.tolist() == filled(documents, length)
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=20).filter(any))
+def test_bounds_are_where_documents_with_tokens_begin(documents: list[int]) -> None:
+    found = windows.Windows(np.array(documents, np.int32), 4, True)
+    begins = np.cumsum([0, *documents])[:-1]
+    inputs = {int(first) for first, size in zip(begins, documents, strict=True) if size}
+    labels = sorted(first + 1 for first in inputs if first + 1 < sum(documents))
+    assert found.bounds is not None and found.bounds.tolist() == [0, *labels]
