@@ -23,7 +23,7 @@ from megatron_slm.data.manifest_types import DumpOrigin
 from megatron_slm.data.token_dump import TokenDump, dump_path, read_dump, write_dump
 from megatron_slm.errors import UserError
 from megatron_slm.jobs.job_arguments import settle_arguments
-from megatron_slm.jobs.scoring import from_first_rank
+from megatron_slm.jobs.of_ranks import from_first_rank, of_any_rank
 from megatron_slm.loss import Scoring
 from megatron_slm.model.model_config import installed_layers
 from megatron_slm.reference.checkpoint import (
@@ -116,7 +116,7 @@ def score_checkpoints(args: Namespace) -> Path:
         else:
             load_weights(model.model, checkpoint, own)
         failed = _score(args, model, micro_batches, samples, count, step, about, directory)
-        if said := _of_any_rank(failed):
+        if said := of_any_rank(failed):
             raise UserError(f"{said}; what was scored before is kept")
         print_rank_0(f"> iteration {step}: {count * args.seq_length:,} tokens scored")
     torch.distributed.barrier()
@@ -175,10 +175,3 @@ def _score(
         except UserError as error:
             return str(error)
     return None
-
-
-def _of_any_rank(said: str | None) -> str | None:
-    """Return the message of the lowest rank that has one.  Collective over all ranks."""
-    everyone: list[str | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, said)
-    return next((each for each in everyone if each is not None), None)

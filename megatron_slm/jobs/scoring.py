@@ -11,6 +11,8 @@ was killed can continue in another layout.
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
@@ -30,10 +32,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_slm.data.score_cache import missing_shards, write_shard
-from megatron_slm.data.score_manifest import CacheManifest, shard_size
+from megatron_slm.data.score_manifest import MANIFEST, CacheManifest, shard_size
 from megatron_slm.data.scored_dataset import DocumentWindows, dataset_name
 from megatron_slm.errors import UserError
 from megatron_slm.jobs.job_arguments import settle_arguments
+from megatron_slm.jobs.of_ranks import from_first_rank, of_any_rank
 from megatron_slm.loss import Scoring
 from megatron_slm.model.model_config import installed_layers
 from megatron_slm.reference.checkpoint import (
@@ -109,6 +112,7 @@ def score(args: Namespace) -> None:
         datasets = _documents(args) if by_document else _samples()
     directory = Path(args.slm_reference_cache[0])
     manifest, missing = from_first_rank(lambda: _begin(args, checkpoint, directory, datasets))
+    _check_shared(directory)
     replicas = mpu.get_data_parallel_world_size()
     mine = missing[mpu.get_data_parallel_rank() :: replicas]
     print_rank_0(
@@ -218,18 +222,18 @@ def _begin(
     return manifest, missing_shards(directory, manifest)
 
 
-def from_first_rank(function: Callable[[], Any]) -> Any:
-    """Call a function on the first rank, and return or raise on all ranks what it does there."""
-    answer: list[Any] = [None]
-    if torch.distributed.get_rank() == 0:
-        try:
-            answer = [function()]
-        except Exception as error:
-            answer = [error]
-    torch.distributed.broadcast_object_list(answer, src=0)
-    if isinstance(answer[0], Exception):
-        raise answer[0]
-    return answer[0]
+def _check_shared(directory: Path) -> None:
+    """Check that all ranks see the manifest, which the first rank has written.  Collective.
+
+    Raises:
+        UserError: one does not, so that its shards would not be found.
+    """
+    there = directory.is_dir() and MANIFEST in os.listdir(directory)
+    if node := of_any_rank(None if there else socket.gethostname()):
+        raise UserError(
+            f"--slm-reference-cache {directory}: {node} does not have what the first rank wrote "
+            "there: name a directory that all nodes share"
+        )
 
 
 def _samples() -> dict[str, tuple[Any, int]]:
