@@ -38,14 +38,14 @@ def start(job: Job, work: Callable[[], None]) -> None:
     with exit_on_user_error("the same command starts again"):
         go_on = first_check(sys.argv[1:], job)
         if "RANK" not in os.environ:
-            _check_alone()
+            check_alone()
             os.environ |= ONE_RANK
         with exit_on_user_error(go_on, at_once=True):
             use_device()
             work()
 
 
-def _check_alone() -> None:
+def check_alone() -> None:
     """Refuse to be one of several tasks that do not know each other.
 
     Raises:

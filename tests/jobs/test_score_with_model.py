@@ -371,6 +371,14 @@ def test_ranks_that_are_none(
     assert not (tmp_path / "cache").exists()
 
 
+def test_tasks_without_ranks(few: Path, model: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Each of them would score everything."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "64")
+    error = scored(few, tmp_path / "cache", "--model", model, code=2).err
+    assert "error: srun started 64 tasks, and none of them knows its rank" in error
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("llama_cpp") is None,
     reason="llama-cpp-python, whose server this is about, is not installed",

@@ -18,6 +18,7 @@ from megatron_slm.corpus.tokenizers.alignment import Floats
 from megatron_slm.corpus.tokenizers.token_bytes import TokenBytes
 from megatron_slm.corpus.tokenizers.tokenizer_file import TokenizerFile, open_tokenizer
 from megatron_slm.data.score_cache import missing_shards
+from megatron_slm.entry import check_alone
 from megatron_slm.errors import UserError, say
 from megatron_slm.jobs.outside.documents import (
     DatasetDocuments,
@@ -87,6 +88,8 @@ def score_with_model(args: Namespace) -> None:
 
 def _rank_of() -> tuple[int, int]:
     """Return this process's rank, and how many there are, as torchrun says."""
+    if "RANK" not in os.environ:
+        check_alone()
     said = os.getenv("RANK", "0"), os.getenv("WORLD_SIZE", "1")
     rank, ranks = (int(each) if each.isdecimal() else -1 for each in said)
     if not 0 <= rank < ranks:
