@@ -40,7 +40,7 @@ from megatron_slm.training.command_line.refusals import in_one_line
 from megatron_slm.training.data_faults import data_faults
 from megatron_slm.training.datasets import DatasetProvider, check_files
 from megatron_slm.training.dump import token_dumps
-from megatron_slm.training.settings import settings_from_arguments
+from megatron_slm.training.settings import MOST_REPORTED, settings_from_arguments
 from megatron_slm.training.sources import check_batches, open_reference, open_source
 from megatron_slm.training.step import SelectiveStep
 from megatron_slm.training.tokenizer import record_tokenizer
@@ -83,6 +83,11 @@ class SelectiveTraining:
         args.slm_reference_identity = None if source is None else source.identity
         for line in without_effect(args, given, HAVE_TE, settings.head):
             say(line)
+        if settings.domains and not settings.reported:
+            say(
+                f"note: the blend has {len(settings.domains)} datasets: what is selected of each "
+                f"is not logged, as it is of up to {MOST_REPORTED}"
+            )
         resumed = check_start(args)
         event_writer.check_directory(args.tensorboard_dir)
         self.args = args

@@ -35,7 +35,8 @@ def report_of(
         loss: the loss to train on, the sum over selected tokens, 0-dim.
         losses: the losses of all tokens without padding, [b, s/c].
         trained: the losses of all tokens with padding, [b, s/c].
-        domains: names of the blend's datasets, which batch.domains numbers.
+        domains: names of the blend's datasets, which batch.domains numbers; empty if they are not
+            to be reported.
         of_all: report the mean over all tokens as lm loss, and not the loss to train on.
     """
     valid, selected = batch.valid, choice.selected
@@ -52,7 +53,7 @@ def report_of(
     # The threshold is averaged over micro-batches; one without valid tokens has none.
     below += [choice.any_valid[None], counts[:1]]
     names += ["selected ratio", "threshold", "lm loss"]
-    if batch.domains is not None:
+    if domains and batch.domains is not None:
         numbers = torch.arange(len(domains), device=valid.device)
         here = (batch.domains == numbers[:, None])[:, None, :, None] & places[:2]
         sums, counts = _sums(here, trained)  # [domains, 2]

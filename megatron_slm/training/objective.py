@@ -227,7 +227,7 @@ class MicroBatchObjective:
             loss.detach(),
             losses=self.losses,
             trained=self.trained,
-            domains=self.settings.domains,
+            domains=self.settings.reported,
             # In validation lm loss means what it means in every Megatron run: all tokens.
             of_all=not self.step.training,
         )

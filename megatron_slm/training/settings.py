@@ -24,6 +24,9 @@ from megatron_slm.training.command_line.decisions import (
 )
 from megatron_slm.training.left_out import LeftOut, tokens_left_out
 
+# Each dataset has three values in the log, and Megatron reduces each value by itself in every step.
+MOST_REPORTED = 64
+
 
 @dataclass(frozen=True)
 class SelectiveSettings:
@@ -45,6 +48,11 @@ class SelectiveSettings:
     """Seed of random scores."""
     left_out: LeftOut = field(default_factory=LeftOut)
     """Which training tokens are left out of the loss."""
+
+    @property
+    def reported(self) -> tuple[str, ...]:
+        """Names of the datasets whose selection is logged; empty if there are too many."""
+        return self.domains if len(self.domains) <= MOST_REPORTED else ()
 
 
 @dataclass(frozen=True)

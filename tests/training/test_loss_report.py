@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from launches import Launches
-from megatron_slm.selection import Choice
+from megatron_slm.selection import Choice, RatioSchedule, SelectionSettings
 from megatron_slm.training.loss_report import report_of
 from megatron_slm.training.micro_batch import MicroBatch
+from megatron_slm.training.settings import MOST_REPORTED, SelectiveSettings
 
 SHAPE = (6, 50)
 DOMAINS = ("prose", "code", "mail")
@@ -85,3 +86,22 @@ def test_nothing_valid() -> None:
     report = report_of(batch, choice, loss, losses=losses, trained=losses, domains=(), of_all=False)
     for value in report.values():
         assert value[0] / value[1] == 0.0
+
+
+def test_many_datasets() -> None:
+    """Megatron sums each value over ranks by itself, in every step: those of thousands of shards
+    would take longer than the step."""
+
+    def reported(count: int) -> dict[str, Tensor]:
+        names = tuple(map(str, range(count)))
+        settings = SelectiveSettings(
+            SelectionSettings(), RatioSchedule(0.6), 0, True, "chunked", names, 1
+        )
+        batch = MicroBatch(0, loss_mask=torch.ones(SHAPE), domains=torch.zeros(SHAPE[0]).long())
+        choice = Choice(batch.valid, None, torch.tensor(0.0), torch.tensor(True))
+        values = dict.fromkeys(("losses", "trained"), torch.ones(SHAPE))
+        domains = settings.reported
+        return report_of(batch, choice, torch.tensor(0.0), **values, domains=domains, of_all=False)
+
+    assert list(reported(MOST_REPORTED + 1)) == list(reported(0))
+    assert len(reported(MOST_REPORTED)) == len(reported(0)) + 3 * MOST_REPORTED
