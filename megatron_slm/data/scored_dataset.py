@@ -115,8 +115,9 @@ class _Positions:
 
     def get(self, idx: int, offset: int = 0, length: int | None = None) -> NDArray[np.int64]:
         first = int(self.index.sequence_pointers[idx]) // self.index.dtype_size
+        # Lengths are int32, in which numpy would add, and positions may be beyond.
         stop = self.index.sequence_lengths[idx] if length is None else offset + length
-        return np.arange(first + offset, first + stop, dtype=np.int64)
+        return np.arange(first + offset, first + int(stop), dtype=np.int64)
 
 
 def _losses_at(

@@ -19,12 +19,14 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 
 from gpt_datasets import gpt_config
 from megatron_slm.data import score_cache
+from megatron_slm.data.indexed_format import write_index
 from megatron_slm.data.manifest_types import ScoredData
 from megatron_slm.data.score_cache import Section, write_shard
 from megatron_slm.data.score_manifest import CacheManifest, read_cache_manifest
 from megatron_slm.data.scored_dataset import (
     DocumentWindows,
     SampleScored,
+    _Positions,
     dataset_fingerprint,
     document_scored,
 )
@@ -138,6 +140,17 @@ def test_losses_by_document_are_those_of_the_labels(prefix: str, tmp_path: Path)
         torch.testing.assert_close(
             sample["reference_losses"], sample["labels"] / 1000, rtol=0.0, atol=1e-6
         )
+
+
+def test_positions_that_int32_does_not_hold(tmp_path: Path) -> None:
+    """Megatron's lengths, and those it asks for, are int32."""
+    lengths = np.array([2**31 - 1, 4], np.int32)
+    write_index(tmp_path / "large.idx", np.dtype(np.uint16), 2, lambda: iter([lengths]))
+    with (tmp_path / "large.bin").open("wb") as file:
+        file.truncate(2 * int(lengths.sum(dtype=np.int64)))  # of which none is on the disk
+    positions = _Positions(IndexedDataset(str(tmp_path / "large")))
+    assert positions.get(1, offset=1).tolist() == [2**31, 2**31 + 1, 2**31 + 2]
+    assert positions.get(1, 0, np.int32(2)).tolist() == [2**31 - 1, 2**31]
 
 
 def test_losses_by_sample(prefix: str, tmp_path: Path) -> None:
