@@ -37,6 +37,17 @@ class CarriedThresholds:
         state = getattr(resumed, "slm_carried_threshold", None) if same else None
         self.carried = CarriedThreshold.from_state(state)
 
+    def agree(self) -> None:
+        """Take up the latest thresholds that a rank has found.  Collective over all ranks.
+
+        A rank may have read an older tracker file than others, and Megatron goes by the latest.
+        """
+        states: list[tuple[int, tuple[float, ...]] | None]
+        states = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(states, self.carried.state())
+        known = [state for state in states if state is not None]
+        self.carried = CarriedThreshold.from_state(max(known) if known else None)
+
     def before(self, iteration: int) -> Tensor | None:
         """Return the thresholds of a step, float32 [sets]; None before the first step."""
         thresholds = self.carried.before(iteration)

@@ -94,6 +94,8 @@ class SelectiveStep:
                 tp_group=mpu.get_tensor_model_parallel_group(),
             ),
         )
+        if self.carried is not None:
+            self.carried.agree()
         if self.source is not None and self.source.build is not None:
             self.reference = self.source.build()
 
@@ -246,8 +248,7 @@ class SelectiveStep:
         args, settings = get_args(), self.settings
         warming_up = args.consumed_train_samples * args.seq_length < settings.warmup_tokens
         ratio = settings.schedule.at(iteration)
-        carried = self.carried if training else None
-        thresholds = None if carried is None else carried.before(iteration)
+        thresholds = self.carried.before(iteration) if training and self.carried else None
         if ratio == 1.0 and not settings.selection.domain_ratios:
             thresholds = None  # those of earlier steps would leave some tokens out
         return Step(

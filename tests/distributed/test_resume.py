@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jobs import Checkpoints, Corpus, from_own_checkpoint
-from launch import pretrain
+from launch import Run, launch, pretrain
 
 TAGS = ("lm loss", "grad-norm", "threshold", "excess loss")
 RESHARDABLE = "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
@@ -73,3 +73,28 @@ def test_resume(
         for tag in TAGS:
             expected = {i: value for i, value in straight.scalars(tag).items() if i > 4}
             assert run.scalars(tag) == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+def test_a_rank_that_reads_an_older_tracker(
+    corpus: Corpus, untied: Checkpoints, tmp_path: Path
+) -> None:
+    """As where a file system is slow to show what is new: Megatron goes by the latest that a rank
+    has read, and so do carried thresholds."""
+    arguments = _arguments(corpus, untied, "--slm-scope global-batch --eval-iters 0")
+    saved = tmp_path / "saved"
+    save = f"--save {saved} --save-interval 2 --exit-interval 4"
+    pretrain(2, [*arguments, *save.split()], tmp_path / "stopped")
+    resumed = from_own_checkpoint(arguments, saved)
+    expected = pretrain(2, resumed, tmp_path / "same")
+    for rank, iteration in enumerate(("2", "4")):
+        own = tmp_path / "apart" / f"node{rank}" / "saved"
+        own.mkdir(parents=True)
+        for checkpoint in saved.glob("iter_*"):
+            (own / checkpoint.name).symlink_to(checkpoint)
+        (own / "latest_checkpointed_iteration.txt").write_text(iteration)
+    command = ["-m", "megatron_slm.pretrain", "--tensorboard-dir", str(tmp_path / "tensorboard")]
+    command += from_own_checkpoint(arguments, Path("saved"))
+    launch(2, command, tmp_path / "apart", apart=True)
+    found = Run(tmp_path, [], [])
+    for tag in TAGS:
+        assert found.scalars(tag) == expected.scalars(tag) != {}

@@ -6,8 +6,6 @@ import hashlib
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from distributed.test_layouts import LAYOUTS
-from torch.distributed import TCPStore
 
 import oracle
 from forked_jobs import Server
@@ -308,25 +305,13 @@ def test_a_cache_that_nodes_do_not_share(
     corpus: Corpus, untied: Checkpoints, tmp_path: Path
 ) -> None:
     """The first rank would wait for ever for shards that lie on other disks."""
-    command = job(corpus, untied, Path("cache"))
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    environment = os.environ | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "WORLD_SIZE": "2",
-        "LOCAL_RANK": "0",
-        "PYTHONPATH": str(REPOSITORY),
-    }
-    ranks = []
     for rank in range(2):
-        (tmp_path / str(rank) / "cache").mkdir(parents=True)
-        node = {"cwd": tmp_path / str(rank), "env": environment | {"RANK": str(rank)}}
-        ranks.append(subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, **node))
-    for rank in ranks:
-        said = rank.communicate(timeout=SECONDS)[1].decode()
-        assert rank.returncode == 2, said[-3000:]
-        assert "does not have what the first rank wrote there" in said.splitlines()[-1]
+        (tmp_path / f"node{rank}" / "cache").mkdir(parents=True)
+    command = job(corpus, untied, Path("cache"))
+    run = launch(2, command, tmp_path, check=False, timeout=SECONDS, apart=True)
+    assert run.codes == [2, 2]
+    for output in run.outputs:
+        assert "does not have what the first rank wrote there" in output.splitlines()[-1]
 
 
 @pytest.fixture(scope="module")

@@ -66,14 +66,16 @@ def launch(
     check: bool = True,
     timeout: float = 900,
     fresh_threads: int | None = None,
+    apart: bool = False,
 ) -> Run:
     """Start `ranks` processes of `python command...` in `directory` and wait for them.
 
     Without torchrun, which kills the other ranks as soon as one has failed: here every rank must
     end by itself.  With fresh_threads each rank is a Python started anew, with that many threads
-    and without Megatron.
+    and without Megatron.  With apart each rank has a node's disk of its own, directory/node0 for
+    the first.
     """
-    job = start(ranks, command, directory, fresh_threads)
+    job = start(ranks, command, directory, fresh_threads, apart)
     deadline = time.monotonic() + timeout
     try:
         codes = [_exit_code(process, deadline) for process in job.processes]
@@ -89,7 +91,13 @@ def launch(
     return run
 
 
-def start(ranks: int, command: list[str], directory: Path, fresh_threads: int | None = None) -> Job:
+def start(
+    ranks: int,
+    command: list[str],
+    directory: Path,
+    fresh_threads: int | None = None,
+    apart: bool = False,
+) -> Job:
     directory.mkdir(parents=True, exist_ok=True)
     # As torchrun does: a port that is free when rank 0 is told of it may not be when it listens.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -107,7 +115,9 @@ def start(ranks: int, command: list[str], directory: Path, fresh_threads: int | 
     job = Job([directory / f"rank{rank}.log" for rank in range(ranks)], [], store)
     for rank, file in enumerate(job.files):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        job.processes.append(begin(command, directory, environment | own, file))
+        node = directory / f"node{rank}" if apart else directory
+        node.mkdir(exist_ok=True)
+        job.processes.append(begin(command, node, environment | own, file))
     return job
 
 
