@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
 
+import pytest
 import torch
 
 from launch import REPOSITORY
 
+GPU = REPOSITORY / "tests" / "gpu"
+
 
 def run(*options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["bash", str(REPOSITORY / "tests" / "gpu" / "run.sh"), *options],
+        ["bash", str(GPU / "run.sh"), *options],
         env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -36,3 +43,57 @@ def test_what_a_cpu_can_do() -> None:
     assert done.stdout.count("| ok |") > 10
     assert "| seconds a step | skipped: a billion parameters are for a GPU |" in done.stdout
     assert done.stdout.splitlines()[-1] == "all is right"
+
+
+TOO_SLOW = """
+import subprocess, sys, time
+print("| measured | 1 |  |  |", flush=True)
+rank = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+open(sys.argv[-1], "w").write(str(rank.pid))
+time.sleep(600)
+"""
+
+
+def test_a_check_that_is_too_slow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What it has measured is kept, and the ranks that it started end with it."""
+    monkeypatch.syspath_prepend(str(GPU))
+    import run as checks
+
+    (tmp_path / "losses.py").write_text(TOO_SLOW)
+    monkeypatch.setattr(checks, "HERE", tmp_path)
+    monkeypatch.setitem(checks.SECONDS, "losses", 5)
+    lines, right = checks.run("losses", [str(tmp_path / "rank")])
+    assert lines == ["| measured | 1 |  |  |"] and not right
+    assert "| losses | took over 5 s |  | WRONG |" in capfd.readouterr().out
+    deadline = time.monotonic() + 60
+    while runs(int((tmp_path / "rank").read_text())):
+        assert time.monotonic() < deadline, "the rank still runs"
+        time.sleep(0.1)
+
+
+def runs(process: int) -> bool:
+    with suppress(FileNotFoundError):
+        return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"
+    return False
+
+
+def test_quarter_of_an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(GPU))
+    import run as checks
+
+    assert sum(checks.SECONDS.values()) <= 15 * 60
+
+
+def test_runs_on_a_gpu_compile_what_megatron_compiles() -> None:
+    """torch.compile stays what it is there; only runs on the CPU platform do without."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import os, training; print(os.getenv('TORCHDYNAMO_DISABLE'))"],
+        env={name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
+        | {"PYTHONPATH": os.pathsep.join(map(str, (GPU, REPOSITORY / "tests" / "support")))},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["None"]

@@ -8,7 +8,7 @@ them.  Under compute-sanitizer (--tool memcheck), --small is enough.
 
 from __future__ import annotations
 
-from table import arguments, row, skipped
+from table import arguments, attempt, row, skipped
 
 args = arguments(__doc__)
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from by_sorting import top_of_sets
 from megatron_slm.kernels import triton_kernels
-from megatron_slm.loss import selected_loss, token_losses
+from megatron_slm.loss import chunked, selected_loss, token_losses
 from megatron_slm.model.layer_spec import GatheredAttention
 from megatron_slm.selection import select_top_fraction
 
@@ -27,10 +27,13 @@ SIZES = (  # tokens, hidden, vocabulary, type
     (1, 64, 5, torch.float32),
     (37, 64, 1003, torch.float32),
     (37, 64, 1003, torch.bfloat16),
+    (4099, 64, 2100, torch.bfloat16),
     (512, 256, 32000, torch.float32),
     (512, 256, 32000, torch.bfloat16),
     (64, 128, 128256, torch.bfloat16),
 )
+# A GPU's own chunks would hold each of these vocabularies as a whole.
+chunked.CHUNK_BYTES["cuda"] = chunked.CHUNK_BYTES["cpu"]
 KERNELS = ("megatron_slm.loss.softmax_triton", "megatron_slm.selection.top_fraction_triton")
 
 
@@ -72,7 +75,10 @@ def check_head(tokens: int, width: int, vocabulary: int, dtype: torch.dtype) -> 
 
     hidden64, weight64 = (x.detach().double().requires_grad_() for x in (hidden, weight))
     logits = hidden64 @ weight64.t()
-    logits = logits + ((hidden @ weight.t()).double() - logits).detach()
+    # A product of another size may be rounded otherwise.
+    chunks = chunked._chunks(tokens, args.device, 0, vocabulary)
+    rounded = torch.cat([hidden @ weight[columns].t() for columns in chunks], 1).double()
+    logits = logits + (rounded - logits).detach()
     log_p = logits.log_softmax(-1)
     losses = -log_p.gather(1, labels[:, None]).squeeze(1)
     losses[index].sum().backward()
@@ -168,10 +174,12 @@ def main() -> None:
         else:
             module = triton_kernels(name, torch.device("cuda", torch.cuda.current_device()))
             row(name, "compiles" if module else "does not compile", "compiles", module is not None)
-    for size in SIZES[:3] if args.small else SIZES:
-        check_head(*size)
-    check_selection()
-    check_attention()
+    for size in SIZES[:4] if args.small else SIZES:
+        with attempt(f"head {size}"):
+            check_head(*size)
+    for check in (check_selection, check_attention):
+        with attempt(check.__name__):
+            check()
 
 
 if __name__ == "__main__":

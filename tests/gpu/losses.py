@@ -13,14 +13,14 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from table import arguments, row, skipped
+from table import arguments, attempt, row, skipped
 
 args = arguments(__doc__)
 
 import torch
 from training import LLAMA, train
 
-from launch import Run
+from logged_run import Run
 
 SIZES = """
     --num-layers 2 --hidden-size 256 --num-attention-heads 4 --group-query-attention
@@ -97,20 +97,17 @@ def main() -> None:
             ("SLM, offloaded", f"{slm} --slm-reference-offload"),
         ):
             directory = at / name.replace(", ", "-")
-            compare(name, train(directory, more, gpus=gpus), expected[name[:3]])
+            with attempt(name):
+                compare(name, train(directory, more, gpus=gpus), expected[name[:3]])
         for number, (name, layout) in enumerate(list(LAYOUTS.items())[: 1 if args.small else None]):
             if why := why_not_two(gpus):
                 skipped(f"SLM, {name}", why)
                 continue
             # With context parallelism, no attention kernel of Transformer Engine's takes float32.
             own = f"{slm} --bf16" if FUSED and name == "CP2" else slm
-            try:
+            with attempt(f"SLM, {name}"):
                 same = expected["SLM"] if own == slm else train(at / "bf16", own, gpus=gpus)
                 run = train(at / f"layout{number}", f"{own} {layout}", ranks=2, gpus=gpus)
-            except RuntimeError as error:
-                why = " ".join(str(error).split())[-200:]
-                row(f"SLM, {name}", why, "that it runs", False)
-            else:
                 compare(f"SLM, {name}", run, same, LIMIT if own == slm else BF16_LIMIT)
 
 

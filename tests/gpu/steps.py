@@ -11,7 +11,7 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from table import arguments, measured, row, skipped
+from table import arguments, attempt, measured, row, skipped
 
 args = arguments(__doc__)
 
@@ -55,32 +55,42 @@ def main() -> None:
     if args.device == "cpu" or args.small:
         skipped("seconds a step", "a billion parameters are for a GPU")
         return
-    base = 0.0
+    found: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as scratch:
         at = Path(scratch)
         save_reference(at)
         for number, (name, (more, aim)) in enumerate(rows().items()):
-            run = train(
-                at / f"run{number}",
-                f"{BILLION} --train-iters 12 {more.replace('REFERENCE', f'{at}/reference')}",
-            )
-            said = run.outputs[0]
-            times = [
-                float(found)
-                for found in re.findall(r"elapsed time per iteration \(ms\): ([0-9.]+)", said)
-            ][3:]
-            step = statistics.median(times)
-            base = base or step
-            peaks = [float(found) for found in re.findall(r"max allocated: ([0-9.]+)", said)]
-            figure = (
-                f"{step:.0f} ms ({min(times):.0f} to {max(times):.0f}), {step / base:.2f} of CLM"
-            )
-            row(f"1.1B, {name}: GiB at most", f"{max(peaks, default=0) / 1024:.1f}")
-            row(f"1.1B, {name}: tokens a second", f"{1000 * TOKENS / step:.0f}")
-            if aim is None:
-                row(f"1.1B, {name}: a step", figure)
-            else:
-                measured(f"1.1B, {name}: a step", figure, f"{aim:.2f}", step / base <= aim)
+            with attempt(f"1.1B, {name}: a step"):
+                run = train(
+                    at / f"run{number}",
+                    f"{BILLION} --train-iters 12 {more.replace('REFERENCE', f'{at}/reference')}",
+                )
+                found[name] = tell(name, run.outputs[0], aim, found.get("CLM"))
+
+
+def tell(name: str, said: str, aim: float | None, clm: float | None) -> float:
+    """Print a row's figures from what its run said; return its milliseconds a step.
+
+    Args:
+        name: the row.
+        said: what the run's first rank printed.
+        aim: the aim, as a multiple of CLM's milliseconds.
+        clm: these; None if they are not known.
+    """
+    times = [
+        float(each) for each in re.findall(r"elapsed time per iteration \(ms\): ([0-9.]+)", said)
+    ][3:]
+    peaks = [float(each) for each in re.findall(r"max allocated: ([0-9.]+)", said)]
+    step = statistics.median(times)
+    share = f", {step / clm:.2f} of CLM" if clm else ""
+    figure = f"{step:.0f} ms ({min(times):.0f} to {max(times):.0f}){share}"
+    row(f"1.1B, {name}: GiB at most", f"{max(peaks, default=0) / 1024:.1f}")
+    row(f"1.1B, {name}: tokens a second", f"{1000 * TOKENS / step:.0f}")
+    if aim is None or clm is None:
+        row(f"1.1B, {name}: a step", figure)
+    else:
+        measured(f"1.1B, {name}: a step", figure, f"{aim:.2f}", step / clm <= aim)
+    return step
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 MARK = "| "
 WRONG = "WRONG"
@@ -22,6 +24,16 @@ def measured(what: str, figure: str, aim: str, met: bool) -> None:
 def skipped(what: str, why: str) -> None:
     """Print that something was not done."""
     _print(what, f"skipped: {why}", "", "")
+
+
+@contextmanager
+def attempt(what: str) -> Iterator[None]:
+    """Print why the block failed, if it does, and go on with what comes after it."""
+    try:
+        yield
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}".replace("|", "/")
+        row(what, " ".join(why.split())[-300:], "that it runs", False)
 
 
 def _print(*cells: str) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launch import Run
+from logged_run import Run
 
 LLAMA = """
     --position-embedding-type rope --swiglu --normalization RMSNorm --disable-bias-linear
@@ -56,7 +56,7 @@ def train(
         port = free.getsockname()[1]
     job = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if gpus == 0:
-        job |= {"CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}
+        job |= {"CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     elif gpus < ranks:
         job |= {"NCCL_MULTI_RANK_GPU_ENABLE": "1"}
     command = [sys.executable, "-m", module, "--tensorboard-dir", str(directory / "tensorboard")]

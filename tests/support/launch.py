@@ -14,32 +14,13 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed import TCPStore
+
+from logged_run import Run
 
 SUPPORT = Path(__file__).parent
 REPOSITORY = SUPPORT.parents[1]
 PYTHONPATH = os.pathsep.join([str(REPOSITORY), str(SUPPORT)])
-
-
-@dataclass
-class Run:
-    """directory: where the job ran; outputs, codes: output and exit code of each rank."""
-
-    directory: Path
-    outputs: list[str]
-    codes: list[int | None]
-
-    def scalars(self, tag: str) -> dict[int, float]:
-        """Read a TensorBoard scalar by iteration."""
-        events = EventAccumulator(str(self.directory / "tensorboard"))
-        events.Reload()
-        return {event.step: event.value for event in events.Scalars(tag)}
-
-    def tags(self) -> list[str]:
-        events = EventAccumulator(str(self.directory / "tensorboard"))
-        events.Reload()
-        return events.Tags()["scalars"]
 
 
 @dataclass
