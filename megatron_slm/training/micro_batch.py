@@ -235,8 +235,9 @@ def read_micro_batches(
 def tell_lengths(micro_batch: MicroBatch) -> MicroBatch:
     """Tell Megatron how long a micro-batch's documents are, for the FLOPs that it logs."""
     if micro_batch.packed is not None:
-        ends = [0, *accumulate(micro_batch.packed.lengths)]
-        update_seqlen_stats_from_cu_seqlens(torch.tensor(ends, dtype=torch.int32))
+        ends = torch.tensor([0, *accumulate(micro_batch.packed.lengths)], dtype=torch.int32)
+        # Megatron would wait for a copy to the device.
+        update_seqlen_stats_from_cu_seqlens(ends.pin_memory().cuda(non_blocking=True))
     return micro_batch
 
 

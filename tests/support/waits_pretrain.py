@@ -72,6 +72,8 @@ def names_a_device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 @contextmanager
 def patched(waits: Waits) -> Any:
     """Record what dispatch does not show: values read at once, and copies from CPU to CPU."""
+    from megatron_slm.training import micro_batch
+
     originals: list[tuple[Any, str, Callable[..., Any]]] = []
 
     def watch(owner: Any, name: str, when: Callable[..., bool]) -> None:
@@ -87,7 +89,16 @@ def patched(waits: Waits) -> Any:
 
     for name in ("tolist", "numpy", "cpu"):
         watch(Tensor, name, lambda args, kwargs: True)
-    watch(Tensor, "cuda", lambda args, kwargs: not kwargs.get("non_blocking"))
+    placed = set()
+
+    def waits_for_copy(args: Any, kwargs: Any) -> bool:
+        placed.add(args[0].data_ptr())
+        return not kwargs.get("non_blocking")
+
+    watch(Tensor, "cuda", waits_for_copy)
+    # Megatron copies it to the device if it is not there, and waits.
+    told = "update_seqlen_stats_from_cu_seqlens"
+    watch(micro_batch, told, lambda args, kwargs: args[0].data_ptr() not in placed)
     watch(
         Tensor,
         "to",

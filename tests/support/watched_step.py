@@ -57,7 +57,12 @@ def profile(step: Any) -> Any:
     with torch.profiler.profile(activities=kinds) as seen:
         result = step()
         torch.cuda.synchronize()
-    events = [e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    # Annotations span kernels that are counted themselves.
+    events = [
+        e
+        for e in seen.events()
+        if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation
+    ]
     span = max(e.time_range.end for e in events) - min(e.time_range.start for e in events)
     print(f"profile {len(events)} {sum(e.device_time for e in events):.0f} {span:.0f}", flush=True)
     print(seen.key_averages().table(sort_by="self_device_time_total", row_limit=25))
