@@ -79,6 +79,34 @@ def runs(process: int) -> bool:
     return False
 
 
+PART_FAILS = f"""
+import sys
+sys.path.insert(0, {str(GPU)!r})
+from table import attempt, row
+with attempt("first"):
+    raise RuntimeError("no room")
+row("second", "1")
+"""
+
+
+def test_a_part_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The others are measured, and it is shown why."""
+    monkeypatch.syspath_prepend(str(GPU))
+    import run as checks
+
+    (tmp_path / "steps.py").write_text(PART_FAILS)
+    monkeypatch.setattr(checks, "HERE", tmp_path)
+    lines, right = checks.run("steps", [])
+    assert lines == [
+        "| first | RuntimeError: no room | that it runs | WRONG |",
+        "| second | 1 |  |  |",
+    ]
+    assert not right
+    assert "Traceback" in capfd.readouterr().out
+
+
 def test_quarter_of_an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(GPU))
     import run as checks

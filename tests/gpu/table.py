@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,8 +33,9 @@ def attempt(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        traceback.print_exc()
         why = f"{type(error).__name__}: {error}".replace("|", "/")
-        row(what, " ".join(why.split())[-300:], "that it runs", False)
+        row(what, " ".join(why.split())[-200:], "that it runs", False)
 
 
 def _print(*cells: str) -> None:
