@@ -62,7 +62,8 @@ def check_alone() -> None:
 
 
 def use_device() -> None:
-    """Install the CPU platform if there is no GPU; Transformer Engine then counts as not installed.
+    """Install the CPU platform if there is no GPU; Transformer Engine and Apex, whose kernels need
+    one, then count as not installed.
 
     Must be called before Megatron is imported.
     """
@@ -76,8 +77,8 @@ def use_device() -> None:
 
         if first_rank:
             print("> no CUDA device found: running on the CPU platform (gloo)", flush=True)
-        for name in ("transformer_engine", "transformer_engine_torch"):
-            sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # its layers need a GPU
+        for name in ("transformer_engine", "transformer_engine_torch", "apex", "amp_C"):
+            sys.modules.setdefault(name, None)  # type: ignore[arg-type]
         cpu_platform.install()
 
 

@@ -48,6 +48,24 @@ def test_a_gpu_machine_never_imports_the_platform(tmp_path: Path) -> None:
     assert "--slm-token-ratio" in run.outputs[0]
 
 
+def test_without_a_gpu_no_kernels_for_one_are_used(tmp_path: Path) -> None:
+    """An image for GPUs has them all the same."""
+    kernels = tmp_path / "apex" / "multi_tensor_apply"
+    kernels.mkdir(parents=True)
+    (kernels / "__init__.py").write_text("multi_tensor_applier = None\n")
+    (tmp_path / "amp_C.py").write_text("multi_tensor_l2norm = multi_tensor_scale = None\n")
+    script = (
+        "from megatron_slm import use_device\n"
+        "use_device()\n"
+        "from megatron.core.optimizer import clip_grads, optimizer\n"
+        "assert callable(clip_grads.l2_norm_impl)\n"
+        "assert callable(optimizer.multi_tensor_applier)\n"
+        "print('all right')\n"
+    )
+    run = launch(1, ["-c", script], tmp_path, fresh_threads=1)
+    assert "all right" in run.outputs[0]
+
+
 @pytest.mark.parametrize(
     ("ranks", "layout"),
     [
