@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 
-from table import arguments, measured, row, skipped
+from table import arguments, attempt, measured, row, skipped
 
 args = arguments(__doc__)
 
@@ -109,15 +109,16 @@ def compare(tokens: int, width: int, vocabulary: int, ceiling: float) -> None:
     of = f"head n={tokens} h={width} v={vocabulary}"
     found: dict[str, tuple[float, float]] = {}
     for name, step in (("dense", dense), ("chunked", ours), *peers(hidden, weight, ignored)):
-        try:
-            found[name] = measure(step, without_gradients)
-        except torch.OutOfMemoryError:
-            skipped(f"{of}, {name}", "out of memory")
+        with attempt(f"{of}, {name}"):
+            try:
+                found[name] = measure(step, without_gradients)
+            except torch.OutOfMemoryError:
+                skipped(f"{of}, {name}", "out of memory")
+        without_gradients()
+        if GPU:
+            torch.cuda.empty_cache()
+        if name not in found:
             continue
-        finally:
-            without_gradients()
-            if GPU:
-                torch.cuda.empty_cache()
         milliseconds, peak = found[name]
         flops = (
             (2 * tokens + 6 * len(index)) * width * vocabulary if name == "chunked" else 6 * product
@@ -186,10 +187,13 @@ def main() -> None:
         compare(256, 64, 1000, ceiling)
         return
     for tokens in (8192, 131072):
-        time_selection(tokens)
-    compare_chunks(8192, 4096, 128256)
+        with attempt(f"selection of {tokens} tokens"):
+            time_selection(tokens)
+    with attempt("losses alone, by chunk"):
+        compare_chunks(8192, 4096, 128256)
     for sizes in ((8192, 4096, 32000), (8192, 4096, 128256), (65536, 4096, 62000)):
-        compare(*sizes, ceiling)
+        with attempt(f"head {sizes}"):
+            compare(*sizes, ceiling)
 
 
 if __name__ == "__main__":
