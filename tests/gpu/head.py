@@ -154,11 +154,13 @@ def compare_chunks(tokens: int, width: int, vocabulary: int) -> None:
     hidden = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
     weight = torch.randn(vocabulary, width, device="cuda", dtype=torch.bfloat16)
     labels = torch.randint(0, vocabulary, (tokens,), device="cuda")
-    for mib in (32, 64, 128, 256):
-        chunked.CHUNK_BYTES["cuda"] = mib << 20
-        time_, peak = measure(lambda: token_losses(hidden, weight, labels, group))
-        row(f"losses alone, chunks of {mib} MiB", f"{time_:.2f} ms, {peak:.2f} GiB")
-    chunked.CHUNK_BYTES.update(kept)
+    try:
+        for mib in (32, 64, 128, 256):
+            chunked.CHUNK_BYTES["cuda"] = mib << 20
+            time_, peak = measure(lambda: token_losses(hidden, weight, labels, group))
+            row(f"losses alone, chunks of {mib} MiB", f"{time_:.2f} ms, {peak:.2f} GiB")
+    finally:
+        chunked.CHUNK_BYTES.update(kept)
 
 
 def time_selection(tokens: int) -> None:
