@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch import REPOSITORY
+from launch import REPOSITORY, SUPPORT
 
 GPU = REPOSITORY / "tests" / "gpu"
 
@@ -45,28 +45,48 @@ def test_what_a_cpu_can_do() -> None:
     assert done.stdout.splitlines()[-1] == "all is right"
 
 
-TOO_SLOW = """
-import subprocess, sys, time
-print("| measured | 1 |  |  |", flush=True)
-rank = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-open(sys.argv[-1], "w").write(str(rank.pid))
+RANK = """
+import os, sys, time
+print("waiting", flush=True)
+open(os.environ["RANK_FILE"], "w").write(str(os.getpid()))
 time.sleep(600)
+"""
+CHECK = f"""
+import os, sys
+sys.path[:0] = {[str(GPU), str(SUPPORT)]!r}
+from pathlib import Path
+import table, training
+args = table.arguments("")
+print("| measured | 1 |  |  |", flush=True)
+if args.small:  # as one that does not look at the time
+    del os.environ["CHECK_ENDS"]
+training.train(Path(os.environ["RANK_FILE"] + "-run"), "", module="rank")
 """
 
 
+@pytest.mark.parametrize(("options", "code"), [([], 1), (["--small"], 124)])
 def test_a_check_that_is_too_slow(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    options: list[str],
+    code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """What it has measured is kept, and the ranks that it started end with it."""
+    """What it has measured is kept, what its run says is shown, and the ranks end with it."""
     monkeypatch.syspath_prepend(str(GPU))
     import run as checks
 
-    (tmp_path / "losses.py").write_text(TOO_SLOW)
+    (tmp_path / "rank.py").write_text(RANK)
+    (tmp_path / "losses.py").write_text(CHECK)
     monkeypatch.setattr(checks, "HERE", tmp_path)
-    monkeypatch.setitem(checks.SECONDS, "losses", 5)
-    lines, right = checks.run("losses", [str(tmp_path / "rank")])
+    monkeypatch.setitem(checks.SECONDS, "losses", 15)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("RANK_FILE", str(tmp_path / "rank"))
+    lines, right = checks.run("losses", options)
     assert lines == ["| measured | 1 |  |  |"] and not right
-    assert "| losses | took over 5 s |  | WRONG |" in capfd.readouterr().out
+    said = capfd.readouterr().out
+    assert ("took over 15 s" if code == 124 else "ended with 1") in said
+    assert code == 124 or "not done in the check's time: ['waiting" in said
     deadline = time.monotonic() + 60
     while runs(int((tmp_path / "rank").read_text())):
         assert time.monotonic() < deadline, "the rank still runs"
@@ -119,7 +139,7 @@ def test_runs_on_a_gpu_compile_what_megatron_compiles() -> None:
     done = subprocess.run(
         [sys.executable, "-c", "import os, training; print(os.getenv('TORCHDYNAMO_DISABLE'))"],
         env={name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
-        | {"PYTHONPATH": os.pathsep.join(map(str, (GPU, REPOSITORY / "tests" / "support")))},
+        | {"PYTHONPATH": f"{GPU}{os.pathsep}{SUPPORT}"},
         capture_output=True,
         text=True,
         check=True,

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -57,16 +56,15 @@ def run(check: str, options: list[str]) -> tuple[list[str], bool]:
         text=True,
         errors="replace",
         env=os.environ | {"CHECK_ENDS": str(time.time() + limit - 5)},
-        start_new_session=True,
     )
     try:
         said, code = process.communicate(timeout=limit)[0], process.returncode
     except subprocess.TimeoutExpired as late:
+        process.terminate()  # it ends the ranks that it has started, which would compute on
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        process.kill()
         said, code = (late.output or b"").decode(errors="replace"), 124
-    finally:
-        # With the ranks that it has started, which would go on computing beside the next check.
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
     lines = [line for line in said.splitlines() if line.startswith(MARK)]
     right = code == 0 and not any(line.endswith(f"| {WRONG} |") for line in lines)
     print(*lines, sep="\n", flush=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
@@ -49,6 +51,7 @@ def arguments(about: str | None) -> Namespace:
     parser.add_argument("--small", action="store_true", help="Sizes for a CPU or a sanitizer.")
     args = parser.parse_args()
     os.environ.setdefault("LOCAL_RANK", "0")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("took too long"))
     if args.device == "cpu":
         from megatron_slm import cpu_platform
 
