@@ -36,6 +36,8 @@ def describe(device: str) -> Iterator[tuple[str, str]]:
     else:
         yield "device", f"CPU, {os.cpu_count()} cores"
     yield "Python", sys.version.split()[0]
+    off = os.getenv("TORCHDYNAMO_DISABLE") == "1" or device == "cpu"
+    yield "torch.compile, of Megatron's fusions", "off" if off else "on"
     for name in PACKAGES:
         try:
             yield name, version(name)
