@@ -81,6 +81,15 @@ def peers(
         )
 
 
+def selective(hidden: Tensor, weight: Tensor, labels: Tensor, index: Tensor) -> None:
+    """Losses of all tokens, and the gradients of those at `index`."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    scored = token_losses(hidden.detach(), weight.detach(), labels, group)
+    selected_loss(
+        hidden, weight, labels, scored, index, group, reduce_hidden_gradient=True
+    ).backward()
+
+
 def compare(tokens: int, width: int, vocabulary: int, ceiling: float) -> None:
     """Each head's time, memory and part of the ceiling; ours against the dense one's."""
     group = parallel_state.get_tensor_model_parallel_group()
@@ -96,19 +105,17 @@ def compare(tokens: int, width: int, vocabulary: int, ceiling: float) -> None:
         losses = vocab_parallel_cross_entropy(logits, labels[:, None], tp_group=group)
         losses.flatten()[index].sum().backward()
 
-    def ours() -> None:
-        scored = token_losses(hidden.detach(), weight.detach(), labels, group)
-        selected_loss(
-            hidden, weight, labels, scored, index, group, reduce_hidden_gradient=True
-        ).backward()
-
     def without_gradients() -> None:
         hidden.grad = weight.grad = None
 
     product = tokens * width * vocabulary
     of = f"head n={tokens} h={width} v={vocabulary}"
     found: dict[str, tuple[float, float]] = {}
-    for name, step in (("dense", dense), ("chunked", ours), *peers(hidden, weight, ignored)):
+    for name, step in (
+        ("dense", dense),
+        ("chunked", lambda: selective(hidden, weight, labels, index)),
+        *peers(hidden, weight, ignored),
+    ):
         with attempt(f"{of}, {name}"):
             try:
                 found[name] = measure(step, without_gradients)
@@ -151,14 +158,25 @@ def compare_chunks(tokens: int, width: int, vocabulary: int) -> None:
     """How large a chunk should be, which is a constant of chunked.py."""
     kept = dict(chunked.CHUNK_BYTES)
     group = parallel_state.get_tensor_model_parallel_group()
-    hidden = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
-    weight = torch.randn(vocabulary, width, device="cuda", dtype=torch.bfloat16)
-    labels = torch.randint(0, vocabulary, (tokens,), device="cuda")
+    hidden = torch.randn(tokens, width, device=args.device, dtype=torch.bfloat16)
+    weight = torch.randn(vocabulary, width, device=args.device, dtype=torch.bfloat16) / width**0.5
+    trained = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    labels = torch.randint(0, vocabulary, (tokens,), device=args.device)
+    index = torch.arange(0, tokens * 6 // 10, device=args.device)
+
+    def without_gradients() -> None:
+        for each in trained:
+            each.grad = None
+
     try:
         for mib in (32, 64, 128, 256):
-            chunked.CHUNK_BYTES["cuda"] = mib << 20
-            time_, peak = measure(lambda: token_losses(hidden, weight, labels, group))
-            row(f"losses alone, chunks of {mib} MiB", f"{time_:.2f} ms, {peak:.2f} GiB")
+            chunked.CHUNK_BYTES[args.device] = mib << 20
+            for what, step in (
+                ("losses alone", lambda: token_losses(hidden, weight, labels, group)),
+                ("with gradients of 60%", lambda: selective(*trained, labels, index)),
+            ):
+                time_, peak = measure(step, without_gradients)
+                row(f"{what}, chunks of {mib} MiB", f"{time_:.2f} ms, {peak:.2f} GiB")
     finally:
         chunked.CHUNK_BYTES.update(kept)
 
@@ -186,6 +204,7 @@ def main() -> None:
     row("ceiling, a bfloat16 product", f"{ceiling / 1e12:.3g} TFLOP/s")
     if args.small:
         time_selection(4096)
+        compare_chunks(256, 64, 4096)
         compare(256, 64, 1000, ceiling)
         return
     for tokens in (8192, 131072):
