@@ -177,6 +177,19 @@ def test_killed_before_every_change_of_a_directory(runs: Runs, tmp_path: Path) -
         number += STEP
 
 
+def test_more_input_after_a_kill(runs: Runs, tmp_path: Path) -> None:
+    """It does not rely on what the killed run had removed, or had not made yet."""
+    number, ended = random.randrange(1, STEP + 1), -signal.SIGKILL
+    while ended != 0:
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        ended = runs.run(directory, OPTIONS, crash_at=number, inputs=1)
+        assert ended in (0, -signal.SIGKILL)
+        assert runs.run(directory, OPTIONS) == 0, number
+        assert files_in(directory) == runs.merged, number
+        number += STEP
+
+
 @contextmanager
 def spoiled(path: Path) -> Iterator[None]:
     """With other words in it, which its size and time do not show."""

@@ -106,7 +106,8 @@ class OutputPaths:
 
     def clear(self, merged: bool) -> None:
         """Remove shards that are now part of the dataset, and directories that are empty."""
-        for path in list(self.shards.iterdir()):
+        # Manifests first: if this run is killed here, none tells the next of a file that is gone.
+        for path in sorted(self.shards.iterdir(), key=lambda path: path.suffix != ".json"):
             if path.name == STDIN or (merged and is_ours(path)):
                 path.unlink(missing_ok=True)
         for directory in (self.shards, self.rejects):
