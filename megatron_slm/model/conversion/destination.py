@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -67,8 +67,8 @@ def _share(error: str | None) -> list[str | None]:
 def finished_directory(path: Path, flag: str) -> Iterator[Path]:
     """Yield a new directory to write into, which durably gets its name when the block ends.
 
-    If the block fails or is interrupted, nothing is left.  What a killed run has left is removed by
-    the next one.  Collective over ranks.
+    If the block fails or is interrupted, nothing is left, nor directories above that were made for
+    it.  What a killed run has left is removed by the next one.  Collective over ranks.
 
     Args:
         path: the directory's name; a link stands for what it points to.
@@ -95,6 +95,7 @@ def finished_directory(path: Path, flag: str) -> Iterator[Path]:
 
 def _begin(path: Path, unfinished: Path, flag: str, held: ExitStack) -> None:
     with saying_where(path):
+        held.callback(_remove_empty, [each for each in path.parents if not each.exists()])
         path.parent.mkdir(parents=True, exist_ok=True)
         held.enter_context(alone_at(path, flag))
         if os.path.lexists(path) and (not path.is_dir() or any(path.iterdir())):
@@ -103,6 +104,13 @@ def _begin(path: Path, unfinished: Path, flag: str, held: ExitStack) -> None:
             if left.is_dir() and not left.is_symlink():
                 shutil.rmtree(left)
         unfinished.mkdir()
+
+
+def _remove_empty(made: list[Path]) -> None:
+    """Remove directories that were made, the innermost first, if nothing was then put into them."""
+    with suppress(OSError):
+        for directory in made:
+            directory.rmdir()
 
 
 def _finish(path: Path, unfinished: Path) -> None:
