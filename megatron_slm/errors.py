@@ -38,6 +38,8 @@ _PLACES = {
     errno.EROFS,
     errno.ESTALE,
 }
+# Files that we write are named in errors, so where no file is named, these are of what is printed.
+_PRINTED = {errno.EDQUOT, errno.ENOSPC, errno.EPIPE}
 
 
 class UserError(Exception):
@@ -48,7 +50,8 @@ class UserError(Exception):
 def exit_on_user_error(
     go_on: str = "the same command starts again", *, at_once: bool = False
 ) -> Iterator[None]:
-    """Exit with one line at a UserError, at a file that cannot be used, and at Ctrl-C.
+    """Exit with one line at a UserError, at a file that cannot be used, also the one to which
+    standard output goes, and at Ctrl-C.
 
     The exit code is 2, or 130 for Ctrl-C.  Other exceptions are bugs, and pass.
 
@@ -60,6 +63,7 @@ def exit_on_user_error(
     try:
         with _interrupt(go_on, at_once):
             yield
+            sys.stdout.flush()
     except KeyboardInterrupt:
         _say_once(f"interrupted: {go_on}")
         sys.exit(INTERRUPTED)
@@ -67,6 +71,8 @@ def exit_on_user_error(
         # If a loader's worker raised it, the message stands at the end of the worker's traceback.
         _refuse(str(error).rpartition(f"{__name__}.UserError: ")[2].strip())
     except OSError as error:
+        if error.errno in _PRINTED and error.filename is None:
+            _refuse(f"standard output: {error.strerror}")
         if error.errno not in _PLACES or error.filename is None:
             raise
         _refuse(f"{error.filename}: {error.strerror}")
@@ -134,12 +140,18 @@ def _say_once(line: str) -> None:
     """Print a line after all else, unless another rank of this machine has printed it already."""
     if not _first_to_say(line):
         return
-    with suppress(RuntimeError, OSError):  # Ctrl-C may have interrupted a print
+    try:
         sys.stdout.flush()
+    except RuntimeError:  # Ctrl-C may have interrupted a print
+        pass
+    except OSError:  # Python would try it again at its end, and exit with a code of its own
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     try:
         print(line, file=sys.stderr, flush=True)
     except RuntimeError:
         os.write(2, f"{line}\n".encode())
+    except OSError:  # nobody can be told
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _first_to_say(line: str) -> bool:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,30 @@ def test_error_of_one_rank(tmp_path: Path) -> None:
         assert done.returncode == 2
         outputs.append(done.stderr)
     assert outputs == ["error: shard 3 is missing\n", "", "error: disk full\n"]
+
+
+def test_nothing_can_be_printed() -> None:
+    """Standard output or standard error is on a full disk, or a pipe that nobody reads."""
+    printing = (
+        "import sys; from megatron_slm.errors import *\n"
+        "with exit_on_user_error():\n"
+        "    print('right')\n"
+        "    if len(sys.argv) > 1: raise UserError(sys.argv[1])"
+    )
+    end, pipe = os.pipe()
+    os.close(end)
+    full = os.open("/dev/full", os.O_WRONLY)
+    for unbuffered in ("", "1"):
+        environment = recipe_environment(1, PYTHONPATH=REPOSITORY, PYTHONUNBUFFERED=unbuffered)
+        run = partial(subprocess.run, env=environment, text=True, check=False, timeout=60)
+        for place, why in ((full, "No space left on device"), (pipe, "Broken pipe")):
+            done = run([sys.executable, "-c", printing], stdout=place, stderr=subprocess.PIPE)
+            assert (done.returncode, done.stderr) == (2, f"error: standard output: {why}\n")
+        command = [sys.executable, "-c", printing, "wrong"]
+        done = run(command, stdout=full, stderr=subprocess.PIPE)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        done = run(command, stdout=subprocess.PIPE, stderr=full)
+        assert (done.returncode, done.stdout) == (2, "right\n")
 
 
 def test_interrupted_ranks(tmp_path: Path) -> None:
