@@ -110,6 +110,8 @@ def _read(path: Path) -> dict[str, Any] | None:
     except UserError as error:
         if isinstance(error.__cause__, FileNotFoundError):
             return None
+        if isinstance(error.__cause__, OSError):  # of a disk or a permission: it may be whole
+            raise
         raise UserError(f"{error}; it is damaged: delete it and run again") from error
     if content.pop("format", None) != MANIFEST_FORMAT:
         raise UserError(

@@ -274,6 +274,15 @@ def test_a_manifest_that_lacks_something(prefix: Path, field: str) -> None:
     assert result.code == 2 and f"missing required field `{last}`" in result.err
 
 
+def test_a_manifest_that_cannot_be_read(prefix: Path) -> None:
+    """It may be whole, so it must not be deleted."""
+    manifest = Path(f"{prefix}.manifest.json")
+    manifest.rename(prefix.with_name("whole"))
+    manifest.symlink_to(manifest)
+    with pytest.raises(UserError, match=r"manifest\.json: Too many levels of symbolic links$"):
+        check_quickly(prefix)
+
+
 def test_several_keys_deeply(tmp_path: Path) -> None:
     """A record without one of them gave no document of the others."""
     source = tmp_path / "in.jsonl"
