@@ -54,7 +54,7 @@ def main() -> None:
             raise UserError("--arms chooses the arms of a picture: give --figure, too")
         else:
             write_report(args.run, output, args.tokenizer_model)
-    print("> " + os.fsencode(output.resolve()).decode(errors="replace"))
+        print("> " + os.fsencode(output.resolve()).decode(errors="replace"))
 
 
 if __name__ == "__main__":
