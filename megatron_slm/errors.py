@@ -73,6 +73,8 @@ def exit_on_user_error(
     except OSError as error:
         if error.errno in _PRINTED and error.filename is None:
             _refuse(f"standard output: {error.strerror}")
+        if error.filename is None and "temporary directory" in str(error):  # which torch looks for
+            _refuse(f"{error.strerror}; make room in one, or name another by TMPDIR")
         if error.errno not in _PLACES or error.filename is None:
             raise
         _refuse(f"{error.filename}: {error.strerror}")

@@ -118,6 +118,26 @@ def test_nothing_can_be_printed() -> None:
         assert (done.returncode, done.stdout) == (2, "right\n")
 
 
+def test_no_room_for_temporary_files() -> None:
+    """On any of the disks that Python knows of, as torch finds when it is imported."""
+    making = (
+        "import resource, tempfile; from megatron_slm.errors import *\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+        "with exit_on_user_error(): tempfile.gettempdir()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", making],
+        env=recipe_environment(1, PYTHONPATH=REPOSITORY),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: No usable temporary directory found in ")
+    assert done.stderr.endswith("; make room in one, or name another by TMPDIR\n")
+
+
 def test_interrupted_ranks(tmp_path: Path) -> None:
     """Under torchrun, which prints how it ended itself: nothing of ours beside one line."""
     line = COMPLETE.replace("--train-iters 3", "--train-iters 100000 --log-interval 1")
