@@ -15,7 +15,7 @@ import orjson
 
 from megatron_slm.data.manifest_types import DatasetManifest, PairManifest, ShardManifest
 from megatron_slm.errors import UserError
-from megatron_slm.files import decode_json, read_bounded, write_whole
+from megatron_slm.files import decode_json, read_bounded, write_whole, writing
 
 MANIFEST_FORMAT = 1
 LARGEST_MANIFEST = 1 << 30  # bytes: a million input files
@@ -26,21 +26,32 @@ def manifest_path(prefix: Path | str) -> Path:
     return Path(f"{prefix}.manifest.json")
 
 
+def encode_manifest(content: msgspec.Struct) -> bytes:
+    """Return a manifest as its file has it."""
+    written = {"format": MANIFEST_FORMAT, **msgspec.to_builtins(content)}
+    return orjson.dumps(written, option=orjson.OPT_INDENT_2)
+
+
 def write_manifest(path: Path, content: msgspec.Struct) -> None:
     """Write a manifest, completely or not at all."""
-    written = {"format": MANIFEST_FORMAT, **msgspec.to_builtins(content)}
-    write_whole(path, orjson.dumps(written, option=orjson.OPT_INDENT_2))
+    write_whole(path, encode_manifest(content))
 
 
-def write_data_args(prefix: Path | str, weights: Mapping[str, int]) -> None:
+def write_data_args(
+    prefix: Path | str, weights: Mapping[str, int], other: Path | None = None
+) -> None:
     """Write PREFIX.data-args.txt for Megatron's --data-args-path, completely or not at all.
 
     Args:
         prefix: the path without .data-args.txt.
         weights: weights of the datasets, by prefix.
+        other: the manifest of an older list, which is removed before this one replaces it.
     """
     lines = (f"{weight} {path}\n" for path, weight in weights.items())
-    write_whole(Path(f"{prefix}.data-args.txt"), "".join(lines).encode())
+    with writing(Path(f"{prefix}.data-args.txt")) as unfinished:
+        unfinished.write_bytes("".join(lines).encode())
+        if other is not None:
+            other.unlink(missing_ok=True)
 
 
 def manifest_of_pair(prefix: Path) -> PairManifest | None:

@@ -19,6 +19,7 @@ from corpus import MODEL, Result, preprocess, run_tool, texts, write_jsonl
 from gpt_datasets import gpt_config
 from megatron_slm.corpus.mixing.mix import apportion, read_mix
 from megatron_slm.corpus.reading.chat import chat_renderer
+from small_disk import full_disk
 
 MIXES = Path(__file__).parents[2] / "examples" / "mixes"
 RATIOS = {"web": 6, "code": 3, "math": 1}
@@ -179,6 +180,19 @@ MISTAKES = {
     ),
     "no epochs": ({"max_epochs": 0}, "Expected `float` > 0.0 - at `$.max_epochs`"),
 }
+
+
+def test_no_room(tmp_path: Path, corpora: dict[str, int]) -> None:
+    """An older mix stays, list and manifest."""
+    assert build(tmp_path, write_recipe(tmp_path, 1000)).code == 0
+    before = {path: path.read_bytes() for path in tmp_path.glob("mix.*")}
+    recipe = write_recipe(tmp_path, 2000)
+    with full_disk(300):
+        result = build(tmp_path, recipe)
+    assert result.code == 2 and "mix.manifest.json: File too large" in result.err
+    assert {path: path.read_bytes() for path in tmp_path.glob("mix.*")} == before
+    assert build(tmp_path, recipe).code == 0
+    assert set(tmp_path.glob("mix.*")) == before.keys()
 
 
 def test_mistakes(tmp_path: Path, corpora: dict[str, int]) -> None:

@@ -28,11 +28,11 @@ from megatron_slm.corpus.progress import announce
 from megatron_slm.corpus.reading.input_files import Identity, identity_of
 from megatron_slm.data.dataset_check import check_quickly
 from megatron_slm.data.manifest import (
+    encode_manifest,
     is_mix,
     manifest_of_pair,
     manifest_path,
     write_data_args,
-    write_manifest,
 )
 from megatron_slm.data.manifest_types import (
     MixedDataset,
@@ -41,7 +41,7 @@ from megatron_slm.data.manifest_types import (
     PairManifest,
 )
 from megatron_slm.errors import UserError
-from megatron_slm.files import alone_at, read_yaml, sha256_of
+from megatron_slm.files import alone_at, read_yaml, sha256_of, writing
 
 _Text = Annotated[str, Meta(min_length=1, pattern=r"^[^\x00-\x1f\x7f\ud800-\udfff]+$")]
 LARGEST_RATIO = 10**15  # larger ones, also by their exponents, would exhaust memory
@@ -253,10 +253,11 @@ def write_mix(recipe: Mix, shares: Sequence[Share], prefix: str) -> None:
                 raise UserError(
                     f"--output-prefix {prefix}: a dataset has that name; choose another"
                 )
-            # Never leave a list beside the manifest of another one.
-            final.unlink(missing_ok=True)
-            write_data_args(prefix, {path: weight for path, weight in weights.items() if weight})
-            write_manifest(final, manifest)
+            # The old ones go when there is room for both, and a list never has another's manifest.
+            with writing(final) as unfinished:
+                unfinished.write_bytes(encode_manifest(manifest))
+                drawn = {path: weight for path, weight in weights.items() if weight}
+                write_data_args(prefix, drawn, other=final)
     except OSError as error:
         raise UserError(f"--output-prefix {prefix}: {error.strerror}") from error
 
