@@ -24,7 +24,7 @@ from pathlib import Path
 from corpora import download
 
 from megatron_slm.errors import UserError, exit_on_user_error
-from megatron_slm.files import temporary, writing
+from megatron_slm.files import writing
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 END = "<|endoftext|>"
@@ -60,6 +60,8 @@ def dequantize(path: Path, directory: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from megatron_slm.model.conversion.destination import finished_directory
+
     of = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     model = AutoModelForCausalLM.from_pretrained(**of, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(**of)
@@ -69,10 +71,9 @@ def dequantize(path: Path, directory: Path) -> None:
     model.hf_quantizer = None
     for config in (model.config, model.generation_config):
         config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
-    unfinished = temporary(directory)
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    unfinished.rename(directory)
+    with finished_directory(directory, "output") as unfinished:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
 
 
 def main(arguments: list[str]) -> None:
