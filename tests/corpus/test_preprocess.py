@@ -318,6 +318,20 @@ def test_only_its_own_files_are_removed(tmp_path: Path) -> None:
     assert {path for path in tmp_path.glob("out_*/*")} == notes
 
 
+def test_another_key_s_dataset_stays(tmp_path: Path) -> None:
+    """It was not merged, so the directory of shards, which a merge empties, is where it is."""
+    source = write_jsonl(tmp_path / "in.jsonl", texts()[:50], title="A title")
+    options = ("--shard-size", "4K")
+    preprocess(source, tmp_path / "out", "--json-keys", "title", "--no-merge", *options)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*_title_document*")}
+    for _ in range(2):
+        preprocess(source, tmp_path / "out", *options)
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*_title_document*")} == before
+        assert not list(tmp_path.rglob("out_shards/*_text_document*"))
+    preprocess(source, tmp_path / "out", "--json-keys", "title", *options)
+    assert not (tmp_path / "out_shards").exists()
+
+
 def test_an_empty_directory_does_not_make_a_dataset_ours(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", ["new"])
     (tmp_path / "out_shards").mkdir()

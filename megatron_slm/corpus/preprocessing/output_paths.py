@@ -105,10 +105,17 @@ class OutputPaths:
                 path.unlink(missing_ok=True)
 
     def clear(self, merged: bool) -> None:
-        """Remove shards that are now part of the dataset, and directories that are empty."""
+        """Remove shards that are now part of the dataset, and directories that are empty.
+
+        What another key's dataset lists, which was not merged, stays.
+        """
+        prefix, suffix = Path(self.prefix).name, ".data-args.txt"
+        lists = self.shards.parent.glob(f"{glob.escape(prefix)}_*_document{suffix}")
+        listed = tuple(path.name.removeprefix(prefix).removesuffix(suffix) for path in lists)
         # Manifests first: if this run is killed here, none tells the next of a file that is gone.
         for path in sorted(self.shards.iterdir(), key=lambda path: path.suffix != ".json"):
-            if path.name == STDIN or (merged and is_ours(path)):
+            ends = merged and is_ours(path) and not path.stem.endswith(listed)
+            if ends or path.name == STDIN:
                 path.unlink(missing_ok=True)
         for directory in (self.shards, self.rejects):
             with suppress(OSError):  # if it is not empty
