@@ -138,7 +138,7 @@ class TorchDistReader:
             size: shape of the part.
 
         Raises:
-            UserError: the blocks do not cover the part.
+            UserError: the blocks do not cover the part, or one is damaged or gone.
         """
         wanted = ChunkStorageMetadata(torch.Size(offset), torch.Size(size))
         tensor = self.tensor(key)
@@ -149,7 +149,13 @@ class TorchDistReader:
                 f"the checkpoint {self.directory} lacks a part of {key}; copy it again or choose "
                 "another iteration"
             )
-        self.reader.read_data(LoadPlan(items), _Into(result)).wait()
+        try:
+            self.reader.read_data(LoadPlan(items), _Into(result)).wait()
+        except Exception as error:  # whatever a damaged file makes torch.load raise
+            raise UserError(
+                f"the checkpoint {self.directory} has a block of {key} that cannot be read: "
+                f"{reason_of(error)}; copy it again or choose another iteration"
+            ) from error
         return result
 
 

@@ -23,6 +23,7 @@ from megatron_slm.errors import UserError
 from megatron_slm.model.architecture import Architecture
 from megatron_slm.model.conversion.export_hf import export_hugging_face
 from megatron_slm.model.conversion.import_hf import import_hugging_face
+from megatron_slm.model.conversion.safetensors_files import find_tensors
 from megatron_slm.model.hugging_face_config import to_hugging_face
 from megatron_slm.model.torch_dist import TorchDistReader
 from random_llama import save_llama
@@ -343,6 +344,27 @@ def test_export_of_half_a_checkpoint(key: str, megatron: Path, tmp_path: Path) -
     with pytest.raises(UserError, match=f"(has no tensor|lacks a part of) {key}"):
         export_hugging_face(megatron, tmp_path / "hf", None, None, 10**9)
     assert not (tmp_path / "hf").exists()
+
+
+def test_damage_within_a_block(megatron: Path, tmp_path: Path) -> None:
+    """As a disk leaves it that loses what was not synced: the size is right, zeros are in it."""
+    key = "output_layer.weight"
+    places = TorchDistReader(megatron).table.storage_data
+    place = next(place for index, place in places.items() if index.fqn == key)
+    with (megatron / place.relative_path).open("r+b") as file:
+        file.seek(place.offset + place.length - 512)
+        file.write(bytes(512))
+    with pytest.raises(UserError, match=f"has a block of {key} that cannot be read: ") as error:
+        export_hugging_face(megatron, tmp_path / "hf", None, None, 10**9)
+    assert "\n" not in str(error.value) and not (tmp_path / "hf").exists()
+
+
+def test_weights_that_go_while_they_are_read(llama: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(llama, tmp_path / "source")
+    weight = next(iter(find_tensors(source).values()))
+    weight.file.unlink()
+    with pytest.raises(UserError, match=rf"^{weight.file} can no longer be read: [^\n]*$"):
+        weight.read()
 
 
 def test_dropout_is_said_to_be_left_out(

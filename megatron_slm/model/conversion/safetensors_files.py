@@ -45,14 +45,22 @@ class WeightOnDisk:
 
     def read(self) -> Tensor:
         """Return the tensor as a view of the file's pages, which are loaded when they are used; a
-        part of one as a copy."""
-        with safe_open(self.file, framework="pt") as file:
-            tensor: Tensor
-            if self.part is None:
-                tensor = file.get_tensor(self.name)
-            else:
-                tensor = file.get_slice(self.name)[self.part]
-            return tensor
+        part of one as a copy.
+
+        Raises:
+            UserError: the file was there when its header was read, and is gone or another now.
+        """
+        try:
+            with safe_open(self.file, framework="pt") as file:
+                tensor: Tensor
+                if self.part is None:
+                    tensor = file.get_tensor(self.name)
+                else:
+                    tensor = file.get_slice(self.name)[self.part]
+                return tensor
+        except (SafetensorError, OSError, RuntimeError) as error:
+            said = " ".join(str(error).split())
+            raise UserError(f"{self.file} can no longer be read: {said}") from error
 
 
 class _Index(msgspec.Struct):
