@@ -13,6 +13,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import AutoConfig, AutoTokenizer
 
 from megatron_slm.errors import UserError
+from megatron_slm.model.conversion import tokenizer_files
 from megatron_slm.model.conversion.export_hf import export_hugging_face
 from megatron_slm.model.conversion.import_hf import import_hugging_face
 from megatron_slm.model.torch_dist import TorchDistReader
@@ -204,3 +205,11 @@ def test_special_tokens_of_the_model_come_first(tmp_path: Path) -> None:
         tmp_path, 100, tokenizer_model=str(directory), slm_model_special_ids=ids
     )
     assert special_ids(export(release, tmp_path)) == (3, [50, 1], None)
+
+
+def test_a_file_that_cannot_be_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is named, and not the directory that is written."""
+    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1}')
+    monkeypatch.setattr(tokenizer_files, "TOKENIZER_LIMIT", 10)
+    with pytest.raises(UserError, match=rf"^{tmp_path}/vocab\.json has more than 10 bytes"):
+        tokenizer_files.copy_tokenizer(tmp_path, tmp_path / "new")

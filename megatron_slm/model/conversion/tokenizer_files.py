@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from argparse import Namespace
 from pathlib import Path
 
@@ -23,7 +22,7 @@ FILES = """
     added_tokens.json vocab.json merges.txt chat_template.jinja generation_config.json
 """.split()
 SETTINGS = ("tokenizer.json", "tokenizer_config.json")  # say how to use a vocabulary
-TOKENIZER_LIMIT = 256 << 20  # bytes of a tokenizer.json; Gemma's has 33 million
+TOKENIZER_LIMIT = 256 << 20  # bytes of a file; Gemma's tokenizer.json has 33 million
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -64,16 +63,20 @@ def copy_tokenizer(source: Path, target: Path) -> dict[str, int | None]:
     if not source.is_file():
         for name in FILES:
             if (source / name).is_file():
-                shutil.copyfile(source / name, target / name)
+                _copy(source / name, target / name)
         return _special_ids(source)
     pieces = open_sentencepiece(source)
     if pieces is None:
         name = "tokenizer.json" if _is_tokenizer_json(source) else source.name
-        shutil.copyfile(source, target / name)
+        _copy(source, target / name)
         return {}
-    shutil.copyfile(source, target / "tokenizer.model")
+    _copy(source, target / "tokenizer.model")
     write_tokenizer_json(pieces, target, str(source))
     return special_ids(pieces)
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.write_bytes(read_bounded(source, TOKENIZER_LIMIT))  # so that errors tell the two apart
 
 
 def _is_tokenizer_json(file: Path) -> bool:
