@@ -38,8 +38,6 @@ _PLACES = {
     errno.EROFS,
     errno.ESTALE,
 }
-# Files that we write are named in errors, so where no file is named, these are of what is printed.
-_PRINTED = {errno.EDQUOT, errno.ENOSPC, errno.EPIPE}
 
 
 class UserError(Exception):
@@ -71,10 +69,10 @@ def exit_on_user_error(
         # If a loader's worker raised it, the message stands at the end of the worker's traceback.
         _refuse(str(error).rpartition(f"{__name__}.UserError: ")[2].strip())
     except OSError as error:
-        if error.errno in _PRINTED and error.filename is None:
-            _refuse(f"standard output: {error.strerror}")
         if error.filename is None and "temporary directory" in str(error):  # which torch looks for
             _refuse(f"{error.strerror}; make room in one, or name another by TMPDIR")
+        if error.filename is None and not _can_print():
+            _refuse(f"standard output: {error.strerror}")
         if error.errno not in _PLACES or error.filename is None:
             raise
         _refuse(f"{error.filename}: {error.strerror}")
@@ -136,6 +134,16 @@ def _refuse(message: str) -> NoReturn:
         with suppress(OSError):
             Path(file).write_text(json.dumps({"message": {"message": line, "extraInfo": extra}}))
     sys.exit(EXIT_CODE)
+
+
+def _can_print() -> bool:
+    """Return whether standard output takes one more line; if so, end the line that it is in."""
+    try:
+        sys.stdout.flush()
+        os.write(1, b"\n")
+    except OSError:
+        return False
+    return True
 
 
 def _say_once(line: str) -> None:

@@ -116,6 +116,9 @@ def test_nothing_can_be_printed() -> None:
         assert done.returncode == 2 and done.stderr.count("\n") == 1
         done = run(command, stdout=subprocess.PIPE, stderr=full)
         assert (done.returncode, done.stdout) == (2, "right\n")
+    command[2] = printing.replace("raise UserError(sys.argv[1])", "raise OSError(28, 'elsewhere')")
+    done = run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert done.returncode == 1 and "Traceback" in done.stderr
 
 
 def test_no_room_for_temporary_files() -> None:
