@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 from megatron.core import mpu
@@ -19,6 +17,7 @@ from megatron.training.datasets.sft_dataset import SFTDataset
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from megatron_slm.data.dataset_check import TOKENIZER_KINDS, check_quickly
+from megatron_slm.data.indices import building_indices
 from megatron_slm.data.score_cache import Section
 from megatron_slm.data.scored_dataset import SampleScored, document_scored
 from megatron_slm.errors import UserError
@@ -178,38 +177,14 @@ def _built(builder: BlendedMegatronDatasetBuilder) -> list[Any]:
     Megatron would make a loader of an empty dataset, and refuse it.
 
     Raises:
-        UserError: their indices cannot be written, or one that is there cannot be read.
+        UserError: their indices cannot be written, or one that is there is damaged.
     """
-    try:
+    remedy = (
+        "name a directory to which the datasets' indices can be written, with --data-cache-path"
+    )
+    with building_indices(remedy):
         datasets = builder.build()
-    except (EOFError, ValueError, UnpicklingError) as error:
-        if (index := _index_of(error, "load")) is None:
-            raise
-        raise UserError(
-            f"{index} is damaged: remove it, and the same command makes it again"
-        ) from error
-    except Exception as error:
-        cause = error.__cause__
-        if not isinstance(cause, OSError):
-            raise
-        where = cause.filename
-        if where is None and (index := _index_of(cause, "save")) is not None:
-            index.unlink(missing_ok=True)  # Megatron would take what is there of it for the whole
-            where = index
-        raise UserError(
-            f"{where or 'an index'}: {cause.strerror or cause}: name a directory to which the "
-            "datasets' indices can be written, with --data-cache-path"
-        ) from error
     return [None if dataset is not None and len(dataset) == 0 else dataset for dataset in datasets]
-
-
-def _index_of(error: BaseException, function: str) -> Path | None:
-    """Return the file that a function of numpy was given, if an error was raised in it."""
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        of_numpy = frame.f_globals.get("__name__", "").startswith("numpy.")
-        if of_numpy and frame.f_code.co_name == function:
-            return Path(frame.f_locals["file"])
-    return None
 
 
 def _dataset_config(args: Any) -> GPTDatasetConfig:

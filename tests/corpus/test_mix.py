@@ -189,6 +189,8 @@ def test_no_room(tmp_path: Path, corpora: dict[str, int]) -> None:
     recipe = write_recipe(tmp_path, 2000)
     with full_disk(300):
         result = build(tmp_path, recipe)
+        checked = build(tmp_path, recipe, "--check-sequence-length", 16)
+    assert checked.code == 2 and "leave out --check-sequence-length\n" in checked.err
     assert result.code == 2 and "mix.manifest.json: File too large" in result.err
     assert {path: path.read_bytes() for path in tmp_path.glob("mix.*")} == before
     assert build(tmp_path, recipe).code == 0

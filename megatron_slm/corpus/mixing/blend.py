@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_slm.corpus.mixing.mix import Mix, Share
+from megatron_slm.data.indices import building_indices
 from megatron_slm.errors import UserError
 
 TOLERANCE = 1e-3  # of all tokens
@@ -59,8 +60,8 @@ def drawn_by_dataset(weights: dict[str, int], samples: int, sequence_length: int
         create_attention_mask=False,
         mid_level_dataset_surplus=0.005,
     )
-    blend, _, _ = BlendedMegatronDatasetBuilder(
-        GPTDataset, [samples, 0, 0], lambda: True, config
-    ).build()
+    builder = BlendedMegatronDatasetBuilder(GPTDataset, [samples, 0, 0], lambda: True, config)
+    with building_indices("make room beside the dataset, or leave out --check-sequence-length"):
+        blend, _, _ = builder.build()
     counts = np.bincount(blend.dataset_index[:samples], minlength=len(paths))
     return dict.fromkeys(weights, 0) | dict(zip(paths, counts.tolist(), strict=True))
