@@ -38,7 +38,7 @@ from megatron_slm.training.command_line.option_checks import check_options
 from megatron_slm.training.command_line.parsing import check_run, check_when_parsed
 from megatron_slm.training.command_line.refusals import in_one_line
 from megatron_slm.training.data_faults import data_faults
-from megatron_slm.training.datasets import DatasetProvider, check_files
+from megatron_slm.training.datasets import DatasetProvider, check_files, check_named
 from megatron_slm.training.dump import token_dumps
 from megatron_slm.training.settings import MOST_REPORTED, settings_from_arguments
 from megatron_slm.training.sources import check_batches, open_reference, open_source
@@ -74,6 +74,8 @@ class SelectiveTraining:
         """
         given = options_in(sys.argv[1:])
         check_options(args, given)
+        if datasets is None:
+            check_named(args)
         _check_inputs(args)
         values = open_values(args)
         settings = settings_from_arguments(args, values)

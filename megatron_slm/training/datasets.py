@@ -54,6 +54,19 @@ def check_files(args: Any, draws: bool = True) -> None:
         check_parts(args, indices)
 
 
+def check_named(args: Any) -> None:
+    """Check that the arguments name data, which a script without datasets of its own needs.
+
+    Raises:
+        UserError: they name none.
+    """
+    if not args.mock_data and get_blend_and_blend_per_split(args) == (None, None):
+        raise UserError(
+            "there is no data: give --data-path, or --train-data-path for its parts; a script that "
+            "builds datasets of its own calls SelectiveTraining(args, its_provider)"
+        )
+
+
 class DatasetProvider:
     """Megatron's `train_valid_test_dataset_provider`: builds datasets, and adds cached losses."""
 

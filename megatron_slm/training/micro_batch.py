@@ -33,8 +33,7 @@ from megatron_slm.model.documents import (
 )
 from megatron_slm.selection import Choice, Tokens, context_parallel_part
 from megatron_slm.training.left_out import LeftOut
-
-FIELDS = ("tokens", "position_ids", "labels", "loss_mask")
+from megatron_slm.training.sample_fields import FIELDS, check_fields
 
 
 @dataclass
@@ -176,6 +175,7 @@ def read_micro_batches(
             stimer(bdata=True).start()  # for --log-straggler, as in step.py
             sample = next(data_iterator)
             stimer.stop()
+            check_fields(sample, args.seq_length, packs=packs, of_a_blend=with_domains and last)
         if packs:
             packed = _documents(sample, micro_batch_size, number)
         if not (first or last):
@@ -184,7 +184,10 @@ def read_micro_batches(
         if tp_rank == 0:
             if args.sft:
                 sample["labels"].clamp_(min=0)  # those of prompts are -100, and masked
-            batch = {name: sample[name].cuda(non_blocking=True) for name in FIELDS}
+            batch = {
+                name: sample[name].cuda(non_blocking=True).to(dtype)
+                for name, dtype in FIELDS.items()
+            }
             if left_out and last:
                 places = None if packed is None else packed.positions
                 kept = left_out.applied(batch, sample, places)
@@ -267,16 +270,11 @@ def _documents(sample: dict[str, Tensor], micro_batch_size: int, number: int) ->
         number: number of the micro-batch.
 
     Raises:
-        UserError: the samples do not say where documents are, or do so wrongly, or the layers
-            cannot take them in this layout.
+        UserError: the samples say wrongly where documents are, or the layers cannot take them in
+            this layout.
     """
     args = get_args()
     length = args.seq_length
-    if mpu.get_tensor_model_parallel_rank() == 0 and "cu_seqlens" not in sample:
-        raise UserError(
-            "the samples have no cu_seqlens, which say where their documents end: this script's "
-            "own datasets have to add them, or leave --dataloader-inter-document-masking out"
-        )
     # --full-validation reads one sample at a time, whatever the size.
     samples = len(sample["cu_seqlens"]) if sample else micro_batch_size
     ends = _shared(sample.get("cu_seqlens"), (samples, length + 1), torch.int32)

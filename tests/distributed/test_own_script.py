@@ -12,6 +12,7 @@ from launch import REPOSITORY, Run, launch, pretrain
 
 PAGE = (REPOSITORY / "docs" / "your-own-script.md").read_text()
 PLAIN = REPOSITORY / "tests" / "support" / "plain_pretrain.py"  # test_clm.py runs it
+OWN_SAMPLES = REPOSITORY / "tests" / "support" / "own_samples.py"
 OWN = REPOSITORY / "examples" / "your_own_pretrain.py"
 STEPS = 4
 TAGS = ("lm loss", "grad-norm", "selected loss", "reference loss")
@@ -42,6 +43,19 @@ def test_script_and_loop_train_as_ours(corpus: Corpus, untied: Checkpoints, tmp_
     loop.write_text(code)
     done = launch(2, [str(loop), *arguments], tmp_path / "loop")
     assert _printed(done) == ours.scalars("lm loss")
+
+
+def test_samples_of_another_kind(corpus: Corpus, untied: Checkpoints, tmp_path: Path) -> None:
+    """Data without --data-path, and narrow types, which tensor-parallel ranks broadcast."""
+    layout = f"--tensor-model-parallel-size 2 --micro-batch-size 3 --train-iters {STEPS}"
+    rest = f"{layout} --slm-token-ratio 0.6 --tensorboard-dir tensorboard".split()
+    named = [*corpus.arguments, *untied.arguments, *rest]
+    ours = pretrain(2, named, tmp_path / "ours")
+    own = ["--own-data" if word == "--data-path" else word for word in named]
+    script = launch(2, [str(OWN_SAMPLES), *own], tmp_path / "script")
+    for tag in TAGS:
+        assert len(ours.scalars(tag)) == STEPS
+        assert script.scalars(tag) == ours.scalars(tag)
 
 
 def _blocks() -> list[str]:
