@@ -24,7 +24,7 @@ from megatron.training import get_tokenizer
 from megatron.training.initialize import initialize_megatron
 
 from megatron_slm.entry import add_arguments
-from megatron_slm.errors import say
+from megatron_slm.errors import UserError, say
 from megatron_slm.model.model_config import installed_layers, model_config
 from megatron_slm.model.selected_layers import use_selected_layers
 from megatron_slm.reference.checkpoint import FLAGS, ReferenceCheckpoint
@@ -72,6 +72,11 @@ class SelectiveTraining:
         Raises:
             UserError: something is wrong; the message says where, and what to do.
         """
+        if not hasattr(args, "slm_token_ratio"):
+            raise UserError(
+                "Megatron's parser lacks the options of selective language modeling: give "
+                "parse_and_validate_args(extra_args_provider=add_slm_arguments)"
+            )
         given = options_in(sys.argv[1:])
         check_options(args, given)
         if datasets is None:
@@ -125,7 +130,16 @@ class SelectiveTraining:
         return config
 
     def forward_step(self, data_iterator: Any, model: torch.nn.Module) -> Any:
-        """Pass a micro-batch through the policy: Megatron's `forward_step_func`."""
+        """Pass a micro-batch through the policy: Megatron's `forward_step_func`.
+
+        Raises:
+            UserError: no step has begun.
+        """
+        if self.step.step is None:
+            raise UserError(
+                "slm.forward_step was called outside of a step: call slm.install() before "
+                "pretrain(), or slm.schedule() in a loop of your own"
+            )
         return self.step.forward_step(data_iterator, model)
 
     def schedule(self, schedule: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,6 +7,7 @@ and every block that it names lies within a regular file of the checkpoint's dir
 from __future__ import annotations
 
 import io
+from collections.abc import Collection
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -94,6 +95,20 @@ def read_checkpoint_table(directory: Path) -> Metadata:
             )
     checked: Metadata = table
     return checked
+
+
+def other_weights(table: Metadata, known: Collection[str]) -> list[str]:
+    """Return the names of a model's weights that are not among the known ones, in order.
+
+    Those of layers that predict more tokens are passed over.
+    """
+    return [
+        name
+        for name, value in sorted(table.state_dict_metadata.items())
+        if isinstance(value, TensorStorageMetadata)
+        and name not in known
+        and not (name.startswith("mtp.") or "optimizer." in name)
+    ]
 
 
 def _checked(table: Any) -> dict[str, int]:

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from megatron_slm.errors import UserError
 from megatron_slm.loss import Scoring, all_losses
+from megatron_slm.model.checkpoint_table import other_weights, read_checkpoint_table
 from megatron_slm.model.documents import activation_shape, by_sample
 from megatron_slm.model.hybrid_pattern import layers_of
 from megatron_slm.model.model_config import build_stage
@@ -266,17 +267,11 @@ def load_weights(
         arguments: the model's arguments.
 
     Raises:
-        UserError: ranks found different checkpoints.
+        UserError: ranks found different checkpoints, or the checkpoint has weights that its
+            arguments do not ask for.
     """
     inner = unwrapped(model)
     directory = str(checkpoint.directory)
-    everywhere: list[str] = [""] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everywhere, directory)
-    if len(set(everywhere)) > 1:
-        raise UserError(
-            f"ranks found different reference checkpoints, {sorted(set(everywhere))}: name one "
-            "with --slm-reference-ckpt-step"
-        )
     print_rank_0(f"> loading the reference model from {directory}")
     metadata = dist_checkpointing.load_content_metadata(directory) or {}
     metadata["dp_cp_group"] = mpu.get_data_parallel_group(with_context_parallel=True)
@@ -286,6 +281,21 @@ def load_weights(
         for name, tensor in inner.sharded_state_dict(metadata=metadata).items()
         if not name.endswith("_extra_state")
     }
+    everywhere: list[Any] = [None] * torch.distributed.get_world_size()
+    keys = {tensor.key for tensor in wanted.values()}
+    torch.distributed.all_gather_object(everywhere, (directory, keys))
+    found = sorted({place for place, _ in everywhere})
+    if len(found) > 1:
+        raise UserError(
+            f"ranks found different reference checkpoints, {found}: name one with "
+            "--slm-reference-ckpt-step"
+        )
+    known = set[str]().union(*(names for _, names in everywhere))
+    if others := other_weights(read_checkpoint_table(checkpoint.directory), known):
+        raise UserError(
+            f"the reference in {directory} has {others[0]}, which its arguments do not ask for, so "
+            "its losses would be another model's: save it with the options that describe its model"
+        )
     loaded = load_parts({"reference": wanted}, checkpoint.directory, arguments)["reference"]
     missing, unexpected = inner.load_state_dict(loaded, strict=False)
     if unexpected or any(not name.endswith("_extra_state") for name in missing):

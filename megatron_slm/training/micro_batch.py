@@ -33,7 +33,7 @@ from megatron_slm.model.documents import (
 )
 from megatron_slm.selection import Choice, Tokens, context_parallel_part
 from megatron_slm.training.left_out import LeftOut
-from megatron_slm.training.sample_fields import FIELDS, check_fields
+from megatron_slm.training.sample_fields import FIELDS, check_fields, check_read
 
 
 @dataclass
@@ -172,6 +172,7 @@ def read_micro_batches(
         shape = (micro_batch_size, args.seq_length)
         sample: dict[str, Tensor] = {}
         if tp_rank == 0:
+            check_read(data_iterator)
             stimer(bdata=True).start()  # for --log-straggler, as in step.py
             sample = next(data_iterator)
             stimer.stop()

@@ -28,6 +28,19 @@ WHAT = {
 }
 
 
+def check_read(data_iterator: object) -> None:
+    """Check that there is data on a rank that reads it.
+
+    Raises:
+        UserError: the script's own datasets are None there.
+    """
+    if data_iterator is None:
+        raise UserError(
+            "a pipeline stage has none of this script's own datasets: they are read on the first "
+            "and on the last stage, and with --dataloader-inter-document-masking on each"
+        )
+
+
 def check_fields(
     sample: Mapping[str, Tensor], length: int, *, packs: bool, of_a_blend: bool
 ) -> None:

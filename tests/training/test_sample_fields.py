@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_slm.errors import UserError
-from megatron_slm.training.sample_fields import FIELDS, check_fields
+from megatron_slm.training.sample_fields import FIELDS, check_fields, check_read
 
 LENGTH = 8
 
@@ -42,3 +42,9 @@ def test_fields_that_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=says):
         check_fields(sample, LENGTH, packs=packs, of_a_blend=of_a_blend)
+
+
+def test_a_stage_without_data() -> None:
+    with pytest.raises(UserError, match="a pipeline stage has none"):
+        check_read(None)
+    check_read(iter(()))

@@ -29,6 +29,7 @@ from megatron_slm.model.architecture import (
     number_of_tokens,
     vocabulary_of,
 )
+from megatron_slm.model.checkpoint_table import other_weights
 from megatron_slm.model.conversion.destination import (
     finished_directory,
     on_first_rank,
@@ -195,6 +196,11 @@ def _checked_blocks(reader: TorchDistReader, a: Architecture) -> list[Block]:
                 f"{reader.directory}: {block.key} is {list(shape)}, and by its arguments "
                 f"{list(block.shape)}"
             )
+    if others := other_weights(reader.table, {block.key for block in found}):
+        raise UserError(
+            f"{reader.directory} has {others[0]}, which its arguments do not ask for, and which "
+            "would be lost: save it with the options that describe its model"
+        )
     return found
 
 
