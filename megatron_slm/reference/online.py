@@ -291,10 +291,14 @@ def load_weights(
             "--slm-reference-ckpt-step"
         )
     known = set[str]().union(*(names for _, names in everywhere))
-    if others := other_weights(read_checkpoint_table(checkpoint.directory), known):
+    table = read_checkpoint_table(checkpoint.directory)
+    others, lacking = other_weights(table, known), sorted(known - {*table.state_dict_metadata})
+    if others or lacking:
+        has = [f"has {others[0]}"] * bool(others) + [f"lacks {lacking[0]}"] * bool(lacking)
         raise UserError(
-            f"the reference in {directory} has {others[0]}, which its arguments do not ask for, so "
-            "its losses would be another model's: save it with the options that describe its model"
+            f"the reference in {directory} {' and '.join(has)}, which is not what its arguments "
+            "describe: save it with the options that describe its model, and with the layers that "
+            "megatron_slm.pretrain has"
         )
     loaded = load_parts({"reference": wanted}, checkpoint.directory, arguments)["reference"]
     missing, unexpected = inner.load_state_dict(loaded, strict=False)

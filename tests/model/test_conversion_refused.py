@@ -306,7 +306,7 @@ EXPORTS: dict[str, tuple[str, Any, str]] = {
     "a weight too many": (
         "untie_embeddings_and_output_weights",
         False,
-        "has output_layer.weight, which its arguments do not ask for",
+        "has output_layer.weight, which is not what its arguments describe",
     ),
     "more tokens": ("vocab_size", 300, "256 rows of vocabulary"),
     "like another": ("rotary_base", 500000, "rope_theta is 500000 here and 10000 there; name"),

@@ -39,7 +39,7 @@ def test_weights_that_its_arguments_do_not_ask_for(
     ]
     run = pretrain(1, arguments, tmp_path / "run", check=False)
     assert run.codes == [2], run.outputs[0][-3000:]
-    assert "has output_layer.weight, which its arguments do not ask for" in run.outputs[0]
+    assert "has output_layer.weight, which is not what its arguments describe" in run.outputs[0]
 
 
 @pytest.mark.parametrize("checks", [[], ["--no-check-for-nan-in-loss-and-grad"]])

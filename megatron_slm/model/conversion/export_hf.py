@@ -198,8 +198,8 @@ def _checked_blocks(reader: TorchDistReader, a: Architecture) -> list[Block]:
             )
     if others := other_weights(reader.table, {block.key for block in found}):
         raise UserError(
-            f"{reader.directory} has {others[0]}, which its arguments do not ask for, and which "
-            "would be lost: save it with the options that describe its model"
+            f"{reader.directory} has {others[0]}, which is not what its arguments describe, "
+            "and which would be lost: save it with the options that describe its model"
         )
     return found
 
