@@ -19,6 +19,11 @@ import megatron.training
 from megatron_slm.errors import UserError
 
 MOST = 400  # characters of what Megatron says
+# What to do, where Megatron says only what is wrong: by the beginning of its message.
+REMEDIES = {
+    "OptimizerParamScheduler: class input value ": "for a longer run, or another schedule, give "
+    "--override-opt-param-scheduler; --use-checkpoint-opt-param-scheduler keeps the checkpoint's",
+}
 OURS = Path(__file__).parents[2]
 PLATFORM = Path(__file__).parents[2] / "cpu_platform"  # a GPU machine never imports it
 MEGATRON = tuple(
@@ -87,6 +92,8 @@ def _words(error: Exception, frame: traceback.FrameSummary) -> str:
         words = f"{type(error).__name__}: {words}"
     if len(words) > MOST:
         words = f"{words[:MOST]}..."
+    remedies = [remedy for begins, remedy in REMEDIES.items() if words.startswith(begins)]
     path = Path(frame.filename)
     base = next(each for each in MEGATRON if path.is_relative_to(each)).parent
-    return f"{words} ({path.relative_to(base)}:{frame.lineno})"
+    place = f"({path.relative_to(base)}:{frame.lineno})"
+    return "; ".join([f"{words} {place}", *remedies])
