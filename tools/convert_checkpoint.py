@@ -15,6 +15,7 @@ import sys
 import warnings
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_slm.errors import UserError, exit_on_user_error
@@ -118,7 +119,7 @@ def convert(args: Namespace) -> None:
         checkpoint, args.hf, args.like, args.vocab_size, int(args.shard_gb * 1e9)
     )
     if first:
-        print(f"wrote {args.hf}: {architecture}")
+        print(f"wrote {args.hf}: {replace(architecture, model_type=architecture.family)}")
 
 
 def main(arguments: list[str]) -> None:
