@@ -183,8 +183,7 @@ def read_micro_batches(
             yield MicroBatch(number, packed=packed)
             continue
         if tp_rank == 0:
-            if args.sft:
-                sample["labels"].clamp_(min=0)  # those of prompts are -100, and masked
+            sample["labels"].clamp_(min=0)  # those of prompts are -100, and masked
             batch = {
                 name: sample[name].cuda(non_blocking=True).to(dtype)
                 for name, dtype in FIELDS.items()

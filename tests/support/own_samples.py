@@ -31,7 +31,9 @@ class Narrow(Samples):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         sample = {name: value.to(torch.int32) for name, value in self.dataset[index].items()}
-        return sample | {"loss_mask": sample["loss_mask"].bool(), "source": torch.tensor(7)}
+        mask = sample["loss_mask"].bool()
+        labels = sample["labels"].masked_fill(~mask, -100)
+        return sample | {"labels": labels, "loss_mask": mask, "source": torch.tensor(7)}
 
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:

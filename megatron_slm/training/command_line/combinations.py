@@ -98,7 +98,10 @@ def _check_data(args: Namespace) -> None:
     if args.per_split_data_args_path:
         read_json(Path(args.per_split_data_args_path), PerSplit)
     if args.dataloader_type == "external":
-        raise UserError("--dataloader-type external: the data is read by Megatron's own loaders")
+        raise UserError(
+            "--dataloader-type external: loaders of a script's own are not supported: return "
+            "datasets from its provider, and take --dataloader-type single or cyclic"
+        )
 
 
 def _check_formats(args: Namespace) -> None:
