@@ -13,11 +13,12 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import AutoConfig, AutoTokenizer
 
 from megatron_slm.errors import UserError
+from megatron_slm.model.architecture import Architecture
 from megatron_slm.model.conversion import tokenizer_files
 from megatron_slm.model.conversion.export_hf import export_hugging_face
 from megatron_slm.model.conversion.import_hf import import_hugging_face
 from megatron_slm.model.torch_dist import TorchDistReader
-from random_llama import save_llama
+from random_llama import save_llama, write_random_llama
 from real_text import docstrings
 
 PLAIN = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
@@ -126,6 +127,22 @@ def test_sentencepiece(kind: str, tmp_path: Path) -> None:
     text = "def f(x): return x"
     if "normalization_rule_name" in MODELS.get(kind, PLAIN):
         assert tokenizer.decode(pieces.encode(text)) == text
+
+
+def test_a_model_type_with_a_tokenizer_of_its_own_is_refused(tmp_path: Path) -> None:
+    """Whatever tokenizer_config.json says, transformers reads a Qwen2's files as bytes."""
+    model = train(tmp_path, **MODELS["symbols"])
+    shape = {"epsilon": 1e-5, "rope_theta": 10000, "rope_scaling": None, "window": None}
+    qwen = Architecture(
+        2, 64, 128, 4, 2, 16, 500, 99, tied=False, qkv_bias=True, model_type="qwen2", **shape
+    )
+    release = write_random_llama(tmp_path, qwen, torch.float32) / "release"
+    common = TorchDistReader(release).common_state
+    common["args"].tokenizer_model = str(model)
+    torch.save(common, release / "common.pt")
+    with pytest.raises(UserError, match="cannot be exported: in training"):
+        export(release, tmp_path)
+    assert not (tmp_path / "exported").exists()
 
 
 def test_what_transformers_cannot_read_is_refused(tmp_path: Path) -> None:

@@ -117,9 +117,7 @@ def _plan(checkpoint: Path, like: Path | None, vocabulary: int | None, shard_byt
     if likeness is not None:
         _check_same(architecture, likeness, f"{checkpoint}", f"--like {like}")
         architecture = replace(architecture, model_type=likeness.model_type)
-    source = {
-        name: block for block in _checked_blocks(reader, architecture) for name in block.names
-    }
+    source = {name: each for each in _checked_blocks(reader, architecture) for name in each.names}
     entries = [
         Entry(name, shape, reader.tensor(source[name].key).properties.dtype)
         for name, shape in hugging_face_shapes(architecture).items()
@@ -146,9 +144,10 @@ def _write_settings(plan: _Plan, like: Path | None, directory: Path, target: Pat
         tokenizer = like or _own_tokenizer(plan.reader.arguments)
         if like is not None:
             _say_if_another(like, plan.reader.arguments)
-        ids = {} if tokenizer is None else copy_tokenizer(tokenizer, directory)
-        config = _config(plan, ids)
-        (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        # transformers takes the class of some tokenizers from the model's type.
+        (directory / CONFIG).write_text(_config(plan, {}))
+        if tokenizer is not None:
+            (directory / CONFIG).write_text(_config(plan, copy_tokenizer(tokenizer, directory)))
         if len(plan.files) > 1:
             write_weight_index(directory, plan.files)
 
@@ -219,8 +218,8 @@ def _check_size(reader: TorchDistReader, entries: list[Entry]) -> None:
         )
 
 
-def _config(plan: _Plan, ids: dict[str, int | None]) -> dict[str, Any]:
-    """Return the config.json to write.
+def _config(plan: _Plan, ids: dict[str, int | None]) -> str:
+    """Return the text of config.json.
 
     With --like, it is that one's, with the architecture written over it.  Otherwise the ids of
     special tokens come from the tokenizer, or else from what the run or the import recorded; if its
@@ -236,9 +235,11 @@ def _config(plan: _Plan, ids: dict[str, int | None]) -> dict[str, Any]:
         end, ends = known.get("eos_token_id"), model.get("eos_token_id")
         if end is not None and end in (ends if isinstance(ends, list) else [ends]):
             known = model
-        return own | {name: known.get(name) for name in SPECIAL_IDS}
-    renamed = ("rope_parameters", "dtype")  # transformers 5's names for keys that `own` has
-    return {name: value for name, value in plan.original.items() if name not in renamed} | own
+        whole = own | {name: known.get(name) for name in SPECIAL_IDS}
+    else:
+        renamed = ("rope_parameters", "dtype")  # transformers 5's names for keys that `own` has
+        whole = {name: each for name, each in plan.original.items() if name not in renamed} | own
+    return json.dumps(whole, indent=2) + "\n"
 
 
 def _recorded_ids(reader: TorchDistReader, name: str) -> dict[str, int | list[int] | None]:
