@@ -16,6 +16,7 @@ from corpus import MODEL, PIECES, ids_of, texts
 from megatron_slm.corpus.tokenizers.alignment import align, ends_of_spans
 from megatron_slm.corpus.tokenizers.token_bytes import TokenBytes
 from megatron_slm.corpus.tokenizers.tokenizer_file import open_tokenizer
+from megatron_slm.errors import UserError
 from real_text import docstrings
 
 SIZES = st.lists(st.integers(0, 4), min_size=1, max_size=30)
@@ -154,3 +155,13 @@ def test_the_same_tokenizer(byte_level: Path) -> None:
         ids = tokenizer.encode(text).ids
         assert own.text(np.array(ids)).content == text.encode()
     assert own.text(np.array([0])).special.all()
+
+
+def test_a_decoder_of_another_kind(byte_level: Path) -> None:
+    """Transformers reads a Qwen's tokenizer so, even if it is sentencepiece's."""
+    definition = json.loads(byte_level.read_text())
+    definition["model"]["vocab"]["▁"] = Tokenizer.from_file(str(byte_level)).get_vocab_size()
+    mixed = byte_level.with_name("mixed.json")
+    mixed.write_text(json.dumps(definition))
+    with pytest.raises(UserError, match="its token '▁' has '▁', which stands for no byte"):
+        TokenBytes(open_tokenizer(str(mixed)))

@@ -155,7 +155,13 @@ def _hugging_face(file: TokenizerFile) -> tuple[Pieces, bytes]:
         if number in added:
             pieces.append(None if added[number].special else added[number].content.encode())
         else:
-            pieces.append(None if piece is None else read(piece))
+            try:
+                pieces.append(None if piece is None else read(piece))
+            except KeyError as error:
+                raise UserError(
+                    f"{file.path}: its decoder is ByteLevel, and its token {piece!r} has {error}, "
+                    "which stands for no byte"
+                ) from error
     return pieces, _first(pieces, tokenizer.encode("a", add_special_tokens=False).ids)
 
 
