@@ -294,7 +294,7 @@ def load_weights(
     table = read_checkpoint_table(checkpoint.directory)
     others, lacking = other_weights(table, known), sorted(known - {*table.state_dict_metadata})
     if others or lacking:
-        has = [f"has {others[0]}"] * bool(others) + [f"lacks {lacking[0]}"] * bool(lacking)
+        has = [f"has {name}" for name in others[:1]] + [f"lacks {name}" for name in lacking[:1]]
         raise UserError(
             f"the reference in {directory} {' and '.join(has)}, which is not what its arguments "
             "describe: save it with the options that describe its model, and with the layers that "
