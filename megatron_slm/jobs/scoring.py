@@ -55,6 +55,7 @@ from megatron_slm.training.micro_batch import MicroBatch, read_micro_batches
 from megatron_slm.training.passes import with_reference
 
 OTHERS_POLL_SECONDS = 5.0
+HIDDEN_SECONDS = 60.0  # NFS may hide a new file from other nodes for as long
 FAILED = "megatron-slm: scoring failed"  # key of the job's store under which a rank says why
 
 
@@ -228,7 +229,11 @@ def _check_shared(directory: Path) -> None:
     Raises:
         UserError: one does not, so that its shards would not be found.
     """
-    there = directory.is_dir() and MANIFEST in os.listdir(directory)
+    deadline = time.monotonic() + HIDDEN_SECONDS
+    while not (there := directory.is_dir() and MANIFEST in os.listdir(directory)):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.5)
     if node := of_any_rank(None if there else socket.gethostname()):
         raise UserError(
             f"--slm-reference-cache {directory}: {node} does not have what the first rank wrote "

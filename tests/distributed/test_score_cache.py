@@ -285,11 +285,11 @@ def test_a_replica_whose_data_cannot_be_read(
     tool, *arguments = job(corpus, untied, tmp_path / "cache", extra)
     started = start(2, [tool, *arguments], tmp_path / "job")
     try:
-        worker = ""
-        while not worker and started.processes[1].exitcode is None:
+        workers: list[str] = []
+        while not workers and started.processes[1].exitcode is None:
             tasks = Path(f"/proc/{started.processes[1].pid}/task").glob("*/children")
-            worker = "".join(task.read_text() for task in tasks)
-        os.kill(int(worker), signal.SIGKILL)
+            workers = "".join(task.read_text() for task in tasks).split()
+        os.kill(int(workers[0]), signal.SIGKILL)
         for process in started.processes:
             process.join(SECONDS)
             assert process.exitcode == 2
@@ -307,7 +307,8 @@ def test_a_cache_that_nodes_do_not_share(
     """The first rank would wait for ever for shards that lie on other disks."""
     for rank in range(2):
         (tmp_path / f"node{rank}" / "cache").mkdir(parents=True)
-    command = job(corpus, untied, Path("cache"))
+    _, *arguments = job(corpus, untied, Path("cache"))
+    command = ["-m", "impatient_score", *arguments]
     run = launch(2, command, tmp_path, check=False, timeout=SECONDS, apart=True)
     assert run.codes == [2, 2]
     for output in run.outputs:
