@@ -64,10 +64,9 @@ training.train(Path(os.environ["RANK_FILE"] + "-run"), "", module="rank")
 """
 
 
-@pytest.mark.parametrize(("options", "code"), [([], 1), (["--small"], 124)])
+@pytest.mark.parametrize("ends_itself", [True, False])
 def test_a_check_that_is_too_slow(
-    options: list[str],
-    code: int,
+    ends_itself: bool,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -79,14 +78,16 @@ def test_a_check_that_is_too_slow(
     (tmp_path / "rank.py").write_text(RANK)
     (tmp_path / "losses.py").write_text(CHECK)
     monkeypatch.setattr(checks, "HERE", tmp_path)
-    monkeypatch.setitem(checks.SECONDS, "losses", 15)
+    monkeypatch.setitem(checks.SECONDS, "losses", 20)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("RANK_FILE", str(tmp_path / "rank"))
-    lines, right = checks.run("losses", options)
+    lines, right = checks.run("losses", [] if ends_itself else ["--small"])
     assert lines == ["| measured | 1 |  |  |"] and not right
     said = capfd.readouterr().out
-    assert ("took over 15 s" if code == 124 else "ended with 1") in said
-    assert code == 124 or "not done in the check's time: ['waiting" in said
+    if ends_itself:  # 5 s before it would be ended, which a busy machine may need
+        assert "not done in the check's time: ['waiting" in said
+    else:
+        assert "| losses | took over 20 s |  | WRONG |" in said
     deadline = time.monotonic() + 60
     while runs(int((tmp_path / "rank").read_text())):
         assert time.monotonic() < deadline, "the rank still runs"
