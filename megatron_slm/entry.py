@@ -37,8 +37,8 @@ def start(job: Job, work: Callable[[], None]) -> None:
     """
     with exit_on_user_error("the same command starts again"):
         go_on = first_check(sys.argv[1:], job)
+        check_alone()
         if "RANK" not in os.environ:
-            check_alone()
             os.environ |= ONE_RANK
         with exit_on_user_error(go_on, at_once=True):
             use_device()
@@ -49,8 +49,10 @@ def check_alone() -> None:
     """Refuse to be one of several tasks that do not know each other.
 
     Raises:
-        UserError: srun or mpirun started this process and others.
+        UserError: srun or mpirun started this process and others, and it does not know its rank.
     """
+    if "RANK" in os.environ:
+        return
     for launcher, name in TASKS.items():
         tasks = os.getenv(name, "1")
         if tasks != "1":

@@ -114,6 +114,10 @@ class Documents:
         """The length of each document, sample by sample."""
         return [stop - start for ends in self.bounds for start, stop in pairwise(ends)]
 
+    def ends(self) -> Tensor:
+        """Return 0 and where each document ends in one row of all samples, int32, on the host."""
+        return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32)
+
     @cached_property
     def groups(self) -> list[tuple[int, int]]:
         """How many documents there are of each length, as (length, number), longest first.
@@ -241,7 +245,7 @@ def packed_as_one(documents: Documents) -> PackedSeqParams:
     """Return what GPTModel is given with Transformer Engine's layers, and with those of --spec:
     the documents of all samples as one sequence, [1, b * s]."""
     device = documents.numbers.device
-    ends = torch.tensor([0, *accumulate(documents.lengths)], dtype=torch.int32)
+    ends = documents.ends()
     if device.type == "cuda":  # a copy from pinned memory does not make the host wait
         ends = ends.pin_memory().to(device, non_blocking=True)
     longest = max(documents.lengths)

@@ -88,8 +88,7 @@ def score_with_model(args: Namespace) -> None:
 
 def _rank_of() -> tuple[int, int]:
     """Return this process's rank, and how many there are, as torchrun says."""
-    if "RANK" not in os.environ:
-        check_alone()
+    check_alone()
     said = os.getenv("RANK", "0"), os.getenv("WORLD_SIZE", "1")
     rank, ranks = (int(each) if each.isdecimal() else -1 for each in said)
     if not 0 <= rank < ranks:
